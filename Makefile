@@ -1,0 +1,45 @@
+# `make demo` and `make test` do all the set-up themselves; `make venv` is the set-up alone.
+#   PYTHON=python3.12   interpreter to use (3.11 to 3.13; default: the first that is found)
+#   TEST_WORKERS=2      test processes
+#   PYTEST_ARGS=...     more for pytest, such as "-k align"
+
+VENV := .venv
+READY := $(VENV)/ready
+TEST_WORKERS ?= 2
+DEMO_OUT ?= runs/demo
+
+.PHONY: help venv demo test lint format constraints clean
+
+help:
+	@echo "make demo         train, label, train again on an embedded data set, and show what happened (5 minutes)"
+	@echo "make test         check style and run every test (10 minutes)"
+	@echo "make venv         set up only; .venv/bin/stl-offline then works"
+	@echo "make format       bring the code into the project's style"
+	@echo "make constraints  write the versions in .venv to .ci/constraints.txt"
+
+venv: $(READY)
+
+$(READY): setup.cfg pyproject.toml .ci/constraints.txt .ci/setup
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" .ci/setup
+	@touch $@
+
+demo: $(READY)
+	$(VENV)/bin/stl-offline demo --out $(DEMO_OUT)
+
+lint: $(READY)
+	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/ruff format --quiet --check .
+
+# Each test process has its own share of the cores: libraries that start a thread for every core would only get in the way.
+test: lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+constraints: $(READY)
+	$(VENV)/bin/python -m pip freeze --all --exclude-editable > .ci/constraints.txt
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

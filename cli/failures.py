@@ -1,0 +1,138 @@
+"""From an exception to one line on standard error and an exit code."""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import click
+
+from stl_offline.errors import StlError
+
+FAILED, WRONG_USAGE, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 70, 130, 143
+
+# Which extra brings a package, by the name that is imported.
+EXTRA_OF = {
+    "torch": "train",
+    "torchvision": "train",
+    "timm": "train",
+    "ffcv": "train",
+    "cv2": "train",
+    "PIL": "train",
+    "safetensors": "train",
+    "yaml": "train",
+    "matplotlib": "report",
+    "jinja2": "report",
+}
+
+
+@dataclass
+class Session:
+    """What one run of the command line knows beside its options."""
+
+    debug: bool = False
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: unwinds like Ctrl-C, so that locks are freed and temporary files removed."""
+
+
+def run(command: Callable[[], Any], session: Session) -> int:
+    """Call ``command``; give its exit code. A failure is reported in one line, after a traceback with ``--debug``."""
+    try:
+        with _termination_raises():
+            result = command()
+            sys.stdout.flush()
+        # click gives the exit code of --help and of ctx.exit() as the result.
+        return result if isinstance(result, int) else 0
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. What is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (Exception, KeyboardInterrupt) as error:
+        if session.debug:
+            traceback.print_exc()
+        line, code = describe(error)
+        print(" ".join(line.split()), file=sys.stderr)
+        return code
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """The line and the exit code for an exception."""
+    if isinstance(error, Terminated):
+        return "interrupted; run the same command again to go on", TERMINATED
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return "interrupted; run the same command again to go on", INTERRUPTED
+    if isinstance(error, click.UsageError):
+        where = error.ctx.command_path if error.ctx else "stl-offline"
+        return f"error: {error.format_message().rstrip('.')} (see '{where} --help')", error.exit_code
+    if isinstance(error, click.ClickException):
+        return f"error: {error.format_message()}", error.exit_code
+    if isinstance(error, StlError):
+        return f"error: {error}", FAILED
+    if isinstance(error, ImportError):
+        return _describe_import(error)
+    if isinstance(error, MemoryError) or _is_allocation_failure(error):
+        return "error: out of memory; try a smaller --batch-size or fewer --workers", FAILED
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"error: {_describe_os_error(error)}", FAILED
+    return _unexpected(error)
+
+
+def _unexpected(error: BaseException) -> tuple[str, int]:
+    return f"error: unexpected {type(error).__name__}: {error}; run with --debug for the traceback", MISTAKE
+
+
+def _describe_import(error: ImportError) -> tuple[str, int]:
+    package = (error.name or "").partition(".")[0]
+    extra = EXTRA_OF.get(package)
+    if extra is None:
+        return _unexpected(error)
+    advice = f"this command needs the extra [{extra}]: pip install 'stl-offline[{extra}]'"
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        return f"error: {advice} ({package} is not installed)", FAILED
+    return f"error: {package} is installed but does not load ({error}); {advice}", FAILED
+
+
+def _describe_os_error(error: OSError) -> str:
+    where = f" {error.filename}" if error.filename is not None else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left to write{where}; free some and run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission for{where or ' a file'} ({os.strerror(error.errno)}); choose another place"
+    return f"{os.strerror(error.errno)}:{where or ' (no file named)'}"
+
+
+def _is_allocation_failure(error: BaseException) -> bool:
+    # torch's own classes, told by name: this module must not import torch.
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+@contextlib.contextmanager
+def _termination_raises() -> Iterator[None]:
+    owner = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked worker: it has nothing to tidy up, and nothing to say
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # not the main thread, where no handler can be set
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

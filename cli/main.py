@@ -1,0 +1,71 @@
+"""``stl-offline``: the group of commands.
+
+A command's module is loaded when the command is called, and the library behind it only once its options are parsed:
+``--help`` stays quick, and works without the packages that the command itself needs.
+"""
+
+import importlib
+from collections.abc import Sequence
+
+import click
+
+from stl_offline.cli.failures import Session, run
+
+# In the order in which the data goes: name → (module:attribute, one line of help).
+COMMANDS = {
+    "pack": ("stl_offline.cli.pack:pack", "Pack pictures into one .beton file for fast loading."),
+    "train-labeler": ("stl_offline.cli.train_labeler:train_labeler", "Stage 1: train a model that labels tokens."),
+    "dump-labels": ("stl_offline.cli.dump_labels:dump_labels", "Label every token of a data set, once."),
+    "labels": ("stl_offline.cli.labels:labels", "Look at label sets and check them."),
+    "train-student": ("stl_offline.cli.train_student:train_student", "Stage 2: train a student from the labels."),
+    "evaluate": ("stl_offline.cli.evaluate:evaluate", "Measure the accuracy of a trained model."),
+    "demo": ("stl_offline.cli.demo:demo", "All stages on an embedded data set, in minutes."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and loads the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name][0].split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # The one line of help comes from the table: click would load every command for it.
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+EPILOG = """\b
+Example:
+  stl-offline train-labeler --data pictures/train --val pictures/val --out runs/labeler
+  stl-offline dump-labels --data pictures/train --labeler runs/labeler --out labels
+  stl-offline train-student --data pictures/train --val pictures/val --labels labels --out runs/student
+
+Each command has a --help of its own. `stl-offline demo` shows everything on a small data set that it brings along."""
+
+
+@click.command(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="stl-offline", prog_name="stl-offline", message="%(prog)s %(version)s")
+def group() -> None:
+    """Label the tokens of a data set once, share the labels, and train vision transformers from them at the speed of
+    plain training.
+
+    Wherever a command wants pictures (SRC) it takes a folder with one folder for each class, webdataset tars such as
+    'train-{000..015}.tar', a .beton file, or the name of a timm reader.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit code.
+
+    0 done; 1 the input or the machine does not allow it; 2 wrong usage; 70 a mistake in this program; 130 and 143
+    interrupted by Ctrl-C and by a termination signal. Every failure is one line on standard error.
+    """
+    session = Session()
+    return run(lambda: group.main(arguments, prog_name="stl-offline", obj=session, standalone_mode=False), session)

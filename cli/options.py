@@ -1,0 +1,84 @@
+"""Options that commands share. Their defaults come from `stl_offline.config`, where the settings are defined."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import click
+
+from stl_offline.config import AMP_MODES, MIX_MODES, MachineConfig, TrainConfig
+
+F = TypeVar("F", bound=Callable[..., object])
+
+SOURCE_HELP = "folder of class folders, tars, .beton, or timm reader"
+
+
+def option(*names: str, **settings: object) -> Callable[[F], F]:
+    """click's option, with its default shown."""
+    return click.option(*names, **{"show_default": True, **settings})
+
+
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, listed by --help in the order given."""
+
+    def decorate(command: F) -> F:
+        for single in reversed(options):
+            command = single(command)
+        return command
+
+    return decorate
+
+
+def _remember_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    if value and ctx.obj is not None:
+        ctx.obj.debug = True
+    return value
+
+
+debug_option = option(
+    "--debug", is_flag=True, default=MachineConfig.debug, callback=_remember_debug, help="Show a traceback on failure."
+)
+
+machine_options = together(
+    option("--device", default=MachineConfig.device, metavar="NAME", help="auto, cpu, cuda, cuda:1 …"),
+    option("--workers", default=MachineConfig.workers, metavar="N", help="Loading threads; 0: one for each core."),
+    debug_option,
+)
+
+amp_option = option(
+    "--amp", default=TrainConfig.amp, type=click.Choice(AMP_MODES), help="Half precision: which, if any."
+)
+
+training_options = together(
+    option("--data", required=True, metavar="SRC", help=f"Pictures to learn from: {SOURCE_HELP}."),
+    option("--val", metavar="SRC", help="Pictures to measure on after each epoch.  [default: none]"),
+    option("--out", required=True, metavar="RUN", help="Folder of the run: checkpoints, settings, a line an epoch."),
+    option("--model", default=TrainConfig.model, metavar="NAME", help="Any model of timm's registry, or ours."),
+    option("--img-size", default=TrainConfig.img_size, metavar="N", help="Side of the model's input in pixels."),
+    option("--epochs", default=TrainConfig.epochs, metavar="N", help="Times through the data."),
+    option("--batch-size", default=TrainConfig.batch_size, metavar="N", help="Pictures a step."),
+    option("--seed", default=TrainConfig.seed, metavar="N", help="Same seed, same crops, order and draws."),
+    option("--lr", default=TrainConfig.lr, metavar="X", help="Largest learning rate; AdamW with a cosine to zero."),
+    option("--warmup-epochs", default=TrainConfig.warmup_epochs, metavar="X", help="Epochs of rising learning rate."),
+    option("--weight-decay", default=TrainConfig.weight_decay, metavar="X", help="AdamW's weight decay."),
+    option("--clip-grad", default=TrainConfig.clip_grad, metavar="X", help="Largest norm of the gradient; 0: any."),
+    option("--ema-decay", default=TrainConfig.ema_decay, metavar="X", help="Of the averaged weights; 0: none kept."),
+    option("--smoothing", default=TrainConfig.smoothing, metavar="X", help="Label smoothing."),
+    option("--drop-path", default=TrainConfig.drop_path, metavar="X", help="Stochastic depth."),
+    option("--mixup", default=TrainConfig.mixup, metavar="X", help="Mixup's alpha; 0: off."),
+    option("--cutmix", default=TrainConfig.cutmix, metavar="X", help="Cutmix's alpha; 0: off."),
+    option("--mix-prob", default=TrainConfig.mix_prob, metavar="X", help="Chance that a step mixes at all."),
+    option("--mix-mode", default=TrainConfig.mix_mode, type=click.Choice(MIX_MODES), help="One mix for which unit."),
+    option("--scale-min", default=TrainConfig.scale_min, metavar="X", help="Smallest share of the area in a crop."),
+    option("--flip", default=TrainConfig.flip, metavar="X", help="Chance of a left-to-right flip."),
+    option("--color-jitter", default=TrainConfig.color_jitter, metavar="X", help="Strength; 0: off."),
+    amp_option,
+    option("--compile/--no-compile", default=TrainConfig.compile, help="torch.compile the model."),
+    option("--token-weight", default=TrainConfig.token_weight, metavar="X", help="Of the token loss; 0: none."),
+    option("--resume/--no-resume", default=TrainConfig.resume, help="Go on where the same command stopped."),
+    option("--skip-broken", is_flag=True, default=TrainConfig.skip_broken, help="Leave out unreadable pictures."),
+)
+
+
+def example(*lines: str) -> str:
+    """An epilog that shows how a command is called."""
+    return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
