@@ -1,0 +1,236 @@
+"""RoIAlign on sparse token labels: a label map seen through a student's view.
+
+An output cell is the mean of s×s bilinear samples of the map's probabilities, as in He et al., "Mask R-CNN" (ICCV
+2017), section 3, half-pixel aligned; for axis-aligned crops it equals torchvision's ``roi_align(aligned=True)`` on
+the dense probabilities. It runs on the top k of each cell, so a dense (K, h, w) target is never built.
+
+Gh, Gw: the map's token grid; k: stored classes of a cell; K: classes; h, w: the output's grid; m: kept classes of an
+output cell; s: sampling ratio; u to the right, v down, both in [0, 1].
+"""
+
+import numpy as np
+from numba import njit
+
+from stl_offline.errors import InputError
+from stl_offline.geometry import View
+
+# A view this near to the identity is the identity: views are stored in float32.
+IDENTITY_TOLERANCE = 1e-6
+# A sample point this far outside the map is still on it, for the same reason.
+EDGE_TOLERANCE = 1e-6
+
+
+def roi_align_topk(
+    class_ids: np.ndarray,
+    probabilities: np.ndarray,
+    relative_view: np.ndarray | View,
+    out_grid: tuple[int, int],
+    sampling_ratio: int,
+    m: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One label map's token labels under another view.
+
+    Args:
+        class_ids: (Gh, Gw, k) integers.
+        probabilities: (Gh, Gw, k) float32; a cell's sum is at most 1, the rest is its residual.
+        relative_view: (2, 3), from unit coordinates of the output to unit coordinates of the map
+            (`stl_offline.geometry.relative_view`).
+        out_grid: (h, w) of the output.
+        sampling_ratio: s; each output cell is the mean of s×s samples.
+        m: how many classes to keep for each output cell.
+
+    Returns:
+        ids (h, w, m) int32 and probabilities (h, w, m) float32, by descending probability (ties: the lower class id
+        first), unused entries −1 and 0; covered (h, w) float32, the share of the cell's samples that lie on the map.
+        Samples off the map add no probability, so a cell's sum is at most its ``covered``. Where the relative view
+        is the identity and the grids are equal, the stored cells come back bit for bit, in their stored order.
+
+    Raises:
+        InputError: shapes that do not fit each other, or a grid, ratio or m below one.
+    """
+    class_ids = np.asarray(class_ids)
+    probabilities = np.asarray(probabilities)
+    if class_ids.ndim != 3 or class_ids.shape != probabilities.shape or 0 in class_ids.shape:
+        raise InputError(
+            f"a label map is (Gh, Gw, k) class ids and probabilities, got {class_ids.shape} and {probabilities.shape}"
+        )
+    if class_ids.dtype.kind not in "iu":
+        raise InputError(f"class ids must be integers, got {class_ids.dtype}")
+    height, width = (int(side) for side in out_grid)
+    if min(height, width, sampling_ratio, m) < 1:
+        raise InputError(f"grid, sampling ratio and m must be positive, got {out_grid}, {sampling_ratio} and {m}")
+    matrix = relative_view.matrix if isinstance(relative_view, View) else np.asarray(relative_view)
+    if matrix.shape != (2, 3):
+        raise InputError(f"a relative view is a 2×3 matrix, got the shape {matrix.shape}")
+    if class_ids.min() < 0:
+        raise InputError(f"class ids must not be negative, got {class_ids.min()}")
+    classes = int(class_ids.max()) + 1
+    out_ids = np.empty((height, width, m), dtype=np.int32)
+    out_probabilities = np.empty((height, width, m), dtype=np.float32)
+    out_covered = np.empty((height, width), dtype=np.float32)
+    roi_align_topk_into(
+        np.ascontiguousarray(class_ids),
+        np.ascontiguousarray(probabilities, dtype=np.float32),
+        *(float(number) for number in matrix.ravel()),
+        int(sampling_ratio),
+        np.zeros(classes, dtype=np.float32),
+        np.empty(classes, dtype=np.int32),
+        out_ids,
+        out_probabilities,
+        out_covered,
+    )
+    return out_ids, out_probabilities, out_covered
+
+
+@njit(cache=True, nogil=True)
+def is_identity(r00, r01, r02, r10, r11, r12):
+    """Whether a relative view is the identity to `IDENTITY_TOLERANCE`."""
+    return (
+        abs(r00 - 1.0) <= IDENTITY_TOLERANCE
+        and abs(r01) <= IDENTITY_TOLERANCE
+        and abs(r02) <= IDENTITY_TOLERANCE
+        and abs(r10) <= IDENTITY_TOLERANCE
+        and abs(r11 - 1.0) <= IDENTITY_TOLERANCE
+        and abs(r12) <= IDENTITY_TOLERANCE
+    )
+
+
+@njit(cache=True, nogil=True)
+def is_on_map(x, y):
+    """Whether a point (unit coordinates of the map) lies on it."""
+    low = -EDGE_TOLERANCE
+    high = 1.0 + EDGE_TOLERANCE
+    return low <= x <= high and low <= y <= high
+
+
+@njit(cache=True, nogil=True)
+def neighbours(position, cells):
+    """The two cells around a unit coordinate along one axis, and the second one's bilinear weight; border clamped."""
+    at = min(max(position * cells - 0.5, 0.0), cells - 1.0)
+    low = int(at)
+    return low, min(low + 1, cells - 1), at - low
+
+
+@njit(cache=True, nogil=True)
+def roi_align_topk_into(
+    class_ids,
+    probabilities,
+    r00,
+    r01,
+    r02,
+    r10,
+    r11,
+    r12,
+    s,
+    scratch,
+    touched,
+    out_ids,
+    out_probabilities,
+    out_covered,
+):
+    """`roi_align_topk` without checks or allocation, for compiled pipelines.
+
+    class_ids, probabilities: (Gh, Gw, k); r00 … r12: the relative view's rows as floats; s: sampling ratio; scratch:
+    (K,) float32, zeros on entry and on return; touched: (K,) int32, any content; out_ids: (h, w, m) int32;
+    out_probabilities: (h, w, m) float32; out_covered: (h, w) float32. Every class id must be below K.
+    """
+    map_rows, map_columns, stored = class_ids.shape
+    rows, columns, kept = out_ids.shape
+    if rows == map_rows and columns == map_columns and is_identity(r00, r01, r02, r10, r11, r12):
+        for row in range(rows):
+            for column in range(columns):
+                _copy_cell(
+                    class_ids[row, column],
+                    probabilities[row, column],
+                    out_ids[row, column],
+                    out_probabilities[row, column],
+                )
+                out_covered[row, column] = 1.0
+        return
+    share = 1.0 / (s * s)
+    for row in range(rows):
+        for column in range(columns):
+            count = 0
+            covered = 0
+            for i in range(s):
+                v = (row + (i + 0.5) / s) / rows
+                for j in range(s):
+                    u = (column + (j + 0.5) / s) / columns
+                    x = r00 * u + r01 * v + r02
+                    y = r10 * u + r11 * v + r12
+                    if not is_on_map(x, y):
+                        continue
+                    covered += 1
+                    left, right, to_right = neighbours(x, map_columns)
+                    top, bottom, to_bottom = neighbours(y, map_rows)
+                    for corner in range(4):
+                        low = corner & 2
+                        far = corner & 1
+                        weight = share * (to_bottom if low else 1.0 - to_bottom) * (to_right if far else 1.0 - to_right)
+                        if weight <= 0.0:
+                            continue
+                        at_row = bottom if low else top
+                        at_column = right if far else left
+                        for entry in range(stored):
+                            amount = np.float32(weight * probabilities[at_row, at_column, entry])
+                            # Nothing that would leave the sum at zero may enter it: zero means "not touched yet".
+                            if amount > 0:
+                                class_id = class_ids[at_row, at_column, entry]
+                                if scratch[class_id] == 0:
+                                    touched[count] = class_id
+                                    count += 1
+                                scratch[class_id] += amount
+            _keep_best(scratch, touched, count, out_ids[row, column], out_probabilities[row, column])
+            out_covered[row, column] = covered * share
+
+
+@njit(cache=True, nogil=True)
+def _copy_cell(ids, probabilities, out_ids, out_probabilities):
+    """The first m entries as they are stored; a stable sort, in case that they are not by descending probability."""
+    kept = len(out_ids)
+    filled = 0
+    for entry in range(len(ids)):
+        probability = probabilities[entry]
+        place = filled
+        while place > 0 and out_probabilities[place - 1] < probability:
+            place -= 1
+        filled = _insert(ids[entry], probability, place, filled, kept, out_ids, out_probabilities)
+    for place in range(filled, kept):
+        out_ids[place] = -1
+        out_probabilities[place] = 0.0
+
+
+@njit(cache=True, nogil=True)
+def _keep_best(scratch, touched, count, out_ids, out_probabilities):
+    """The m classes with the highest sums, and zeros back into the scratch row."""
+    kept = len(out_ids)
+    filled = 0
+    for index in range(count):
+        class_id = touched[index]
+        probability = scratch[class_id]
+        scratch[class_id] = 0.0
+        place = filled
+        while place > 0 and (
+            out_probabilities[place - 1] < probability
+            or (out_probabilities[place - 1] == probability and out_ids[place - 1] > class_id)
+        ):
+            place -= 1
+        filled = _insert(class_id, probability, place, filled, kept, out_ids, out_probabilities)
+    for place in range(filled, kept):
+        out_ids[place] = -1
+        out_probabilities[place] = 0.0
+
+
+@njit(cache=True, nogil=True)
+def _insert(class_id, probability, place, filled, kept, out_ids, out_probabilities):
+    """Put an entry at its place in a list of at most ``kept``; gives the new length."""
+    if place >= kept:
+        return filled
+    if filled < kept:
+        filled += 1
+    for later in range(filled - 1, place, -1):
+        out_ids[later] = out_ids[later - 1]
+        out_probabilities[later] = out_probabilities[later - 1]
+    out_ids[place] = class_id
+    out_probabilities[place] = probability
+    return filled
