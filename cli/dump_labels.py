@@ -37,6 +37,8 @@ def dump_labels(**options: object) -> None:
     """
     from stl_offline.dump import dump_labels as dump
 
-    config = DumpConfig(**options)
-    dump(config)
-    click.echo(f"label set: {config.out}")
+    report = dump(DumpConfig(**options))
+    click.echo(
+        f"label set: {report.path} ({report.samples:,} pictures, {report.labelled:,} of them labelled now, "
+        f"{report.bytes:,} bytes, {report.seconds:,.0f} s)"
+    )

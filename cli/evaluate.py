@@ -5,6 +5,7 @@ import json
 import click
 
 from stl_offline.cli.options import SOURCE_HELP, example, machine_options, option
+from stl_offline.cli.output import scores_line
 from stl_offline.config import AMP_MODES, EvaluateConfig
 
 
@@ -25,7 +26,4 @@ def evaluate(as_json: bool, **options: object) -> None:
     if as_json:
         click.echo(json.dumps(result, sort_keys=True))
         return
-    click.echo(f"pictures    {result['samples']:,}")
-    for name, label in (("top1", "top-1"), ("top5", "top-5"), ("token_top1", "token top-1")):
-        value = result[name]
-        click.echo(f"{label:<12}{'–' if value is None else f'{value:.2f} %'}")
+    click.echo(f"{result['samples']:,} pictures: {scores_line(result)}")

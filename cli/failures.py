@@ -16,6 +16,7 @@ import click
 from stl_offline.errors import StlError
 
 FAILED, WRONG_USAGE, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 70, 130, 143
+INTERRUPTION = "interrupted; run the same command again to go on"
 
 # Which extra brings a package, by the name that is imported.
 EXTRA_OF = {
@@ -55,10 +56,20 @@ def run(command: Callable[[], Any], session: Session) -> int:
         # The reader (head, less) has seen enough. What is still buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help(), err=True)
+        return WRONG_USAGE
+    except SystemExit as error:
+        if error.code not in (INTERRUPTED, TERMINATED):
+            raise
+        print(INTERRUPTION, file=sys.stderr)
+        return error.code
     except (Exception, KeyboardInterrupt) as error:
         if session.debug:
             traceback.print_exc()
         line, code = describe(error)
+        if code == MISTAKE and not session.debug:
+            line += "; run with --debug for the traceback"
         print(" ".join(line.split()), file=sys.stderr)
         return code
 
@@ -66,9 +77,9 @@ def run(command: Callable[[], Any], session: Session) -> int:
 def describe(error: BaseException) -> tuple[str, int]:
     """The line and the exit code for an exception."""
     if isinstance(error, Terminated):
-        return "interrupted; run the same command again to go on", TERMINATED
+        return INTERRUPTION, TERMINATED
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return "interrupted; run the same command again to go on", INTERRUPTED
+        return INTERRUPTION, INTERRUPTED
     if isinstance(error, click.UsageError):
         where = error.ctx.command_path if error.ctx else "stl-offline"
         return f"error: {error.format_message().rstrip('.')} (see '{where} --help')", error.exit_code
@@ -86,7 +97,7 @@ def describe(error: BaseException) -> tuple[str, int]:
 
 
 def _unexpected(error: BaseException) -> tuple[str, int]:
-    return f"error: unexpected {type(error).__name__}: {error}; run with --debug for the traceback", MISTAKE
+    return f"error: unexpected {type(error).__name__}: {error}", MISTAKE
 
 
 def _describe_import(error: ImportError) -> tuple[str, int]:

@@ -26,7 +26,8 @@ def pack(source: str, destination: str, max_size: int | None, skip_broken: bool,
     report = pack_pictures(source, destination, max_size=max_size, skip_broken=skip_broken, workers=workers or None)
     click.echo(
         f"packed {report.samples:,} pictures of {report.classes:,} classes into {report.path} "
-        f"({report.bytes:,} bytes): {report.stored_as_is:,} as they were, {report.converted:,} converted, {len(report.skipped):,} skipped"
+        f"({report.bytes:,} bytes): {report.stored_as_is:,} as they were, "
+        f"{report.converted:,} converted, {len(report.skipped):,} skipped"
     )
     for key in report.skipped:
         click.echo(f"skipped {key}")

@@ -3,6 +3,7 @@
 import click
 
 from stl_offline.cli.options import example, machine_options, training_options
+from stl_offline.cli.output import run_line
 from stl_offline.config import LabelerConfig
 
 
@@ -22,5 +23,4 @@ def train_labeler(**options: object) -> None:
     from stl_offline.training.labeler import train_labeler as train
 
     config = LabelerConfig(**options)
-    train(config)
-    click.echo(f"labeler: {config.out}")
+    click.echo(run_line("labeler", config.out, train(config)))

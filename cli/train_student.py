@@ -3,6 +3,7 @@
 import click
 
 from stl_offline.cli.options import example, machine_options, option, training_options
+from stl_offline.cli.output import run_line
 from stl_offline.config import RESIDUALS, TOKEN_TARGETS, VIEW_MODES, StudentConfig
 
 
@@ -62,5 +63,4 @@ def train_student(**options: object) -> None:
     from stl_offline.training.student import train_student as train
 
     config = StudentConfig(**options)
-    train(config)
-    click.echo(f"student: {config.out}")
+    click.echo(run_line("student", config.out, train(config)))

@@ -1,0 +1,1 @@
+"""Pictures of what label sets hold."""
