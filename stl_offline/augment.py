@@ -1,0 +1,52 @@
+"""Colour changes on the device, for a whole batch at once. Nothing here moves a pixel, so token labels stay true.
+
+B: batch. Images are (B, 3, H, W), normalised by mean and std.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Rec. 601 luma, as in torchvision's and PIL's conversion to grey.
+_LUMA = (0.299, 0.587, 0.114)
+
+
+def color_jitter(
+    images: Tensor, strength: float, mean: Sequence[float], std: Sequence[float], generator: torch.Generator
+) -> Tensor:
+    """Brightness, contrast and saturation, each by its own factor from U[max(0, 1−s), 1+s] for each picture.
+
+    The three are linear, so they are one 3×3 matrix and a shift for each picture: the arithmetic of torchvision's
+    ColorJitter(s, s, s) in the order brightness, contrast, saturation, but clamped to the valid range once at the end.
+
+    Args:
+        images: (B, 3, H, W) float, normalised.
+        strength: s; 0 leaves the images as they are.
+        generator: on the CPU; the factors are drawn from it.
+    """
+    if strength <= 0:
+        return images
+    low, high = max(0.0, 1 - strength), 1 + strength
+    factors = torch.rand(3, len(images), generator=generator) * (high - low) + low
+    brightness, contrast, saturation = factors.to(images.device)
+    scale = torch.tensor(std, device=images.device, dtype=torch.float32)
+    shift = torch.tensor(mean, device=images.device, dtype=torch.float32)
+    luma = torch.tensor(_LUMA, device=images.device, dtype=torch.float32)
+    # p = scale·x + shift are the pixels in [0, 1]. Brightness and contrast: p → b·c·p + (1−c)·grey mean of b·p.
+    means = images.float().mean(dim=(2, 3)) * scale + shift
+    grey_mean = brightness * (means @ luma)
+    gain = brightness * contrast
+    offset = (1 - contrast) * grey_mean
+    # Saturation mixes each pixel with its own grey: p → S p with S = s·I + (1−s)·1·lumaᵀ; a grey shift stays.
+    mix = saturation[:, None, None] * torch.eye(3, device=images.device)
+    mix = (mix + (1 - saturation)[:, None, None] * luma.expand(3, 3)) * gain[:, None, None]
+    weight = mix * scale[None, None, :] / scale[None, :, None]
+    bias = ((mix @ shift) + offset[:, None] - shift) / scale
+    # Channels-last images are rows of three numbers already: one batched product, no copies.
+    pixels = images.permute(0, 2, 3, 1).reshape(len(images), -1, 3)
+    changed = torch.baddbmm(bias[:, None, :].to(images.dtype), pixels, weight.transpose(1, 2).to(images.dtype))
+    lower = ((0 - shift) / scale).to(images.dtype)
+    upper = ((1 - shift) / scale).to(images.dtype)
+    changed = torch.clamp(changed, lower, upper)
+    return changed.view(len(images), images.shape[2], images.shape[3], 3).permute(0, 3, 1, 2)

@@ -1,0 +1,199 @@
+"""The settings of each command, validated where they are built.
+
+A field's meaning, unit and default stand here once; the command line shows the same defaults.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from stl_offline.errors import InputError
+
+TOKEN_TARGETS = ("gumbel", "soft", "argmax")
+RESIDUALS = ("ignore", "uniform")
+VIEW_MODES = ("auto", "random", "replay")
+MIX_MODES = ("batch", "pair", "elem")
+AMP_MODES = ("auto", "none", "bf16", "fp16")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name} is one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """Where a command runs. None of it changes what comes out, beyond rounding."""
+
+    device: str = "auto"  # "auto" takes a GPU where there is one
+    workers: int = 0  # loading threads; 0: one for each core
+    debug: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(MachineConfig):
+    """What both training stages share. The defaults suit a small model on 64-pixel pictures."""
+
+    data: str
+    out: str
+    val: str | None = None
+    model: str = "fan_micro_4_p8"
+    img_size: int = 64
+    epochs: int = 24
+    batch_size: int = 100
+    seed: int = 0
+    lr: float = 2e-3
+    warmup_epochs: float = 2.0
+    weight_decay: float = 0.05
+    clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
+    ema_decay: float = 0.99992  # reached by a warm-up; 0: no averaged weights
+    smoothing: float = 0.1
+    drop_path: float = 0.0
+    mixup: float = 0.0  # alpha of the Beta distribution; 0: off
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    mix_mode: str = "batch"
+    scale_min: float = 0.25  # smallest share of a picture's area that a random crop takes
+    flip: float = 0.5
+    color_jitter: float = 0.4
+    amp: str = "auto"
+    compile: bool = False
+    token_weight: float = 1.0  # weight of the token loss beside the class loss
+    resume: bool = True  # go on where the same command stopped; else start anew
+    skip_broken: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.img_size > 0, f"img-size must be positive, got {self.img_size}")
+        _require(self.epochs > 0, f"epochs must be at least 1, got {self.epochs}")
+        _require(self.batch_size > 0, f"batch-size must be at least 1, got {self.batch_size}")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(self.lr > 0 and math.isfinite(self.lr), f"lr must be positive, got {self.lr}")
+        _require(self.warmup_epochs >= 0, f"warmup-epochs must not be negative, got {self.warmup_epochs}")
+        _require(self.weight_decay >= 0, f"weight-decay must not be negative, got {self.weight_decay}")
+        _require(self.clip_grad >= 0, f"clip-grad must not be negative, got {self.clip_grad}")
+        _require(0 <= self.ema_decay < 1, f"ema-decay lies in [0, 1), got {self.ema_decay}")
+        _require(0 <= self.smoothing < 1, f"smoothing lies in [0, 1), got {self.smoothing}")
+        _require(0 <= self.drop_path < 1, f"drop-path lies in [0, 1), got {self.drop_path}")
+        _require(self.mixup >= 0 and self.cutmix >= 0, "mixup and cutmix must not be negative")
+        _require(0 <= self.mix_prob <= 1, f"mix-prob lies in [0, 1], got {self.mix_prob}")
+        _choose("mix-mode", self.mix_mode, MIX_MODES)
+        _require(0 < self.scale_min <= 1, f"scale-min lies in (0, 1], got {self.scale_min}")
+        _require(0 <= self.flip <= 1, f"flip lies in [0, 1], got {self.flip}")
+        _require(self.color_jitter >= 0, f"color-jitter must not be negative, got {self.color_jitter}")
+        _choose("amp", self.amp, AMP_MODES)
+        _require(self.token_weight >= 0, f"token-weight must not be negative, got {self.token_weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelerConfig(TrainConfig):
+    """Stage 1: ``stl-offline train-labeler``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(TrainConfig):
+    """Stage 2: ``stl-offline train-student``."""
+
+    labels: str = "none"  # a label set, "none" or "online"
+    labeler: str | None = None  # the labeler's run or checkpoint, for labels = "online"
+    labeler_checkpoint: str | None = None  # weights for a labeler named timm:NAME
+    token_target: str = "gumbel"
+    residual: str = "ignore"
+    views: str = "auto"  # replay the label set's crops where it has them, else draw new ones
+    columns: int = 8  # classes kept for each token of a soft target
+    sampling_ratio: int = 2
+    min_confidence: float = 0.0
+    missing: str = "error"
+    allow_changed: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choose("token-target", self.token_target, TOKEN_TARGETS)
+        _choose("residual", self.residual, RESIDUALS)
+        _choose("views", self.views, VIEW_MODES)
+        _choose("missing", self.missing, ("error", "skip"))
+        _require(self.columns > 0, f"columns must be at least 1, got {self.columns}")
+        _require(self.sampling_ratio > 0, f"sampling-ratio must be at least 1, got {self.sampling_ratio}")
+        _require(0 <= self.min_confidence < 1, f"min-confidence lies in [0, 1), got {self.min_confidence}")
+        if self.labels == "online":
+            _require(self.labeler is not None, "labels online need --labeler RUN|CKPT|timm:NAME")
+            _require(self.views != "replay", "labels online have no stored views to replay; leave --views out")
+        else:
+            _require(self.labeler is None, "--labeler goes with --labels online; a label set names its own labeler")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpConfig(MachineConfig):
+    """``stl-offline dump-labels``."""
+
+    data: str
+    labeler: str  # a run, a checkpoint, or timm:NAME
+    out: str
+    labeler_checkpoint: str | None = None  # weights for a labeler named timm:NAME
+    labeler_by_order: bool = False  # its weights have other names, but the same tensors in the same order
+    labeler_mean: tuple[float, ...] | None = None  # normalisation, where timm notes another one than its weights had
+    labeler_std: tuple[float, ...] | None = None
+    shards: int = 8
+    top_k: int = 5
+    views: int = 0  # random crops for each picture; 0: one map of the whole picture
+    img_size: int = 0  # the labeler's input side in pixels; 0: what it was trained with
+    batch_size: int = 64
+    seed: int = 0
+    scale_min: float = 0.25
+    flip: float = 0.5
+    format: str = "zarr"
+    encoding: str = "f16"
+    amp: str = "none"
+    licence: str = "unstated"  # of the labeler's weights, for those who get the labels
+    skip_broken: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("labeler_mean", "labeler_std"):
+            values = getattr(self, name)
+            _require(values is None or len(values) == 3, f"{name} takes three numbers, got {values}")
+        _require(self.shards > 0, f"shards must be at least 1, got {self.shards}")
+        _require(self.top_k > 0, f"top-k must be at least 1, got {self.top_k}")
+        _require(self.views >= 0, f"views must not be negative, got {self.views}")
+        _require(self.img_size >= 0, f"img-size must not be negative, got {self.img_size}")
+        _require(self.batch_size > 0, f"batch-size must be at least 1, got {self.batch_size}")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(0 < self.scale_min <= 1, f"scale-min lies in (0, 1], got {self.scale_min}")
+        _require(0 <= self.flip <= 1, f"flip lies in [0, 1], got {self.flip}")
+        _choose("amp", self.amp, AMP_MODES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(MachineConfig):
+    """``stl-offline evaluate``."""
+
+    data: str
+    checkpoint: str  # a run or a .safetensors file written by one
+    batch_size: int = 128
+    img_size: int = 0  # 0: what the model was trained with
+    crop_pct: float = 1.0
+    amp: str = "none"
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size > 0, f"batch-size must be at least 1, got {self.batch_size}")
+        _require(0 < self.crop_pct <= 1, f"crop-pct lies in (0, 1], got {self.crop_pct}")
+        _require(self.img_size >= 0, f"img-size must not be negative, got {self.img_size}")
+        _choose("amp", self.amp, AMP_MODES)
+
+
+# What may differ between a command and the one that it continues.
+_FREE_ON_RESUME = {"device", "workers", "debug", "out", "resume"}
+
+
+def settings(config: MachineConfig) -> dict[str, Any]:
+    """The settings that shape the result: all but the machine's and where it is written."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_ON_RESUME}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two dicts of settings, as ``name: old → new`` lines."""
+    names = sorted(old.keys() | new.keys())
+    return [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]

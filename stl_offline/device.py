@@ -1,0 +1,54 @@
+"""Where tensors live and in which precision the network runs."""
+
+import contextlib
+import os
+
+import torch
+
+from stl_offline.errors import InputError
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" takes the first GPU where there is one; else any name torch knows ("cpu", "cuda:1", "mps").
+
+    Under torchrun each process takes the GPU of its local rank.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the device {name!r} cannot be used here ({reason}); try --device auto or cpu") from error
+    return device
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type, or None for float32. "auto" takes bf16 where the hardware multiplies it faster."""
+    if name == "auto":
+        return torch.bfloat16 if _bf16_is_fast(device) else None
+    if name == "fp16" and device.type == "cpu":
+        raise InputError("fp16 needs a GPU (its gradients need scaling); use --amp bf16 or none on a CPU")
+    return AMP_TYPES.get(name)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """torch's autocast on ``device``, or nothing."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def _bf16_is_fast(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":
+        # Without these instructions the CPU emulates bf16, which is slower than float32.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_bf16_tile", "sve_bf16"))
+    return False

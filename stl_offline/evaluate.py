@@ -1,0 +1,37 @@
+"""``stl-offline evaluate``: how well a trained model does on other pictures."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from stl_offline.artifact import load_model
+from stl_offline.config import EvaluateConfig
+from stl_offline.device import pick_amp, pick_device
+from stl_offline.images.pack import ensure_beton
+from stl_offline.loader import TokenLoader
+from stl_offline.scoring import evaluate_model, match_classes
+from stl_offline.views import center_views
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """``stl-offline evaluate``: score a trained model on a folder, tars or a .beton."""
+    device = pick_device(config.device)
+    model, description = load_model(config.checkpoint)
+    beton = ensure_beton(config.data)
+    class_map = match_classes(beton, description.class_names, config.checkpoint)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    side = config.img_size or description.img_size
+    loader = TokenLoader(
+        beton,
+        (side, side),
+        config.batch_size,
+        workers=config.workers,
+        seed=0,
+        device=device,
+        mean=model.pretrained_cfg["mean"],
+        std=model.pretrained_cfg["std"],
+        shuffle=False,
+    )
+    views = center_views(beton.heights, beton.widths, config.crop_pct)
+    return asdict(evaluate_model(model, loader, views, class_map, pick_amp(config.amp, device)))

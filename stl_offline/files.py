@@ -1,0 +1,88 @@
+"""Files that appear whole or not at all, and names made from content."""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stl_offline.errors import TargetError
+
+COPY_BYTES = 1 << 20
+
+
+def cache_dir() -> Path:
+    """Where derived files (packed pictures, token caches) are kept: ``$STL_OFFLINE_CACHE``, else the user's cache."""
+    chosen = os.environ.get("STL_OFFLINE_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stl-offline"
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys, two-space indent and a final newline: equal values give equal bytes."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def sha256_bytes(data: bytes) -> str:
+    """SHA-256 of ``data`` in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes in hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder and its parents; raises `TargetError` in one line where that is not possible."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TargetError(f"cannot make the folder {path}: {error.strerror or error}; choose another target") from error
+    return path
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; on success it is synced and renamed into place, else removed.
+
+    The temporary name starts with a dot and ends in ``.tmp``, so readers that list a folder pass it over. Raises
+    `TargetError` where the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if isinstance(error, TargetError) or getattr(error, "filename", None) not in (None, str(temporary), str(path)):
+            raise
+        raise TargetError(f"cannot write {path}: {error.strerror or error}; nothing was changed there") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees either the old file or the whole new one."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        stream.write(data)
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename is only safe against a power cut once the folder itself is on disk.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,121 @@
+"""A run's folder: it describes itself, and the same command goes on where it stopped.
+
+- ``config.json``: all settings, versions, what the data were.
+- ``log.jsonl``: one JSON line for each epoch.
+- ``weights.safetensors``: the averaged weights (the plain ones where averaging is off) after the last whole epoch.
+- ``state.pt``: all that is needed to go on; removed when the run is complete.
+- ``summary.json``: the result, written last.
+"""
+
+import importlib.metadata
+import json
+import pickle
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stl_offline.config import differences
+from stl_offline.errors import FormatError, InputError
+from stl_offline.files import atomic_path, atomic_write, canonical_json, make_folder
+
+_PACKAGES = ("stl-offline", "torch", "torchvision", "timm", "ffcv", "numpy", "numba")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape a run."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+class RunFolder:
+    """The files of one training run.
+
+    Args:
+        path: the folder; made if missing.
+        stage: "labeler" or "student".
+        settings: what shapes the result; a folder of other settings is refused.
+        data: fingerprints of pictures and labels; refused likewise.
+
+    Raises:
+        InputError: the folder holds something else, or a run with other settings.
+    """
+
+    def __init__(self, path: str | Path, stage: str, settings: dict[str, Any], data: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self._config = {"stage": stage, "settings": settings, "data": data, "versions": versions()}
+
+    def open(self, *, resume: bool, write: bool) -> dict[str, Any] | None:
+        """Check or make the folder; give back the stored state to go on from, or None for a new start."""
+        config_path = self.path / "config.json"
+        if config_path.is_file() and resume:
+            self._check_same(config_path)
+            return self._load_state()
+        if not write:
+            return None
+        if self.path.is_dir() and any(self.path.iterdir()) and not config_path.is_file():
+            raise InputError(f"{self.path} is not empty and holds no run; choose another --out")
+        make_folder(self.path)
+        for name in ("summary.json", "state.pt", "log.jsonl", "weights.safetensors"):
+            (self.path / name).unlink(missing_ok=True)
+        atomic_write(config_path, canonical_json(self._config))
+        return None
+
+    def summary(self) -> dict[str, Any] | None:
+        """The result of a complete run of these settings, or None."""
+        path = self.path / "summary.json"
+        if not path.is_file() or not (self.path / "config.json").is_file():
+            return None
+        self._check_same(self.path / "config.json")
+        return json.loads(path.read_bytes())
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Write all that is needed to go on, whole or not at all."""
+        with atomic_path(self.path / "state.pt") as temporary:
+            torch.save(state, temporary)
+
+    def write_log(self, history: list[dict[str, Any]]) -> None:
+        """One JSON line for each epoch so far. The file is rewritten whole, so a resumed run repeats no line."""
+        lines = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
+        atomic_write(self.path / "log.jsonl", lines.encode())
+
+    def write_evidence(self, name: str, content: dict[str, Any]) -> Path:
+        """Keep what led to a failed run, as JSON; gives back its path."""
+        atomic_write(self.path / name, canonical_json(content))
+        return self.path / name
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the run complete."""
+        atomic_write(self.path / "summary.json", canonical_json(summary))
+        (self.path / "state.pt").unlink(missing_ok=True)
+
+    def _check_same(self, config_path: Path) -> None:
+        try:
+            stored = json.loads(config_path.read_bytes())
+        except json.JSONDecodeError as error:
+            raise FormatError(f"{config_path} is damaged ({error}); choose another --out or --no-resume") from error
+        changed = []
+        for part in ("settings", "data"):
+            changed += differences(stored.get(part, {}), json.loads(canonical_json(self._config[part])))
+        if stored.get("stage") != self._config["stage"]:
+            changed.insert(0, f"stage: {stored.get('stage')!r} → {self._config['stage']!r}")
+        if changed:
+            raise InputError(
+                f"{self.path} holds a run with other settings ({'; '.join(changed[:4])}); "
+                "choose another --out, or --no-resume to start anew there"
+            )
+
+    def _load_state(self) -> dict[str, Any] | None:
+        path = self.path / "state.pt"
+        if not path.is_file():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise FormatError(f"{path} is damaged ({error}); start anew with --no-resume") from error

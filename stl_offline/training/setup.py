@@ -1,0 +1,155 @@
+"""What both stages need before the first step: pictures, model, loaders, checks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+
+from stl_offline.artifact import ModelDescription
+from stl_offline.augment import color_jitter
+from stl_offline.config import TrainConfig, settings
+from stl_offline.device import pick_amp, pick_device
+from stl_offline.distributed import World, join_world
+from stl_offline.errors import InputError
+from stl_offline.images.beton import Beton
+from stl_offline.images.pack import ensure_beton
+from stl_offline.loader import TokenLoader
+from stl_offline.mixing import MixSettings
+from stl_offline.models import Fan
+from stl_offline.scoring import match_classes
+from stl_offline.training.engine import StepRandom, Validation
+from stl_offline.training.run_folder import RunFolder
+from stl_offline.views import CropSettings, center_views, draw_views
+
+# Paths may change between a command and its repetition; what they hold may not, and is compared by fingerprint.
+_PATHS = ("data", "val", "labels", "labeler", "labeler_checkpoint")
+
+
+@dataclass
+class Stage:
+    """The things that a stage works with."""
+
+    config: TrainConfig
+    device: torch.device
+    amp: torch.dtype | None
+    world: World
+    train: Beton
+    val: Beton | None
+    model: nn.Module
+    description: ModelDescription
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        return self.model.pretrained_cfg["mean"]
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        return self.model.pretrained_cfg["std"]
+
+    @property
+    def mix(self) -> MixSettings:
+        config = self.config
+        return MixSettings(config.mixup, config.cutmix, config.mix_prob, mode=config.mix_mode)
+
+    def jitter(self, images: torch.Tensor, random: StepRandom) -> torch.Tensor:
+        return color_jitter(images, self.config.color_jitter, self.mean, self.std, random.torch)
+
+    def random_views(self, epoch: int) -> np.ndarray:
+        """Fresh random crops of every picture: (n, 6)."""
+        crops = CropSettings(scale=(self.config.scale_min, 1.0), flip=self.config.flip)
+        samples = np.arange(len(self.train))
+        return draw_views(self.config.seed, epoch, samples, self.train.heights, self.train.widths, crops)
+
+    def train_loader(self, **tokens: Any) -> TokenLoader:
+        side = self.config.img_size
+        return TokenLoader(
+            self.train,
+            (side, side),
+            self.config.batch_size,
+            workers=self.config.workers,
+            seed=self.config.seed,
+            device=self.device,
+            mean=self.mean,
+            std=self.std,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            **tokens,
+        )
+
+    def validation(self) -> Validation | None:
+        """Scores on the validation pictures, or None where there are none."""
+        if self.val is None:
+            return None
+        side = self.config.img_size
+        loader = TokenLoader(
+            self.val,
+            (side, side),
+            max(self.config.batch_size, 128),
+            workers=self.config.workers,
+            seed=0,
+            device=self.device,
+            mean=self.mean,
+            std=self.std,
+            shuffle=False,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        views = center_views(self.val.heights, self.val.widths)
+        class_map = match_classes(self.val, self.train.class_names, "the training pictures")
+        return Validation(loader, views, class_map, self.amp, self.world)
+
+    def run_folder(self, **labels: Any) -> RunFolder:
+        """The run's folder. ``labels`` says by content what the labels are."""
+        shaped = {name: value for name, value in settings(self.config).items() if name not in _PATHS}
+        data = {
+            "train": {"fingerprint": self.train.fingerprint, "samples": len(self.train)},
+            "val": None if self.val is None else {"fingerprint": self.val.fingerprint, "samples": len(self.val)},
+            "class_names": list(self.train.class_names),
+            "processes": self.world.size,
+            "labels": labels or None,
+        }
+        return RunFolder(self.config.out, self.description.stage, shaped, data)
+
+
+def prepare(config: TrainConfig, stage: str) -> Stage:
+    """Open the pictures, build the model, pick the device.
+
+    Raises:
+        InputError: a model that is no FAN, or an input size that its stem does not divide.
+    """
+    device = pick_device(config.device)
+    world = join_world(device)
+    train = ensure_beton(config.data)
+    val = ensure_beton(config.val) if config.val else None
+    description = ModelDescription(token_model_name(config.model), train.class_names, config.img_size, stage)
+    # The weights' first values come from the seed, whatever ran before.
+    torch.manual_seed(config.seed)
+    model = timm.create_model(
+        description.model,
+        num_classes=len(train.class_names),
+        img_size=config.img_size,
+        drop_path_rate=config.drop_path,
+    )
+    return Stage(config, device, pick_amp(config.amp, device), world, train, val, model, description)
+
+
+def token_model_name(name: str) -> str:
+    """The variant with a token head: ``fan_micro_4_p8`` → ``fan_micro_4_p8_token``.
+
+    Raises:
+        InputError: no such FAN.
+    """
+    name = name if name.endswith("_token") else f"{name}_token"
+    known = timm.list_models("fan_*_token")
+    if name not in known:
+        plain = ", ".join(each.removesuffix("_token") for each in known)
+        raise InputError(f"there is no model {name.removesuffix('_token')!r}; there are {plain}")
+    return name
+
+
+def model_grid(model: Fan, side: int) -> tuple[int, int]:
+    """The token grid (h, w) of a model for square inputs."""
+    return model.grid_size(side, side)

@@ -1,0 +1,103 @@
+"""Losses against torch's and timm's own, and against finite differences."""
+
+import pytest
+import timm.loss
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stl_offline import losses
+from stl_offline.losses import soft_cross_entropy, token_cross_entropy
+
+
+def dense_targets(ids, weights, classes):
+    dense = torch.zeros(*ids.shape[:2], classes, dtype=torch.float64)
+    for column in range(ids.shape[2]):
+        listed = ids[..., column] >= 0
+        weight = weights[..., column].double()
+        dense.scatter_add_(2, ids[..., column : column + 1].clamp(min=0), (weight * listed)[..., None])
+        dense += ((weight * ~listed) / classes)[..., None]
+    return dense
+
+
+def dense_loss(logits, ids, weights, smoothing):
+    """The definition, written with a dense target: torch's cross-entropy of every token, summed over its mass."""
+    classes = logits.shape[-1]
+    dense = dense_targets(ids, weights, classes)
+    mass = dense.sum(dim=-1, keepdim=True)
+    dense = dense * (1 - smoothing) + mass * smoothing / classes
+    log_probabilities = F.log_softmax(logits.double(), dim=-1)
+    return -(dense * log_probabilities).sum() / mass.sum()
+
+
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 5),
+    classes=st.integers(2, 7),
+    columns=st.integers(1, 4),
+    smoothing=st.sampled_from([0.0, 0.1, 0.5]),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=50)
+def test_sparse_loss_and_gradient_equal_the_dense_definition(batch, tokens, classes, columns, smoothing, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, tokens, classes, generator=generator, requires_grad=True)
+    ids = torch.randint(-1, classes, (batch, tokens, columns), generator=generator)
+    weights = torch.rand(batch, tokens, columns, generator=generator) / columns
+    sparse = token_cross_entropy(logits, ids, weights, smoothing)
+    (gradient,) = torch.autograd.grad(sparse, logits)
+    expected = dense_loss(logits, ids, weights, smoothing)
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(sparse.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), expected_gradient.double(), rtol=1e-4, atol=1e-6)
+
+
+def test_one_hot_tokens_equal_torchs_cross_entropy():
+    logits = torch.randn(3, 4, 11)
+    ids = torch.randint(0, 11, (3, 4, 1))
+    ours = token_cross_entropy(logits, ids, torch.ones(3, 4, 1), smoothing=0.1)
+    theirs = F.cross_entropy(logits.reshape(-1, 11), ids.reshape(-1), label_smoothing=0.1)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_unlabelled_tokens_count_for_nothing():
+    logits = torch.randn(2, 3, 5)
+    ids = torch.tensor([[[1], [-1], [2]], [[-1], [-1], [4]]])
+    weights = (ids >= 0).float()
+    kept = token_cross_entropy(logits, ids, weights)
+    rows = weights[..., 0] > 0
+    torch.testing.assert_close(kept, F.cross_entropy(logits[rows], ids[rows][:, 0]))
+    nothing = token_cross_entropy(logits.requires_grad_(), ids, torch.zeros_like(weights))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_chunks_change_nothing(monkeypatch):
+    logits = torch.randn(2, 9, 13, requires_grad=True)
+    ids, weights = torch.randint(-1, 13, (2, 9, 3)), torch.rand(2, 9, 3)
+    whole = token_cross_entropy(logits, ids, weights, 0.1)
+    (whole_gradient,) = torch.autograd.grad(whole, logits)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 30)
+    parts = token_cross_entropy(logits, ids, weights, 0.1)
+    (parts_gradient,) = torch.autograd.grad(parts, logits)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(parts_gradient, whole_gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_logits_are_worked_on_in_float32(dtype):
+    logits = torch.randn(2, 4, 50).to(dtype).requires_grad_()
+    ids, weights = torch.randint(0, 50, (2, 4, 2)), torch.full((2, 4, 2), 0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = token_cross_entropy(logits, ids, weights)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert logits.grad.dtype == dtype
+    torch.testing.assert_close(loss, token_cross_entropy(logits.detach().float(), ids, weights))
+
+
+def test_class_loss_equals_timms():
+    logits, targets = torch.randn(5, 7), torch.rand(5, 7).softmax(dim=1)
+    torch.testing.assert_close(soft_cross_entropy(logits, targets), timm.loss.SoftTargetCrossEntropy()(logits, targets))
