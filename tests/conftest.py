@@ -1,0 +1,22 @@
+"""What every test shares: a cache of its own, so that no test sees or leaves anything in the user's."""
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The top of the source tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Packed pictures and token caches go to a folder that ends with the session; child processes inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STL_OFFLINE_CACHE", str(tmp_path_factory.mktemp("stl-offline-cache")))
+        patch.setenv("STL_OFFLINE_QUIET", "1")
+        yield

@@ -1,0 +1,163 @@
+"""The layers: imports go down, never up or in circles, and what label sets need stays free of torch and FFCV."""
+
+import configparser
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.source_tree import REPOSITORY, Module, modules, own_imports
+
+# From the bottom up. A module may import from rows below its own, and from its own package.
+LAYERS = (
+    ("errors",),
+    ("config", "files", "progress"),
+    ("geometry", "random"),
+    ("views",),
+    ("labels", "images"),
+    ("augment", "device", "distributed", "losses", "mixing", "models", "targets"),
+    ("artifact", "loader"),
+    ("labelers", "scoring"),
+    ("dump", "training"),
+    ("evaluate", "reports"),
+    ("demo",),
+    ("cli",),
+)
+LAYER_OF = {name: number for number, row in enumerate(LAYERS) for name in row}
+
+# What a team with a training loop of its own uses: it must load where only the core is installed.
+LIGHT = ("errors", "config", "files", "progress", "geometry", "random", "views", "labels", "cli")
+HEAVY = ("torch", "torchvision", "ffcv", "timm", "cv2", "PIL", "safetensors", "matplotlib", "jinja2")
+
+# The name that is imported → the distribution that setup.cfg asks for, where they differ.
+DISTRIBUTION_OF = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "ffcv", "llvmlite": "numba"}
+
+# The only function outside cli/ that imports: the package's own front, so that `import stl_offline` stays quick.
+LAZY = {"stl_offline"}
+
+
+def part_of(name: str) -> str:
+    """The entry of the table that a module belongs to: stl_offline.labels.spec → labels."""
+    return (name.split(".") + [""])[1]
+
+
+def inner_modules() -> list[Module]:
+    return [module for name, module in modules().items() if name != "stl_offline"]
+
+
+def test_every_part_has_a_layer():
+    unplaced = sorted({part_of(module.name) for module in inner_modules()} - LAYER_OF.keys())
+    assert not unplaced, f"not in this test's table of layers: {unplaced}"
+
+
+def test_imports_go_down():
+    wrong = []
+    for module in inner_modules():
+        part = part_of(module.name)
+        for target in own_imports(module):
+            other = part_of(target)
+            if other != part and (other not in LAYER_OF or LAYER_OF[other] >= LAYER_OF.get(part, 0)):
+                wrong.append(f"{module.place} imports {target}")
+    assert not wrong, wrong
+
+
+def test_the_package_front_imports_label_sets_only():
+    assert {part_of(target) for target in own_imports(modules()["stl_offline"])} <= {"labels"}
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {module.name: own_imports(module) - {module.name} for module in inner_modules()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"a circle of imports: {' → '.join([*way[way.index(name) :], name])}"
+        if name not in done:
+            for target in sorted(graph.get(name, ())):
+                visit(target, (*way, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+    assert done >= graph.keys()
+
+
+def test_functions_import_only_in_the_command_line():
+    wrong = [
+        f"{module.place}:{item.line} imports {item.target}"
+        for name, module in modules().items()
+        for item in module.imports
+        if item.in_function and part_of(name) != "cli" and name not in LAZY
+    ]
+    assert not wrong, wrong
+
+
+def test_the_command_line_starts_light():
+    allowed = {"stl_offline.cli", "stl_offline.config", "stl_offline.errors"}
+    wrong = []
+    for module in modules().values():
+        if part_of(module.name) != "cli":
+            continue
+        for item in module.imports:
+            root = item.target.split(".")[0]
+            fine = root in sys.stdlib_module_names or root == "click"
+            fine |= any(item.target.startswith(prefix) for prefix in allowed)
+            if not (item.in_function or fine):
+                wrong.append(f"{module.place}:{item.line} imports {item.target} before a command is called")
+    assert not wrong, wrong
+
+
+def declared(*extras: str) -> set[str]:
+    """The distributions that setup.cfg names for the core and for the extras."""
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    blocks = [setup["options"]["install_requires"], *(setup["options.extras_require"][extra] for extra in extras)]
+    return {re.match(r"[\w.-]+", line)[0].lower() for block in blocks for line in block.split("\n") if line.strip()}
+
+
+@pytest.mark.parametrize(
+    ("parts", "extras"),
+    [
+        (set(LIGHT) - {"cli"}, ()),
+        (set(LAYER_OF) - set(LIGHT) - {"reports", "demo"}, ("train",)),
+        ({"reports", "demo", "cli"}, ("train", "report")),
+    ],
+    ids=["core", "train", "report"],
+)
+def test_what_is_imported_is_declared(parts, extras):
+    wrong = []
+    for module in inner_modules():
+        if part_of(module.name) not in parts:
+            continue
+        for item in module.imports:
+            root = item.target.split(".")[0]
+            if root in sys.stdlib_module_names or root == "stl_offline":
+                continue
+            if DISTRIBUTION_OF.get(root, root) not in declared(*extras):
+                wrong.append(f"{module.place}:{item.line} imports {root}")
+    assert not wrong, f"not in setup.cfg's requirements: {wrong}"
+
+
+BLOCKER = """
+import importlib, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HEAVY:
+            raise ModuleNotFoundError(f"{name} is not part of the core", name=name)
+
+HEAVY = set(sys.argv[1].split(","))
+sys.meta_path.insert(0, Blocker())
+for name in sys.argv[2].split(","):
+    importlib.import_module(name)
+print(len(sys.modules))
+"""
+
+
+def test_label_sets_load_without_torch_and_ffcv():
+    light = [name for name in modules() if name == "stl_offline" or part_of(name) in LIGHT]
+    assert "stl_offline.labels.spec" in light
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKER, ",".join(HEAVY), ",".join(light)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
