@@ -135,7 +135,7 @@ def roi_align_topk_into(
     out_probabilities: (h, w, m) float32; out_covered: (h, w) float32. Every class id must be below K.
     """
     map_rows, map_columns, stored = class_ids.shape
-    rows, columns, kept = out_ids.shape
+    rows, columns, _ = out_ids.shape
     if rows == map_rows and columns == map_columns and is_identity(r00, r01, r02, r10, r11, r12):
         for row in range(rows):
             for column in range(columns):

@@ -1,0 +1,154 @@
+"""The content of one label shard, whatever its container and encoding.
+
+n: samples; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell; K: all classes.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numba import njit
+
+from stl_offline.errors import FormatError
+from stl_offline.labels.spec import LabelSpec
+
+_FAULTS = (
+    "",
+    "a class id is not below the class count",
+    "a cell names a class twice",
+    "a logit is not finite",
+    "the logits of a cell do not fall",
+    "a confidence is not within (0, 1]",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardArrays:
+    """Labels of n samples, in sample order.
+
+    keys: n strings; content_hash: (n,) uint64, xxh3 of the picture's bytes; class_id: (n,) uint32, the picture's
+    class; views: (n, V, 6) float32, the rows of each 2×3 view; class_ids: (n, V, Gh, Gw, k) uint16 or uint32, best
+    first; logits: (n, V, Gh, Gw, k) and confidence: (n, V, Gh, Gw), float16 as stored, or float32 before encoding.
+
+    Raises:
+        FormatError: shapes, dtypes or values that no label shard can have.
+    """
+
+    keys: list[str]
+    content_hash: np.ndarray
+    class_id: np.ndarray
+    views: np.ndarray
+    class_ids: np.ndarray
+    logits: np.ndarray
+    confidence: np.ndarray
+
+    def __post_init__(self) -> None:
+        n = len(self.keys)
+        object.__setattr__(self, "keys", [str(key) for key in self.keys])
+        if self.class_ids.ndim != 5:
+            raise FormatError(f"class_ids must be (n, V, Gh, Gw, k), got the shape {self.class_ids.shape}")
+        map_shape = self.class_ids.shape[1:]
+        for name, shape, dtypes in (
+            ("content_hash", (n,), ("<u8",)),
+            ("class_id", (n,), ("<u4", "<i8")),
+            ("views", (n, map_shape[0], 6), ("<f4",)),
+            ("class_ids", (n, *map_shape), ("<u2", "<u4")),
+            ("logits", (n, *map_shape), ("<f2", "<f4")),
+            ("confidence", (n, *map_shape[:-1]), ("<f2", "<f4")),
+        ):
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype not in [np.dtype(dtype) for dtype in dtypes]:
+                raise FormatError(f"{name} must be {shape} {'|'.join(dtypes)}, got {array.shape} {array.dtype.str}")
+        if self.class_id.dtype != np.uint32:
+            if n and not (self.class_id.min() >= 0 and self.class_id.max() < 2**32):
+                raise FormatError("class_id must lie within uint32")
+            object.__setattr__(self, "class_id", self.class_id.astype(np.uint32))
+        _check_keys(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def check(self, spec: LabelSpec) -> "ShardArrays":
+        """Compare with the label set's spec and look at every value; gives itself back.
+
+        Raises:
+            FormatError: another grid, k or number of views; a class id out of range or twice in a cell; logits that
+                are not finite or do not fall; a confidence outside (0, 1]; a view that is not finite or has no inverse.
+        """
+        if self.class_ids.shape[1:] != spec.map_shape:
+            raise FormatError(
+                f"maps are (V, Gh, Gw, k) = {self.class_ids.shape[1:]}, the label set has {spec.map_shape}"
+            )
+        if self.class_ids.dtype != spec.id_dtype:
+            raise FormatError(f"class ids are {self.class_ids.dtype}, the label set has {spec.id_dtype}")
+        if len(self) and self.class_id.max() >= spec.num_classes:
+            raise FormatError(f"class_id {self.class_id.max()} is not below the {spec.num_classes} classes")
+        determinant = self.views[..., 0] * self.views[..., 4] - self.views[..., 1] * self.views[..., 3]
+        bad_views = ~(np.isfinite(self.views).all(-1) & (determinant != 0)).all(-1)
+        if bad_views.any():
+            raise FormatError(f"the view of {self.keys[int(bad_views.argmax())]} is not finite or has no inverse")
+        sample, fault = _first_fault(
+            self.class_ids.reshape(len(self), -1, spec.top_k),
+            self.logits.astype(np.float32, copy=False).reshape(len(self), -1, spec.top_k),
+            self.confidence.astype(np.float32, copy=False).reshape(len(self), -1),
+            spec.num_classes,
+        )
+        if fault:
+            raise FormatError(f"the labels of {self.keys[sample]} cannot be used: {_FAULTS[fault]}")
+        return self
+
+    def equals(self, other: "ShardArrays") -> bool:
+        """Whether both hold the same bits."""
+        return all(
+            getattr(self, name) == getattr(other, name)
+            if name == "keys"
+            else getattr(self, name).dtype == getattr(other, name).dtype
+            and getattr(self, name).shape == getattr(other, name).shape
+            and getattr(self, name).tobytes() == getattr(other, name).tobytes()
+            for name in (field.name for field in fields(self))
+        )
+
+
+def probabilities(logits: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+    """The top-k probabilities: logits (..., k) and confidence (...) → float32 (..., k).
+
+    Since a softmax keeps differences, p_i = confidence · exp(logit_i − logit_1), where logit_1 is the best class's and
+    confidence its probability. What is left to 1 is the residual. Computed in float32: this is the one definition.
+    """
+    values = np.asarray(logits).astype(np.float32)
+    values -= values[..., :1].copy()
+    np.exp(values, out=values)
+    values *= np.asarray(confidence).astype(np.float32)[..., None]
+    return values
+
+
+def _check_keys(keys: list[str]) -> None:
+    for key in keys:
+        if not key or "\0" in key or key.startswith("/") or ".." in key.split("/"):
+            raise FormatError(f"{key!r} is no key: it must be a path below the data set's root")
+    if len(set(keys)) != len(keys):
+        seen: set[str] = set()
+        twice = next(key for key in keys if key in seen or seen.add(key))
+        raise FormatError(f"the key {twice} is there twice")
+
+
+@njit(cache=True, nogil=True)
+def _first_fault(class_ids, logits, confidence, classes):
+    samples, cells, stored = class_ids.shape
+    for sample in range(samples):
+        for cell in range(cells):
+            probability = confidence[sample, cell]
+            if not (probability > 0 and probability <= 1):
+                return sample, 5
+            for entry in range(stored):
+                class_id = class_ids[sample, cell, entry]
+                if class_id >= classes:
+                    return sample, 1
+                for earlier in range(entry):
+                    if class_ids[sample, cell, earlier] == class_id:
+                        return sample, 2
+                logit = logits[sample, cell, entry]
+                if not np.isfinite(logit):
+                    return sample, 3
+                if entry and logit > logits[sample, cell, entry - 1]:
+                    return sample, 4
+    return -1, 0

@@ -1,0 +1,168 @@
+"""Reads a label set: by key for looking at it, by whole shards for work."""
+
+import threading
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from stl_offline.errors import FormatError, InputError, JoinError
+from stl_offline.files import sha256_bytes
+from stl_offline.labels import zarr_shard
+from stl_offline.labels.arrays import ShardArrays
+from stl_offline.labels.label_map import LabelMap
+from stl_offline.labels.spec import LabelSpec, Manifest, ShardRecord
+from stl_offline.labels.writer import MANIFEST, PARTIAL, read_job, read_manifest
+
+
+class LabelSet:
+    """A label set that is whole. Made by `open_label_set`.
+
+    ``len(labels)``: pictures; ``labels.keys``: their keys, in stored order; ``labels[key]``: a `LabelMap`;
+    ``key in labels``; ``labels.spec``; ``labels.shards``: the shard table; ``labels.fingerprint``: SHA-256 of the
+    manifest, which names every shard's SHA-256, and so names the whole content.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.spec: LabelSpec = manifest.spec
+        self.shards: tuple[ShardRecord, ...] = manifest.shards
+        self.fingerprint = sha256_bytes(manifest.to_bytes())
+        self._last: tuple[int, ShardArrays] | None = None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.spec.num_samples
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def __getitem__(self, key: str) -> LabelMap:
+        """The label map of one picture. Reads its whole shard, and keeps that for the next call.
+
+        Raises:
+            JoinError: no label for this key.
+            FormatError: the shard is damaged.
+        """
+        place = self._places.get(key)
+        if place is None:
+            raise JoinError(f"the label set {self.path} has no label for the key {key!r}; it has {len(self)} others")
+        index, row = place
+        with self._lock:
+            if self._last is None or self._last[0] != index:
+                self._last = (index, self.read_shard(index))
+            arrays = self._last[1]
+        return LabelMap(
+            key=key,
+            class_id=int(arrays.class_id[row]),
+            content_hash=int(arrays.content_hash[row]),
+            class_ids=arrays.class_ids[row],
+            logits=arrays.logits[row],
+            confidence=arrays.confidence[row],
+            views=arrays.views[row],
+            num_classes=self.spec.num_classes,
+        )
+
+    def __repr__(self) -> str:
+        grid = "×".join(map(str, self.spec.grid))
+        return f"LabelSet({str(self.path)!r}: {len(self)} pictures, {grid} tokens, top {self.spec.top_k})"
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Every picture's key, in stored order."""
+        return [key for index in range(len(self.shards)) for key in self.read_index(index)[0]]
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        places: dict[str, tuple[int, int]] = {}
+        keys = iter(self.keys)
+        for index, shard in enumerate(self.shards):
+            for row in range(shard.samples):
+                places[next(keys)] = (index, row)
+        if len(places) != len(self):
+            raise FormatError(f"the label set {self.path} holds {len(self) - len(places)} keys twice")
+        return places
+
+    def read_bytes(self, index: int) -> bytes:
+        """The bytes of shard ``index``, compared with its record.
+
+        Raises:
+            FormatError: the file is missing, has another size or another SHA-256 than the manifest says.
+        """
+        shard = self.shards[index]
+        try:
+            data = (self.path / shard.name).read_bytes()
+        except FileNotFoundError as error:
+            raise FormatError(f"the shard {self.path / shard.name} is missing; copy the label set again") from error
+        self._check_size(shard, len(data))
+        if sha256_bytes(data) != shard.sha256:
+            raise FormatError(f"the shard {self.path / shard.name} is damaged (its SHA-256 differs); copy it again")
+        return data
+
+    def read_shard(self, index: int) -> ShardArrays:
+        """All labels of shard ``index``, in sample order, every byte and every value checked.
+
+        Raises:
+            FormatError: as `read_bytes`; or the content does not fit the manifest.
+        """
+        arrays = self._decode(index, self.read_bytes(index))
+        if len(arrays) != self.shards[index].samples:
+            raise FormatError(
+                f"the shard {self.shards[index].name} holds {len(arrays)} samples, "
+                f"the manifest says {self.shards[index].samples}"
+            )
+        return arrays
+
+    def read_index(self, index: int) -> tuple[list[str], np.ndarray]:
+        """Keys and content hashes (uint64) of shard ``index``, without reading its labels. Raises FormatError."""
+        shard = self.shards[index]
+        path = self.path / shard.name
+        if path.exists():
+            self._check_size(shard, path.stat().st_size)
+        try:
+            stored = zarr_shard.read_stored(path, self.spec, ("keys", "content_hash"))
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from error
+        keys = stored["keys"].tolist()
+        if len(keys) != shard.samples:
+            raise FormatError(f"the shard {path} holds {len(keys)} samples, the manifest says {shard.samples}")
+        return keys, stored["content_hash"]
+
+    def _decode(self, index: int, data: bytes) -> ShardArrays:
+        try:
+            return zarr_shard.decode(data, self.spec)
+        except FormatError as error:
+            raise FormatError(f"{self.path / self.shards[index].name}: {error}") from error
+
+    def _check_size(self, shard: ShardRecord, size: int) -> None:
+        if size != shard.bytes:
+            raise FormatError(
+                f"the shard {self.path / shard.name} has {size} bytes, the manifest says {shard.bytes}; copy it again"
+            )
+
+
+def open_label_set(path: str | Path) -> LabelSet:
+    """Open the label set in a folder.
+
+    Raises:
+        InputError: there is no such folder.
+        FormatError: the folder holds no label set, one of an unknown version, or one that is not finished (the
+            message says how many shards are done).
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"there is no label set at {path}: not a folder")
+    if (path / MANIFEST).exists():
+        return LabelSet(path, read_manifest(path))
+    if (path / PARTIAL / "job.json").exists():
+        total = read_job(path)["num_shards"]
+        done = len(list((path / PARTIAL / "records").glob("*.json")))
+        raise FormatError(
+            f"the label set {path} is not finished: {done} of {total} shards are done; "
+            "run the command that makes it again, it goes on from there"
+        )
+    raise FormatError(f"the folder {path} holds no label set: it has no {MANIFEST}")
