@@ -1,0 +1,1 @@
+"""Pictures: where they come from, how they are checked and stored, and the .beton file that holds them."""

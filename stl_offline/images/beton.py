@@ -1,0 +1,313 @@
+"""Packed pictures: a .beton that stock FFCV reads, with keys and class names inside.
+
+FFCV's own writer gives each picture to whichever worker is free, waits forever when a worker dies, and has no place for
+keys. This one writes in order, so equal pictures give equal bytes. The layout is FFCV's (``ffcv.types``),
+little-endian:
+
+    header │ 4 field descriptors │ n metadata records │ zeros up to a page │ pages │ index │ allocation table
+
+The fields are ``image``, ``class_id``, ``key_hash`` and ``content_hash`` (hashes: the uint64's bits as int64). A
+picture's bytes lie within one page. The index is zstd-compressed JSON; where it lies stands in the ``class_id``
+descriptor's ``arguments``, which FFCV leaves unread:
+
+    "STLINDEX" │ version u32 │ zero u32 │ offset u64 │ size u64 │ xxh3_64 of the index u64 │ xxh3_64 of the metadata u64
+
+n: pictures.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+from ffcv.fields import IntField, RGBImageField
+from ffcv.types import (
+    ALLOC_TABLE_TYPE,
+    CURRENT_VERSION,
+    TYPE_ID_HANDLER,
+    FieldDescType,
+    HeaderType,
+    get_metadata_type,
+)
+from numcodecs import Zstd
+
+from stl_offline.errors import FormatError, InputError
+from stl_offline.images.encode import EncodedImage, decode_jpeg, key_hash
+
+PAGE_SIZE = 8 << 20
+MIN_PAGE_SIZE = 2 << 20
+INDEX_VERSION = 1
+
+_FIELDS = {"image": RGBImageField(), "class_id": IntField(), "key_hash": IntField(), "content_hash": IntField()}
+_METADATA_TYPE = get_metadata_type(list(_FIELDS.values()))
+_IMAGE, _CLASS_ID, _KEY_HASH, _CONTENT_HASH = _METADATA_TYPE.names
+_METADATA_START = HeaderType.itemsize + len(_FIELDS) * FieldDescType.itemsize
+_MODES = {"jpg": 0, "raw": 1}  # as in ffcv.fields.rgb_image.IMAGE_MODES
+_INDEX_MAGIC = b"STLINDEX"
+_INDEX_PLACE = np.dtype(
+    [
+        ("magic", "S8"),
+        ("version", "<u4"),
+        ("zero", "<u4"),
+        ("offset", "<u8"),
+        ("size", "<u8"),
+        ("index_xxh3", "<u8"),
+        ("metadata_xxh3", "<u8"),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Beton:
+    """A packed data set, opened: everything but the pixels, which FFCV reads.
+
+    keys: n names, in order; class_ids (n,) int64, each below ``len(class_names)``; key_hashes, content_hashes (n,)
+    uint64; heights, widths (n,) int64, pixels; raw (n,) bool: stored as pixels; pointers, sizes (n,) int64: where in
+    the file, bytes; source: how it was packed; fingerprint: sha256 over class names, keys, class ids, content hashes.
+    """
+
+    path: Path
+    keys: list[str]
+    class_names: tuple[str, ...]
+    class_ids: np.ndarray
+    key_hashes: np.ndarray
+    content_hashes: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    raw: np.ndarray
+    pointers: np.ndarray
+    sizes: np.ndarray
+    source: dict[str, Any]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def stored_bytes(self, index: int) -> bytes:
+        """What is stored of a picture: a JPEG file, or its pixels where ``raw``."""
+        with open(self.path, "rb") as stream:
+            stream.seek(int(self.pointers[index]))
+            return stream.read(int(self.sizes[index]))
+
+    def read_image(self, index: int) -> np.ndarray:
+        """A whole picture as RGB uint8 (H, W, 3), decoded as training decodes it.
+
+        Raises:
+            FormatError: the stored bytes are damaged.
+        """
+        height, width = int(self.heights[index]), int(self.widths[index])
+        data = self.stored_bytes(index)
+        if self.raw[index]:
+            if len(data) != height * width * 3:
+                raise FormatError(f"{self.path}: the picture {self.keys[index]!r} is damaged; pack the pictures again")
+            return np.frombuffer(data, np.uint8).reshape(height, width, 3).copy()
+        pixels, complaint = decode_jpeg(data, width, height)
+        if complaint:
+            raise FormatError(
+                f"{self.path}: the picture {self.keys[index]!r} is damaged ({complaint}); pack the pictures again"
+            )
+        return pixels
+
+
+class BetonWriter:
+    """Writes a .beton into a new binary file, in the order of `add`. Not for several threads.
+
+    Args:
+        stream: open for writing, empty, seekable.
+        capacity: pictures at most; room for their metadata is kept before the first page.
+        page_size: bytes, a power of two from 2 MiB; no stored picture can be bigger.
+    """
+
+    def __init__(self, stream: IO[bytes], capacity: int, page_size: int = PAGE_SIZE) -> None:
+        if page_size < MIN_PAGE_SIZE or page_size >= 1 << 32 or page_size & (page_size - 1):
+            raise InputError(f"the page size must be a power of two from {MIN_PAGE_SIZE:,} bytes, got {page_size:,}")
+        self._stream = stream
+        self._capacity = capacity
+        self._page_size = page_size
+        self._page = bytearray()
+        self._page_start = _round_up(_METADATA_START + capacity * _METADATA_TYPE.itemsize, page_size)
+        self._metadata = np.zeros(capacity, _METADATA_TYPE)
+        self._allocations = np.zeros(capacity, ALLOC_TABLE_TYPE)
+        self._keys: list[str] = []
+        stream.seek(self._page_start)  # a hole: reads as zeros, costs no disk
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(self, key: str, class_id: int, image: EncodedImage) -> None:
+        """Append one picture.
+
+        Raises:
+            InputError: it does not fit into a page, or there are more pictures than were announced.
+        """
+        row, size = len(self._keys), len(image.data)
+        if row == self._capacity:
+            raise InputError(f"the source announced {self._capacity:,} pictures but gave more; does it change?")
+        if size > self._page_size:
+            raise InputError(
+                f"{key}: {size:,} bytes are more than a page of {self._page_size:,} bytes holds; "
+                "make pictures smaller with --max-size"
+            )
+        if len(self._page) + size > self._page_size:
+            self._flush()
+        pointer = self._page_start + len(self._page)
+        self._page += image.data
+        self._metadata[row] = (
+            (_MODES[image.mode], image.width, image.height, pointer),
+            class_id,
+            _signed(key_hash(key)),
+            _signed(image.content_hash),
+        )
+        self._allocations[row] = (row, pointer, size)
+        self._keys.append(key)
+
+    def finish(self, class_names: tuple[str, ...], source: dict[str, Any]) -> None:
+        """Write what stands around the pages; the file is complete after this."""
+        count = len(self._keys)
+        self._flush()
+        metadata = self._metadata[:count]
+        index = {
+            "class_names": list(class_names),
+            "fingerprint": _fingerprint(self._keys, class_names, metadata),
+            "keys": self._keys,
+            "source": source,
+        }
+        packed = Zstd(level=3).encode(json.dumps(index, sort_keys=True, separators=(",", ":")).encode())
+        place = np.zeros(1, _INDEX_PLACE)
+        place[0] = (
+            _INDEX_MAGIC,
+            INDEX_VERSION,
+            0,
+            self._page_start,
+            len(packed),
+            xxhash.xxh3_64_intdigest(packed),
+            xxhash.xxh3_64_intdigest(metadata.tobytes()),
+        )
+        self._stream.write(packed)
+        self._stream.write(self._allocations[:count].tobytes())
+        self._stream.seek(0)
+        self._stream.write(_header(count, self._page_size, self._page_start + len(packed)))
+        self._stream.write(_field_descriptors(place))
+        self._stream.write(metadata.tobytes())
+        self._stream.flush()
+
+    def _flush(self) -> None:
+        if self._page:
+            self._stream.write(self._page)
+            self._stream.seek(self._page_size - len(self._page), os.SEEK_CUR)
+            self._page_start += self._page_size
+            self._page.clear()
+
+
+def open_beton(path: str | Path) -> Beton:
+    """Open a .beton that `stl-offline pack` wrote.
+
+    Raises:
+        InputError: there is no such file.
+        FormatError: it is no .beton, was written by something else, is cut off, damaged, or of an unknown version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; make it with: stl-offline pack SRC {path}")
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        start = stream.read(_METADATA_START)
+        if len(start) < HeaderType.itemsize:
+            raise FormatError(f"{path} is no .beton file: it has {size} bytes")
+        header = np.frombuffer(start, HeaderType, 1)[0]
+        if header["version"] != CURRENT_VERSION or header["num_fields"] == 0:
+            raise FormatError(f"{path} is no .beton file of version {CURRENT_VERSION}, which is all FFCV reads")
+        place = _index_place(path, start)
+        count, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
+        if size != table + count * ALLOC_TABLE_TYPE.itemsize or int(place["offset"]) + int(place["size"]) != table:
+            raise FormatError(f"{path} is cut off or damaged ({size:,} bytes); copy it again, or pack again")
+        metadata_bytes = stream.read(count * _METADATA_TYPE.itemsize)
+        stream.seek(int(place["offset"]))
+        packed = stream.read(int(place["size"]))
+        allocations = np.frombuffer(stream.read(), ALLOC_TABLE_TYPE)
+    if (
+        xxhash.xxh3_64_intdigest(packed) != place["index_xxh3"]
+        or xxhash.xxh3_64_intdigest(metadata_bytes) != place["metadata_xxh3"]
+    ):
+        raise FormatError(f"{path} is damaged: its index does not fit its checksum; copy it again, or pack again")
+    index = json.loads(Zstd().decode(packed))
+    metadata = np.frombuffer(metadata_bytes, _METADATA_TYPE)
+    images = metadata[_IMAGE]
+    return Beton(
+        path=path,
+        keys=index["keys"],
+        class_names=tuple(index["class_names"]),
+        class_ids=metadata[_CLASS_ID].astype(np.int64),
+        key_hashes=metadata[_KEY_HASH].astype(np.int64).view(np.uint64),
+        content_hashes=metadata[_CONTENT_HASH].astype(np.int64).view(np.uint64),
+        heights=images["height"].astype(np.int64),
+        widths=images["width"].astype(np.int64),
+        raw=images["mode"] == _MODES["raw"],
+        pointers=images["data_ptr"].astype(np.int64),
+        sizes=allocations["size"].astype(np.int64),
+        source=index["source"],
+        fingerprint=index["fingerprint"],
+    )
+
+
+def _index_place(path: Path, start: bytes) -> np.void:
+    place = np.zeros(1, _INDEX_PLACE)[0]
+    if len(start) == _METADATA_START:
+        descriptors = np.frombuffer(start, FieldDescType, offset=HeaderType.itemsize)
+        place = np.frombuffer(descriptors[1]["arguments"].tobytes(), _INDEX_PLACE, 1)[0]
+    if place["magic"] != _INDEX_MAGIC:
+        raise FormatError(
+            f"{path} has no keys and class names: it was not written by stl-offline; pack its pictures again "
+            "with: stl-offline pack SRC DEST.beton"
+        )
+    if place["version"] != INDEX_VERSION:
+        raise FormatError(
+            f"{path} has an index of version {place['version']}, but this release reads version {INDEX_VERSION}; "
+            "pack the pictures again"
+        )
+    return place
+
+
+def _fingerprint(keys: list[str], class_names: tuple[str, ...], metadata: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for part in (
+        json.dumps(class_names).encode(),
+        json.dumps(keys).encode(),
+        metadata[_CLASS_ID].tobytes(),
+        metadata[_CONTENT_HASH].tobytes(),
+    ):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _header(count: int, page_size: int, table: int) -> bytes:
+    header = np.zeros(1, HeaderType)
+    header["version"] = CURRENT_VERSION
+    header["num_fields"] = len(_FIELDS)
+    header["page_size"] = page_size
+    header["num_samples"] = count
+    header["alloc_table_ptr"] = table
+    return header.tobytes()
+
+
+def _field_descriptors(place: np.ndarray) -> bytes:
+    descriptors = np.zeros(len(_FIELDS), FieldDescType)
+    type_ids = {handler: type_id for type_id, handler in TYPE_ID_HANDLER.items()}
+    for descriptor, (name, field) in zip(descriptors, _FIELDS.items(), strict=True):
+        descriptor["type_id"] = type_ids[type(field)]
+        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    descriptors[1]["arguments"][: place.nbytes] = np.frombuffer(place.tobytes(), np.uint8)
+    return descriptors.tobytes()
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit

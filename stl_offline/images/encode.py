@@ -1,0 +1,190 @@
+"""One picture: checked by a full decode, and made into what a .beton stores.
+
+A three-component JPEG that decodes without a complaint is kept byte for byte. Everything else becomes RGB as timm's and
+torchvision's loaders do it (``convert("RGB")``: alpha is dropped, a palette looked up), and is stored as plain pixels
+where that is small, else as a JPEG of high quality. EXIF orientation is ignored, as those loaders and FFCV ignore it.
+
+The check is made by the decoder that training uses (FFCV's turbojpeg), whose warnings tell damage that PIL passes over.
+"""
+
+import ctypes
+import io
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import xxhash
+from ffcv.libffcv import imdecode
+from ffcv.libffcv import lib as ffcv_library
+from PIL import Image
+
+from stl_offline.errors import InputError
+
+# A picture that is not a JPEG is stored as pixels up to this many bytes (147 × 147 pixels): exact, quick to read, and
+# not much bigger than a JPEG of high quality.
+RAW_BYTES = 65_536
+JPEG_QUALITY = 95
+MAX_SIDE = 65_500  # libjpeg's limit
+
+PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+_SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm pnm avif"
+PICTURE_SUFFIXES = frozenset("." + suffix for suffix in _SUFFIXES.split())
+# turbojpeg keeps the first warning of a decode. These mean that pixels are lost or invented.
+_DAMAGE = re.compile(r"premature end|bad huffman|instead of rst|arithmetic code|inconsistent progress", re.IGNORECASE)
+_STRAY_BYTES = re.compile(r"(\d+) extraneous bytes before marker (\w+)")
+# Some cameras and editors leave a few stray bytes before the end mark. Many stray bytes mean a decoder out of step.
+_FEW_STRAY_BYTES = 1024
+
+_last_jpeg_message = getattr(ffcv_library, "tjGetErrorStr", None)
+if _last_jpeg_message is not None:
+    _last_jpeg_message.restype = ctypes.c_char_p
+
+
+# mode, width, height, bytes
+_Stored = tuple[str, int, int, bytes]
+
+
+class ImageError(InputError):
+    """A picture cannot be read, is damaged, or is of a kind that has no meaning as RGB."""
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What a .beton stores of a picture.
+
+    mode: "jpg" (``data`` is a JPEG file) or "raw" (``data`` is height × width × 3 bytes of RGB); content_hash: xxh3_64
+    of the source's bytes; as_is: ``data`` is the source, byte for byte.
+    """
+
+    mode: Literal["jpg", "raw"]
+    width: int
+    height: int
+    data: bytes
+    content_hash: int
+    as_is: bool
+
+
+def content_hash(data: bytes) -> int:
+    """xxh3_64 of a source's bytes, as an unsigned integer."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def key_hash(key: str) -> int:
+    """xxh3_64 of a key's UTF-8 bytes, as an unsigned integer."""
+    return xxhash.xxh3_64_intdigest(key.encode())
+
+
+def encode_image(data: bytes, *, max_size: int | None = None) -> EncodedImage:
+    """Check a picture's bytes by decoding all of them, and give what a .beton stores.
+
+    Args:
+        data: the bytes of a picture file.
+        max_size: pixels; a picture whose longer side is longer is made smaller (antialiased), keeping its shape.
+
+    Raises:
+        ImageError: the bytes are no picture, cut off, damaged, or have no meaning as RGB.
+    """
+    if not data:
+        raise ImageError("the file is empty")
+    image = _open(data)
+    if image.format in ("JPEG", "MPO"):
+        mode, width, height, stored = _encode_jpeg(image, data, max_size)
+    else:
+        mode, width, height, stored = _store(_shrink(to_rgb(image), max_size), RAW_BYTES)
+    return EncodedImage(mode, width, height, stored, content_hash(data), as_is=stored is data)
+
+
+def decode_jpeg(data: bytes, width: int, height: int) -> tuple[np.ndarray, str]:
+    """Decode as training does: RGB uint8 (height, width, 3), and the decoder's complaint ("" where it has none)."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    source = np.frombuffer(data, np.uint8)
+    if imdecode(source, pixels, height, width, height, width, 0, 0, 1, 1, False, False) == 0:
+        return pixels, ""
+    message = _last_jpeg_message() if _last_jpeg_message is not None else None
+    return pixels, (message or b"").decode(errors="replace") or "unknown error"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture of any kind as 8-bit RGB; 16-bit grey is scaled, not clipped.
+
+    Raises:
+        ImageError: the picture cannot be decoded, or its pixels are floating-point numbers.
+    """
+    try:
+        image.load()
+        if image.mode == "F":
+            raise ImageError("pixels are floating-point numbers, whose range is unknown; convert it to 8 bits")
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            wide = np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
+            image = Image.fromarray(((wide * 255 + 32_767) // 65_535).astype(np.uint8))
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:  # PIL's decoders raise nearly every built-in on bad bytes
+        raise ImageError(f"cannot be decoded: {_one_line(error)}") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise ImageError("is not a picture of a known format") from error
+    except Exception as error:  # as above
+        raise ImageError(f"cannot be decoded: {_one_line(error)}") from error
+    if min(image.size) < 1:
+        raise ImageError(f"has no pixels: {image.width} × {image.height}")
+    return image
+
+
+def _encode_jpeg(image: Image.Image, data: bytes, max_size: int | None) -> _Stored:
+    if image.mode not in ("RGB", "L"):  # CMYK and YCCK: the training decoder has no conversion for them
+        return _store(_shrink(to_rgb(image), max_size), RAW_BYTES)
+    width, height = image.size
+    tables = getattr(image, "quantization", None)
+    pixels, complaint = decode_jpeg(data, width, height)
+    if complaint:
+        stray = _STRAY_BYTES.search(complaint)
+        if _DAMAGE.search(complaint) or (stray and int(stray[1]) > _FEW_STRAY_BYTES):
+            raise ImageError(f"is cut off or damaged: {complaint}")
+        # Harmless to PIL, but training could not tell this complaint from damage: store what PIL reads.
+        whole = to_rgb(image)
+    elif image.mode == "RGB":
+        if max_size is None or max(width, height) <= max_size:
+            return "jpg", width, height, data
+        whole = Image.fromarray(pixels)
+    else:
+        whole = to_rgb(image)
+    smaller = _shrink(whole, max_size)
+    if smaller is whole and tables:
+        # The same size and the same quantisation: next to nothing is lost a second time.
+        return _store(whole, RAW_BYTES if image.mode == "L" else 0, tables)
+    return _store(smaller, 0)
+
+
+def _shrink(image: Image.Image, max_size: int | None) -> Image.Image:
+    longer = max(image.size)
+    if max_size is None or longer <= max_size:
+        return image
+    width, height = (max(1, round(side * max_size / longer)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def _store(image: Image.Image, raw_bytes: int, tables: dict[int, list[int]] | None = None) -> _Stored:
+    width, height = image.size
+    if width * height * 3 <= raw_bytes:
+        return "raw", width, height, image.tobytes()
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"is {width} × {height} pixels, a side over {MAX_SIDE:,}; use --max-size")
+    stream = io.BytesIO()
+    if tables:
+        image.save(stream, "JPEG", qtables=tables, subsampling=0)
+    else:
+        image.save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return "jpg", width, height, stream.getvalue()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
