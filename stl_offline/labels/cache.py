@@ -1,0 +1,216 @@
+"""The token cache: labels as memory-mapped arrays in the order of the pictures, for training.
+
+Filled once from whole shards, for one label set and one list of pictures; named by what it is made of; several
+processes share one. A cache that is not whole is never opened: it is built beside and renamed into place.
+
+n: pictures; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from stl_offline.errors import FormatError, TargetError
+from stl_offline.files import atomic_write, cache_dir, canonical_json, make_folder, sha256_bytes
+from stl_offline.labels.arrays import probabilities
+from stl_offline.labels.join import JoinReport, check_class_names, join
+from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.spec import LabelSpec
+from stl_offline.progress import progress_bar
+
+_VERSION = 1
+_INFO = "cache.json"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCache:
+    """Memory-mapped labels of n pictures, in their order.
+
+    class_ids: (n, V, Gh, Gw, k) uint16 or uint32; probabilities: (n, V, Gh, Gw, k) float32; confidence:
+    (n, V, Gh, Gw) float32; views: (n, V, 6) float32; labelled: (n,) uint8, 0 where a picture has no label (its other
+    entries are zeros).
+    """
+
+    path: Path
+    spec: LabelSpec
+    class_ids: np.ndarray
+    probabilities: np.ndarray
+    confidence: np.ndarray
+    views: np.ndarray
+    labelled: np.ndarray
+    report: str
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.spec.num_classes
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(Gh, Gw)."""
+        return self.spec.grid
+
+    @property
+    def top_k(self) -> int:
+        """k."""
+        return self.spec.top_k
+
+
+def build_token_cache(
+    label_set: LabelSet,
+    keys: Sequence[str],
+    content_hashes: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    folder: str | Path | None = None,
+    missing: str = "error",
+    allow_changed: bool = False,
+) -> TokenCache:
+    """The token cache of a label set for some pictures; built where it is not there yet.
+
+    Args: as `stl_offline.labels.join.join`; ``folder``: where caches lie (default: `stl_offline.files.cache_dir`).
+
+    Raises:
+        JoinError, InputError: labels and pictures do not belong together.
+        FormatError: the label set is damaged.
+        TargetError: the cache cannot be written (full disk: the message says how much it needs).
+    """
+    check_class_names(label_set.spec.class_names, tuple(class_names))
+    folder = make_folder(cache_dir() / "tokens" if folder is None else folder)
+    name = cache_name(label_set, keys, content_hashes, missing=missing, allow_changed=allow_changed)
+    path = folder / name
+    with contextlib.suppress(FileNotFoundError, FormatError):
+        return open_token_cache(path)
+    with _only_process(folder / f"{name}.lock"):
+        # Perhaps another process built it while this one waited.
+        with contextlib.suppress(FileNotFoundError, FormatError):
+            return open_token_cache(path)
+        report = join(label_set, keys, content_hashes, class_names, missing=missing, allow_changed=allow_changed)
+        _remove(path, folder, name)
+        temporary = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+        try:
+            temporary.mkdir()
+            _fill(temporary, label_set, report)
+            os.replace(temporary, path)
+        except OSError as error:
+            if isinstance(error, TargetError):
+                raise
+            needed = sum(_bytes(dtype, shape) for dtype, shape in _layout(label_set.spec, len(keys)).values())
+            raise TargetError(
+                f"cannot write the token cache {path}: {error.strerror or error}; it needs {needed / 1e9:.2f} GB "
+                "(STL_OFFLINE_CACHE chooses another place)"
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return open_token_cache(path)
+
+
+def open_token_cache(path: str | Path) -> TokenCache:
+    """Open a cache that was built.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FormatError: it is of another version or cut off.
+    """
+    path = Path(path)
+    info = json.loads((path / _INFO).read_bytes())
+    if info.get("version") != _VERSION:
+        raise FormatError(f"the token cache {path} is of version {info.get('version')}, not {_VERSION}; remove it")
+    spec = LabelSpec.from_json(info["spec"])
+    arrays = {}
+    for name, (dtype, shape) in _layout(spec, info["pictures"]).items():
+        file = path / f"{name}.npy"
+        try:
+            arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise FormatError(f"the token cache's file {file} is missing or cut off; remove {path}") from error
+        if arrays[name].dtype != dtype or arrays[name].shape != shape:
+            raise FormatError(f"the token cache's file {file} is {arrays[name].shape}, expected {shape}; remove {path}")
+    return TokenCache(path=path, spec=spec, report=info["report"], **arrays)
+
+
+def cache_name(
+    label_set: LabelSet, keys: Sequence[str], content_hashes: np.ndarray, *, missing: str, allow_changed: bool
+) -> str:
+    """A name made of the content: label set, pictures in their order, policy."""
+    # Lengths stand before the keys, so that no two lists of keys run together to the same text.
+    listed = json.dumps([label_set.fingerprint, missing, bool(allow_changed), len(keys)]).encode()
+    listed += sha256_bytes(json.dumps(list(keys)).encode()).encode()
+    listed += np.asarray(content_hashes, dtype="<u8").tobytes()
+    return sha256_bytes(listed)[:32]
+
+
+def _layout(spec: LabelSpec, n: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    return {
+        "class_ids": (spec.id_dtype, (n, *spec.map_shape)),
+        "probabilities": (np.dtype("<f4"), (n, *spec.map_shape)),
+        "confidence": (np.dtype("<f4"), (n, *spec.map_shape[:-1])),
+        "views": (np.dtype("<f4"), (n, spec.views_per_image, 6)),
+        "labelled": (np.dtype("u1"), (n,)),
+    }
+
+
+def _bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * int(np.prod(shape))
+
+
+def _fill(folder: Path, label_set: LabelSet, report: JoinReport) -> None:
+    n = len(report.shard)
+    arrays = {}
+    for name, (dtype, shape) in _layout(label_set.spec, n).items():
+        file = folder / f"{name}.npy"
+        arrays[name] = open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+        # A memory map on a full disk kills the process when it is written to; so the space is taken first.
+        with open(file, "r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)
+    order = np.argsort(report.shard, kind="stable")
+    bounds = np.searchsorted(report.shard[order], np.arange(len(label_set.shards) + 1))
+    with progress_bar(report.matched, "labels → token cache") as progress:
+        for index in range(len(label_set.shards)):
+            samples = order[bounds[index] : bounds[index + 1]]
+            if not len(samples):
+                continue
+            rows = report.row[samples]
+            shard = label_set.read_shard(index)
+            arrays["class_ids"][samples] = shard.class_ids[rows]
+            arrays["probabilities"][samples] = probabilities(shard.logits[rows], shard.confidence[rows])
+            arrays["confidence"][samples] = shard.confidence[rows]
+            arrays["views"][samples] = shard.views[rows]
+            arrays["labelled"][samples] = 1
+            progress.update(len(samples))
+    for array in arrays.values():
+        array.flush()
+    info = {"version": _VERSION, "pictures": n, "spec": label_set.spec.to_json(), "report": str(report)}
+    atomic_write(folder / _INFO, canonical_json(info))
+
+
+def _remove(path: Path, folder: Path, name: str) -> None:
+    """What a killed or damaged build of this very cache left; called by the lock's holder only."""
+    for left in (path, *folder.glob(f".{name}.*.tmp")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _only_process(path: Path) -> Iterator[None]:
+    """Wait for a lock that the kernel frees when its holder dies. Its empty file stays: removing it is a race."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise TargetError(f"cannot write into {path.parent}: {error.strerror}; set STL_OFFLINE_CACHE") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
