@@ -1,0 +1,6 @@
+"""Pictures and token targets in batches, through FFCV: compiled, reproducible, and guarded against hangs."""
+
+from stl_offline.loader.batch import Batch
+from stl_offline.loader.loader import TokenLoader
+
+__all__ = ["Batch", "TokenLoader"]

@@ -1,0 +1,230 @@
+"""From a sample's bytes to its crop: FFCV's image operation, which takes the crop from a table of views.
+
+H, W: the output's size; n: samples of the .beton; B: batch. One decoding buffer a worker, not one a batch slot as in
+FFCV's own decoders: a batch of 256 large pictures would need gigabytes there.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from ffcv.fields.rgb_image import IMAGE_MODES
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.operation import Operation
+from ffcv.pipeline.state import State
+from numba import njit, prange
+
+from stl_offline.loader.native import (
+    TJFLAG_ACCURATEDCT,
+    TJPF_RGB,
+    Decompressors,
+    array_at,
+    next_item,
+    resize_area,
+    tj_decompress,
+    tj_header,
+)
+
+_JPEG = np.uint8(IMAGE_MODES["jpg"])
+
+# The control block: int64 numbers and addresses that the compiled loop reads anew for every batch.
+_COUNTER, _BROKEN, _WORKERS, _SAMPLES, _VIEWS, _SCRATCH, _SCRATCH_BYTES, _HANDLES, _HEADERS = range(9)
+_CONTROL_SIZE = 16
+_HEADER_INTS = 16  # one cache line of int32 for each worker
+
+
+class ViewCrop(Operation):
+    """FFCV operation for the image field: decode, cut the sample's view out, resize it to (H, W), mirror it.
+
+    Output: uint8 (B, H, W, 3). Views must be axis-aligned crops (`check_views`). JPEGs are decoded exactly as Pillow
+    and torchvision decode them (accurate integer DCT); the resizing is OpenCV's area interpolation. A picture that
+    cannot be decoded gives zeros, and `take_broken` then names its sample: compiled code must not raise.
+    """
+
+    def __init__(self, image_size: tuple[int, int], workers: int, samples: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self._workers = workers
+        self._decompressors = Decompressors(workers)
+        self._headers = np.zeros((workers, _HEADER_INTS), dtype=np.int32)
+        self._scratch: np.ndarray | None = None
+        self._views: np.ndarray | None = None
+        self._control = np.zeros(_CONTROL_SIZE, dtype=np.int64)
+        self._control[_WORKERS] = workers
+        self._control[_SAMPLES] = samples
+        self._control[_HANDLES] = self._decompressors.handles.ctypes.data
+        self._control[_HEADERS] = self._headers.ctypes.data
+
+    def set_views(self, views: np.ndarray) -> None:
+        """Use these views, float32 (n, 6), from now on. No batch may be under way."""
+        self._views = np.ascontiguousarray(views, dtype=np.float32)
+        self._control[_VIEWS] = self._views.ctypes.data
+        self._control[_BROKEN] = 0
+
+    def take_broken(self) -> int | None:
+        """The id of a sample of the last batch that could not be decoded, or None."""
+        broken = int(self._control[_BROKEN])
+        self._control[_BROKEN] = 0
+        return broken - 1 if broken else None
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        shape = (*self.image_size, 3)
+        if self._scratch is None:
+            is_jpeg = self.metadata["mode"] == _JPEG
+            pixels = self.metadata["height"].astype(np.int64) * self.metadata["width"] * is_jpeg
+            # Rounded to pages, so that workers never share a cache line. Only what pictures touch becomes real memory.
+            pixel_bytes = int(-(-max(int(pixels.max()) * 3, 1) // 4096) * 4096)
+            self._scratch = np.empty((self._workers, pixel_bytes), dtype=np.uint8)
+            self._control[_SCRATCH] = self._scratch.ctypes.data
+            self._control[_SCRATCH_BYTES] = pixel_bytes
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1")), AllocationQuery(
+            shape, np.dtype("u1")
+        )
+
+    def generate_code(self) -> Callable:
+        control_address = self._control.ctypes.data
+        decode_batch = _decode_batch_parallel if self._workers > 1 else _decode_batch
+
+        def view_crop(batch_indices, destination, metadata, storage_state):
+            decode_batch(
+                batch_indices,
+                destination,
+                metadata,
+                storage_state[0],
+                storage_state[1],
+                storage_state[2],
+                control_address,
+            )
+            return destination[: len(batch_indices)]
+
+        return view_crop
+
+
+@njit(cache=True, nogil=True)
+def pixel_box(view, height, width):
+    """The pixels (top, bottom, left, right, flipped) of an axis-aligned view (six numbers), at least one each way."""
+    start_u = np.float64(view[2])
+    end_u = start_u + np.float64(view[0])
+    start_v = np.float64(view[5])
+    end_v = start_v + np.float64(view[4])
+    flipped = end_u < start_u
+    if flipped:
+        start_u, end_u = end_u, start_u
+    left = min(max(int(np.floor(start_u * width + 0.5)), 0), width - 1)
+    right = min(max(int(np.floor(end_u * width + 0.5)), left + 1), width)
+    top = min(max(int(np.floor(start_v * height + 0.5)), 0), height - 1)
+    bottom = min(max(int(np.floor(end_v * height + 0.5)), top + 1), height)
+    return top, bottom, left, right, flipped
+
+
+@njit(cache=True, nogil=True)
+def resize_into(source, top, bottom, left, right, target):
+    """Resize rows top:bottom and columns left:right of ``source`` (h, w, 3) to fill ``target`` (H, W, 3), both uint8."""
+    resize_area(
+        0,
+        source.ctypes.data,
+        source.shape[0],
+        source.shape[1],
+        top,
+        bottom,
+        left,
+        right,
+        target.ctypes.data,
+        target.shape[0],
+        target.shape[1],
+    )
+
+
+@njit(cache=True, nogil=True)
+def mirror(picture):
+    """Swap left and right of (H, W, 3) in place."""
+    width = picture.shape[1]
+    for row in range(picture.shape[0]):
+        for column in range(width // 2):
+            for channel in range(3):
+                kept = picture[row, column, channel]
+                picture[row, column, channel] = picture[row, width - 1 - column, channel]
+                picture[row, width - 1 - column, channel] = kept
+
+
+@njit(cache=True, nogil=True)
+def decode_jpeg(handle, data, pixels, header):
+    """Decode a JPEG into ``pixels`` (h, w, 3); False if it is damaged or has another size. ``header``: int32 scratch."""
+    place = header.ctypes.data
+    if tj_header(handle, data.ctypes.data, data.size, place, place + 4, place + 8, place + 12) != 0:
+        return False
+    height, width = pixels.shape[0], pixels.shape[1]
+    if header[0] != width or header[1] != height:
+        return False
+    # −1 also for mere warnings, after which libjpeg has painted something over the damage. Packed JPEGs have none.
+    failed = tj_decompress(
+        handle,
+        data.ctypes.data,
+        data.size,
+        pixels.ctypes.data,
+        width,
+        3 * width,
+        height,
+        TJPF_RGB,
+        TJFLAG_ACCURATEDCT,
+    )
+    return failed == 0
+
+
+@njit(cache=True, nogil=True)
+def _decode_sample(data, is_jpeg, height, width, view, target, scratch, handle, header):
+    size = height * width * 3
+    if is_jpeg:
+        pixels = scratch[:size].reshape((height, width, 3))
+        if not decode_jpeg(handle, data, pixels, header):
+            return False
+    else:
+        if data.size < size:
+            return False
+        pixels = data[:size].reshape((height, width, 3))
+    top, bottom, left, right, flipped = pixel_box(view, height, width)
+    resize_into(pixels, top, bottom, left, right, target)
+    if flipped:
+        mirror(target)
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _work(worker, batch_indices, destination, metadata, storage, pointers, sizes, control_address):
+    control = array_at(control_address, (_CONTROL_SIZE,), np.int64)
+    views = array_at(control[_VIEWS], (control[_SAMPLES], 6), np.float32)
+    scratch = array_at(control[_SCRATCH] + worker * control[_SCRATCH_BYTES], (control[_SCRATCH_BYTES],), np.uint8)
+    handle = array_at(control[_HANDLES], (control[_WORKERS],), np.int64)[worker]
+    header = array_at(control[_HEADERS], (control[_WORKERS], _HEADER_INTS), np.int32)[worker]
+    # Pictures differ in size by a hundred times, so each worker takes the next one when it is free.
+    while True:
+        place = next_item(control_address + 8 * _COUNTER)
+        if place >= len(batch_indices):
+            break
+        sample = np.int64(batch_indices[place])
+        field = metadata[sample]
+        pointer = field["data_ptr"]
+        data = storage[pointer : pointer + sizes[np.searchsorted(pointers, pointer)]]
+        height = np.int64(field["height"])
+        width = np.int64(field["width"])
+        target = destination[place]
+        if not _decode_sample(
+            data, field["mode"] == _JPEG, height, width, views[sample], target, scratch, handle, header
+        ):
+            target[:] = 0
+            control[_BROKEN] = sample + 1
+
+
+@njit(cache=True, nogil=True)
+def _decode_batch(batch_indices, destination, metadata, storage, pointers, sizes, control_address):
+    control = array_at(control_address, (_CONTROL_SIZE,), np.int64)
+    control[_COUNTER] = 0
+    _work(0, batch_indices, destination, metadata, storage, pointers, sizes, control_address)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _decode_batch_parallel(batch_indices, destination, metadata, storage, pointers, sizes, control_address):
+    control = array_at(control_address, (_CONTROL_SIZE,), np.int64)
+    control[_COUNTER] = 0
+    for worker in prange(control[_WORKERS]):
+        _work(worker, batch_indices, destination, metadata, storage, pointers, sizes, control_address)

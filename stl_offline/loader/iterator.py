@@ -1,0 +1,149 @@
+"""The thread that loads one epoch, and the consumer's end of it.
+
+FFCV's own iterator waits forever when its thread raises or dies, and takes its order from a sampler of its own. Here
+the order is given, every exception comes out at the consumer, and waiting looks whether the thread still lives.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from ffcv.loader import Loader
+from ffcv.loader.epoch_iterator import IS_CUDA, EpochIterator
+from numba.core.errors import NumbaError
+
+from stl_offline.errors import StlError, TrainingError
+
+_POLL_SECONDS = 0.5
+_CLOSE_SECONDS = 120.0
+
+
+class EpochThread(EpochIterator):
+    """Runs FFCV's pipelines over given batches of sample ids, ahead of the consumer, into buffers used in turn."""
+
+    def __init__(
+        self, loader: Loader, batches: list[np.ndarray], buffers: dict, check: Callable[[np.ndarray], None]
+    ) -> None:
+        """``buffers``: what the graph allocated for ``batches_ahead + 2`` batches; ``check(ids)`` runs after each
+        batch and raises if it must not be handed out."""
+        # Not EpochIterator.__init__: it would allocate the buffers anew for every epoch.
+        threading.Thread.__init__(self, daemon=True, name="stl-offline-loader")
+        self.loader = loader
+        self.metadata = loader.reader.metadata
+        self.batches = batches
+        self.check = check
+        self.slots = loader.batches_ahead + 2
+        self.output_queue: queue.Queue = queue.Queue(loader.batches_ahead)
+        self.terminate_event = threading.Event()
+        self.memory_context = loader.memory_manager.schedule_epoch(batches)
+        self.memory_context.__enter__()
+        self.storage_state = self.memory_context.state
+        self.memory_allocations = buffers
+        self.cuda_streams = [torch.cuda.Stream() if IS_CUDA else None for _ in range(self.slots)]
+        # Set by the consumer once its copies out of a slot are queued; waited for before the slot is filled again.
+        self.copied: list[Any] = [None] * self.slots
+
+    def run(self) -> None:
+        try:
+            numba.set_num_threads(self.loader.num_workers)
+            for number, ids in enumerate(self.batches):
+                slot = number % self.slots
+                if self.copied[slot] is not None:
+                    self.copied[slot].synchronize()
+                result = self.run_pipeline(number, ids, slot, None)
+                self.check(ids)
+                if not self._hand_out((slot, ids, result)):
+                    return
+            self._hand_out(None)
+        except BaseException as error:  # whatever it is, the consumer must hear of it
+            self._hand_out(error)
+
+    def _hand_out(self, item: Any) -> bool:
+        while not self.terminate_event.is_set():
+            try:
+                self.output_queue.put(item, timeout=_POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def take(self) -> Any:
+        """The next (slot, ids, results), or None after the last.
+
+        Raises:
+            StlError: what the loading thread raised, or `TrainingError` if it died without a word.
+        """
+        while True:
+            try:
+                item = self.output_queue.get(timeout=_POLL_SECONDS)
+                break
+            except queue.Empty:
+                # It may have handed out its last item between the timeout and this look.
+                if not self.is_alive() and self.output_queue.empty():
+                    raise TrainingError("the loading thread died; start again with --debug to see why") from None
+        if isinstance(item, StlError | MemoryError | NumbaError):
+            raise item
+        if isinstance(item, BaseException):
+            raise TrainingError(f"the loading thread failed: {type(item).__name__}: {item}") from item
+        return item
+
+    def close(self) -> None:
+        """Stop the thread and wait until it has."""
+        self.terminate_event.set()
+        if self.is_alive() and self is not threading.current_thread():
+            self.join(_CLOSE_SECONDS)
+            if self.is_alive():
+                raise TrainingError(f"the loading thread did not stop within {_CLOSE_SECONDS:.0f} seconds")
+
+    def __del__(self) -> None:
+        # FFCV's would close a thread that may never have started.
+        self.terminate_event.set()
+
+
+class Epoch(Iterator):
+    """The consumer's end of one epoch: gives batches, stops its thread when closed or no longer referred to."""
+
+    def __init__(self, thread: EpochThread, make_batch: Callable[[Any], Any]) -> None:
+        self._thread: EpochThread | None = thread
+        self._make_batch = make_batch
+        thread.start()
+
+    def __next__(self) -> Any:
+        if self._thread is None:
+            raise StopIteration
+        try:
+            item = self._thread.take()
+        except BaseException:
+            self.close()
+            raise
+        if item is None:
+            self.close()
+            raise StopIteration
+        slot, _, _ = item
+        batch = self._make_batch(item)
+        if IS_CUDA:
+            event = torch.cuda.Event()
+            event.record()
+            self._thread.copied[slot] = event
+        return batch
+
+    def close(self) -> None:
+        """End the epoch early; nothing more comes."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.close()
+
+    def __enter__(self) -> "Epoch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Not close(): the interpreter may be going down, and waiting here could be forever.
+        if getattr(self, "_thread", None) is not None:
+            self._thread.terminate_event.set()

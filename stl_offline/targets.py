@@ -1,0 +1,310 @@
+"""What a student's tokens should say, drawn from one label map seen through the student's view.
+
+A map is a grid of top-k class probabilities; what they leave out of 1 is the residual. A student's token is the mean
+of s×s bilinear sample points of the map (`stl_offline.labels.align`). Three kinds of target:
+
+- ``gumbel``: one class, drawn from that mixture (STL, arXiv 2401.03844, section 3.2: hard Gumbel-softmax with
+  temperature 1 is sampling the softmax). The mixture is never formed: drawing the sample point, then one of its four
+  cells by the bilinear weights, then a class of that cell has the same distribution at constant cost.
+- ``soft``: the m most probable classes of the mixture, with their probabilities.
+- ``argmax``: the most probable class, weighted by the share of the token that lies on the map.
+
+Gh, Gw: the map's grid; k: its stored classes; K: classes; h, w: the student's grid, N = h·w tokens; m: targets a
+token. A target's id −1 with a weight above zero means that weight spread evenly over all K classes; −1 with weight 0
+means nothing.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from stl_offline.errors import InputError
+from stl_offline.labels.align import is_identity, is_on_map, neighbours, roi_align_topk_into
+from stl_offline.random import STREAM_TOKEN, random_bits, unit_interval
+
+KINDS = ("gumbel", "soft", "argmax")
+RESIDUALS = ("ignore", "uniform")
+
+_GUMBEL, _SOFT, _ARGMAX = range(3)
+
+
+@dataclass(frozen=True)
+class TokenTargets:
+    """Which token targets a student gets.
+
+    kind: "gumbel", "soft" or "argmax"; grid: the student's (h, w); m: classes kept by "soft" (the others give one);
+    sampling_ratio: s, sample points along each side of a token; residual: what becomes of mass outside the known
+    classes, "ignore" (it asks for nothing) or "uniform" (spread evenly over all classes); min_confidence: tokens
+    whose nearest map cell has a lower confidence get no target.
+    """
+
+    kind: str
+    grid: tuple[int, int]
+    m: int = 5
+    sampling_ratio: int = 2
+    residual: str = "ignore"
+    min_confidence: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"token targets are one of {', '.join(KINDS)}; got {self.kind!r}")
+        if self.residual not in RESIDUALS:
+            raise InputError(f"the residual is one of {', '.join(RESIDUALS)}; got {self.residual!r}")
+        if len(self.grid) != 2 or min(*self.grid, self.m, self.sampling_ratio) < 1:
+            raise InputError(f"grid, m and sampling ratio must be positive, got {self}")
+        if not 0 <= self.min_confidence <= 1:
+            raise InputError(f"a confidence lies in [0, 1], got {self.min_confidence}")
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def kept(self) -> int:
+        """Classes of the aligned mixture that are looked at."""
+        return self.m if self.kind == "soft" else 1
+
+    @property
+    def columns(self) -> int:
+        """Targets a token: m, and one more for the residual of "soft" where that is spread evenly."""
+        if self.kind != "soft":
+            return 1
+        return self.m + (self.residual == "uniform")
+
+
+def target_numbers(targets: TokenTargets, num_classes: int) -> tuple:
+    """The settings as the numbers that `token_targets_into` takes after the relative view."""
+    return (
+        KINDS.index(targets.kind),
+        targets.sampling_ratio,
+        targets.residual == "uniform",
+        np.float32(targets.min_confidence),
+        num_classes,
+    )
+
+
+def token_targets(
+    targets: TokenTargets,
+    class_ids: np.ndarray,
+    probabilities: np.ndarray,
+    confidence: np.ndarray,
+    relative_view: np.ndarray,
+    num_classes: int,
+    *,
+    seed: int,
+    epoch: int,
+    sample_id: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One sample's token targets, as the loader makes them.
+
+    Args:
+        targets: what to give.
+        class_ids, probabilities: (Gh, Gw, k); confidence: (Gh, Gw); the label map.
+        relative_view: (2, 3), from the student's unit coordinates to the map's.
+        num_classes: K.
+        seed, epoch, sample_id: what the draws depend on.
+
+    Returns:
+        ids (N, columns) int32 and weights (N, columns) float32.
+    """
+    ids = np.empty((targets.tokens, targets.columns), dtype=np.int32)
+    weights = np.empty((targets.tokens, targets.columns), dtype=np.float32)
+    token_targets_into(
+        np.ascontiguousarray(class_ids),
+        np.ascontiguousarray(probabilities, dtype=np.float32),
+        np.ascontiguousarray(confidence, dtype=np.float32),
+        np.asarray(relative_view, dtype=np.float64).ravel(),
+        *target_numbers(targets, num_classes),
+        np.uint64(seed % 2**64),
+        np.uint64(epoch),
+        np.uint64(sample_id),
+        np.zeros(num_classes, dtype=np.float32),
+        np.empty(num_classes, dtype=np.int32),
+        np.empty((*targets.grid, targets.kept), dtype=np.int32),
+        np.empty((*targets.grid, targets.kept), dtype=np.float32),
+        np.empty(targets.grid, dtype=np.float32),
+        ids.reshape(*targets.grid, targets.columns),
+        weights.reshape(*targets.grid, targets.columns),
+    )
+    return ids, weights
+
+
+@njit(cache=True, nogil=True)
+def relative_view_into(map_view, student_view, relative):
+    """M⁻¹·S of two views of six float32 each, as six float64 that hold float32 numbers; equal views: the identity."""
+    determinant = np.float64(map_view[0]) * map_view[4] - np.float64(map_view[1]) * map_view[3]
+    a = map_view[4] / determinant
+    b = -map_view[1] / determinant
+    c = -map_view[3] / determinant
+    d = map_view[0] / determinant
+    shift_u = np.float64(student_view[2]) - map_view[2]
+    shift_v = np.float64(student_view[5]) - map_view[5]
+    relative[0] = np.float32(a * student_view[0] + b * student_view[3])
+    relative[1] = np.float32(a * student_view[1] + b * student_view[4])
+    relative[2] = np.float32(a * shift_u + b * shift_v)
+    relative[3] = np.float32(c * student_view[0] + d * student_view[3])
+    relative[4] = np.float32(c * student_view[1] + d * student_view[4])
+    relative[5] = np.float32(c * shift_u + d * shift_v)
+
+
+@njit(cache=True, nogil=True)
+def token_targets_into(
+    class_ids,
+    probabilities,
+    confidence,
+    relative,
+    kind,
+    s,
+    uniform_residual,
+    min_confidence,
+    num_classes,
+    seed,
+    epoch,
+    sample_id,
+    scratch,
+    touched,
+    aligned_ids,
+    aligned_probabilities,
+    covered,
+    out_ids,
+    out_weights,
+):
+    """`token_targets` without checks or allocation, for compiled pipelines.
+
+    scratch: (K,) float32, zeros on entry and on return; touched: (K,) int32; aligned_ids, aligned_probabilities:
+    (h, w, kept) and covered: (h, w), any content ("gumbel" leaves them alone); out_ids, out_weights: (h, w, columns).
+    """
+    if kind == _GUMBEL:
+        _draw_classes(
+            class_ids,
+            probabilities,
+            relative,
+            s,
+            uniform_residual,
+            num_classes,
+            seed,
+            epoch,
+            sample_id,
+            out_ids,
+            out_weights,
+        )
+    else:
+        roi_align_topk_into(
+            class_ids,
+            probabilities,
+            relative[0],
+            relative[1],
+            relative[2],
+            relative[3],
+            relative[4],
+            relative[5],
+            s,
+            scratch,
+            touched,
+            aligned_ids,
+            aligned_probabilities,
+            covered,
+        )
+        _take_aligned(aligned_ids, aligned_probabilities, covered, kind, uniform_residual, out_ids, out_weights)
+    if min_confidence > 0:
+        _drop_unsure(confidence, relative, min_confidence, out_ids, out_weights)
+
+
+@njit(cache=True, nogil=True)
+def _draw_classes(
+    class_ids,
+    probabilities,
+    relative,
+    s,
+    uniform_residual,
+    num_classes,
+    seed,
+    epoch,
+    sample_id,
+    out_ids,
+    out_weights,
+):
+    map_rows, map_columns, stored = class_ids.shape
+    rows, columns = out_ids.shape[:2]
+    same = (
+        rows == map_rows
+        and columns == map_columns
+        and is_identity(relative[0], relative[1], relative[2], relative[3], relative[4], relative[5])
+    )
+    for row in range(rows):
+        for column in range(columns):
+            b0, b1, b2, b3 = random_bits(seed, STREAM_TOKEN, epoch, sample_id, row * columns + column)
+            out_ids[row, column, 0] = -1
+            out_weights[row, column, 0] = 0.0
+            at_row = row
+            at_column = column
+            if not same:
+                point = int(unit_interval(b0) * (s * s))
+                v = (row + (point // s + 0.5) / s) / rows
+                u = (column + (point % s + 0.5) / s) / columns
+                x = relative[0] * u + relative[1] * v + relative[2]
+                y = relative[3] * u + relative[4] * v + relative[5]
+                if not is_on_map(x, y):
+                    continue
+                left, right, to_right = neighbours(x, map_columns)
+                top, bottom, to_bottom = neighbours(y, map_rows)
+                # One random number for both axes: what is left of it after the first choice is uniform again.
+                rest = unit_interval(b1)
+                if rest < to_bottom:
+                    at_row = bottom
+                    rest /= to_bottom
+                else:
+                    at_row = top
+                    rest = (rest - to_bottom) / (1.0 - to_bottom)
+                at_column = right if rest < to_right else left
+            threshold = unit_interval(b2)
+            total = 0.0
+            for entry in range(stored):
+                total += probabilities[at_row, at_column, entry]
+                if threshold < total:
+                    out_ids[row, column, 0] = class_ids[at_row, at_column, entry]
+                    out_weights[row, column, 0] = 1.0
+                    break
+            else:
+                if uniform_residual:
+                    out_ids[row, column, 0] = int(unit_interval(b3) * num_classes)
+                    out_weights[row, column, 0] = 1.0
+
+
+@njit(cache=True, nogil=True)
+def _take_aligned(aligned_ids, aligned_probabilities, covered, kind, uniform_residual, out_ids, out_weights):
+    rows, columns, kept = aligned_ids.shape
+    for row in range(rows):
+        for column in range(columns):
+            if kind == _ARGMAX:
+                best = aligned_ids[row, column, 0]
+                out_ids[row, column, 0] = best
+                out_weights[row, column, 0] = covered[row, column] if best >= 0 else 0.0
+                continue
+            total = 0.0
+            for entry in range(kept):
+                out_ids[row, column, entry] = aligned_ids[row, column, entry]
+                out_weights[row, column, entry] = aligned_probabilities[row, column, entry]
+                total += aligned_probabilities[row, column, entry]
+            if uniform_residual:
+                out_ids[row, column, kept] = -1
+                out_weights[row, column, kept] = max(covered[row, column] - total, 0.0)
+
+
+@njit(cache=True, nogil=True)
+def _drop_unsure(confidence, relative, min_confidence, out_ids, out_weights):
+    map_rows, map_columns = confidence.shape
+    rows, columns = out_ids.shape[:2]
+    for row in range(rows):
+        v = (row + 0.5) / rows
+        for column in range(columns):
+            u = (column + 0.5) / columns
+            x = relative[0] * u + relative[1] * v + relative[2]
+            y = relative[3] * u + relative[4] * v + relative[5]
+            at_column = min(max(int(x * map_columns), 0), map_columns - 1)
+            at_row = min(max(int(y * map_rows), 0), map_rows - 1)
+            if confidence[at_row, at_column] < min_confidence:
+                out_ids[row, column] = -1
+                out_weights[row, column] = 0.0
