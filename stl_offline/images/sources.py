@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import xxhash
-from braceexpand import UnbalancedBracesError, braceexpand
+from webdataset.shardlists import expand_urls
 
 from stl_offline.errors import InputError
 from stl_offline.images.common import Source
@@ -93,12 +93,11 @@ def _resolve(spec: str | Path) -> tuple[str, str | Path | list[Path]]:
 
 def _expand(text: str) -> list[str]:
     """The files that a pattern names, in the pattern's order; none where it is no pattern."""
+    try:
+        names = expand_urls(text)
+    except (AssertionError, ValueError) as error:  # ${NAME} without a value; a brace without its partner
+        raise InputError(f"the pattern {text} cannot be expanded: {error}") from error
     paths = []
-    for part in text.split("::"):
-        try:
-            expanded = list(braceexpand(part))
-        except UnbalancedBracesError as error:
-            raise InputError(f"the pattern {part} has a brace without its partner") from error
-        for name in expanded:
-            paths += sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-    return paths if len(paths) > 1 or any(text.endswith(suffix) for suffix in TAR_SUFFIXES) else []
+    for name in names:
+        paths += sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+    return paths if len(paths) > 1 or text.endswith(TAR_SUFFIXES) else []
