@@ -1,0 +1,97 @@
+"""Small layers of FAN: Fourier positions, the unbiased layer norm, the channels-last depthwise convolution.
+
+Shape letters: B batch, H × W token grid, N = H·W tokens, C channels. Feature maps are kept as (B, H, W, C): that is the
+memory of a channels-last (B, C, H, W) tensor, so tokens, maps and convolutions share one layout and nothing is copied.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_function, register_notrace_module
+from torch import nn
+
+from stl_offline.errors import InputError
+
+POSITION_CHANNELS = 32  # of y, and as many of x
+POSITION_TEMPERATURE = 10000.0
+
+
+@register_notrace_function
+def check_divisible(height: int, width: int, stride: int) -> None:
+    """Raise `InputError` unless both sides of a picture (pixels) are positive multiples of the stem's stride."""
+    if height < stride or width < stride or height % stride or width % stride:
+        raise InputError(
+            f"this FAN cannot take pictures of {height}×{width} (height × width): "
+            f"both sides must be positive multiples of {stride}"
+        )
+
+
+def to_map(tokens_BNC: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(B, N, C) → (B, C, H, W) in channels-last memory, a view."""
+    return tokens_BNC.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def to_tokens(map_BCHW: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) → (B, N, C); a view where the map is channels-last."""
+    return map_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+@register_notrace_module
+class FourierPositions(nn.Module):
+    """Position embedding of any H × W grid: sines and cosines of y and x, projected (XCiT, arXiv 2106.09681).
+
+    Args:
+        dim: embedding width C.
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__()
+        self.token_projection = nn.Conv2d(2 * POSITION_CHANNELS, dim, 1, device=device, dtype=dtype)
+
+    def forward(self, height: int, width: int) -> torch.Tensor:
+        """Embedding of every token, (1, N, C), in the weights' type; the angles themselves are float32."""
+        weight = self.token_projection.weight.flatten(1)
+        rows = _axis_waves(height, weight.device).to(weight.dtype)
+        columns = _axis_waves(width, weight.device).to(weight.dtype)
+        # The projection of [y waves, x waves] is the sum of two small ones: O(H + W) products instead of O(H·W).
+        of_y = F.linear(rows, weight[:, :POSITION_CHANNELS])
+        of_x = F.linear(columns, weight[:, POSITION_CHANNELS:], self.token_projection.bias)
+        return (of_y[:, None, :] + of_x[None, :, :]).flatten(0, 1).unsqueeze(0)
+
+
+def _axis_waves(length: int, device: torch.device) -> torch.Tensor:
+    """Interleaved sin, cos of one axis' positions: (length, 32) float32."""
+    position = torch.arange(1, length + 1, device=device, dtype=torch.float32)
+    position = position / (length + 1e-6) * (2 * math.pi)
+    exponent = torch.arange(0, POSITION_CHANNELS, 2, device=device, dtype=torch.float32) / POSITION_CHANNELS
+    angle = position[:, None] / POSITION_TEMPERATURE**exponent
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+
+
+class UnbiasedLayerNorm(nn.LayerNorm):
+    """Layer norm over the last axis that divides by the variance with n − 1, as the released FAN weights need.
+
+    With s = (n − 1) / n, the unbiased form is (x − mean) / √(var / s + eps) = √s · (x − mean) / √(var + s·eps): the
+    ordinary, fused layer norm with another eps and a scaled weight.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels = self.normalized_shape[0]
+        share = (channels - 1) / channels
+        return F.layer_norm(x, self.normalized_shape, self.weight * math.sqrt(share), self.bias, self.eps * share)
+
+
+class PointwiseConv(nn.Conv2d):
+    """1×1 convolution (4-D weight, as in the released state dict) applied to the last axis as a matrix product."""
+
+    def __init__(self, in_channels: int, out_channels: int, device=None, dtype=None):
+        super().__init__(in_channels, out_channels, 1, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+def depthwise(channels: int, kernel: int, device=None, dtype=None) -> nn.Conv2d:
+    """Depthwise convolution with bias that keeps the grid."""
+    return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, device=device, dtype=dtype)
