@@ -77,7 +77,8 @@ class View:
             return NotImplemented
         linear = self._exact[:, :2] @ inner._exact[:, :2]
         shift = self._exact[:, :2] @ inner._exact[:, 2:] + self._exact[:, 2:]
-        return View(np.round(np.concatenate([linear, shift], axis=1) / _QUANTUM) * _QUANTUM)
+        # Adding zero makes a negative zero a positive one: the identity has one bit pattern.
+        return View(np.round(np.concatenate([linear, shift], axis=1) / _QUANTUM) * _QUANTUM + 0.0)
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
         """Take points (..., 2), as (u, v) of the output, to points (..., 2) of the source; float64."""
@@ -107,6 +108,7 @@ class View:
 def relative_view(map_view: View, student_view: View) -> View:
     """From the student's output coordinates to the coordinates of a label map made under ``map_view``: M⁻¹·S.
 
-    The identity, to the bit, where the two views are equal.
+    The identity, to the bit, where the two views are equal. Views are compared as they are stored, in float32: a crop
+    that was flipped in float64 is the same view as the one that a label set gives back.
     """
-    return map_view.inverse() @ student_view
+    return View(map_view.matrix).inverse() @ View(student_view.matrix)
