@@ -7,12 +7,17 @@ from stl_offline.cli.options import example, machine_options, option
 
 @click.command(epilog=example("stl-offline demo --out runs/demo"))
 @option("--out", default="runs/demo", metavar="DIR", help="Folder for everything that the demo makes.")
+@option("--train", default=2400, metavar="N", help="Training pictures to draw.")
+@option("--val", default=600, metavar="N", help="Validation pictures to draw.")
+@option("--epochs", default=10, metavar="N", help="Of each training stage.")
+@option("--shards", default=4, metavar="N", help="Files of the label set.")
+@option("--seed", default=0, metavar="N", help="Of the pictures and of every stage.")
 @machine_options
-def demo(out: str, device: str, workers: int, **_: object) -> None:
+def demo(debug: bool, **options: object) -> None:
     """All stages on an embedded data set: train a labeler, dump its token labels, train students, show what happened.
 
     Ends with a table of each stage's time and accuracy, and a picture of label maps.
     """
     from stl_offline.demo import run_demo
 
-    click.echo(run_demo(out, device=device, workers=workers))
+    click.echo(run_demo(**options))

@@ -2,7 +2,7 @@
 
 import click
 
-from stl_offline.cli.options import SOURCE_HELP, example, machine_options, option
+from stl_offline.cli.options import NUMBERS, SOURCE_HELP, example, machine_options, option
 from stl_offline.config import AMP_MODES, DumpConfig
 
 
@@ -15,6 +15,9 @@ from stl_offline.config import AMP_MODES, DumpConfig
 @option("--data", required=True, metavar="SRC", help=f"Pictures to label: {SOURCE_HELP}.")
 @option("--labeler", required=True, metavar="RUN|CKPT|timm:NAME", help="The model that labels.")
 @option("--labeler-checkpoint", metavar="FILE", help="Weights for a labeler named timm:NAME.")
+@option("--labeler-by-order", is_flag=True, help="These weights have other names, but the same tensors in order.")
+@option("--labeler-mean", type=NUMBERS, metavar="R,G,B", help="Normalisation, where not as timm notes for NAME.")
+@option("--labeler-std", type=NUMBERS, metavar="R,G,B", help="Likewise.")
 @option("--out", required=True, metavar="SET", help="Folder of the label set.")
 @option("--shards", default=DumpConfig.shards, metavar="N", help="Files that the set is cut into.")
 @option("--top-k", default=DumpConfig.top_k, metavar="K", help="Classes stored for each token.")
@@ -35,9 +38,10 @@ def dump_labels(**options: object) -> None:
 
     A killed dump goes on from its last whole shard when the same command runs again; the bytes come out the same.
     """
+    config = DumpConfig(**options)
     from stl_offline.dump import dump_labels as dump
 
-    report = dump(DumpConfig(**options))
+    report = dump(config)
     click.echo(
         f"label set: {report.path} ({report.samples:,} pictures, {report.labelled:,} of them labelled now, "
         f"{report.bytes:,} bytes, {report.seconds:,.0f} s)"

@@ -20,9 +20,10 @@ from stl_offline.config import AMP_MODES, EvaluateConfig
 @machine_options
 def evaluate(as_json: bool, **options: object) -> None:
     """Measure a trained model: top-1 and top-5 of the class head, and top-1 of the mean over its tokens."""
+    config = EvaluateConfig(**options)
     from stl_offline.evaluate import evaluate as measure
 
-    result = measure(EvaluateConfig(**options))
+    result = measure(config)
     if as_json:
         click.echo(json.dumps(result, sort_keys=True))
         return

@@ -12,6 +12,21 @@ F = TypeVar("F", bound=Callable[..., object])
 SOURCE_HELP = "folder of class folders, tars, .beton, or timm reader"
 
 
+class Numbers(click.ParamType):
+    """Numbers with commas between them, as a tuple."""
+
+    name = "numbers"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in value.split(",")) if isinstance(value, str) else tuple(value)
+        except ValueError:
+            self.fail(f"{value!r} is not numbers with commas between them, such as 0.5,0.5,0.5", param, ctx)
+
+
+NUMBERS = Numbers()
+
+
 def option(*names: str, **settings: object) -> Callable[[F], F]:
     """click's option, with its default shown."""
     return click.option(*names, **{"show_default": True, **settings})

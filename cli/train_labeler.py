@@ -20,7 +20,7 @@ def train_labeler(**options: object) -> None:
 
     The loss is the class loss plus the class loss of the mean over all tokens; no token has a label of its own.
     """
+    config = LabelerConfig(**options)
     from stl_offline.training.labeler import train_labeler as train
 
-    config = LabelerConfig(**options)
     click.echo(run_line("labeler", config.out, train(config)))

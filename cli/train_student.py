@@ -60,7 +60,7 @@ def train_student(**options: object) -> None:
 
     The labels are joined by key, follow every crop and flip, and mix as the pixels mix.
     """
+    config = StudentConfig(**options)
     from stl_offline.training.student import train_student as train
 
-    config = StudentConfig(**options)
     click.echo(run_line("student", config.out, train(config)))

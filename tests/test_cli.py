@@ -1,0 +1,287 @@
+"""The command line as a user meets it: quick help, one line for every failure, exit codes that scripts can rely on."""
+
+import dataclasses
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import click
+import pytest
+
+from stl_offline.cli.failures import Session, run
+from stl_offline.cli.main import COMMANDS, group, main
+from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, StudentConfig
+from stl_offline.errors import InputError, MissingExtraError, TargetError
+
+HEAVY = "torch torchvision ffcv timm cv2 PIL safetensors matplotlib jinja2"
+CALL = "import sys; from stl_offline.cli.main import main; sys.exit(main(sys.argv[1:]))"
+WITHOUT_EXTRAS = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY.split()}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+""" + CALL.replace("import sys; ", "")
+
+
+def call(*arguments: str, code: str = CALL, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def leaves(command: click.Command = group, path: tuple[str, ...] = ()):
+    """Every command with its path: ("labels", "show") and so on."""
+    if not isinstance(command, click.Group):
+        yield path, command
+        return
+    ctx = click.Context(command)
+    for name in command.list_commands(ctx):
+        yield from leaves(command.get_command(ctx, name), (*path, name))
+
+
+def test_help_is_quick_and_loads_no_heavy_package():
+    look = f"main(['--help']); print(set('{HEAVY} numpy numba zarr'.split()) & set(sys.modules))"
+    code = CALL.replace("sys.exit(main(sys.argv[1:]))", look)
+    started = time.perf_counter()
+    done = call(code=code)
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\nset()\n")
+    # It takes a tenth of this; a machine that is busy with other tests is allowed its time.
+    assert seconds < 1.5
+
+
+def test_help_lists_every_command_with_its_line(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name, (_, line) in COMMANDS.items():
+        assert f"  {name} " in text
+        assert line in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_loads_and_agrees_with_the_table(name):
+    command = group.get_command(click.Context(group), name)
+    assert command.name == name
+    assert command.help
+
+
+def test_each_help_has_an_example_and_the_common_options():
+    found = 0
+    for path, command in leaves():
+        text = command.get_help(click.Context(command, info_name=" ".join(path)))
+        assert re.search(r"Example:\n +stl-offline", text), f"{path} shows no example"
+        for option in ("--device", "--workers", "--debug"):
+            assert option in text, f"{path} lacks {option}"
+        found += 1
+    assert found >= len(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("train-labeler", LabelerConfig),
+        ("train-student", StudentConfig),
+        ("dump-labels", DumpConfig),
+        ("evaluate", EvaluateConfig),
+    ],
+)
+def test_options_are_the_settings_with_their_defaults(name, config):
+    command = group.get_command(click.Context(group), name)
+    fields = dataclasses.fields(config)
+    required = {field.name: "here" for field in fields if field.default is dataclasses.MISSING}
+    arguments = [word for field in required for word in (f"--{field.replace('_', '-')}", "here")]
+    values = command.make_context(name, arguments).params
+    values.pop("as_json", None)
+    assert values.keys() == {field.name for field in fields}
+    assert config(**values) == config(**required)
+
+
+def full_disk() -> OSError:
+    return OSError(errno.ENOSPC, "No space left on device", "labels/shard")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (InputError("no pictures in x"), 1, "error: no pictures in x"),
+        (TargetError("cannot write x"), 1, "error: cannot write x"),
+        (MissingExtraError("needs [train]"), 1, "error: needs [train]"),
+        (full_disk(), 1, "no space left to write labels/shard"),
+        (PermissionError(errno.EACCES, "Permission denied", "labels"), 1, "no permission for labels"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "labels"),
+            1,
+            "no permission for labels (Read-only",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), 1, "No such file or directory: x"),
+        (MemoryError(), 1, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "out of memory"),
+        (ModuleNotFoundError("No module named 'timm'", name="timm"), 1, "pip install 'stl-offline[train]'"),
+        (
+            ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib"),
+            1,
+            "pip install 'stl-offline[report]'",
+        ),
+        (ImportError("libopencv.so: cannot open", name="ffcv._libffcv"), 1, "ffcv is installed but does not load"),
+        (ModuleNotFoundError("No module named 'nowhere'", name="nowhere"), 70, "unexpected ModuleNotFoundError"),
+        (KeyError("left"), 70, "unexpected KeyError: 'left'; run with --debug for the traceback"),
+        (OSError("no number"), 70, "unexpected OSError: no number"),
+        (click.UsageError("No such option"), 2, "error: No such option (see 'stl-offline --help')"),
+        (click.FileError("x", "gone"), 1, "gone"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to go on"),
+        (click.Abort(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_a_failure_is_one_line_and_a_code(error, code, words, capsys):
+    def fail():
+        raise error
+
+    assert run(fail, Session()) == code
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_a_message_of_many_lines_becomes_one(capsys):
+    def fail():
+        raise InputError("first\n   second")
+
+    assert run(fail, Session()) == 1
+    assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["train-labeler", "--data", "x", "--out", "y", "--epochs", "0", "--debug"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("Traceback")
+    assert captured.err.splitlines()[-1] == "error: epochs must be at least 1, got 0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["pac"], 2, "No such command 'pac'"),
+        (["pack"], 2, "Missing argument 'SRC' (see 'stl-offline pack --help')"),
+        (["pack", "a", "b", "--max-size", "0"], 2, "--max-size"),
+        (["train-labeler", "--data", "x"], 2, "Missing option '--out'"),
+        (["train-labeler", "--data", "x", "--out", "y", "--epochs", "many"], 2, "'many' is not a valid integer"),
+        (["train-labeler", "--data", "x", "--out", "y", "--epochs", "0"], 1, "epochs must be at least 1, got 0"),
+        (["train-student", "--data", "x", "--out", "y", "--labels", "online"], 1, "labels online need --labeler"),
+        (["train-student", "--data", "x", "--out", "y", "--token-target", "hard"], 2, "'hard' is not one of"),
+        (["dump-labels", "--data", "x", "--labeler", "y", "--out", "z", "--shards", "0"], 1, "shards"),
+        (["evaluate", "--data", "x", "--checkpoint", "nowhere"], 1, "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_calls(arguments, code, words, capsys):
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_no_arguments_show_the_help(capsys):
+    assert main([]) == 2
+    assert "Commands:" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    from stl_offline import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"stl-offline {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train-labeler", "--data", "x", "--out", "y"],
+        ["train-student", "--data", "x", "--out", "y"],
+        ["dump-labels", "--data", "x", "--labeler", "y", "--out", "z"],
+        ["evaluate", "--data", "x", "--checkpoint", "y"],
+        ["pack", "x", "y.beton"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_command_without_its_extra_says_which_to_install(arguments):
+    done = call(*arguments, code=WITHOUT_EXTRAS)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: this command needs the extra [train]: pip install 'stl-offline[train]'")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_works_without_any_extra(name):
+    done = call(name, "--help", code=WITHOUT_EXTRAS)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: stl-offline" in done.stdout
+
+
+WAIT = """
+import sys, time
+from stl_offline.cli.failures import Session, run
+
+def wait():
+    print("ready", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        print("tidied", flush=True)
+
+sys.exit(run(wait, Session()))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_in_one_line_after_tidying_up(number, code):
+    with subprocess.Popen(
+        [sys.executable, "-c", WAIT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(number)
+        out, err = child.communicate(timeout=30)
+    assert (child.returncode, out, err) == (code, "tidied\n", "interrupted; run the same command again to go on\n")
+
+
+def test_an_exit_code_of_an_interruption_gets_the_same_line(capsys):
+    # Training loops end the step at hand and then exit by themselves.
+    assert run(lambda: sys.exit(143), Session()) == 143
+    assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
+
+
+def test_a_forked_worker_dies_of_the_signal_in_silence():
+    code = """
+import os, signal, sys
+from stl_offline.cli.failures import Session, run
+
+def fork():
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(3)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) + 100
+
+sys.exit(run(fork, Session()))
+"""
+    done = call(code=code)
+    assert (done.returncode, done.stderr) == (100 - signal.SIGTERM, "")
+
+
+def test_a_reader_that_leaves_is_no_failure():
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as closed:
+        done = subprocess.run([sys.executable, "-c", CALL, "--help"], stdout=closed, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (1, b"")
