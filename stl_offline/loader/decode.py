@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
 from numba import njit, prange
 
+from stl_offline.images.beton import Beton
 from stl_offline.loader.native import (
     TJFLAG_ACCURATEDCT,
     TJPF_RGB,
@@ -25,12 +25,13 @@ from stl_offline.loader.native import (
     tj_header,
 )
 
-_JPEG = np.uint8(IMAGE_MODES["jpg"])
-
 # The control block: int64 numbers and addresses that the compiled loop reads anew for every batch.
-_COUNTER, _BROKEN, _WORKERS, _SAMPLES, _VIEWS, _SCRATCH, _SCRATCH_BYTES, _HANDLES, _HEADERS = range(9)
+_COUNTER, _BROKEN, _WORKERS, _SAMPLES, _TABLE, _VIEWS, _SCRATCH, _SCRATCH_BYTES, _HANDLES, _HEADERS = range(10)
 _CONTROL_SIZE = 16
+# What is known of each picture, int64: where its bytes are, how many, its size, and whether they are plain pixels.
+_POINTER, _SIZE, _HEIGHT, _WIDTH, _RAW = range(5)
 _HEADER_INTS = 16  # one cache line of int32 for each worker
+_PAGE_BYTES = 4096
 
 
 class ViewCrop(Operation):
@@ -41,19 +42,30 @@ class ViewCrop(Operation):
     cannot be decoded gives zeros, and `take_broken` then names its sample: compiled code must not raise.
     """
 
-    def __init__(self, image_size: tuple[int, int], workers: int, samples: int) -> None:
+    def __init__(self, image_size: tuple[int, int], workers: int, beton: Beton) -> None:
         super().__init__()
         self.image_size = image_size
         self._workers = workers
+        columns = (beton.pointers, beton.sizes, beton.heights, beton.widths, beton.raw)
+        self._table = np.stack([np.asarray(column, dtype=np.int64) for column in columns], axis=1)
+        decoded_bytes = (self._table[:, _HEIGHT] * self._table[:, _WIDTH] * 3)[self._table[:, _RAW] == 0]
+        # Whole pages, so that workers never share a cache line. Only what pictures touch becomes real memory.
+        scratch_bytes = -(-int(decoded_bytes.max(initial=1)) // _PAGE_BYTES) * _PAGE_BYTES
+        self._scratch = np.empty((workers, scratch_bytes), dtype=np.uint8)
         self._decompressors = Decompressors(workers)
         self._headers = np.zeros((workers, _HEADER_INTS), dtype=np.int32)
-        self._scratch: np.ndarray | None = None
         self._views: np.ndarray | None = None
         self._control = np.zeros(_CONTROL_SIZE, dtype=np.int64)
-        self._control[_WORKERS] = workers
-        self._control[_SAMPLES] = samples
-        self._control[_HANDLES] = self._decompressors.handles.ctypes.data
-        self._control[_HEADERS] = self._headers.ctypes.data
+        for place, value in (
+            (_WORKERS, workers),
+            (_SAMPLES, len(beton)),
+            (_TABLE, self._table.ctypes.data),
+            (_SCRATCH, self._scratch.ctypes.data),
+            (_SCRATCH_BYTES, scratch_bytes),
+            (_HANDLES, self._decompressors.handles.ctypes.data),
+            (_HEADERS, self._headers.ctypes.data),
+        ):
+            self._control[place] = value
 
     def set_views(self, views: np.ndarray) -> None:
         """Use these views, float32 (n, 6), from now on. No batch may be under way."""
@@ -69,32 +81,16 @@ class ViewCrop(Operation):
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         shape = (*self.image_size, 3)
-        if self._scratch is None:
-            is_jpeg = self.metadata["mode"] == _JPEG
-            pixels = self.metadata["height"].astype(np.int64) * self.metadata["width"] * is_jpeg
-            # Rounded to pages, so that workers never share a cache line. Only what pictures touch becomes real memory.
-            pixel_bytes = int(-(-max(int(pixels.max()) * 3, 1) // 4096) * 4096)
-            self._scratch = np.empty((self._workers, pixel_bytes), dtype=np.uint8)
-            self._control[_SCRATCH] = self._scratch.ctypes.data
-            self._control[_SCRATCH_BYTES] = pixel_bytes
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1")), AllocationQuery(
-            shape, np.dtype("u1")
-        )
+        query = AllocationQuery(shape, np.dtype("u1"))
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=query.dtype), query
 
     def generate_code(self) -> Callable:
         control_address = self._control.ctypes.data
         decode_batch = _decode_batch_parallel if self._workers > 1 else _decode_batch
 
-        def view_crop(batch_indices, destination, metadata, storage_state):
-            decode_batch(
-                batch_indices,
-                destination,
-                metadata,
-                storage_state[0],
-                storage_state[1],
-                storage_state[2],
-                control_address,
-            )
+        # np.int64: a captured number has a type of its own (that number), for which no stored code would ever be found.
+        def view_crop(batch_indices, destination, _metadata, storage_state):
+            decode_batch(batch_indices, destination, storage_state[0], np.int64(control_address))
             return destination[: len(batch_indices)]
 
         return view_crop
@@ -119,7 +115,7 @@ def pixel_box(view, height, width):
 
 @njit(cache=True, nogil=True)
 def resize_into(source, top, bottom, left, right, target):
-    """Resize rows top:bottom and columns left:right of ``source`` (h, w, 3) to fill ``target`` (H, W, 3), both uint8."""
+    """Resize rows top:bottom and columns left:right of ``source`` (h, w, 3) to fill ``target`` (H, W, 3); uint8."""
     resize_area(
         0,
         source.ctypes.data,
@@ -149,7 +145,7 @@ def mirror(picture):
 
 @njit(cache=True, nogil=True)
 def decode_jpeg(handle, data, pixels, header):
-    """Decode a JPEG into ``pixels`` (h, w, 3); False if it is damaged or has another size. ``header``: int32 scratch."""
+    """Decode a JPEG into ``pixels`` (h, w, 3); False if it is damaged or has another size. ``header``: scratch."""
     place = header.ctypes.data
     if tj_header(handle, data.ctypes.data, data.size, place, place + 4, place + 8, place + 12) != 0:
         return False
@@ -172,16 +168,16 @@ def decode_jpeg(handle, data, pixels, header):
 
 
 @njit(cache=True, nogil=True)
-def _decode_sample(data, is_jpeg, height, width, view, target, scratch, handle, header):
+def _decode_sample(data, is_raw, height, width, view, target, scratch, handle, header):
     size = height * width * 3
-    if is_jpeg:
-        pixels = scratch[:size].reshape((height, width, 3))
-        if not decode_jpeg(handle, data, pixels, header):
-            return False
-    else:
+    if is_raw:
         if data.size < size:
             return False
         pixels = data[:size].reshape((height, width, 3))
+    else:
+        pixels = scratch[:size].reshape((height, width, 3))
+        if not decode_jpeg(handle, data, pixels, header):
+            return False
     top, bottom, left, right, flipped = pixel_box(view, height, width)
     resize_into(pixels, top, bottom, left, right, target)
     if flipped:
@@ -190,8 +186,9 @@ def _decode_sample(data, is_jpeg, height, width, view, target, scratch, handle, 
 
 
 @njit(cache=True, nogil=True)
-def _work(worker, batch_indices, destination, metadata, storage, pointers, sizes, control_address):
+def _work(worker, batch_indices, destination, storage, control_address):
     control = array_at(control_address, (_CONTROL_SIZE,), np.int64)
+    table = array_at(control[_TABLE], (control[_SAMPLES], _RAW + 1), np.int64)
     views = array_at(control[_VIEWS], (control[_SAMPLES], 6), np.float32)
     scratch = array_at(control[_SCRATCH] + worker * control[_SCRATCH_BYTES], (control[_SCRATCH_BYTES],), np.uint8)
     handle = array_at(control[_HANDLES], (control[_WORKERS],), np.int64)[worker]
@@ -202,29 +199,30 @@ def _work(worker, batch_indices, destination, metadata, storage, pointers, sizes
         if place >= len(batch_indices):
             break
         sample = np.int64(batch_indices[place])
-        field = metadata[sample]
-        pointer = field["data_ptr"]
-        data = storage[pointer : pointer + sizes[np.searchsorted(pointers, pointer)]]
-        height = np.int64(field["height"])
-        width = np.int64(field["width"])
+        start, size, height, width = (
+            table[sample, _POINTER],
+            table[sample, _SIZE],
+            table[sample, _HEIGHT],
+            table[sample, _WIDTH],
+        )
+        data = storage[start : start + size]
+        is_raw = table[sample, _RAW] != 0
         target = destination[place]
-        if not _decode_sample(
-            data, field["mode"] == _JPEG, height, width, views[sample], target, scratch, handle, header
-        ):
+        if not _decode_sample(data, is_raw, height, width, views[sample], target, scratch, handle, header):
             target[:] = 0
             control[_BROKEN] = sample + 1
 
 
 @njit(cache=True, nogil=True)
-def _decode_batch(batch_indices, destination, metadata, storage, pointers, sizes, control_address):
+def _decode_batch(batch_indices, destination, storage, control_address):
     control = array_at(control_address, (_CONTROL_SIZE,), np.int64)
     control[_COUNTER] = 0
-    _work(0, batch_indices, destination, metadata, storage, pointers, sizes, control_address)
+    _work(0, batch_indices, destination, storage, control_address)
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _decode_batch_parallel(batch_indices, destination, metadata, storage, pointers, sizes, control_address):
+def _decode_batch_parallel(batch_indices, destination, storage, control_address):
     control = array_at(control_address, (_CONTROL_SIZE,), np.int64)
     control[_COUNTER] = 0
     for worker in prange(control[_WORKERS]):
-        _work(worker, batch_indices, destination, metadata, storage, pointers, sizes, control_address)
+        _work(worker, batch_indices, destination, storage, control_address)

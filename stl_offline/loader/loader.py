@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from ffcv.fields.basics import IntDecoder
+from ffcv.loader import Loader
+from ffcv.pipeline import PipelineSpec
 
 from stl_offline.errors import FormatError, InputError
 from stl_offline.images.beton import Beton
@@ -18,12 +21,6 @@ from stl_offline.loader.order import count_batches, rank_batches, shuffled
 from stl_offline.loader.threads import torch_threads_kept, usable_workers
 from stl_offline.loader.token_op import TokenDraw
 from stl_offline.targets import TokenTargets
-
-# isort: split
-# After .threads, which keeps torch's threads as they were and picks numba's threading layer.
-from ffcv.fields.basics import IntDecoder
-from ffcv.loader import Loader
-from ffcv.pipeline import PipelineSpec
 
 if TYPE_CHECKING:
     from stl_offline.labels.cache import TokenCache
@@ -95,7 +92,7 @@ class TokenLoader:
         self._thread: EpochThread | None = None
         self._views: np.ndarray | None = None
         workers = usable_workers(workers)
-        self._crop = ViewCrop(self.image_size, workers, len(beton))
+        self._crop = ViewCrop(self.image_size, workers, beton)
         pipelines: dict[str, Any] = {
             "image": PipelineSpec("image", self._crop),
             "class_id": PipelineSpec("class_id", IntDecoder()),

@@ -3,6 +3,8 @@
 n: samples; B: batch size of one rank.
 """
 
+import itertools
+
 import numpy as np
 from numba import njit
 
@@ -58,5 +60,5 @@ def rank_batches(order: np.ndarray, batch_size: int, rank: int, world_size: int,
         starts[-2] = starts[-1] - world_size
     return [
         np.ascontiguousarray(np.array_split(order[start:end], world_size)[rank])
-        for start, end in zip(starts[:-1], starts[1:], strict=True)
+        for start, end in itertools.pairwise(starts)
     ]

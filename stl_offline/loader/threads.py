@@ -1,8 +1,8 @@
 """Threads of numba and torch, which FFCV changes for the whole process.
 
 Two loaders work at the same time (training and validation), each with a thread of its own that starts compiled loops.
-numba's fallback threading layer, workqueue, crashes there, so one that is safe for it is asked for. This module must
-be imported before the first parallel loop runs.
+numba's fallback threading layer, workqueue, crashes there, so one that is safe for it is asked for, which works until
+the first parallel loop runs.
 """
 
 import contextlib
@@ -12,12 +12,6 @@ import numba
 import torch
 
 from stl_offline.errors import InputError
-
-with contextlib.ExitStack() as _stack:
-    # Importing FFCV sets torch to one thread.
-    _threads = torch.get_num_threads()
-    _stack.callback(torch.set_num_threads, _threads)
-    import ffcv.pipeline.compiler  # noqa: F401
 
 if numba.config.THREADING_LAYER == "default":
     numba.config.THREADING_LAYER = "threadsafe"

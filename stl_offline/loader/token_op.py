@@ -91,7 +91,7 @@ class TokenDraw(Operation):
         if map_index is None:
             map_index = np.zeros(samples, dtype=np.int64)
         map_index = np.ascontiguousarray(map_index, dtype=np.int64)
-        if map_index.shape != (samples,) or (samples and not (0 <= map_index.min() and map_index.max() < maps)):
+        if map_index.shape != (samples,) or (samples and (map_index.min() < 0 or map_index.max() >= maps)):
             raise InputError(f"map_index must be {samples:,} numbers in 0 … {maps - 1}, got {map_index.shape}")
         self._epoch_tables = (views, map_index)
         self._control[[_VIEWS, _MAP_INDEX]] = views.ctypes.data, map_index.ctypes.data
@@ -107,7 +107,7 @@ class TokenDraw(Operation):
         draw_batch = _draw_batch_parallel if self._workers > 1 else _draw_batch
 
         def token_draw(_class_ids, destinations, batch_indices):
-            draw_batch(batch_indices, destinations[0], destinations[1], control_address)
+            draw_batch(batch_indices, destinations[0], destinations[1], np.int64(control_address))
             return destinations
 
         token_draw.with_indices = True
