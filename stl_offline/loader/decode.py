@@ -18,16 +18,12 @@ from stl_offline.loader.native import (
     TJFLAG_ACCURATEDCT,
     TJPF_RGB,
     Decompressors,
-    array_at,
     next_item,
     resize_area,
     tj_decompress,
     tj_header,
 )
 
-# The control block: int64 numbers and addresses that the compiled loop reads anew for every batch.
-_COUNTER, _BROKEN, _WORKERS, _SAMPLES, _TABLE, _VIEWS, _SCRATCH, _SCRATCH_BYTES, _HANDLES, _HEADERS = range(10)
-_CONTROL_SIZE = 16
 # What is known of each picture, int64: where its bytes are, how many, its size, and whether they are plain pixels.
 _POINTER, _SIZE, _HEIGHT, _WIDTH, _RAW = range(5)
 _HEADER_INTS = 16  # one cache line of int32 for each worker
@@ -37,15 +33,15 @@ _PAGE_BYTES = 4096
 class ViewCrop(Operation):
     """FFCV operation for the image field: decode, cut the sample's view out, resize it to (H, W), mirror it.
 
-    Output: uint8 (B, H, W, 3). Views must be axis-aligned crops (`check_views`). JPEGs are decoded exactly as Pillow
-    and torchvision decode them (accurate integer DCT); the resizing is OpenCV's area interpolation. A picture that
-    cannot be decoded gives zeros, and `take_broken` then names its sample: compiled code must not raise.
+    Output: uint8 (B, H, W, 3). Views must be axis-aligned crops (`stl_offline.loader.loader.check_views`). JPEGs are
+    decoded exactly as Pillow and torchvision decode them (accurate integer DCT); the resizing is OpenCV's area
+    interpolation. A picture that cannot be decoded gives zeros, and `take_broken` then names its sample: compiled code
+    must not raise. It runs once a batch, and what it calls is compiled by this module, so FFCV need not compile it.
     """
 
     def __init__(self, image_size: tuple[int, int], workers: int, beton: Beton) -> None:
         super().__init__()
         self.image_size = image_size
-        self._workers = workers
         columns = (beton.pointers, beton.sizes, beton.heights, beton.widths, beton.raw)
         self._table = np.stack([np.asarray(column, dtype=np.int64) for column in columns], axis=1)
         decoded_bytes = (self._table[:, _HEIGHT] * self._table[:, _WIDTH] * 3)[self._table[:, _RAW] == 0]
@@ -54,44 +50,43 @@ class ViewCrop(Operation):
         self._scratch = np.empty((workers, scratch_bytes), dtype=np.uint8)
         self._decompressors = Decompressors(workers)
         self._headers = np.zeros((workers, _HEADER_INTS), dtype=np.int32)
+        self._broken = np.zeros(1, dtype=np.int64)
         self._views: np.ndarray | None = None
-        self._control = np.zeros(_CONTROL_SIZE, dtype=np.int64)
-        for place, value in (
-            (_WORKERS, workers),
-            (_SAMPLES, len(beton)),
-            (_TABLE, self._table.ctypes.data),
-            (_SCRATCH, self._scratch.ctypes.data),
-            (_SCRATCH_BYTES, scratch_bytes),
-            (_HANDLES, self._decompressors.handles.ctypes.data),
-            (_HEADERS, self._headers.ctypes.data),
-        ):
-            self._control[place] = value
 
     def set_views(self, views: np.ndarray) -> None:
         """Use these views, float32 (n, 6), from now on. No batch may be under way."""
-        self._views = np.ascontiguousarray(views, dtype=np.float32)
-        self._control[_VIEWS] = self._views.ctypes.data
-        self._control[_BROKEN] = 0
+        self._views = views
+        self._broken[0] = 0
 
     def take_broken(self) -> int | None:
         """The id of a sample of the last batch that could not be decoded, or None."""
-        broken = int(self._control[_BROKEN])
-        self._control[_BROKEN] = 0
+        broken = int(self._broken[0])
+        self._broken[0] = 0
         return broken - 1 if broken else None
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        shape = (*self.image_size, 3)
-        query = AllocationQuery(shape, np.dtype("u1"))
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=query.dtype), query
+        query = AllocationQuery((*self.image_size, 3), np.dtype("u1"))
+        return replace(previous_state, jit_mode=True, shape=query.shape, dtype=query.dtype), query
 
     def generate_code(self) -> Callable:
-        control_address = self._control.ctypes.data
-        decode_batch = _decode_batch_parallel if self._workers > 1 else _decode_batch
+        handles = self._decompressors.handles
+        decode_batch = _decode_batch_parallel if len(handles) > 1 else _decode_batch
 
-        # np.int64: a captured number has a type of its own (that number), for which no stored code would ever be found.
         def view_crop(batch_indices, destination, _metadata, storage_state):
-            decode_batch(batch_indices, destination, storage_state[0], np.int64(control_address))
-            return destination[: len(batch_indices)]
+            counter = np.zeros(1, dtype=np.int64)
+            decode_batch(
+                batch_indices,
+                destination,
+                storage_state[0],
+                self._table,
+                self._views,
+                self._scratch,
+                handles,
+                self._headers,
+                self._broken,
+                counter,
+            )
+            return destination
 
         return view_crop
 
@@ -186,43 +181,32 @@ def _decode_sample(data, is_raw, height, width, view, target, scratch, handle, h
 
 
 @njit(cache=True, nogil=True)
-def _work(worker, batch_indices, destination, storage, control_address):
-    control = array_at(control_address, (_CONTROL_SIZE,), np.int64)
-    table = array_at(control[_TABLE], (control[_SAMPLES], _RAW + 1), np.int64)
-    views = array_at(control[_VIEWS], (control[_SAMPLES], 6), np.float32)
-    scratch = array_at(control[_SCRATCH] + worker * control[_SCRATCH_BYTES], (control[_SCRATCH_BYTES],), np.uint8)
-    handle = array_at(control[_HANDLES], (control[_WORKERS],), np.int64)[worker]
-    header = array_at(control[_HEADERS], (control[_WORKERS], _HEADER_INTS), np.int32)[worker]
+def _work(batch_indices, destination, storage, table, views, scratch, handle, header, broken, counter):
     # Pictures differ in size by a hundred times, so each worker takes the next one when it is free.
     while True:
-        place = next_item(control_address + 8 * _COUNTER)
+        place = next_item(counter)
         if place >= len(batch_indices):
             break
-        sample = np.int64(batch_indices[place])
-        start, size, height, width = (
-            table[sample, _POINTER],
-            table[sample, _SIZE],
-            table[sample, _HEIGHT],
-            table[sample, _WIDTH],
-        )
-        data = storage[start : start + size]
-        is_raw = table[sample, _RAW] != 0
+        sample = batch_indices[place]
+        picture = table[sample]
+        # A slice never reaches past the file's end, whatever the table says.
+        data = storage[picture[_POINTER] : picture[_POINTER] + picture[_SIZE]]
         target = destination[place]
-        if not _decode_sample(data, is_raw, height, width, views[sample], target, scratch, handle, header):
+        if not _decode_sample(
+            data, picture[_RAW] != 0, picture[_HEIGHT], picture[_WIDTH], views[sample], target, scratch, handle, header
+        ):
             target[:] = 0
-            control[_BROKEN] = sample + 1
+            broken[0] = sample + 1
 
 
 @njit(cache=True, nogil=True)
-def _decode_batch(batch_indices, destination, storage, control_address):
-    control = array_at(control_address, (_CONTROL_SIZE,), np.int64)
-    control[_COUNTER] = 0
-    _work(0, batch_indices, destination, storage, control_address)
+def _decode_batch(ids, destination, storage, table, views, scratch, handles, headers, broken, counter):
+    _work(ids, destination, storage, table, views, scratch[0], handles[0], headers[0], broken, counter)
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _decode_batch_parallel(batch_indices, destination, storage, control_address):
-    control = array_at(control_address, (_CONTROL_SIZE,), np.int64)
-    control[_COUNTER] = 0
-    for worker in prange(control[_WORKERS]):
-        _work(worker, batch_indices, destination, storage, control_address)
+def _decode_batch_parallel(ids, destination, storage, table, views, scratch, handles, headers, broken, counter):
+    for worker in prange(len(handles)):
+        _work(
+            ids, destination, storage, table, views, scratch[worker], handles[worker], headers[worker], broken, counter
+        )

@@ -3,14 +3,15 @@
 n: samples of the .beton; B: batch; H, W: picture; N: tokens; m: targets a token.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from ffcv.fields.basics import IntDecoder
 from ffcv.loader import Loader
-from ffcv.pipeline import PipelineSpec
+from ffcv.pipeline import Compiler, PipelineSpec
 
 from stl_offline.errors import FormatError, InputError
 from stl_offline.images.beton import Beton
@@ -95,15 +96,17 @@ class TokenLoader:
         self._crop = ViewCrop(self.image_size, workers, beton)
         pipelines: dict[str, Any] = {
             "image": PipelineSpec("image", self._crop),
-            "class_id": PipelineSpec("class_id", IntDecoder()),
+            "class_id": None,
             "key_hash": None,
             "content_hash": None,
         }
         self._draw = None
         if tokens is not None and cache is not None:
             self._draw = TokenDraw(tokens, cache, workers, seed)
-            pipelines["tokens"] = PipelineSpec("class_id", IntDecoder(), [self._draw])
-        with torch_threads_kept():
+            pipelines["class_id"] = PipelineSpec("class_id", self._draw)
+        # The operations call code that this package has compiled, and that numba keeps on disk. FFCV would compile its
+        # part anew for every loader.
+        with torch_threads_kept(), _compiler_off():
             self._ffcv = Loader(
                 str(beton.path),
                 batch_size,
@@ -183,15 +186,16 @@ class TokenLoader:
             )
 
     def _make_batch(self, item: tuple[int, np.ndarray, tuple]) -> Batch:
-        _, ids, (pixels, class_ids, *tokens) = item
+        _, ids, (pixels, *tokens) = item
         to_device = self._to_device
         token_ids = token_weights = None
         if tokens:
-            token_ids = to_device.copy(tokens[0][0], torch.int64)
-            token_weights = to_device.copy(tokens[0][1], torch.float32)
+            shape = (len(ids), self.tokens.tokens, self.tokens.columns)
+            token_ids = to_device.copy(tokens[0][0].reshape(shape), torch.int64)
+            token_weights = to_device.copy(tokens[0][1].reshape(shape), torch.float32)
         return Batch(
             images=to_device.images(pixels),
-            class_ids=to_device.copy(class_ids[:, 0], torch.int64),
+            class_ids=to_device.copy(self.beton.class_ids[ids], torch.int64),
             token_ids=token_ids,
             token_weights=token_weights,
             views=torch.from_numpy(self._views[ids]),
@@ -223,6 +227,16 @@ def check_views(views: np.ndarray, samples: int) -> np.ndarray:
             "the loader crops and mirrors, other transforms happen on the device"
         )
     return views
+
+
+@contextlib.contextmanager
+def _compiler_off() -> Iterator[None]:
+    enabled = Compiler.is_enabled
+    Compiler.set_enabled(False)
+    try:
+        yield
+    finally:
+        Compiler.set_enabled(enabled)
 
 
 def _check_size(beton: Beton, table: np.ndarray) -> None:

@@ -1,7 +1,7 @@
-"""What compiled loops need from outside: memory by address, an atomic counter, and the C functions of FFCV's libraries.
+"""What compiled loops need from outside: an atomic counter, and the C functions of FFCV's libraries.
 
-Everything is reached by symbol or by integer address, never by a captured ctypes object, so numba may keep the
-compiled code on disk and a second process starts at once.
+The functions are reached by symbol, not by a captured ctypes object, so numba may keep the compiled code on disk and
+a second process starts at once.
 """
 
 import ctypes
@@ -11,8 +11,7 @@ import llvmlite.binding
 import numpy as np
 from ffcv.libffcv import lib as _ffcv_library
 from llvmlite import ir
-from numba import carray, njit, types
-from numba.core import cgutils
+from numba import njit, types
 from numba.extending import intrinsic
 
 # TurboJPEG's constants (turbojpeg.h, 2.0 and later).
@@ -41,20 +40,6 @@ tj_decompress = types.ExternalFunction(
 
 
 @intrinsic
-def _as_pointer(typing_context, address):
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), generate
-
-
-@njit(inline="always")
-def array_at(address, shape, dtype):
-    """The C-contiguous array of ``shape`` and ``dtype`` that lies at an address."""
-    return carray(_as_pointer(np.int64(address)), shape, dtype)
-
-
-@intrinsic
 def _atomic_add(typing_context, address, amount):
     def generate(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
@@ -63,10 +48,10 @@ def _atomic_add(typing_context, address, amount):
     return types.int64(types.int64, types.int64), generate
 
 
-@njit(inline="always")
-def next_item(counter_address):
-    """Take the next number from a shared int64 counter: how threads share out a batch, each item to whoever is free."""
-    return _atomic_add(np.int64(counter_address), np.int64(1))
+@njit(cache=True, nogil=True)
+def next_item(counter):
+    """Take the next number from ``counter``, int64 (1,), shared by threads: each item goes to whoever is free."""
+    return _atomic_add(np.int64(counter.ctypes.data), np.int64(1))
 
 
 class Decompressors:
