@@ -83,8 +83,9 @@ def _resolve(spec: str | Path) -> tuple[str, str | Path | list[Path]]:
         raise InputError(f"there is nothing at {text}; {_FORMS}")
     missing = [name for name in paths if not os.path.isfile(name)]
     if missing:
-        of = f"{len(missing):,} of {len(paths):,} tars of {text} are" if len(paths) > 1 else "the tar is"
-        raise InputError(f"{of} missing, for example {missing[0]}")
+        if len(paths) == 1:
+            raise InputError(f"there is no tar {text}; {_FORMS}")
+        raise InputError(f"{len(missing):,} of the {len(paths):,} tars of {text} are missing, for example {missing[0]}")
     odd = [name for name in paths if not name.endswith(TAR_SUFFIXES)]
     if odd:
         raise InputError(f"{odd[0]} is not a tar; {_FORMS}")

@@ -1,0 +1,173 @@
+"""Drawing one picture of the embedded data set: a textured outline among clutter.
+
+All but the outline is drawn without regard to the class: colours, textures, area, place, turn, stretch, background,
+clutter, and what hides a part. Random numbers come from one generator per picture, keyed by (seed, split, number).
+
+H, W: the picture's sides, equal here; coordinates in pixels, y down. Colours lie in planes (3, H, W) until the end:
+numpy is several times faster so.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from stl_offline.images.outlines import OUTLINES, outline_area
+
+# The object's share of the picture's area, before something hides a part of it.
+_AREA = (0.10, 0.24)
+_LEAST_SEEN = 0.75
+# Least distance of the mean colours of the object and of what surrounds it, in 8-bit RGB.
+_CONTRAST = 70.0
+_TURN = math.pi / 3  # to either side: an arrow that points anywhere would be a class of its own
+_CLUTTER = (3, 7)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture. pixels: (H, W, 3) uint8; mask: (H, W) bool, where the object is seen."""
+
+    pixels: np.ndarray
+    mask: np.ndarray
+
+
+def draw_shape(name: str, seed: int, split: int, number: int, size: int) -> Drawing:
+    """Draw a picture of a class: the same arguments, the same picture."""
+    random = np.random.Generator(np.random.Philox(key=[seed, (split << 40) | number]))
+    axis = np.arange(size, dtype=np.float32) + 0.5
+    x, y = np.meshgrid(axis, axis)
+    canvas = _texture(random, x, y, size)
+    for _ in range(random.integers(*_CLUTTER, endpoint=True)):
+        canvas = _over(canvas, _texture(random, x, y, size), _coverage(_clutter(random, x, y, size)))
+
+    distance = _object(random, name, x, y, size)
+    coverage = _coverage(distance)
+    inside = distance < 0
+    near = (distance >= 0) & (distance < size / 8)
+    canvas = _shadow(random, canvas, coverage, size)
+    canvas = _over(canvas, _contrasting(random, x, y, size, canvas[:, near].mean(axis=1), inside), coverage)
+
+    mask = inside
+    if random.random() < 0.5:
+        hidden = _coverage(_clutter(random, x, y, size, 0.6))
+        seen = inside & (hidden < 0.5)
+        if seen.sum() >= _LEAST_SEEN * inside.sum():
+            canvas = _over(canvas, _texture(random, x, y, size), hidden)
+            mask = seen
+    return Drawing(_camera(random, canvas, x, y, size), mask)
+
+
+def _object(random: np.random.Generator, name: str, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
+    """Signed distance, in pixels, of an outline of a random area, place, turn and stretch."""
+    scale = math.sqrt(random.uniform(*_AREA) * size**2 / outline_area(name))
+    stretch = math.exp(random.uniform(-0.15, 0.15))
+    turn = random.uniform(-_TURN, _TURN)
+    # The same for every class, though a star reaches further than a disc of its area: the place must tell nothing.
+    left, top = random.uniform(0.38 * size, 0.62 * size, 2).tolist()
+    # A slow warp of the plane makes each outline a little irregular.
+    phase = random.uniform(0, 2 * math.pi, 2).tolist()
+    wave = 2 * math.pi / (1.5 * scale)
+    dx = x - left + 0.04 * scale * np.sin(wave * y + phase[0])
+    dy = y - top + 0.04 * scale * np.sin(wave * x + phase[1])
+    u, v = _turned(dx, dy, turn)
+    return OUTLINES[name](u / (scale * stretch), v * (stretch / scale)) * scale
+
+
+def _clutter(random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int, reach: float = 1.0) -> np.ndarray:
+    """Signed distance, in pixels, of a blob of no class, a bar across the picture, or a half-plane.
+
+    reach: scales the blob; below 1 there is no half-plane.
+    """
+    left, top = random.uniform(0, size, 2).tolist()
+    along, across = _turned(x - left, y - top, random.uniform(0, 2 * math.pi))
+    kind = random.random()
+    if kind < 0.3:
+        return np.abs(along) - random.uniform(0.02, 0.07) * size
+    if kind < 0.4 and reach == 1.0:
+        return along
+    border = 1.0
+    theta = np.arctan2(across, along)
+    for lobes in (2, 3, 5):
+        border = border + random.uniform(0.1, 0.3) * np.sin(lobes * theta + random.uniform(0, 2 * math.pi))
+    radius = np.hypot(along, across * random.uniform(1.0, 1.8))
+    return radius - random.uniform(0.1, 0.28) * size * reach * border
+
+
+def _texture(random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
+    """(3, H, W) float: two colours mixed by stripes, checks, dots, clouds or a gradient; a little uneven."""
+    first, second = random.uniform(15, 240, (2, 3, 1, 1)).astype(np.float32)
+    difference = (second - first) * np.float32(random.uniform(0.2, 0.8))
+    grain = _clouds(random, size, 16) * 24 - 12
+    return first + grain + _pattern(random, x, y, size) * difference
+
+
+def _contrasting(
+    random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int, around: np.ndarray, inside: np.ndarray
+) -> np.ndarray:
+    """A texture whose mean over the object differs enough from the colour around it."""
+    texture = _texture(random, x, y, size)
+    for _ in range(8):
+        if np.linalg.norm(texture[:, inside].mean(axis=1) - around) >= _CONTRAST:
+            break
+        texture = _texture(random, x, y, size)
+    return texture
+
+
+def _pattern(random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
+    """(H, W) in [0, 1]."""
+    kind = random.integers(5)
+    if kind == 0:
+        return _clouds(random, size, 4) * 0.6 + _clouds(random, size, 9) * 0.4
+    u, v = _turned(x, y, random.uniform(0, math.pi))
+    if kind == 1:
+        return _unit(0.5 + 0.5 * u / size)
+    wave = 2 * math.pi / (random.uniform(0.06, 0.25) * size)
+    phase = random.uniform(0, 2 * math.pi, 2).tolist()
+    values = np.sin(u * wave + phase[0])
+    if kind == 2:
+        values = values * np.sin(v * wave + phase[1]) * 1.5
+    elif kind == 3:
+        values = values + np.sin(v * wave + phase[1]) - 0.6
+    return _unit(0.5 + random.uniform(0.5, 2.0) * values)
+
+
+def _clouds(random: np.random.Generator, size: int, cells: int) -> np.ndarray:
+    """(H, W) in about [0, 1]: smooth noise with ``cells`` random values a side."""
+    coarse = Image.fromarray(random.random((cells, cells), dtype=np.float32))
+    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _turned(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    cosine, sine = math.cos(angle), math.sin(angle)
+    return x * cosine + y * sine, y * cosine - x * sine
+
+
+def _coverage(distance: np.ndarray) -> np.ndarray:
+    """(H, W) in [0, 1]: how much of each pixel lies inside, for an antialiased edge."""
+    return _unit(0.5 - distance)
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    return np.minimum(np.maximum(values, 0.0), 1.0)
+
+
+def _over(below: np.ndarray, above: np.ndarray, coverage: np.ndarray) -> np.ndarray:
+    return below + (above - below) * coverage
+
+
+def _shadow(random: np.random.Generator, canvas: np.ndarray, coverage: np.ndarray, size: int) -> np.ndarray:
+    """A soft shadow beside the object, as things have that lie on something."""
+    shift = np.round(random.uniform(-0.05, 0.05, 2) * size).astype(int)
+    sharp = Image.fromarray(np.roll(coverage, shift, (0, 1)))
+    small = sharp.resize((max(1, size // 4),) * 2, Image.Resampling.BOX)
+    soft = np.asarray(small.resize((size, size), Image.Resampling.BILINEAR))
+    return canvas * (1 - random.uniform(0.0, 0.5) * soft)
+
+
+def _camera(random: np.random.Generator, canvas: np.ndarray, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
+    """Light from one side, and noise; (H, W, 3) uint8."""
+    along, _ = _turned(x / size - 0.5, y / size - 0.5, random.uniform(0, 2 * math.pi))
+    light = 1 + random.uniform(0, 0.35) * along
+    noise = random.standard_normal(canvas.shape, dtype=np.float32) * random.uniform(2, 9)
+    return np.ascontiguousarray(np.clip(canvas * light + noise, 0, 255).astype(np.uint8).transpose(1, 2, 0))
