@@ -1,0 +1,183 @@
+"""The documentation is right: its Python runs, its commands exist with the options they are given, its links lead on.
+
+Python blocks of a page run in their order and share their names. They run in a folder that holds what the pages speak
+of: pictures/train, pictures/val, train.beton, val.beton and labels (a label set of pictures/train).
+"""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from stl_offline.cli.main import COMMANDS, group
+from tests.documentation import Block, anchors, blocks, commands, links, pages
+from tests.labels.synthetic import make_arrays, make_spec
+from tests.source_tree import REPOSITORY
+
+KINDS = {"python", "sh", "text", "json", "yaml"}
+WITH_PYTHON = [page for page in pages() if blocks(page, "python")]
+
+
+def relative(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+@pytest.fixture(scope="session")
+def documented_folder(tmp_path_factory) -> Path:
+    """The folder that the pages' Python runs in."""
+    from stl_offline.images.beton import open_beton
+    from stl_offline.images.pack import pack
+    from stl_offline.images.shapes import write_shapes
+    from stl_offline.labels.writer import LabelSetWriter
+
+    folder = tmp_path_factory.mktemp("documented")
+    write_shapes(folder / "pictures", train=20, val=10)
+    for split in ("train", "val"):
+        pack(str(folder / "pictures" / split), folder / f"{split}.beton", workers=1)
+    beton = open_beton(folder / "train.beton")
+    spec = make_spec(
+        len(beton),
+        len(beton.class_names),
+        (8, 8),
+        class_names=beton.class_names,
+        source={"samples": len(beton), "fingerprint": beton.fingerprint},
+    )
+    with LabelSetWriter(folder / "labels", spec, 2) as writer:
+        for shard in range(2):
+            first, last = writer.shard_range(shard)
+            own = slice(first, last)
+            arrays = dataclasses.replace(
+                make_arrays(spec, first, last),
+                keys=list(beton.keys[own]),
+                content_hash=beton.content_hashes[own].astype("u8"),
+                class_id=beton.class_ids[own].astype("u4"),
+            )
+            writer.write_shard(shard, arrays)
+        writer.finish()
+    return folder
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=relative)
+def test_python_blocks_run(page, documented_folder, tmp_path):
+    # In a process of its own: a page may change the working directory, thread counts and warnings as it likes.
+    script = tmp_path / "page.py"
+    lines = ["" for _ in range(page.read_text().count("\n") + 1)]
+    for block in blocks(page, "python"):
+        for offset, text in enumerate(block.body.splitlines()):
+            lines[block.line + offset] = text
+    script.write_text("\n".join(lines))
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=documented_folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    # Lines of the script are lines of the page, so the traceback points there.
+    assert done.returncode == 0, f"{relative(page)} fails at the line that this names:\n{done.stderr}"
+
+
+def check_command(words: list[str]) -> None:
+    """Parse a stl-offline command line as click would, without running it."""
+    command: click.Command = group
+    context = click.Context(command, info_name="stl-offline")
+    words = words[1:]
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        name, *words = words
+        inner = command.get_command(context, name)
+        if inner is None:
+            raise click.UsageError(f"no command {name!r}")
+        command, context = inner, click.Context(inner, parent=context, info_name=name)
+    if set(words) & {"--help", "-h", "--version"}:
+        return
+    command.make_context(context.info_name, list(words), parent=context.parent)
+
+
+def problems(block: Block) -> list[str]:
+    """What is wrong with the commands of a shell block."""
+    found = []
+    targets = set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    for words in commands(block):
+        name = words[0].rpartition("/")[2]
+        if name == "stl-offline":
+            try:
+                check_command(words)
+            except click.ClickException as error:
+                found.append(f"{block}: {' '.join(words)}: {error.format_message()}")
+        elif name == "make":
+            unknown = [word for word in words[1:] if "=" not in word and word not in targets]
+            found += [f"{block}: make has no target {word}" for word in unknown]
+    return found
+
+
+@pytest.mark.parametrize("page", pages(), ids=relative)
+def test_commands_parse(page):
+    found = [problem for block in blocks(page, "sh") for problem in problems(block)]
+    assert not found, found
+
+
+@pytest.mark.parametrize("page", pages(), ids=relative)
+def test_commands_named_in_the_text_exist(page):
+    named = set(re.findall(r"`(?:\.venv/bin/)?stl-offline ([a-z][\w-]*)", page.read_text(encoding="utf-8")))
+    assert named <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", pages(), ids=relative)
+def test_every_block_says_its_kind_and_data_parse(page):
+    for block in blocks(page):
+        assert block.info in KINDS, f"{block} is of the kind {block.info!r}; known: {sorted(KINDS)}"
+        if block.info == "json":
+            json.loads(block.body)
+        elif block.info == "yaml":
+            yaml.safe_load(block.body)
+
+
+@pytest.mark.parametrize("page", pages(), ids=relative)
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), f"{relative(page)} links to {link}, which is not there"
+        assert target.resolve().is_relative_to(REPOSITORY), f"{relative(page)} links out of the repository: {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{relative(page)} links to {link}: no such heading"
+
+
+PAGE = """# A page
+
+```sh
+# a comment
+FLAG=1 stl-offline pack pictures/train \\
+    train.beton --workers 2 && make demo
+stl-offline pack pictures/train
+.venv/bin/stl-offline train-labeler --data x --out y --epoch 3 | tee log
+stl-offline fly
+make tea
+```
+
+See [it](#a-page) and [that](nowhere.md).
+"""
+
+
+def test_the_checks_see_what_is_wrong(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    (block,) = blocks(page, "sh")
+    assert block.line == 3
+    found = problems(block)
+    assert len(found) == 4
+    for problem, words in zip(found, ("Missing argument 'DEST'", "--epoch", "no command 'fly'", "tea"), strict=True):
+        assert words in problem
+    assert commands(block)[1] == ["make", "demo"]
+    assert links(page) == ["#a-page", "nowhere.md"]
+    assert anchors(page) == {"a-page"}
