@@ -7,13 +7,12 @@ import math
 
 import torch
 from timm.layers import get_device_dtype, trunc_normal_
-from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import nn
 
 from stl_offline.errors import InputError
 from stl_offline.models.blocks import ClassBlock, FanBlock
-from stl_offline.models.layers import FourierPositions, check_divisible
+from stl_offline.models.layers import FourierPositions, check_divisible, recomputed
 from stl_offline.models.stems import ConvStem, HybridStem
 
 POOLS = ("token", "avg", "")
@@ -131,16 +130,8 @@ class Fan(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for layer-wise learning rate decay: the stem, each block, each class block, the final norm."""
-        stem = r"^cls_token|^pos_embed|^patch_embed"
-        if not coarse and isinstance(self.patch_embed, HybridStem):
-            stem = [
-                (r"^cls_token|^pos_embed|^patch_embed\.backbone\.stem", (0,)),
-                (r"^patch_embed\.backbone\.stages\.(\d+)\.downsample", (1,)),
-                (r"^patch_embed\.backbone\.stages\.(\d+)\.blocks\.(\d+)", (2,)),
-                (r"^patch_embed\.proj", (3,)),
-            ]
         return {
-            "stem": stem,
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
             "blocks": r"^blocks\.(\d+)",
             "cls_attn_blocks": [(r"^cls_attn_blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
@@ -178,7 +169,7 @@ class Fan(nn.Module):
 
     def _run_block(self, block: nn.Module, *inputs):
         if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
-            return checkpoint(block, *inputs)
+            return recomputed(block, *inputs)
         return block(*inputs)
 
     def _class_blocks(self, tokens_BNC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

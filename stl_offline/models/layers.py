@@ -4,11 +4,13 @@ Shape letters: B batch, H × W token grid, N = H·W tokens, C channels. Feature 
 memory of a channels-last (B, C, H, W) tensor, so tokens, maps and convolutions share one layout and nothing is copied.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_function, register_notrace_module
+from timm.models import checkpoint, register_notrace_function, register_notrace_module
 from torch import nn
 
 from stl_offline.errors import InputError
@@ -35,6 +37,30 @@ def to_map(tokens_BNC: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def to_tokens(map_BCHW: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) → (B, N, C); a view where the map is channels-last."""
     return map_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def recomputed(module: nn.Module, *inputs):
+    """Run `module` without keeping its activations; the backward pass runs it again (gradient checkpointing).
+
+    The second run does not count its batch into batch norm's running statistics again.
+    """
+    if torch.compiler.is_compiling():  # the compiler traces checkpoints, but not with contexts of ours
+        return checkpoint(module, *inputs)
+    contexts = (contextlib.nullcontext(), _fixed_statistics(module))
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: contexts)
+
+
+@contextlib.contextmanager
+def _fixed_statistics(module: nn.Module) -> Iterator[None]:
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 @register_notrace_module

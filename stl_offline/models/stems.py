@@ -8,11 +8,17 @@ import itertools
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import checkpoint
 from torch import nn
 
 from stl_offline.errors import InputError
-from stl_offline.models.layers import PointwiseConv, UnbiasedLayerNorm, check_divisible, depthwise, to_tokens
+from stl_offline.models.layers import (
+    PointwiseConv,
+    UnbiasedLayerNorm,
+    check_divisible,
+    depthwise,
+    recomputed,
+    to_tokens,
+)
 
 HYBRID_WIDTHS = (128, 256)
 PATCH_SIZES = (4, 8, 16)
@@ -157,6 +163,6 @@ class HybridStem(nn.Module):
         levels = []
         for stage in self.backbone.stages:
             recompute = self.grad_checkpointing and self.training
-            x_BHWC = checkpoint(stage, x_BHWC) if recompute else stage(x_BHWC)
+            x_BHWC = recomputed(stage, x_BHWC) if recompute else stage(x_BHWC)
             levels.append(x_BHWC.permute(0, 3, 1, 2))
         return to_tokens(self.proj(levels[-1])), height // self.stride, width // self.stride, levels

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from stl_offline.errors import InputError
+from stl_offline.models import VARIANTS
 from stl_offline.models.layers import FourierPositions, UnbiasedLayerNorm
+from tests.benchmarks.fan_reference import reference
 from tests.models.fan_fill import fill_model, picture
 
 DATA = Path(__file__).parent / "data"
@@ -28,6 +30,55 @@ def test_conformance(name):
     assert len(outputs) == (2 if "tokens" in expected else 1)
     for output, key in zip(outputs, ("cls", "tokens"), strict=False):
         torch.testing.assert_close(output, torch.tensor(expected[key]), rtol=0, atol=1e-4)
+
+
+def randomise(model, seed):
+    """Weights like those of a trained model: every parameter matters, activations stay near one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        noise = torch.randn(value.shape, generator=generator)
+        if name.endswith("running_var"):
+            value.copy_(1 + 0.3 * noise.tanh())
+        elif value.ndim > 1 and "temperature" not in name:
+            value.copy_(noise * (1.5 * value.shape[0] / value.numel()) ** 0.5)
+        else:
+            value.copy_(0.1 * noise + (0.0 if name.endswith(("bias", "running_mean")) else 0.8))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_every_variant_agrees_with_its_formulas(name):
+    model = randomise(timm.create_model(name + "_token", num_classes=11), seed=3)
+    formulas = reference(name + "_token", num_classes=11).eval()
+    formulas.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 32, 80, generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        for output, expected in zip(model(images), formulas(images), strict=True):
+            assert expected.std() > 0.1
+            torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fan_micro_4_p8_token", "fan_tiny_8_p4_hybrid_token"])
+def test_gradients_agree_with_the_formulas(name):
+    model = randomise(timm.create_model(name, num_classes=3), seed=5).double().train()
+    formulas = reference(name, num_classes=3).double().train()
+    formulas.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    for each in (model, formulas):
+        class_logits, token_logits = each(images)
+        (class_logits.square().sum() + token_logits.square().sum()).backward()
+    expected = dict(formulas.named_parameters())
+    for key, parameter in model.named_parameters():
+        wanted = expected[key].grad
+        close = {"rtol": 1e-4, "atol": 1e-5 * wanted.abs().max().item() + 1e-8}  # angles are float32 in both
+        torch.testing.assert_close(parameter.grad, wanted, **close, msg=lambda text, key=key: f"{key}: {text}")
+    buffers = dict(formulas.named_buffers())
+    for key, buffer in model.named_buffers():
+        torch.testing.assert_close(
+            buffer, buffers[key], rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 @pytest.mark.parametrize(
