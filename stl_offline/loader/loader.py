@@ -6,7 +6,7 @@ n: samples of the .beton; B: batch; H, W: picture; N: tokens; m: targets a token
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ffcv.pipeline import Compiler, PipelineSpec
 
 from stl_offline.errors import FormatError, InputError
 from stl_offline.images.beton import Beton
+from stl_offline.labels.cache import TokenCache
 from stl_offline.loader.batch import Batch, ToDevice
 from stl_offline.loader.decode import ViewCrop
 from stl_offline.loader.iterator import Epoch, EpochThread
@@ -22,9 +23,6 @@ from stl_offline.loader.order import count_batches, rank_batches, shuffled
 from stl_offline.loader.threads import torch_threads_kept, usable_workers
 from stl_offline.loader.token_op import TokenDraw
 from stl_offline.targets import TokenTargets
-
-if TYPE_CHECKING:
-    from stl_offline.labels.cache import TokenCache
 
 _BATCHES_AHEAD = 2
 # Views are float32: an edge this far outside the picture is on it.
@@ -67,7 +65,7 @@ class TokenLoader:
         shuffle: bool = True,
         drop_last: bool = False,
         tokens: TokenTargets | None = None,
-        cache: "TokenCache | None" = None,
+        cache: TokenCache | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:

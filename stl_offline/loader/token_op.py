@@ -5,7 +5,6 @@ n: samples; V: stored maps of each; Gh, Gw: a map's grid; k: its classes; K: cla
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from ffcv.pipeline.allocation_query import AllocationQuery
@@ -14,11 +13,9 @@ from ffcv.pipeline.state import State
 from numba import njit, prange
 
 from stl_offline.errors import InputError
+from stl_offline.labels.cache import TokenCache
 from stl_offline.loader.native import next_item
 from stl_offline.targets import TokenTargets, relative_view_into, target_numbers, token_targets_into
-
-if TYPE_CHECKING:
-    from stl_offline.labels.cache import TokenCache
 
 
 class TokenDraw(Operation):
@@ -28,7 +25,7 @@ class TokenDraw(Operation):
     runs once a batch, and what it calls is compiled by this module, so FFCV need not compile it.
     """
 
-    def __init__(self, targets: TokenTargets, cache: "TokenCache", workers: int, seed: int) -> None:
+    def __init__(self, targets: TokenTargets, cache: TokenCache, workers: int, seed: int) -> None:
         super().__init__()
         self.targets = targets
         # Plain arrays over the cache's mapped memory: numba has no type for memory maps.
