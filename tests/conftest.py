@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# No deadline: a compiled function's first call takes seconds. The same examples every time: a test that fails fails again.
+# No deadline: a compiled function's first call takes seconds. The same examples every time: a failure fails again.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 

@@ -43,6 +43,8 @@ class ShardArrays:
 
     def __post_init__(self) -> None:
         n = len(self.keys)
+        if not n:
+            raise FormatError("a shard holds at least one sample")
         object.__setattr__(self, "keys", [str(key) for key in self.keys])
         if self.class_ids.ndim != 5:
             raise FormatError(f"class_ids must be (n, V, Gh, Gw, k), got the shape {self.class_ids.shape}")
@@ -59,7 +61,7 @@ class ShardArrays:
             if array.shape != shape or array.dtype not in [np.dtype(dtype) for dtype in dtypes]:
                 raise FormatError(f"{name} must be {shape} {'|'.join(dtypes)}, got {array.shape} {array.dtype.str}")
         if self.class_id.dtype != np.uint32:
-            if n and not (self.class_id.min() >= 0 and self.class_id.max() < 2**32):
+            if not (self.class_id.min() >= 0 and self.class_id.max() < 2**32):
                 raise FormatError("class_id must lie within uint32")
             object.__setattr__(self, "class_id", self.class_id.astype(np.uint32))
         _check_keys(self.keys)
@@ -80,7 +82,7 @@ class ShardArrays:
             )
         if self.class_ids.dtype != spec.id_dtype:
             raise FormatError(f"class ids are {self.class_ids.dtype}, the label set has {spec.id_dtype}")
-        if len(self) and self.class_id.max() >= spec.num_classes:
+        if self.class_id.max() >= spec.num_classes:
             raise FormatError(f"class_id {self.class_id.max()} is not below the {spec.num_classes} classes")
         determinant = self.views[..., 0] * self.views[..., 4] - self.views[..., 1] * self.views[..., 3]
         bad_views = ~(np.isfinite(self.views).all(-1) & (determinant != 0)).all(-1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from stl_offline.errors import FormatError, InputError, JoinError
 from stl_offline.files import sha256_bytes
-from stl_offline.labels import zarr_shard
+from stl_offline.labels import containers
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.label_map import LabelMap
 from stl_offline.labels.spec import LabelSpec, Manifest, ShardRecord
@@ -124,17 +124,16 @@ class LabelSet:
         if path.exists():
             self._check_size(shard, path.stat().st_size)
         try:
-            stored = zarr_shard.read_stored(path, self.spec, ("keys", "content_hash"))
+            keys, content_hashes = containers.read_index(path, self.spec)
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from error
-        keys = stored["keys"].tolist()
         if len(keys) != shard.samples:
             raise FormatError(f"the shard {path} holds {len(keys)} samples, the manifest says {shard.samples}")
-        return keys, stored["content_hash"]
+        return keys, content_hashes
 
     def _decode(self, index: int, data: bytes) -> ShardArrays:
         try:
-            return zarr_shard.decode(data, self.spec)
+            return containers.decode(data, self.spec)
         except FormatError as error:
             raise FormatError(f"{self.path / self.shards[index].name}: {error}") from error
 

@@ -16,7 +16,7 @@ from typing import Self
 
 from stl_offline.errors import FormatError, InputError, StlError, TargetError
 from stl_offline.files import atomic_write, canonical_json, make_folder, sha256_bytes
-from stl_offline.labels import zarr_shard
+from stl_offline.labels import containers
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.job import JobLock, try_lock
 from stl_offline.labels.spec import LabelSpec, Manifest, ShardRecord, differences, shard_name, shard_range
@@ -132,10 +132,10 @@ class LabelSetWriter:
         first, last = self.shard_range(index)
         if len(arrays) != last - first:
             raise FormatError(f"shard {index} holds samples {first} to {last}, got {len(arrays)} samples")
-        return self.write_encoded(index, zarr_shard.encode(arrays, self.spec))
+        return self.write_encoded(index, containers.encode(arrays, self.spec))
 
     def write_encoded(self, index: int, data: bytes) -> ShardRecord:
-        """`write_shard` for bytes that `stl_offline.labels.zarr_shard.encode` gave (perhaps in another thread)."""
+        """`write_shard` for bytes that `stl_offline.labels.containers.encode` gave (perhaps in another thread)."""
         if self._lock is None:
             raise TargetError(f"the label set {self.path} is not open for writing: it is complete or closed")
         first, last = self.shard_range(index)

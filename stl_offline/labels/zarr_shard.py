@@ -62,6 +62,12 @@ def decode(source: bytes | str | Path, spec: LabelSpec) -> ShardArrays:
     return from_stored(read_stored(source, spec), spec)
 
 
+def read_index(source: bytes | str | Path, spec: LabelSpec) -> tuple[list[str], np.ndarray]:
+    """Keys and content hashes (uint64), without reading the labels. Raises FormatError as `decode` does."""
+    stored = read_stored(source, spec, ("keys", "content_hash"))
+    return stored["keys"].tolist(), stored["content_hash"]
+
+
 def read_stored(
     source: bytes | str | Path, spec: LabelSpec, names: tuple[str, ...] | None = None
 ) -> dict[str, np.ndarray]:
@@ -71,6 +77,9 @@ def read_stored(
         metadata = {name: json.loads(data) for name, data in entries.items() if name.endswith("zarr.json")}
         _check_group(metadata, spec)
         samples = int(metadata["keys/zarr.json"]["shape"][0])
+        # Every sample has a hash of its own; so fewer bytes than samples are a lie that would only cost memory.
+        if not 0 < samples <= sum(map(len, entries.values())):
+            raise FormatError(f"the shard claims {samples} samples, which its size cannot hold")
         expected = {name: array for name, array in layout(spec, samples).items() if names is None or name in names}
         for name, array in expected.items():
             _check_array(name, array, metadata.get(f"{name}/zarr.json"), entries)
@@ -160,7 +169,9 @@ def _check_array(name: str, array: StoredArray, metadata: dict | None, entries: 
     if foreign or grid["name"] != "regular" or keys != {"name": "default", "configuration": {"separator": "/"}}:
         raise FormatError(f"the shard's array {name} is stored as version 1 never does: {foreign or grid}")
     chunks = grid["configuration"]["chunk_shape"]
-    ranges = [range(math.ceil(side / chunk)) for side, chunk in zip(array.shape, chunks, strict=True)]
-    for place in product(*ranges):
+    counts = [math.ceil(side / chunk) for side, chunk in zip(array.shape, chunks, strict=True)]
+    if math.prod(counts) > len(entries):
+        raise FormatError(f"the shard lacks chunks of the array {name}: it has {len(entries)} entries in all")
+    for place in product(*map(range, counts)):
         if "/".join([name, "c", *map(str, place)]) not in entries:
             raise FormatError(f"the shard lacks chunk {place} of the array {name}")
