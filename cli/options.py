@@ -67,7 +67,7 @@ training_options = together(
     option("--data", required=True, metavar="SRC", help=f"Pictures to learn from: {SOURCE_HELP}."),
     option("--val", metavar="SRC", help="Pictures to measure on after each epoch.  [default: none]"),
     option("--out", required=True, metavar="RUN", help="Folder of the run: checkpoints, settings, a line an epoch."),
-    option("--model", default=TrainConfig.model, metavar="NAME", help="Any model of timm's registry, or ours."),
+    option("--model", default=TrainConfig.model, metavar="NAME", help="A FAN variant, such as fan_tiny_8_p4_hybrid."),
     option("--img-size", default=TrainConfig.img_size, metavar="N", help="Side of the model's input in pixels."),
     option("--epochs", default=TrainConfig.epochs, metavar="N", help="Times through the data."),
     option("--batch-size", default=TrainConfig.batch_size, metavar="N", help="Pictures a step."),

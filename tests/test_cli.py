@@ -234,8 +234,8 @@ import sys, time
 from stl_offline.cli.failures import Session, run
 
 def wait():
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     finally:
         print("tidied", flush=True)
