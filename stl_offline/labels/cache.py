@@ -125,12 +125,15 @@ def open_token_cache(path: str | Path) -> TokenCache:
         FormatError: it is of another version or cut off.
     """
     path = Path(path)
-    info = json.loads((path / _INFO).read_bytes())
-    if info.get("version") != _VERSION:
-        raise FormatError(f"the token cache {path} is of version {info.get('version')}, not {_VERSION}; remove it")
-    spec = LabelSpec.from_json(info["spec"])
+    try:
+        info = json.loads((path / _INFO).read_bytes())
+        if info.get("version") != _VERSION:
+            raise FormatError(f"the token cache {path} is of version {info.get('version')}, not {_VERSION}; remove it")
+        spec, pictures, report = LabelSpec.from_json(info["spec"]), info["pictures"], info["report"]
+    except (KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path / _INFO} is damaged ({error}); remove {path}") from error
     arrays = {}
-    for name, (dtype, shape) in _layout(spec, info["pictures"]).items():
+    for name, (dtype, shape) in _layout(spec, pictures).items():
         file = path / f"{name}.npy"
         try:
             arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -138,7 +141,7 @@ def open_token_cache(path: str | Path) -> TokenCache:
             raise FormatError(f"the token cache's file {file} is missing or cut off; remove {path}") from error
         if arrays[name].dtype != dtype or arrays[name].shape != shape:
             raise FormatError(f"the token cache's file {file} is {arrays[name].shape}, expected {shape}; remove {path}")
-    return TokenCache(path=path, spec=spec, report=info["report"], **arrays)
+    return TokenCache(path=path, spec=spec, report=report, **arrays)
 
 
 def cache_name(

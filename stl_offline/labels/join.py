@@ -167,18 +167,21 @@ def _find(key: str, position: int, keys: Sequence[str], order: np.ndarray) -> in
         if keys[sample] == key:
             return sample
         position += 1
-        if position >= len(order) or xxhash.xxh3_64_intdigest(keys[int(order[position])].encode()) != (
-            xxhash.xxh3_64_intdigest(key.encode())
-        ):
+        if _hash([keys[int(order[position - 1])]]) != _hash([key]):
             return -1
     return -1
 
 
 def _check_unique(keys: Sequence[str], sorted_hashes: np.ndarray, order: np.ndarray) -> None:
+    seen: set[str] = set()
     for place in np.flatnonzero(sorted_hashes[1:] == sorted_hashes[:-1]):
-        first, second = keys[int(order[place])], keys[int(order[place + 1])]
-        if first == second:
-            raise InputError(f"the pictures hold the key {first} twice")
+        # Different keys of one hash are possible; so the keys themselves decide.
+        if place == 0 or sorted_hashes[place - 1] != sorted_hashes[place]:
+            seen = {keys[int(order[place])]}
+        key = keys[int(order[place + 1])]
+        if key in seen:
+            raise InputError(f"the pictures hold the key {key} twice")
+        seen.add(key)
 
 
 def _list(count: int, examples: Sequence[str]) -> str:

@@ -1,0 +1,198 @@
+"""The token cache: equal to the label set for every picture, built once, never half."""
+
+import errno
+import os
+import signal
+from functools import partial
+
+import numpy as np
+import pytest
+
+from stl_offline.errors import FormatError, InputError, JoinError, TargetError
+from stl_offline.labels import cache as cache_module
+from stl_offline.labels.cache import build_token_cache, open_token_cache
+from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.spec import CONTAINERS
+from tests.labels.crash import fork, kill_at_step, run, wait
+from tests.labels.synthetic import make_arrays, make_key, make_spec, write_set
+
+
+@pytest.fixture(scope="module", params=CONTAINERS)
+def label_set(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("labels")
+    write_set(path, make_spec(samples=23, view_count=2, container=request.param), 4)
+    return open_label_set(path)
+
+
+@pytest.fixture(scope="module")
+def hashes(label_set):
+    return make_arrays(label_set.spec).content_hash
+
+
+def build(label_set, hashes, order, folder, **options):
+    keys = [make_key(position) for position in order]
+    return build_token_cache(label_set, keys, hashes[order], label_set.spec.class_names, folder=folder, **options)
+
+
+@pytest.mark.parametrize("count", [23, 1, 9])
+def test_every_picture_has_its_labels(label_set, hashes, tmp_path, count):
+    order = np.random.default_rng(count).permutation(23)[:count]
+    cache = build(label_set, hashes, order, tmp_path)
+    assert len(cache) == count
+    assert (cache.num_classes, cache.grid, cache.top_k, cache.spec) == (7, (3, 5), 4, label_set.spec)
+    assert (cache.class_ids.dtype, cache.probabilities.dtype, cache.confidence.dtype) == (
+        np.uint16,
+        np.float32,
+        np.float32,
+    )
+    assert (cache.views.dtype, cache.labelled.dtype) == (np.float32, np.uint8)
+    assert cache.labelled.all()
+    for sample, position in enumerate(order):
+        labels = label_set[make_key(position)]
+        np.testing.assert_array_equal(cache.class_ids[sample], labels.class_ids)
+        assert cache.probabilities[sample].tobytes() == labels.probabilities().tobytes()
+        assert cache.confidence[sample].tobytes() == labels.confidence.astype(np.float32).tobytes()
+        assert cache.views[sample].tobytes() == labels.views.tobytes()
+    assert isinstance(cache.class_ids, np.memmap) and not cache.class_ids.flags.writeable
+
+
+def test_pictures_without_labels(label_set, hashes, tmp_path):
+    keys = ["new/a.png", make_key(20), "new/b.png"]
+    theirs = np.array([5, hashes[20], 6], dtype=np.uint64)
+    names = label_set.spec.class_names
+    with pytest.raises(JoinError, match="2 pictures without labels"):
+        build_token_cache(label_set, keys, theirs, names, folder=tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    cache = build_token_cache(label_set, keys, theirs, names, folder=tmp_path, missing="skip")
+    assert cache.labelled.tolist() == [0, 1, 0]
+    assert "1 of 3 pictures have labels" in cache.report
+    assert not cache.probabilities[[0, 2]].any() and not cache.confidence[[0, 2]].any()
+    np.testing.assert_array_equal(cache.class_ids[1], label_set[make_key(20)].class_ids)
+
+
+def test_built_once_and_named_by_content(label_set, hashes, tmp_path, monkeypatch):
+    first = build(label_set, hashes, np.arange(23), tmp_path)
+    inode = (first.path / "class_ids.npy").stat().st_ino
+    real = cache_module._fill
+    monkeypatch.setattr(cache_module, "_fill", None)
+    again = build(label_set, hashes, np.arange(23), tmp_path)
+    assert again.path == first.path and (again.path / "class_ids.npy").stat().st_ino == inode
+    monkeypatch.setattr(cache_module, "_fill", real)
+    others = {
+        build(label_set, hashes, np.arange(22), tmp_path).path,
+        build(label_set, hashes, np.arange(23)[::-1], tmp_path).path,
+        build(label_set, hashes, np.arange(23), tmp_path, missing="skip").path,
+        build(label_set, hashes + np.uint64(1), np.arange(23), tmp_path, allow_changed=True).path,
+    }
+    assert len(others | {first.path}) == 5
+
+
+def test_the_default_folder(label_set, hashes, tmp_path, monkeypatch):
+    monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
+    assert build(label_set, hashes, np.arange(3), None).path.parent == tmp_path / "cache" / "tokens"
+
+
+@pytest.mark.parametrize("file", ["class_ids", "probabilities", "confidence", "views", "labelled"])
+def test_a_cut_off_cache_is_refused_and_built_anew(label_set, hashes, tmp_path, file):
+    cache = build(label_set, hashes, np.arange(23), tmp_path)
+    expected = np.array(cache.class_ids)
+    path = cache.path
+    del cache
+    os.truncate(path / f"{file}.npy", (path / f"{file}.npy").stat().st_size - 1)
+    with pytest.raises(FormatError, match=f"{file}.npy is missing or cut off"):
+        open_token_cache(path)
+    again = build(label_set, hashes, np.arange(23), tmp_path)
+    assert again.path == path
+    np.testing.assert_array_equal(again.class_ids, expected)
+    (path / f"{file}.npy").unlink()
+    with pytest.raises(FormatError, match="missing"):
+        open_token_cache(path)
+
+
+def test_damaged_caches_are_refused(label_set, hashes, tmp_path):
+    path = build(label_set, hashes, np.arange(4), tmp_path).path
+    np.save(path / "labelled.npy", np.ones(5, np.uint8))
+    with pytest.raises(FormatError, match=r"labelled.npy is \(5,\), expected \(4,\)"):
+        open_token_cache(path)
+    np.save(path / "labelled.npy", np.array([object()] * 4), allow_pickle=True)
+    with pytest.raises(FormatError, match=r"labelled.npy is missing or cut off"):
+        open_token_cache(path)
+    for text, words in (('{"version": 0}', "version 0"), ("{", "cache.json"), ('{"version": 1}', "cache.json")):
+        (path / "cache.json").write_text(text)
+        with pytest.raises(FormatError, match=words):
+            open_token_cache(path)
+    assert len(build(label_set, hashes, np.arange(4), tmp_path)) == 4
+    with pytest.raises(FileNotFoundError):
+        open_token_cache(tmp_path / "none")
+
+
+def test_a_damaged_shard_leaves_no_cache(tmp_path, label_set, hashes):
+    write_set(tmp_path / "set", label_set.spec, 4)
+    damaged = open_label_set(tmp_path / "set")
+    file = tmp_path / "set" / damaged.shards[2].name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(FormatError, match=file.name):
+        build(damaged, hashes, np.arange(23), tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_several_processes_build_it_once(label_set, hashes, tmp_path):
+    def work():
+        real = cache_module._fill
+
+        def fill(folder, *arguments):
+            (tmp_path / f"filled by {os.getpid()}").touch()
+            real(folder, *arguments)
+
+        cache_module._fill = fill
+        assert len(build(label_set, hashes, np.arange(23), tmp_path / "cache")) == 23
+
+    children = [fork(work) for _ in range(4)]
+    assert [wait(child) for child in children] == [0] * 4
+    assert len(list(tmp_path.glob("filled by *"))) == 1
+
+
+def test_killed_while_it_is_built(label_set, hashes, tmp_path):
+    expected = np.array(build(label_set, hashes, np.arange(23), tmp_path / "undisturbed").probabilities)
+    work = partial(build, label_set, hashes, np.arange(23))
+    for step in range(0, 1000, 2):
+        folder = tmp_path / str(step)
+        code = kill_at_step(step, partial(work, folder))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        assert run(partial(work, folder)) == 0
+        cache = work(folder)
+        np.testing.assert_array_equal(cache.probabilities, expected)
+        assert {path.name for path in folder.iterdir()} == {cache.path.name, f"{cache.path.name}.lock"}
+    assert 4 < step < 1000
+
+
+def test_a_full_disk_says_what_is_needed(label_set, hashes, tmp_path, monkeypatch):
+    def full(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        TargetError, match=r"cannot write the token cache .*No space left.*needs 0.00 GB.*STL_OFFLINE_CACHE"
+    ):
+        build(label_set, hashes, np.arange(23), tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_targets_that_cannot_be_written(label_set, hashes, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "cache", "/proc/cache"):
+        with pytest.raises(TargetError, match="cannot make the folder"):
+            build(label_set, hashes, np.arange(3), folder)
+
+
+def test_wrong_pictures_are_refused_before_anything_is_written(label_set, hashes, tmp_path):
+    keys = [make_key(position) for position in range(3)]
+    with pytest.raises(JoinError, match="class list"):
+        build_token_cache(label_set, keys, hashes[:3], ("cat", "dog"), folder=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(InputError, match="missing must be"):
+        build(label_set, hashes, np.arange(3), tmp_path, missing="drop")

@@ -1,0 +1,121 @@
+"""Joining labels and pictures by key: each way in which they can differ, counted and named."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stl_offline.errors import InputError, JoinError
+from stl_offline.labels import join as join_module
+from stl_offline.labels.join import join
+from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.writer import LabelSetWriter
+from tests.labels.synthetic import make_arrays, make_key, make_spec, write_set
+
+SPEC = make_spec(samples=20)
+HASHES = make_arrays(SPEC).content_hash
+KEYS = [make_key(position) for position in range(20)]
+
+
+@pytest.fixture(scope="module")
+def label_set(tmp_path_factory):
+    path = tmp_path_factory.mktemp("labels")
+    write_set(path, SPEC, 3)
+    return open_label_set(path)
+
+
+def places(label_set, report):
+    return [
+        label_set.shards[shard].first + row if shard >= 0 else -1
+        for shard, row in zip(report.shard.tolist(), report.row.tolist(), strict=True)
+    ]
+
+
+@given(st.lists(st.integers(0, 19), unique=True, min_size=1))
+def test_any_subset_in_any_order(label_set, positions):
+    report = join(label_set, [KEYS[p] for p in positions], HASHES[positions], SPEC.class_names)
+    assert places(label_set, report) == positions
+    assert (report.matched, report.missing, report.changed) == (len(positions), 0, 0)
+    assert report.extra == 20 - len(positions)
+    assert f"{len(positions)} of {len(positions)} pictures have labels" in str(report)
+
+
+def test_missing_keys(label_set):
+    keys = [KEYS[4], "new/1.png", KEYS[2], "new/2.png"]
+    hashes = np.array([HASHES[4], 1, HASHES[2], 2], dtype=np.uint64)
+    with pytest.raises(JoinError, match=r"2 of 4 pictures.*2 pictures without labels \(new/1.png, new/2.png\).*skip"):
+        join(label_set, keys, hashes, SPEC.class_names)
+    report = join(label_set, keys, hashes, SPEC.class_names, missing="skip")
+    assert places(label_set, report) == [4, -1, 2, -1]
+    assert (report.matched, report.missing, report.missing_examples) == (2, 2, ["new/1.png", "new/2.png"])
+
+
+def test_changed_pictures(label_set):
+    hashes = HASHES.copy()
+    hashes[[3, 8]] += np.uint64(1)
+    with pytest.raises(JoinError, match=rf"2 pictures changed .*\({KEYS[3]}, {KEYS[8]}\).*--allow-changed"):
+        join(label_set, KEYS, hashes, SPEC.class_names)
+    with pytest.raises(JoinError, match="--allow-changed"):
+        join(label_set, KEYS, hashes, SPEC.class_names, missing="skip")
+    report = join(label_set, KEYS, hashes, SPEC.class_names, allow_changed=True)
+    assert (report.matched, report.changed) == (20, 2)
+
+
+def test_a_renamed_root_matches_nothing_and_says_so(label_set):
+    keys = [f"train/{key}" for key in KEYS]
+    for missing in ("error", "skip"):
+        with pytest.raises(JoinError, match="0 of 20 pictures have labels.*another root folder"):
+            join(label_set, keys, HASHES, SPEC.class_names, missing=missing)
+
+
+def test_many_are_counted_and_three_are_named(label_set):
+    keys = [f"new/{position:02d}" for position in range(15)] + KEYS[:5]
+    hashes = np.zeros(20, np.uint64)
+    with pytest.raises(JoinError, match=r"15 pictures without labels \(new/00, new/01, new/02, …\)"):
+        join(label_set, keys, hashes, SPEC.class_names)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (SPEC.class_names[::-1], "the order differs: class 0 is 'class 0' there and 'class 6' here"),
+        ((*SPEC.class_names[:-1], "cat"), r"1 of the pictures' classes are not in it \(cat\)"),
+        (SPEC.class_names[:-2], r"2 of its classes are not among the pictures' \(class 5, class 6\)"),
+        ((*SPEC.class_names, "cat"), r"7 classes, the pictures have 8.*cat"),
+    ],
+)
+def test_another_class_list_is_refused(label_set, names, words):
+    with pytest.raises(JoinError, match=words):
+        join(label_set, KEYS, HASHES, names)
+
+
+def test_keys_that_are_there_twice(label_set, tmp_path):
+    with pytest.raises(InputError, match=f"the pictures hold the key {KEYS[1]} twice"):
+        join(label_set, [KEYS[1], KEYS[2], KEYS[1]], HASHES[:3], SPEC.class_names)
+    with LabelSetWriter(tmp_path, SPEC, 2) as writer:
+        for index in range(2):
+            writer.write_shard(index, make_arrays(SPEC, 0, 10))
+        writer.finish()
+    with pytest.raises(JoinError, match=f"holds the key {KEYS[0]} twice"):
+        join(open_label_set(tmp_path), KEYS[:10], HASHES[:10], SPEC.class_names)
+
+
+def test_arguments_that_do_not_fit(label_set):
+    with pytest.raises(InputError, match="missing must be one of error, skip, got 'drop'"):
+        join(label_set, KEYS, HASHES, SPEC.class_names, missing="drop")
+    with pytest.raises(InputError, match="20 keys and 19 content hashes"):
+        join(label_set, KEYS, HASHES[1:], SPEC.class_names)
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 5])
+def test_keys_whose_hashes_collide_are_told_apart(label_set, monkeypatch, distinct):
+    real = join_module.xxhash.xxh3_64_intdigest
+    monkeypatch.setattr(join_module.xxhash, "xxh3_64_intdigest", lambda data: real(data) % distinct)
+    order = np.random.default_rng(0).permutation(20)
+    keys = [KEYS[position] for position in order]
+    assert places(label_set, join(label_set, keys, HASHES[order], SPEC.class_names)) == order.tolist()
+    report = join(label_set, [*keys[:7], "new"], np.r_[HASHES[order[:7]], HASHES[:1]], SPEC.class_names, missing="skip")
+    assert places(label_set, report) == [*order[:7].tolist(), -1]
+    assert report.extra == 13
+    with pytest.raises(InputError, match="twice"):
+        join(label_set, [*keys, keys[3]], np.r_[HASHES[order], HASHES[:1]], SPEC.class_names)
