@@ -59,7 +59,8 @@ def test_a_maps_probabilities(label_set):
         assert ignore[view, row, column, class_id] == top[view, row, column, rank]
     assert ((ignore > 0).sum(-1) <= 4).all()
     np.testing.assert_allclose(uniform.sum(-1), 1, atol=2e-3)  # float16 rounds each stored class
-    np.testing.assert_allclose(uniform - ignore, found.residual()[..., None] / 7, atol=1e-6)
+    spread = np.broadcast_to(found.residual()[..., None] / 7, uniform.shape)
+    np.testing.assert_allclose(uniform - ignore, spread, atol=1e-6)
     with pytest.raises(InputError, match='"ignore" or "uniform"'):
         found.dense(residual="drop")
 
