@@ -27,7 +27,8 @@ RAW_BYTES = 65_536
 JPEG_QUALITY = 95
 MAX_SIDE = 65_500  # libjpeg's limit
 
-PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+# MPO (two JPEGs in a file) is opened as JPEG; PIL knows no opener by that name.
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm pnm avif"
 PICTURE_SUFFIXES = frozenset("." + suffix for suffix in _SUFFIXES.split())
 # turbojpeg keeps the first warning of a decode. These mean that pixels are lost or invented.

@@ -75,9 +75,11 @@ class EpochThread(EpochIterator):
         """The next (slot, ids, results), or None after the last.
 
         Raises:
-            StlError: what the loading thread raised, or `TrainingError` if it died without a word.
+            StlError: what the loading thread raised, or `TrainingError` if it died without a word or was stopped.
         """
         while True:
+            if self.terminate_event.is_set():
+                raise TrainingError("this epoch was ended, perhaps by a later one of the same loader: one at a time")
             try:
                 item = self.output_queue.get(timeout=_POLL_SECONDS)
                 break

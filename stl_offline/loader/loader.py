@@ -79,6 +79,9 @@ class TokenLoader:
             raise InputError(
                 f"the token cache is of {len(cache.labelled):,} samples, {beton.path} of {len(beton):,}: join them anew"
             )
+        if min(std) <= 0:
+            raise InputError(f"std must be positive, got {tuple(std)}")
+        _check_size(beton)
         self.beton = beton
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.batch_size = batch_size
@@ -114,7 +117,6 @@ class TokenLoader:
                 drop_last=False,
                 batches_ahead=_BATCHES_AHEAD,
             )
-        _check_size(beton, self._ffcv.reader.alloc_table)
         # Allocated once: epochs take turns with them, as only one is alive at a time.
         self._buffers = self._ffcv.graph.allocate_memory(batch_size, _BATCHES_AHEAD + 2)
 
@@ -237,9 +239,9 @@ def _compiler_off() -> Iterator[None]:
         Compiler.set_enabled(enabled)
 
 
-def _check_size(beton: Beton, table: np.ndarray) -> None:
+def _check_size(beton: Beton) -> None:
     # Reading a mapped file past its end kills the process, so this must be known before.
-    needed = int((table["ptr"] + table["size"]).max()) if len(table) else 0
-    size = os.path.getsize(beton.path)
+    needed = int((beton.pointers + beton.sizes).max(initial=0))
+    size = os.path.getsize(beton.path) if beton.path.exists() else 0
     if size < needed:
         raise FormatError(f"{beton.path} is cut off: {size:,} of at least {needed:,} bytes; pack the pictures again")

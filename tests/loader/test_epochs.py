@@ -1,0 +1,187 @@
+"""Epochs: every sample once, odd sizes, going on in the middle, several loaders, ends before the end."""
+
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from stl_offline.errors import InputError, TrainingError
+
+
+def ids_of(batches):
+    return [batch.sample_ids.tolist() for batch in batches]
+
+
+def equal(first, second):
+    """Whether two batches hold the same, bit for bit."""
+    return all(
+        torch.equal(getattr(first, name), getattr(second, name))
+        for name in ("images", "class_ids", "views", "sample_ids")
+    )
+
+
+def loading_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "stl-offline-loader"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, 5, 23, 64])
+def test_every_sample_comes_once_with_its_class_and_view(load, beton, views, batch_size, workers):
+    loader = load(batch_size=batch_size, workers=workers)
+    batches = list(loader.epoch(0, views))
+    assert len(batches) == len(loader) == -(-23 // batch_size)
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    ids = np.concatenate(ids_of(batches))
+    np.testing.assert_array_equal(np.sort(ids), np.arange(23))
+    for batch in batches:
+        np.testing.assert_array_equal(batch.class_ids, beton.class_ids[batch.sample_ids.numpy()])
+        np.testing.assert_array_equal(batch.views, views[batch.sample_ids.numpy()])
+        assert batch.images.shape == (len(batch), 3, 20, 28)
+        assert batch.token_ids is None
+        assert batch.token_weights is None
+        assert batch.class_ids.dtype == batch.sample_ids.dtype == torch.int64
+
+
+def test_drop_last_leaves_the_partial_batch_out(load, views):
+    loader = load(drop_last=True)
+    assert [len(batch) for batch in loader.epoch(0, views)] == [5] * 4 == [5] * len(loader)
+    assert list(load(batch_size=24, drop_last=True).epoch(0, views)) == []
+
+
+def test_orders(load, views):
+    loader = load()
+    first, second, again = (ids_of(loader.epoch(epoch, views)) for epoch in (0, 1, 0))
+    assert first == again != second
+    assert ids_of(load(seed=4).epoch(0, views)) != first
+    assert ids_of(load(shuffle=False).epoch(5, views)) == [list(range(at, min(at + 5, 23))) for at in range(0, 23, 5)]
+    assert ids_of(load().epoch(0, views, sample_ids=np.array([7, 3, 22, 0, 11, 4]))) == [[7, 3, 22, 0, 11], [4]]
+    assert list(load().epoch(0, views, sample_ids=np.array([], dtype=int))) == []
+
+
+def test_batches_are_the_readers_own(load, views):
+    kept = list(load(batch_size=2).epoch(0, views))
+    assert len({batch.images.data_ptr() for batch in kept}) == len(kept)
+    for batch, again in zip(kept, load(batch_size=2).epoch(0, views), strict=True):
+        assert equal(batch, again)
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 5])
+def test_going_on_in_the_middle_gives_the_batches_that_would_have_come(load, views, start):
+    whole = list(load().epoch(2, views))
+    rest = list(load(workers=2).epoch(2, views, start_batch=start))
+    assert len(rest) == len(whole) - start
+    assert all(equal(*pair) for pair in zip(rest, whole[start:], strict=True))
+
+
+def test_two_loaders_at_the_same_time(load, views):
+    alone = [ids_of(load(seed=seed, workers=2).epoch(0, views)) for seed in (1, 2)]
+    loaders = [load(seed=seed, workers=2, batch_size=5) for seed in (1, 2)]
+    for _ in range(3):
+        pairs = zip(loaders[0].epoch(0, views), loaders[1].epoch(0, views), strict=True)
+        together = [(a.sample_ids.tolist(), b.sample_ids.tolist()) for a, b in pairs]
+        assert [list(part) for part in zip(*together, strict=True)] == alone
+
+
+def test_a_new_epoch_ends_the_one_before(load, views):
+    loader = load(batch_size=1)
+    first = loader.epoch(0, views)
+    next(first)
+    second = loader.epoch(1, views)
+    assert len(loading_threads()) == 1
+    assert len(list(second)) == 23
+    with pytest.raises(TrainingError, match="ended"):
+        next(first)
+
+
+def test_leaving_early_leaves_no_thread(load, views):
+    with load(batch_size=1).epoch(0, views) as batches:
+        next(batches)
+        assert loading_threads()
+    assert not loading_threads()
+    with pytest.raises(StopIteration):
+        next(batches)
+    for _ in load(batch_size=1).epoch(0, views):
+        break
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while loading_threads() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not loading_threads()
+
+
+def test_an_epoch_ends_by_itself(load, views):
+    batches = load().epoch(0, views)
+    assert len(list(batches)) == 5
+    assert list(batches) == []
+    assert not loading_threads()
+
+
+def test_torch_keeps_its_threads(load, views):
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        for _ in load(workers=1).epoch(0, views):
+            assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_more_workers_than_cores_are_as_many_as_cores(load, views):
+    assert len(list(load(workers=500).epoch(0, views))) == 5
+
+
+def test_ranks_see_disjoint_samples_and_together_all(load, views):
+    one = ids_of(load(batch_size=6).epoch(1, views))
+    ranks = [ids_of(load(batch_size=3, rank=rank, world_size=2).epoch(1, views)) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == one
+    assert {len(load(batch_size=3, rank=rank, world_size=2)) for rank in (0, 1)} == {4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"batch_size": 0}, "batch size"),
+        ({"image_size": (0, 4)}, "image size"),
+        ({"workers": 0}, "worker"),
+        ({"rank": 2, "world_size": 2}, "rank"),
+        ({"std": (1, 0, 1)}, "std"),
+    ],
+)
+def test_loaders_that_cannot_be(load, settings, reason):
+    with pytest.raises(InputError, match=reason):
+        load(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"start_batch": 6},
+        {"start_batch": -1},
+        {"sample_ids": np.array([23])},
+        {"sample_ids": np.array([-1])},
+        {"sample_ids": np.array([[1]])},
+        {"map_index": np.zeros(23, dtype=int)},
+    ],
+)
+def test_epochs_that_cannot_be(load, views, settings):
+    with pytest.raises(InputError):
+        load().epoch(0, views, **settings)
+
+
+def test_memory_stays_where_it_is(load, views):
+    loader = load(workers=2)
+
+    def pages():
+        gc.collect()
+        with open("/proc/self/statm") as stream:
+            return int(stream.read().split()[1])
+
+    for epoch in range(15):
+        list(loader.epoch(epoch, views))
+    before = pages()
+    for epoch in range(50):
+        list(loader.epoch(epoch, views))
+    assert pages() - before < 2000  # 8 MB; one epoch's pictures are 0.15 MB

@@ -1,0 +1,120 @@
+"""Damage and death: an error that names the sample within seconds; never a hang, never stale pixels."""
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from stl_offline.errors import FormatError, InputError, TrainingError
+from stl_offline.loader import iterator
+from stl_offline.loader.iterator import EpochThread
+from stl_offline.views import whole_views
+
+
+@pytest.fixture
+def own(make_beton, tmp_path):
+    """A .beton that may be damaged."""
+    return make_beton(tmp_path / "own.beton")
+
+
+def overwrite(beton, sample, offset, data):
+    with open(beton.path, "r+b") as stream:
+        stream.seek(int(beton.pointers[sample]) + offset)
+        stream.write(data)
+
+
+def cut_entropy_data(beton, sample):
+    """An end mark in the middle: what a cut-off download looks like."""
+    overwrite(beton, sample, int(beton.sizes[sample]) * 2 // 3, b"\xff\xd9" * 40)
+
+
+def scramble_entropy_data(beton, sample):
+    overwrite(beton, sample, int(beton.sizes[sample]) // 2, np.random.default_rng(0).bytes(100))
+
+
+def erase_the_head(beton, sample):
+    overwrite(beton, sample, 0, bytes(64))
+
+
+def claim_another_size(beton, sample):
+    """The bytes of another, smaller picture: rows that are not there must not be filled from elsewhere."""
+    smaller = 10  # the same stripes, 24 rows instead of 59 or so
+    data = beton.stored_bytes(smaller)
+    assert beton.heights[smaller] < beton.heights[sample]
+    overwrite(beton, sample, 0, data[: int(beton.sizes[sample])])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("damage", [cut_entropy_data, scramble_entropy_data, erase_the_head, claim_another_size])
+def test_a_damaged_picture_is_named_in_its_batch(load, own, damage, workers):
+    sample = 14
+    assert not own.raw[sample]
+    damage(own, sample)
+    loader = load(own, shuffle=False, workers=workers)
+    seen = []
+    with pytest.raises(InputError, match=r"folder/picture 014 \(sample 14\).*damaged"):
+        for batch in loader.epoch(0, whole_views(len(own))):
+            seen += batch.sample_ids.tolist()
+    assert seen == list(range(10))
+    # The loader is of use afterwards, and the damage is found again.
+    assert len(list(loader.epoch(0, whole_views(len(own)), sample_ids=np.arange(5)))) == 1
+    with pytest.raises(InputError, match="picture 014"):
+        list(loader.epoch(1, whole_views(len(own))))
+
+
+def test_a_file_that_is_cut_off_is_refused(load, own):
+    os.truncate(own.path, int(own.pointers[-1] + own.sizes[-1] // 2))
+    with pytest.raises(FormatError, match="cut off"):
+        load(own)
+
+
+def test_a_file_that_is_gone(load, own):
+    own.path.unlink()
+    with pytest.raises(FormatError, match="own.beton"):
+        load(own)
+
+
+def test_what_the_thread_raises_comes_out(load, views, monkeypatch):
+    def fail(self, *_):
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(EpochThread, "run_pipeline", fail)
+    with pytest.raises(TrainingError, match="RuntimeError: the disk is on fire"):
+        next(load().epoch(0, views))
+
+
+def test_a_thread_that_dies_is_noticed(load, views, monkeypatch):
+    monkeypatch.setattr(EpochThread, "run", lambda self: None)
+    started = time.monotonic()
+    with pytest.raises(TrainingError, match="died"):
+        next(load().epoch(0, views))
+    assert time.monotonic() - started < 5
+
+
+def test_an_item_handed_out_at_the_last_moment_is_not_lost(load, views, monkeypatch):
+    # The consumer's wait ends without an item; before it looks at the thread, the thread hands one out and ends.
+    batches = load(batch_size=23).epoch(0, views)
+    thread = batches._thread
+    thread.join(60)
+    waits = iter([True])
+
+    def miss_once(*_, **__):
+        if next(waits, False):
+            raise iterator.queue.Empty
+        return type(thread.output_queue).get(thread.output_queue)
+
+    monkeypatch.setattr(thread.output_queue, "get", miss_once)
+    assert len(next(batches)) == 23
+
+
+def test_a_thread_that_does_not_stop_is_an_error(load, views, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(EpochThread, "run_pipeline", lambda self, *_: release.wait(60))
+    monkeypatch.setattr(iterator, "_CLOSE_SECONDS", 0.2)
+    loader = load()
+    loader.epoch(0, views)
+    with pytest.raises(TrainingError, match="did not stop"):
+        loader.close()
+    release.set()

@@ -1,0 +1,120 @@
+"""What a student sees: the right pixels, cut, resized, mirrored and normalised."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from stl_offline.errors import InputError
+from stl_offline.geometry import View
+from stl_offline.loader.decode import pixel_box
+from stl_offline.views import whole_views
+
+
+def shown(loader, views, epoch=0, **settings):
+    """Every sample's pixels as loaded: uint8 {sample id: (H, W, 3)}."""
+    pictures = {}
+    for batch in loader.epoch(epoch, views, **settings):
+        pixels = (batch.images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        pictures |= dict(zip(batch.sample_ids.tolist(), pixels, strict=True))
+    return pictures
+
+
+def boxes(beton, views):
+    """(top, bottom, left, right, flipped) of each view, by geometry."""
+    for height, width, view in zip(beton.heights, beton.widths, views, strict=True):
+        left, top, w, h, flipped = View.from_array(view).box()
+        yield round(top * height), round((top + h) * height), round(left * width), round((left + w) * width), flipped
+
+
+def test_the_whole_picture_at_its_own_size_is_what_pillow_decodes(load, beton, decoded):
+    assert beton.raw.any()
+    assert not beton.raw.all()
+    for size in sorted({picture.shape[:2] for picture in decoded}):
+        samples = [number for number, picture in enumerate(decoded) if picture.shape[:2] == size]
+        pictures = shown(load(image_size=size), whole_views(len(beton)), sample_ids=np.array(samples))
+        for sample in samples:
+            np.testing.assert_array_equal(pictures[sample], decoded[sample])
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_crop_of_the_outputs_size_is_a_cut(load, beton, decoded, flipped):
+    views = []
+    for number, (height, width) in enumerate(zip(beton.heights, beton.widths, strict=True)):
+        view = View.crop((number % 5) / width, (number % 4) / height, 28 / width, 20 / height)
+        views.append((view.flipped() if flipped else view).matrix.ravel())
+    pictures = shown(load(), np.array(views))
+    assert len(pictures) == len(beton)
+    for sample, pixels in pictures.items():
+        cut = decoded[sample][sample % 4 : sample % 4 + 20, sample % 5 : sample % 5 + 28]
+        np.testing.assert_array_equal(pixels, cut[:, ::-1] if flipped else cut)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_random_crops_are_cut_and_resized_by_area(load, beton, decoded, views, workers):
+    pictures = shown(load(workers=workers), views)
+    flips = 0
+    for sample, (top, bottom, left, right, flipped) in enumerate(boxes(beton, views)):
+        expected = cv2.resize(decoded[sample][top:bottom, left:right], (28, 20), interpolation=cv2.INTER_AREA)
+        expected = expected[:, ::-1] if flipped else expected
+        flips += flipped
+        assert np.abs(pictures[sample].astype(int) - expected.astype(int)).max() <= 1
+    assert 0 < flips < len(beton)
+
+
+def test_replayed_views_show_the_same_pixels(load, views):
+    first = shown(load(batch_size=5, workers=2, seed=1), views, epoch=0)
+    again = shown(load(batch_size=3, workers=1, seed=2), views.copy(), epoch=7)
+    assert first.keys() == again.keys()
+    for sample, pixels in first.items():
+        np.testing.assert_array_equal(pixels, again[sample])
+
+
+def test_views_change_between_epochs_of_one_loader(load, beton, views):
+    loader = load()
+    crops, whole = shown(loader, views), shown(loader, whole_views(len(beton)), epoch=1)
+    assert sum((crops[sample] != whole[sample]).any() for sample in crops) > len(beton) - 3
+    np.testing.assert_array_equal(crops[4], shown(loader, views, epoch=2)[4])
+
+
+def test_pictures_are_normalised_per_channel(load, beton, decoded, views):
+    plain = load(shuffle=False)
+    scaled = load(shuffle=False, mean=(0.1, 0.5, 0.9), std=(0.2, 0.25, 0.5))
+    for a, b in zip(plain.epoch(0, views), scaled.epoch(0, views), strict=True):
+        expected = (a.images - torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1)) / torch.tensor([0.2, 0.25, 0.5]).view(
+            3, 1, 1
+        )
+        torch.testing.assert_close(b.images, expected, atol=2e-6, rtol=1e-5)
+        assert b.images.dtype == torch.float32
+        assert b.images.shape[1:] == (3, 20, 28)
+        assert b.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("view", "reason"),
+    [
+        ([0.7, 0.7, 0.1, -0.7, 0.7, 0.5], "not an axis-aligned crop"),
+        ([1, 0, 0, 0, -1, 1], "not an axis-aligned crop"),
+        ([0, 0, 0, 0, 1, 0], "not an axis-aligned crop"),
+        ([0.5, 0, 0.6, 0, 0.5, 0], "leaves the picture"),
+        ([-0.5, 0, 0.4, 0, 0.5, 0], "leaves the picture"),
+        ([0.5, 0, 0, 0, 0.5, np.nan], "leaves the picture"),
+    ],
+)
+def test_views_that_are_no_crop_of_the_picture_are_refused_at_once(load, beton, view, reason):
+    views = whole_views(len(beton))
+    views[5] = view
+    with pytest.raises(InputError, match=f"sample 5 .*{reason}"):
+        load().epoch(0, views)
+
+
+def test_views_of_another_data_set_are_refused(load, beton):
+    with pytest.raises(InputError, match=r"\(23, 6\)"):
+        load().epoch(0, whole_views(len(beton) - 1))
+
+
+def test_boxes_keep_a_pixel_and_stay_inside():
+    tiny = np.array([1e-6, 0, 1 - 1e-6, 0, 1e-6, 0.5], dtype=np.float32)
+    assert pixel_box(tiny, 10, 30) == (5, 6, 29, 30, False)
+    mirrored = np.array([-1, 0, 1, 0, 1, 0], dtype=np.float32)
+    assert pixel_box(mirrored, 10, 30) == (0, 10, 0, 30, True)
