@@ -52,3 +52,10 @@ def _bf16_is_fast(device: torch.device) -> bool:
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_bf16_tile", "sve_bf16"))
     return False
+
+
+def pick_workers(asked: int) -> int:
+    """Loading threads: as asked, or one for each core that this process may use."""
+    if asked < 0:
+        raise InputError(f"workers must not be negative, got {asked}; 0 takes one for each core")
+    return asked or len(os.sched_getaffinity(0))

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from stl_offline.config import DumpConfig, settings
-from stl_offline.device import autocast, pick_amp, pick_device
+from stl_offline.device import autocast, pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, join_world, wait_for_world
 from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labelers import NamedLabeler, find_labeler
 from stl_offline.labels.arrays import ShardArrays
+from stl_offline.labels.job import job_from_environment
 from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.writer import LabelSetWriter
 from stl_offline.loader import TokenLoader
@@ -66,16 +67,14 @@ def dump_labels(config: DumpConfig) -> DumpReport:
     class_map = match_classes(beton, named.class_names, f"the labeler {config.labeler}")
     views = make_views(config, beton)
     started = time.perf_counter()
-    with LabelSetWriter(config.out, spec, config.shards) as writer:
-        todo = [] if writer.complete else [shard for shard in range(config.shards) if not writer.is_done(shard)]
+    with LabelSetWriter(config.out, spec, config.shards, job=job_from_environment()) as writer:
+        todo = writer.todo(world.rank, world.size)
         if todo:
-            job = _Job(config, named, beton, class_map, views, device)
-            _write_shards(job, writer, todo[world.rank :: world.size], world)
-            wait_for_world(world)
-            if world.is_first:
-                writer.finish()
-        labelled = sum(last - first for first, last in map(writer.shard_range, todo))
-        size = sum(record.bytes for record in writer.records())
+            _write_shards(_Job(config, named, beton, class_map, views, device), writer, todo, world)
+        wait_for_world(world)
+        manifest = writer.finish()
+    labelled = sum(last - first for first, last in map(writer.shard_range, todo))
+    size = sum(shard.bytes for shard in manifest.shards)
     return DumpReport(str(config.out), len(beton), labelled, time.perf_counter() - started, size)
 
 
@@ -154,7 +153,7 @@ class _Job:
             beton,
             (side, side),
             config.batch_size,
-            workers=config.workers,
+            workers=pick_workers(config.workers),
             seed=0,
             device=device,
             mean=self.labeler.mean,

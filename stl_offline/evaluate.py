@@ -7,7 +7,7 @@ import torch
 
 from stl_offline.artifact import load_model
 from stl_offline.config import EvaluateConfig
-from stl_offline.device import pick_amp, pick_device
+from stl_offline.device import pick_amp, pick_device, pick_workers
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader import TokenLoader
 from stl_offline.scoring import evaluate_model, match_classes
@@ -26,7 +26,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         beton,
         (side, side),
         config.batch_size,
-        workers=config.workers,
+        workers=pick_workers(config.workers),
         seed=0,
         device=device,
         mean=model.pretrained_cfg["mean"],

@@ -61,6 +61,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         with open(temporary, "rb") as stream:
+            # Some libraries make their files private; what is shared must be as readable as any new file.
+            os.fchmod(stream.fileno(), 0o666 & ~_umask())
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -77,6 +79,19 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader sees either the old file or the whole new one."""
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
         stream.write(data)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the temporary files that a killed process left in a folder that only one process writes."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    # The mask can only be read by setting it; /proc tells it without that race between threads.
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
+    return 0o022
 
 
 def _sync_folder(folder: Path) -> None:

@@ -13,8 +13,12 @@ WARMUP_LR = 1e-6
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; no decay for biases, norms and what the model's ``no_weight_decay`` names."""
-    return timm.optim.create_optimizer_v2(model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)
+    """AdamW; no decay for biases, norms and what the model's ``no_weight_decay`` names.
+
+    Fused: one pass over all tensors, several times as fast as one tensor after the other for small models on CPUs.
+    """
+    fused = {"fused": True} if next(model.parameters()).device.type in ("cpu", "cuda") else {}
+    return timm.optim.create_optimizer_v2(model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay, **fused)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> CosineLRScheduler:

@@ -18,7 +18,7 @@ import torch
 
 from stl_offline.config import differences
 from stl_offline.errors import FormatError, InputError
-from stl_offline.files import atomic_path, atomic_write, canonical_json, make_folder
+from stl_offline.files import atomic_path, atomic_write, canonical_json, make_folder, remove_leftovers
 
 _PACKAGES = ("stl-offline", "torch", "torchvision", "timm", "ffcv", "numpy", "numba")
 
@@ -56,6 +56,8 @@ class RunFolder:
         config_path = self.path / "config.json"
         if config_path.is_file() and resume:
             self._check_same(config_path)
+            if write:
+                remove_leftovers(self.path)
             return self._load_state()
         if not write:
             return None

@@ -11,7 +11,7 @@ from torch import nn
 from stl_offline.artifact import ModelDescription
 from stl_offline.augment import color_jitter
 from stl_offline.config import TrainConfig, settings
-from stl_offline.device import pick_amp, pick_device
+from stl_offline.device import pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, join_world
 from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
@@ -69,7 +69,7 @@ class Stage:
             self.train,
             (side, side),
             self.config.batch_size,
-            workers=self.config.workers,
+            workers=pick_workers(self.config.workers),
             seed=self.config.seed,
             device=self.device,
             mean=self.mean,
@@ -88,7 +88,7 @@ class Stage:
             self.val,
             (side, side),
             max(self.config.batch_size, 128),
-            workers=self.config.workers,
+            workers=pick_workers(self.config.workers),
             seed=0,
             device=self.device,
             mean=self.mean,

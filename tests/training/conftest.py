@@ -1,0 +1,58 @@
+"""A small data set of coloured stripes, and the settings to learn it in seconds."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SIZE = 32
+CLASSES = ("diagonal", "horizontal", "vertical")
+
+
+def striped(kind: str, seed: int) -> np.ndarray:
+    """Stripes of a class's direction, in random colours: (H, W, 3) uint8 with H ≠ W."""
+    generator = np.random.default_rng(seed)
+    height, width = 36, 44
+    y, x = np.mgrid[:height, :width]
+    position = {"horizontal": y, "vertical": x, "diagonal": x + y}[kind]
+    wave = (np.sin(position * generator.uniform(0.7, 1.1) + generator.uniform(0, 6)) > 0)[..., None]
+    first, second = generator.integers(0, 256, (2, 3))
+    picture = np.where(wave, first, second) + generator.normal(0, 8, (height, width, 3))
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def write_stripes(folder, count: int, seed: int, classes=CLASSES):
+    for number, kind in enumerate(classes):
+        (folder / kind).mkdir(parents=True)
+        for index in range(count):
+            picture = Image.fromarray(striped(kind, seed * 1000 + number * 100 + index))
+            picture.save(folder / kind / f"{index:03d}.jpg", quality=95)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_stripes():
+    """`write_stripes`, for tests that need other pictures."""
+    return write_stripes
+
+
+@pytest.fixture(scope="session")
+def stripes(tmp_path_factory):
+    """(train folder, validation folder): 3 classes, 15 and 6 pictures each."""
+    folder = tmp_path_factory.mktemp("stripes")
+    return write_stripes(folder / "train", 15, 1), write_stripes(folder / "val", 6, 2)
+
+
+@pytest.fixture
+def quick(stripes, tmp_path):
+    """Settings of a run that takes a second."""
+    return {
+        "data": str(stripes[0]),
+        "val": str(stripes[1]),
+        "out": str(tmp_path / "run"),
+        "img_size": SIZE,
+        "epochs": 2,
+        "batch_size": 20,
+        "seed": 3,
+        "workers": 1,
+        "device": "cpu",
+    }

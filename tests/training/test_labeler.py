@@ -1,0 +1,116 @@
+"""Stage 1: it learns, describes itself, goes on where it stopped, and stops where it must."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from stl_offline.artifact import load_model, read_description
+from stl_offline.config import LabelerConfig
+from stl_offline.errors import InputError, JoinError, TrainingError
+from stl_offline.training import engine
+from stl_offline.training import labeler as labeler_module
+from stl_offline.training.labeler import train_labeler
+
+
+def weights(run):
+    return safetensors.torch.load_file(Path(run) / "weights.safetensors")
+
+
+def same_weights(a, b):
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_learns_and_describes_itself(quick):
+    summary = train_labeler(LabelerConfig(**quick | {"epochs": 30, "batch_size": 15, "ema_decay": 0.0}))
+    run = Path(quick["out"])
+    assert summary["top1"] > 0.6  # a third by chance
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log] == list(range(1, 31))
+    assert log[-1]["loss"] < log[0]["loss"]
+    config = json.loads((run / "config.json").read_text())
+    assert config["settings"]["batch_size"] == 15
+    assert config["data"]["class_names"] == ["diagonal", "horizontal", "vertical"]
+    assert config["versions"]["torch"] == torch.__version__.split("+")[0] or config["versions"]["torch"]
+    assert not (run / "state.pt").exists()
+    model, description = load_model(run)
+    assert description == read_description(run / "weights.safetensors")
+    assert description.model == "fan_micro_4_p8_token"
+    class_logits, token_logits = model.eval()(torch.zeros(1, 3, 32, 32))
+    assert class_logits.shape == (1, 3)
+    assert token_logits.shape == (1, 16, 3)
+
+
+def test_same_command_again_changes_nothing(quick):
+    first = train_labeler(LabelerConfig(**quick))
+    before = {path.name: path.stat().st_mtime_ns for path in Path(quick["out"]).iterdir()}
+    assert train_labeler(LabelerConfig(**quick)) == first
+    assert {path.name: path.stat().st_mtime_ns for path in Path(quick["out"]).iterdir()} == before
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
+def test_stopped_anywhere_it_ends_with_the_same_weights(quick, tmp_path, monkeypatch, stop_at):
+    """SIGTERM in the middle of a step: the step ends, all is saved, and the same command takes the steps left."""
+    config = quick | {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1}
+    whole = tmp_path / "whole"
+    train_labeler(LabelerConfig(**config | {"out": str(whole)}))
+    steps = 0
+    original = labeler_module.labeler_step
+
+    def step_and_stop(*arguments):
+        nonlocal steps
+        steps += 1
+        if steps == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(labeler_module, "labeler_step", step_and_stop)
+    with pytest.raises(SystemExit) as stopped:
+        train_labeler(LabelerConfig(**config))
+    assert stopped.value.code == 143
+    assert steps == stop_at
+    monkeypatch.setattr(labeler_module, "labeler_step", original)
+    train_labeler(LabelerConfig(**config))
+    assert same_weights(whole, config["out"])
+    lines = (Path(config["out"]) / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+
+
+def test_other_settings_are_refused_by_name(quick):
+    train_labeler(LabelerConfig(**quick))
+    with pytest.raises(InputError, match="lr: 0.002 → 0.01"):
+        train_labeler(LabelerConfig(**quick | {"lr": 0.01}))
+    train_labeler(LabelerConfig(**quick | {"lr": 0.01, "resume": False}))
+
+
+def test_a_folder_of_something_else_is_left_alone(quick):
+    Path(quick["out"]).mkdir()
+    (Path(quick["out"]) / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="not empty"):
+        train_labeler(LabelerConfig(**quick))
+    assert (Path(quick["out"]) / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(quick, monkeypatch):
+    monkeypatch.setattr(engine.np, "isfinite", lambda value: False)
+    with pytest.raises(TrainingError, match="the loss is"):
+        train_labeler(LabelerConfig(**quick))
+    evidence = json.loads((Path(quick["out"]) / "not-finite.json").read_text())
+    assert len(evidence["keys"]) == 20
+    assert len(set(evidence["sample_ids"])) == 20
+
+
+def test_validation_of_other_classes_is_refused(quick, tmp_path, make_stripes):
+    other = make_stripes(tmp_path / "other", 2, 5, classes=("diagonal", "vertical"))
+    (other / "vertical").rename(other / "plaid")
+    with pytest.raises(JoinError, match="plaid"):
+        train_labeler(LabelerConfig(**quick | {"val": str(other)}))
+
+
+def test_unknown_model_names_the_known_ones(quick):
+    with pytest.raises(InputError, match="fan_tiny_8_p4_hybrid"):
+        train_labeler(LabelerConfig(**quick | {"model": "resnet50"}))
