@@ -1,0 +1,202 @@
+"""Stages 1 and 2 in one go: a labeler, its dumped labels, and students of every kind."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, StudentConfig
+from stl_offline.dump import dump_labels, top_k_labels
+from stl_offline.errors import InputError, JoinError, StlError, TargetError
+from stl_offline.evaluate import evaluate
+from stl_offline.images.pack import ensure_beton
+from stl_offline.labels.label_set import open_label_set
+from stl_offline.loader import TokenLoader
+from stl_offline.training.labeler import train_labeler
+from stl_offline.training.online import online_targets
+from stl_offline.training.student import train_student
+
+
+@pytest.fixture(scope="module")
+def labelled(stripes, tmp_path_factory):
+    """A trained labeler with a set of whole-picture labels and one of three views."""
+    folder = tmp_path_factory.mktemp("labelled")
+    run = {"data": str(stripes[0]), "img_size": 32, "epochs": 1, "batch_size": 15, "workers": 1, "device": "cpu"}
+    train_labeler(LabelerConfig(out=str(folder / "labeler"), **run))
+    dump = DumpConfig(
+        data=str(stripes[0]),
+        labeler=str(folder / "labeler"),
+        out=str(folder / "whole"),
+        shards=3,
+        top_k=2,
+        batch_size=4,
+        workers=1,
+        device="cpu",
+    )
+    dump_labels(dump)
+    dump_labels(replace(dump, out=str(folder / "views"), views=3))
+    return folder, dump
+
+
+@pytest.mark.parametrize("target", ["gumbel", "soft", "argmax"])
+@pytest.mark.parametrize(("labels", "residual"), [("whole", "ignore"), ("views", "uniform")])
+def test_dumped_labels_train_a_student(quick, labelled, labels, residual, target):
+    config = StudentConfig(
+        labels=str(labelled[0] / labels), token_target=target, residual=residual, mixup=0.8, cutmix=1.0, **quick
+    )
+    summary = train_student(config)
+    entry = json.loads((Path(quick["out"]) / "log.jsonl").read_text().splitlines()[-1])
+    assert entry["token_loss"] > 0
+    assert 0.3 < entry["labelled"] <= 1 + 1e-6
+    assert 0 <= summary["token_top1"] <= 1
+    scores = evaluate(EvaluateConfig(data=quick["val"], checkpoint=quick["out"], device="cpu", workers=1))
+    assert scores["top1"] == pytest.approx(summary["top1"])
+    assert scores["samples"] == 18
+
+
+@pytest.mark.parametrize("target", ["gumbel", "soft", "argmax"])
+def test_the_labeler_can_run_in_every_step(quick, labelled, target):
+    labeler = str(labelled[0] / "labeler")
+    summary = train_student(StudentConfig(labels="online", labeler=labeler, token_target=target, **quick))
+    assert summary["epochs"] == 2
+
+
+def test_no_labels_train_the_same_model(quick):
+    train_student(StudentConfig(labels="none", **quick))
+    entry = json.loads((Path(quick["out"]) / "log.jsonl").read_text().splitlines()[-1])
+    assert entry["loss"] == entry["class_loss"]
+    assert "token_loss" not in entry
+
+
+def test_online_draws_follow_the_labelers_softmax():
+    logits = torch.tensor([[[2.0, 0.0, 1.0, -1.0]]]).expand(1, 20_000, 4)
+    ids, weights = online_targets(
+        lambda images: (None, logits), torch.zeros(1, 3, 8, 8), "gumbel", 2, "ignore", torch.Generator().manual_seed(5)
+    )
+    counts = torch.bincount(ids.flatten(), minlength=4)
+    expected = logits[0, 0].softmax(dim=0) * 20_000
+    assert float(((counts - expected) ** 2 / expected).sum()) < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
+    assert torch.equal(weights, torch.ones(1, 20_000, 1))
+
+
+def test_a_dump_holds_what_the_labeler_says(labelled, stripes):
+    """The labels against the labeler's own output on the same crops, loaded one picture at a time."""
+    from stl_offline.labelers import find_labeler
+
+    folder, _ = labelled
+    labeler = find_labeler(str(folder / "labeler")).model
+    beton = ensure_beton(str(stripes[0]))
+    label_set = open_label_set(folder / "views")
+    loader = TokenLoader(
+        beton, (32, 32), 1, workers=1, seed=0, device="cpu", mean=labeler.mean, std=labeler.std, shuffle=False
+    )
+    for view in range(3):
+        views = np.stack([label_set[key].views[view] for key in beton.keys])
+        for batch in loader.epoch(0, views):
+            label_map = label_set[beton.keys[int(batch.sample_ids[0])]]
+            with torch.inference_mode():
+                expected = labeler(batch.images)[1].softmax(dim=-1)[0].numpy().reshape(4, 4, 3)
+            found = np.take_along_axis(expected, label_map.class_ids[view].astype(np.int64), axis=-1)
+            np.testing.assert_allclose(label_map.probabilities()[view], found, rtol=5e-3, atol=1e-4)
+            assert (label_map.class_ids[view, :, :, 0] == expected.argmax(axis=-1)).mean() > 0.95
+
+
+def test_the_same_dump_in_two_parts_gives_the_same_bytes(labelled, tmp_path, monkeypatch):
+    folder, config = labelled
+    config = replace(config, out=str(tmp_path / "again"))
+    written = 0
+    original = torch.isfinite
+
+    def fail_in_the_second_shard(values):
+        nonlocal written
+        written += 1
+        if written == 6:
+            raise KeyboardInterrupt
+        return original(values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stl_offline.dump.torch.isfinite", fail_in_the_second_shard)
+        with pytest.raises(KeyboardInterrupt):
+            dump_labels(config)
+    with pytest.raises(StlError, match="1 of 3"):
+        open_label_set(config.out)
+    report = dump_labels(config)
+    assert report.labelled == 30
+    ours = {path.name: path.read_bytes() for path in Path(config.out).iterdir()}
+    assert ours == {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
+    assert dump_labels(config).labelled == 0
+
+
+def test_top_k_and_confidence_equal_the_softmax():
+    logits = torch.randn(2, 5, 9)
+    ids, values, confidence = top_k_labels(logits.bfloat16(), 4)
+    probabilities = logits.bfloat16().float().softmax(dim=-1)
+    torch.testing.assert_close(confidence, probabilities.max(dim=-1).values)
+    torch.testing.assert_close(confidence[..., None] * (values - values[..., :1]).exp(), probabilities.gather(2, ids))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 4}, "more classes than the labeler's 3"),
+        ({"shards": 46}, "more than the 45 pictures"),
+        ({"labeler": "nowhere"}, "no run and no checkpoint at nowhere"),
+        ({"labeler": "timm:resnet18"}, "needs its weights"),
+        ({"labeler": "timm:no_such_net", "labeler_checkpoint": "x"}, "timm's registry"),
+    ],
+)
+def test_dumps_that_cannot_be_are_refused(labelled, tmp_path, change, message):
+    config = replace(labelled[1], out=str(tmp_path / "set"), **change)
+    with pytest.raises(StlError, match=message):
+        dump_labels(config)
+    assert not (tmp_path / "set").exists()
+
+
+def test_another_job_in_the_same_folder_is_refused_by_name(labelled):
+    with pytest.raises(TargetError, match="top_k"):
+        dump_labels(replace(labelled[1], top_k=1))
+
+
+class TestLabelsThatDoNotBelong:
+    def student(self, quick, labelled, **changes):
+        return train_student(StudentConfig(**quick | {"labels": str(labelled[0] / "whole")} | changes))
+
+    def test_missing_keys(self, quick, labelled, stripes, tmp_path, make_stripes):
+        more = make_stripes(tmp_path / "more", 16, 1)
+        with pytest.raises(JoinError, match=r"3 .*045|015\.jpg"):
+            self.student(quick, labelled, data=str(more))
+        summary = self.student(quick, labelled, data=str(more), missing="skip")
+        assert summary["epochs"] == 2
+
+    def test_changed_pictures(self, quick, labelled, tmp_path, make_stripes):
+        changed = make_stripes(tmp_path / "changed", 15, 9)
+        with pytest.raises(JoinError, match="45"):
+            self.student(quick, labelled, data=str(changed))
+        assert self.student(quick, labelled, data=str(changed), allow_changed=True)["epochs"] == 2
+
+    def test_other_classes(self, quick, labelled, tmp_path, make_stripes):
+        other = make_stripes(tmp_path / "other", 15, 1)
+        (other / "diagonal").rename(other / "slanted")
+        with pytest.raises(StlError, match="slanted|diagonal"):
+            self.student(quick, labelled, data=str(other), val=None)
+
+    def test_replay_without_stored_crops(self, quick, labelled):
+        with pytest.raises(InputError, match="no crops to replay"):
+            self.student(quick, labelled, views="replay")
+
+    def test_random_crops_of_stored_crops(self, quick, labelled):
+        with pytest.raises(InputError, match="labels of 3 crops"):
+            self.student(quick, labelled, labels=str(labelled[0] / "views"), views="random")
+
+    def test_no_label_set(self, quick, labelled, tmp_path):
+        with pytest.raises(StlError, match="label set"):
+            self.student(quick, labelled, labels=str(tmp_path))
+
+    def test_grids_that_differ_are_aligned_offline_and_refused_online(self, quick, labelled):
+        assert self.student(quick, labelled, img_size=48)["epochs"] == 2
+        changes = {"labels": "online", "labeler": str(labelled[0] / "labeler"), "model": "fan_tiny_12_p16_224"}
+        with pytest.raises(InputError, match="equal grids"):
+            self.student(quick, labelled, **changes)
