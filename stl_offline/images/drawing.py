@@ -16,12 +16,13 @@ from PIL import Image
 from stl_offline.images.outlines import OUTLINES, outline_area
 
 # The object's share of the picture's area, before something hides a part of it.
-_AREA = (0.10, 0.24)
+_AREA = (0.12, 0.26)
 _LEAST_SEEN = 0.75
 # Least distance of the mean colours of the object and of what surrounds it, in 8-bit RGB.
-_CONTRAST = 70.0
-_TURN = math.pi / 3  # to either side: an arrow that points anywhere would be a class of its own
-_CLUTTER = (3, 7)
+_CONTRAST = 110.0
+_TURN = math.pi / 6  # to either side: an arrow that points anywhere would be a class of its own
+_CLUTTER = (2, 6)
+_SPREAD = 60
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,24 @@ def draw_shape(name: str, seed: int, split: int, number: int, size: int) -> Draw
     random = np.random.Generator(np.random.Philox(key=[seed, (split << 40) | number]))
     axis = np.arange(size, dtype=np.float32) + 0.5
     x, y = np.meshgrid(axis, axis)
-    canvas = _texture(random, x, y, size)
+    ground = random.uniform(25, 230, 3)
+    canvas = _texture(random, x, y, size, ground, 40)
     for _ in range(random.integers(*_CLUTTER, endpoint=True)):
-        canvas = _over(canvas, _texture(random, x, y, size), _coverage(_clutter(random, x, y, size)))
+        patch = _texture(random, x, y, size, ground + random.uniform(-_SPREAD, _SPREAD, 3), 40)
+        canvas = _over(canvas, patch, _coverage(_clutter(random, x, y, size)))
 
     distance = _object(random, name, x, y, size)
     coverage = _coverage(distance)
-    inside = distance < 0
-    near = (distance >= 0) & (distance < size / 8)
+    mask = distance < 0
     canvas = _shadow(random, canvas, coverage, size)
-    canvas = _over(canvas, _contrasting(random, x, y, size, canvas[:, near].mean(axis=1), inside), coverage)
+    canvas = _over(canvas, _texture(random, x, y, size, _far_from(random, ground), 45), coverage)
 
-    mask = inside
-    if random.random() < 0.5:
-        hidden = _coverage(_clutter(random, x, y, size, 0.6))
-        seen = inside & (hidden < 0.5)
-        if seen.sum() >= _LEAST_SEEN * inside.sum():
-            canvas = _over(canvas, _texture(random, x, y, size), hidden)
+    if random.random() < 0.4:
+        hidden = _clutter(random, x, y, size, 0.5)
+        seen = mask & (hidden > 0)
+        if seen.sum() >= _LEAST_SEEN * mask.sum():
+            patch = _texture(random, x, y, size, ground + random.uniform(-_SPREAD, _SPREAD, 3), 40)
+            canvas = _over(canvas, patch, _coverage(hidden))
             mask = seen
     return Drawing(_camera(random, canvas, x, y, size), mask)
 
@@ -94,24 +96,26 @@ def _clutter(random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: in
     return radius - random.uniform(0.1, 0.28) * size * reach * border
 
 
-def _texture(random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
-    """(3, H, W) float: two colours mixed by stripes, checks, dots, clouds or a gradient; a little uneven."""
-    first, second = random.uniform(15, 240, (2, 3, 1, 1)).astype(np.float32)
-    difference = (second - first) * np.float32(random.uniform(0.2, 0.8))
-    grain = _clouds(random, size, 16) * 24 - 12
-    return first + grain + _pattern(random, x, y, size) * difference
-
-
-def _contrasting(
-    random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int, around: np.ndarray, inside: np.ndarray
+def _texture(
+    random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int, colour: np.ndarray, depth: float
 ) -> np.ndarray:
-    """A texture whose mean over the object differs enough from the colour around it."""
-    texture = _texture(random, x, y, size)
-    for _ in range(8):
-        if np.linalg.norm(texture[:, inside].mean(axis=1) - around) >= _CONTRAST:
-            break
-        texture = _texture(random, x, y, size)
-    return texture
+    """(3, H, W) float: a colour and another nearby, mixed by stripes, checks, dots, clouds or a gradient.
+
+    depth: how far the two may lie apart, 8-bit RGB.
+    """
+    first = colour.astype(np.float32).reshape(3, 1, 1)
+    difference = random.uniform(-depth, depth, (3, 1, 1)).astype(np.float32)
+    grain = _clouds(random, size, 16) * 20 - 10
+    return first + grain + (_pattern(random, x, y, size) - 0.5) * (2 * difference)
+
+
+def _far_from(random: np.random.Generator, colour: np.ndarray) -> np.ndarray:
+    """A colour that is easy to tell from another."""
+    for _ in range(100):
+        drawn = random.uniform(20, 235, 3)
+        if np.linalg.norm(drawn - colour) >= _CONTRAST:
+            return drawn
+    return 255.0 - colour
 
 
 def _pattern(random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:

@@ -11,13 +11,13 @@ import ctypes
 import io
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
 from ffcv.libffcv import imdecode
 from ffcv.libffcv import lib as ffcv_library
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from stl_offline.errors import InputError
 
@@ -161,7 +161,8 @@ def _encode_jpeg(image: Image.Image, data: bytes, max_size: int | None) -> _Stor
     smaller = _shrink(whole, max_size)
     if smaller is whole and tables:
         # The same size and the same quantisation: next to nothing is lost a second time.
-        return _store(whole, RAW_BYTES if image.mode == "L" else 0, tables)
+        sampling = JpegImagePlugin.get_sampling(image) if image.mode == "RGB" else 2  # grey has no colour to sample
+        return _store(whole, RAW_BYTES if image.mode == "L" else 0, qtables=tables, subsampling=max(sampling, 0))
     return _store(smaller, 0)
 
 
@@ -173,17 +174,14 @@ def _shrink(image: Image.Image, max_size: int | None) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
-def _store(image: Image.Image, raw_bytes: int, tables: dict[int, list[int]] | None = None) -> _Stored:
+def _store(image: Image.Image, raw_bytes: int, **jpeg_options: Any) -> _Stored:
     width, height = image.size
     if width * height * 3 <= raw_bytes:
         return "raw", width, height, image.tobytes()
     if max(width, height) > MAX_SIDE:
         raise ImageError(f"is {width} × {height} pixels, a side over {MAX_SIDE:,}; use --max-size")
     stream = io.BytesIO()
-    if tables:
-        image.save(stream, "JPEG", qtables=tables, subsampling=0)
-    else:
-        image.save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    image.save(stream, "JPEG", **(jpeg_options or {"quality": JPEG_QUALITY, "subsampling": 0}))
     return "jpg", width, height, stream.getvalue()
 
 
