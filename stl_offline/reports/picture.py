@@ -178,20 +178,16 @@ def _show_cells(axis: Axes, image: np.ndarray, cells: np.ndarray, **look: object
 
 
 def _draw_names(axis: Axes, sample: FigureSample, class_names: Sequence[str]) -> None:
-    """The classes of a row by how many tokens show them: first the map's, then the drawn targets'."""
-    counts = Counter(sample.class_ids.ravel().tolist())
-    total = sample.class_ids.size
-    if sample.drawn_ids is not None:
-        counts.update(sample.drawn_ids.ravel().tolist())
-        total += sample.drawn_ids.size
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    handles = [
-        Patch(color=class_color(class_id), label=f"{_name(class_id, class_names)} {count / total:.0%}")
-        for class_id, count in ranked[:NAMED]
-    ]
+    """The classes of a row, by how many tokens show them, with their shares of the label map."""
+    in_map = Counter(sample.class_ids.ravel().tolist())
+    shown = in_map + Counter([] if sample.drawn_ids is None else sample.drawn_ids.ravel().tolist())
+    ranked = sorted(shown, key=lambda class_id: (-shown[class_id], class_id))
+    handles = []
+    for class_id in ranked[:NAMED]:
+        share = f" {in_map[class_id] / sample.class_ids.size:.0%}" if in_map[class_id] else ""
+        handles.append(Patch(color=class_color(class_id), label=_name(class_id, class_names) + share))
     if len(ranked) > NAMED:
-        rest = sum(count for _, count in ranked[NAMED:])
-        handles.append(Patch(color="none", label=f"{len(ranked) - NAMED} more classes {rest / total:.0%}"))
+        handles.append(Patch(color="none", label=f"and {len(ranked) - NAMED} more"))
     legend = axis.legend(handles=handles, loc="center left", fontsize=7, frameon=False, handlelength=1.0, borderpad=0)
     for text in legend.get_texts():
         text.set_parse_math(False)
