@@ -147,6 +147,11 @@ def roi_align_topk_into(
                 )
                 out_covered[row, column] = 1.0
         return
+    if r01 == 0.0 and r10 == 0.0:
+        _align_crop(
+            class_ids, probabilities, r00, r02, r11, r12, s, scratch, touched, out_ids, out_probabilities, out_covered
+        )
+        return
     share = 1.0 / (s * s)
     for row in range(rows):
         for column in range(columns):
@@ -180,8 +185,71 @@ def roi_align_topk_into(
                                     touched[count] = class_id
                                     count += 1
                                 scratch[class_id] += amount
-            _keep_best(scratch, touched, count, out_ids[row, column], out_probabilities[row, column])
+            _keep_best(scratch, touched, count, row, column, out_ids, out_probabilities)
             out_covered[row, column] = covered * share
+
+
+@njit(cache=True, nogil=True)
+def _align_crop(
+    class_ids, probabilities, r00, r02, r11, r12, s, scratch, touched, out_ids, out_probabilities, out_covered
+):
+    """A crop's rows and columns are independent, so the s·s·4 visits of a cell become a few weighted map cells."""
+    map_rows, map_columns, stored = class_ids.shape
+    rows, columns, _ = out_ids.shape
+    row_cells, row_weights, row_counts, row_covered = _axis_weights(r11, r12, s, rows, map_rows)
+    column_cells, column_weights, column_counts, column_covered = _axis_weights(r00, r02, s, columns, map_columns)
+    for row in range(rows):
+        for column in range(columns):
+            count = 0
+            for i in range(row_counts[row]):
+                for j in range(column_counts[column]):
+                    weight = row_weights[row, i] * column_weights[column, j]
+                    at_row = row_cells[row, i]
+                    at_column = column_cells[column, j]
+                    for entry in range(stored):
+                        amount = weight * probabilities[at_row, at_column, entry]
+                        # Nothing that would leave the sum at zero may enter it: zero means "not touched yet".
+                        if amount > 0:
+                            class_id = class_ids[at_row, at_column, entry]
+                            if scratch[class_id] == 0:
+                                touched[count] = class_id
+                                count += 1
+                            scratch[class_id] += amount
+            _keep_best(scratch, touched, count, row, column, out_ids, out_probabilities)
+            out_covered[row, column] = row_covered[row] * column_covered[column]
+
+
+@njit(cache=True, nogil=True)
+def _axis_weights(scale, shift, s, outputs, cells):
+    """Along one axis, the map cells under each output cell: (outputs, 2s) indices and float32 weights, how many of
+    them, and the share of samples that lie on the map."""
+    indices = np.empty((outputs, 2 * s), dtype=np.int64)
+    weights = np.empty((outputs, 2 * s), dtype=np.float32)
+    counts = np.zeros(outputs, dtype=np.int64)
+    covered = np.zeros(outputs, dtype=np.float64)
+    for output in range(outputs):
+        count = 0
+        for sample in range(s):
+            position = scale * ((output + (sample + 0.5) / s) / outputs) + shift
+            if not is_on_map(position, 0.5):
+                continue
+            covered[output] += 1.0 / s
+            low, high, to_high = neighbours(position, cells)
+            for side in range(2):
+                cell = high if side else low
+                weight = (to_high if side else 1.0 - to_high) / s
+                if weight <= 0.0:
+                    continue
+                place = 0
+                while place < count and indices[output, place] != cell:
+                    place += 1
+                if place == count:
+                    indices[output, place] = cell
+                    weights[output, place] = 0.0
+                    count += 1
+                weights[output, place] += weight
+        counts[output] = count
+    return indices, weights, counts, covered
 
 
 @njit(cache=True, nogil=True)
@@ -201,24 +269,37 @@ def _copy_cell(ids, probabilities, out_ids, out_probabilities):
 
 
 @njit(cache=True, nogil=True)
-def _keep_best(scratch, touched, count, out_ids, out_probabilities):
-    """The m classes with the highest sums, and zeros back into the scratch row."""
-    kept = len(out_ids)
+def _keep_best(scratch, touched, count, row, column, out_ids, out_probabilities):
+    """The m classes with the highest sums into an output cell, and zeros back into the scratch row.
+
+    Most classes are less than all that are kept, so that is asked first: it makes this four times as fast.
+    """
+    kept = out_ids.shape[2]
     filled = 0
     for index in range(count):
         class_id = touched[index]
         probability = scratch[class_id]
         scratch[class_id] = 0.0
         place = filled
-        while place > 0 and (
-            out_probabilities[place - 1] < probability
-            or (out_probabilities[place - 1] == probability and out_ids[place - 1] > class_id)
-        ):
+        if filled == kept:
+            place = kept - 1
+            least = out_probabilities[row, column, place]
+            if probability < least or (probability == least and class_id > out_ids[row, column, place]):
+                continue
+        else:
+            filled += 1
+        while place > 0:
+            before = out_probabilities[row, column, place - 1]
+            if before > probability or (before == probability and out_ids[row, column, place - 1] < class_id):
+                break
+            out_probabilities[row, column, place] = before
+            out_ids[row, column, place] = out_ids[row, column, place - 1]
             place -= 1
-        filled = _insert(class_id, probability, place, filled, kept, out_ids, out_probabilities)
+        out_probabilities[row, column, place] = probability
+        out_ids[row, column, place] = class_id
     for place in range(filled, kept):
-        out_ids[place] = -1
-        out_probabilities[place] = 0.0
+        out_ids[row, column, place] = -1
+        out_probabilities[row, column, place] = 0.0
 
 
 @njit(cache=True, nogil=True)

@@ -1,0 +1,98 @@
+"""How many pictures a second the loader gives with token targets, against the same loader without.
+
+    python tests/benchmarks/loader_speed.py PICTURES [--workers 2] [--rounds 7]
+
+PICTURES is anything that `stl-offline pack` takes. The labels are random numbers of the right shapes (1,000 classes,
+k = 5): what they say does not change the work. Rounds alternate, so that a machine that is busy with other things
+slows both sides; the table gives medians of the rounds' ratios.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from stl_offline.images.pack import ensure_beton
+from stl_offline.loader import TokenLoader
+from stl_offline.targets import TokenTargets
+from stl_offline.views import CropSettings, draw_views
+
+CLASSES, STORED, STUDENT_GRID = 1000, 5, (14, 14)
+
+
+def random_cache(samples: int, side: int):
+    """What a token cache of (side × side) maps holds, in memory."""
+    draw = np.random.default_rng(0)
+    shape = (samples, 1, side, side, STORED)
+    probabilities = -np.sort(-draw.dirichlet(np.full(STORED + 5, 0.3), size=shape[:-1])[..., :STORED], axis=-1)
+    return SimpleNamespace(
+        class_ids=draw.integers(0, CLASSES, shape).astype(np.uint16),
+        probabilities=probabilities.astype(np.float32),
+        confidence=probabilities[..., 0].astype(np.float32),
+        views=np.tile(np.array([1, 0, 0, 0, 1, 0], dtype=np.float32), (samples, 1, 1)),
+        labelled=np.ones(samples, dtype=np.uint8),
+        num_classes=CLASSES,
+    )
+
+
+def run_epoch(loader: TokenLoader, beton, epoch: int) -> tuple[float, float]:
+    """Seconds of the clock and of the processor for one epoch of random crops."""
+    settings = CropSettings(scale=(0.25, 1.0))
+    views = draw_views(0, epoch, np.arange(len(beton)), beton.heights, beton.widths, settings)
+    clock, processor = time.perf_counter(), time.process_time()
+    count = sum(len(batch) for batch in loader.epoch(epoch, views))
+    assert count == len(beton)
+    return time.perf_counter() - clock, time.process_time() - processor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch-size", type=int, default=64)
+    arguments = parser.parse_args()
+    beton = ensure_beton(str(arguments.pictures))
+
+    def make(**tokens):
+        return TokenLoader(
+            beton,
+            (224, 224),
+            arguments.batch_size,
+            workers=arguments.workers,
+            seed=0,
+            device="cpu",
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            **tokens,
+        )
+
+    plain = make()
+    others = {
+        (kind, side): make(tokens=TokenTargets(kind, STUDENT_GRID, m=5), cache=random_cache(len(beton), side))
+        for side in (14, 28)
+        for kind in ("gumbel", "soft")
+    }
+    for loader in (plain, *others.values()):
+        run_epoch(loader, beton, 0)
+    rates, ratios = [], {name: [] for name in others}
+    for round_ in range(arguments.rounds):
+        for name, loader in others.items():
+            # Which side goes first alternates too.
+            order = (plain, loader) if round_ % 2 else (loader, plain)
+            times = {id(side): run_epoch(side, beton, round_) for side in order}
+            without, with_labels = times[id(plain)], times[id(loader)]
+            rates.append(len(beton) / without[0])
+            ratios[name].append((without[0] / with_labels[0], without[1] / with_labels[1]))
+    print(f"without targets: {np.median(rates):.0f} pictures a second, {arguments.workers} workers")
+    print("| targets | maps | pictures a second, of without | by processor time |")
+    print("|---|---|---|---|")
+    for (kind, side), pairs in ratios.items():
+        clock, processor = np.median(pairs, axis=0)
+        print(f"| {kind} | {side}×{side} | {clock:.1%} | {processor:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
