@@ -12,6 +12,7 @@ import posixpath
 import shutil
 import tarfile
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,23 +92,24 @@ class _Archive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._unpacked: IO[bytes] | None = None
+        self._unpacked: int | None = None
         if path.suffix in (".gz", ".tgz"):
-            self._unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the source)
-            try:
-                with gzip.open(path) as packed:
-                    shutil.copyfileobj(packed, self._unpacked, 1 << 20)
-            except EOFError as error:
-                raise InputError(f"{path} is cut off; copy it again") from error
-            self._unpacked.seek(0)
+            with gzip.open(path) as packed, tempfile.TemporaryFile() as unpacked:
+                shutil.copyfileobj(packed, unpacked, 1 << 20)
+                unpacked.flush()
+                self._unpacked = os.dup(unpacked.fileno())
+            weakref.finalize(self, os.close, self._unpacked)
 
     def open(self) -> IO[bytes]:
-        return os.fdopen(os.dup(self._unpacked.fileno()), "rb") if self._unpacked else open(self.path, "rb")
+        if self._unpacked is None:
+            return open(self.path, "rb")
+        os.lseek(self._unpacked, 0, os.SEEK_SET)
+        return open(self._unpacked, "rb", closefd=False)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         try:
-            if self._unpacked:
-                data = os.pread(self._unpacked.fileno(), size, offset)
+            if self._unpacked is not None:
+                data = os.pread(self._unpacked, size, offset)
             else:
                 with open(self.path, "rb", buffering=0) as stream:
                     data = os.pread(stream.fileno(), size, offset)

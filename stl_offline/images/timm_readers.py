@@ -58,9 +58,7 @@ class TimmSource:
         try:
             number = int(target)
         except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{self._words}: {key} has the class {target!r}; a single whole number is needed"
-            ) from error
+            raise InputError(f"{self._words}: {key} has the class {target!r}, not one whole number") from error
         if not 0 <= number < len(self._class_ids):
             raise InputError(
                 f"{self._words}: {key} has the class {number}, but the reader names {len(self._class_ids):,} classes"
