@@ -76,7 +76,8 @@ def run(command: Callable[[], Any], session: Session) -> int:
 
 def describe(error: BaseException) -> tuple[str, int]:
     """The line and the exit code for an exception."""
-    if isinstance(error, Terminated):
+    # click turns what it takes for a Ctrl-C into an Abort of its own.
+    if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated):
         return INTERRUPTION, TERMINATED
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return INTERRUPTION, INTERRUPTED

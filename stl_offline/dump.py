@@ -62,7 +62,7 @@ def dump_labels(config: DumpConfig) -> DumpReport:
         mean=config.labeler_mean,
         std=config.labeler_std,
     )
-    beton = ensure_beton(config.data)
+    beton = ensure_beton(config.data, skip_broken=config.skip_broken)
     spec = _make_spec(config, named, beton)
     class_map = match_classes(beton, named.class_names, f"the labeler {config.labeler}")
     views = make_views(config, beton)

@@ -122,8 +122,8 @@ def prepare(config: TrainConfig, stage: str) -> Stage:
     """
     device = pick_device(config.device)
     world = join_world(device)
-    train = ensure_beton(config.data)
-    val = ensure_beton(config.val) if config.val else None
+    train = ensure_beton(config.data, skip_broken=config.skip_broken)
+    val = ensure_beton(config.val, skip_broken=config.skip_broken) if config.val else None
     description = ModelDescription(token_model_name(config.model), train.class_names, config.img_size, stage)
     # The weights' first values come from the seed, whatever ran before.
     torch.manual_seed(config.seed)

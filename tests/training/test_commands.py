@@ -1,0 +1,148 @@
+"""The whole way from pictures to a student, from the command line; and what a user's mistakes give."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stl_offline.cli.main import main
+from stl_offline.labels.label_set import open_label_set
+
+SMALL = ["--img-size", "32", "--epochs", "1", "--batch-size", "15", "--workers", "1", "--device", "cpu", "--seed", "1"]
+MACHINE = ["--workers", "1", "--device", "cpu"]
+
+
+def call(capsys, *arguments):
+    """Exit code, standard output and standard error of one command."""
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def fails(capsys, *arguments):
+    """The one line that a command which cannot work prints."""
+    code, _, error = call(capsys, *arguments)
+    lines = [line for line in error.splitlines() if not line.startswith(("packed ", "using packed"))]
+    assert code == 1, error
+    assert len(lines) == 1, error
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_from_pictures_to_a_student(stripes, tmp_path, capsys):
+    data, val = stripes
+    packed, labeler, labels, student = (tmp_path / name for name in ("train.beton", "labeler", "labels", "student"))
+    assert call(capsys, "pack", data, packed)[0] == 0
+    code, out, _ = call(capsys, "train-labeler", "--data", packed, "--val", val, "--out", labeler, *SMALL)
+    assert code == 0
+    assert "top-1" in out
+    dump = ["--data", packed, "--labeler", labeler, "--shards", "2", "--top-k", "2", "--format", "zarr"]
+    assert call(capsys, "dump-labels", *dump, "--out", labels, *MACHINE)[0] == 0
+    assert len(open_label_set(labels)) == 45
+    train = ["train-student", "--data", packed, "--val", val, "--labels", labels, "--out", student, *SMALL]
+    assert call(capsys, *train)[0] == 0
+    code, out, _ = call(capsys, "evaluate", "--data", val, "--checkpoint", student, "--json", *MACHINE)
+    assert code == 0
+    scores = json.loads(out)
+    assert scores["samples"] == 18
+    assert 0 <= scores["top1"] <= scores["top5"] == 1
+
+
+class TestMistakes:
+    def train(self, capsys, tmp_path, data, *more):
+        return fails(capsys, "train-labeler", "--data", data, "--out", tmp_path / "run", *SMALL, *more)
+
+    def test_nothing_there(self, capsys, tmp_path):
+        assert "nowhere" in self.train(capsys, tmp_path, tmp_path / "nowhere")
+
+    def test_an_empty_folder(self, capsys, tmp_path):
+        (tmp_path / "empty").mkdir()
+        assert "empty" in self.train(capsys, tmp_path, tmp_path / "empty")
+
+    def test_one_class(self, capsys, tmp_path, make_stripes):
+        folder = make_stripes(tmp_path / "one", 3, 1, classes=("vertical",))
+        assert "class" in self.train(capsys, tmp_path, folder)
+
+    def test_a_broken_picture_is_named_or_left_out(self, capsys, tmp_path, make_stripes, monkeypatch):
+        monkeypatch.delenv("STL_OFFLINE_QUIET")
+        folder = make_stripes(tmp_path / "broken", 3, 1)
+        whole = (folder / "vertical" / "001.jpg").read_bytes()
+        (folder / "vertical" / "001.jpg").write_bytes(whole[: len(whole) // 2])
+        (folder / "diagonal" / "000.jpg").write_text("no picture at all")
+        assert "diagonal/000.jpg" in self.train(capsys, tmp_path, folder)
+        command = ["train-labeler", "--data", folder, "--out", tmp_path / "run", *SMALL, "--skip-broken"]
+        code, _, error = call(capsys, *command)
+        assert code == 0
+        assert "vertical/001.jpg" in error
+        assert "packed 7 pictures" in error
+
+    def test_an_input_size_that_the_stem_does_not_divide(self, capsys, tmp_path, stripes):
+        assert "50" in self.train(capsys, tmp_path, stripes[0], "--img-size", "50")
+
+    def test_settings_that_cannot_be(self, capsys, tmp_path, stripes):
+        assert "epochs" in self.train(capsys, tmp_path, stripes[0], "--epochs", "0")
+        assert "device" in self.train(capsys, tmp_path, stripes[0], "--device", "toaster")
+
+    def test_a_target_that_cannot_be_written(self, capsys, tmp_path, stripes):
+        (tmp_path / "file").write_text("")
+        line = fails(capsys, "train-labeler", "--data", stripes[0], "--out", tmp_path / "file" / "run", *SMALL)
+        assert str(tmp_path / "file") in line
+
+    def test_labels_of_a_format_from_the_future(self, capsys, tmp_path, stripes):
+        (tmp_path / "set").mkdir()
+        manifest = {"format": "stl-offline label set", "format_version": 7}
+        (tmp_path / "set" / "manifest.json").write_text(json.dumps(manifest))
+        command = ["train-student", "--data", stripes[0], "--labels", tmp_path / "set", "--out", tmp_path / "run"]
+        assert "version 7" in fails(capsys, *command, *SMALL)
+
+    def test_a_checkpoint_that_was_cut_off(self, capsys, tmp_path, stripes):
+        (tmp_path / "weights.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+        command = ["evaluate", "--data", stripes[1], "--checkpoint", tmp_path / "weights.safetensors", *MACHINE]
+        assert "weights.safetensors" in fails(capsys, *command)
+
+    def test_online_labels_need_a_labeler(self, capsys, tmp_path, stripes):
+        command = ["train-student", "--data", stripes[0], "--labels", "online", "--out", tmp_path / "run", *SMALL]
+        assert "--labeler" in fails(capsys, *command)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_dump_goes_on_to_the_same_bytes(stripes, tmp_path, capsys, number):
+    """A real process, a real signal, at a moment when some shards are there and some are not."""
+    data = stripes[0]
+    call(capsys, "train-labeler", "--data", data, "--out", tmp_path / "labeler", *SMALL)
+    dump = [
+        "dump-labels",
+        "--data",
+        data,
+        "--labeler",
+        tmp_path / "labeler",
+        "--shards",
+        "45",
+        "--top-k",
+        "1",
+        *MACHINE,
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert call(capsys, *dump, "--out", whole)[0] == 0
+    command = [sys.executable, "-c", "import sys; from stl_offline.cli.main import main; sys.exit(main(sys.argv[1:]))"]
+    process = subprocess.Popen(
+        [*command, *map(str, dump), "--out", str(killed)], stderr=subprocess.PIPE, env=os.environ
+    )
+    deadline = time.monotonic() + 120
+    while len(list(killed.glob("labels-*"))) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    if process.returncode:  # not so quick that it was done
+        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), error
+        assert not (killed / "manifest.json").exists()
+    assert call(capsys, *dump, "--out", killed)[0] == 0
+    ours = {path.name: path.read_bytes() for path in killed.iterdir()}
+    assert ours == {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert len(ours) == 46
+    assert all(Path(name).suffix != ".tmp" for name in ours)
