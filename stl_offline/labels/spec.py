@@ -16,9 +16,11 @@ from stl_offline.files import canonical_json
 FORMAT = "stl-offline label set"
 FORMAT_VERSION = 1
 VALUE_KINDS = ("logits",)
-# What an encoding may change, as the manifest states it; 2^-11 is float16's rounding.
+# What an encoding may change, as the manifest states it: 2^-11 is float16's rounding; of a probability's two bounds
+# the wider one holds.
 ENCODINGS: dict[str, dict[str, float]] = {
     "f16": {"logit_relative": 2.0**-11, "confidence_relative": 2.0**-11},
+    "q8": {"probability_relative": 0.02, "probability_absolute": 1e-4, "confidence_relative": 0.005},
 }
 # A container's file name suffix.
 CONTAINERS = {"zarr": ".zarr.zip"}

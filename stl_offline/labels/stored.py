@@ -9,16 +9,23 @@ import numpy as np
 
 from stl_offline.errors import FormatError
 from stl_offline.labels.arrays import ShardArrays
+from stl_offline.labels.q8 import from_q8, to_q8
 from stl_offline.labels.spec import LabelSpec
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """One array of a container: its dtype (None: strings), its shape, and what its axes are."""
+    """One array of a container.
+
+    dtype: None for strings; shape: its axes' lengths, None for one that only the data tells; axes: what they are;
+    shuffle and level: how blosc's zstd is told to pack it, chosen by size and time on a real labeler's labels.
+    """
 
     dtype: np.dtype | None
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
     axes: tuple[str, ...]
+    shuffle: str = "shuffle"
+    level: int = 5
 
 
 _MAP = ("sample", "view", "row", "column")
@@ -26,16 +33,26 @@ _MAP = ("sample", "view", "row", "column")
 
 def layout(spec: LabelSpec, samples: int) -> dict[str, StoredArray]:
     """Which arrays a shard of ``samples`` samples holds, by name."""
-    map_shape = (samples, *spec.map_shape)
-    return {
+    views, rows, columns, k = spec.map_shape
+    cells = (samples, views, rows, columns)
+    arrays = {
         "keys": StoredArray(None, (samples,), ("sample",)),
         "content_hash": StoredArray(np.dtype("<u8"), (samples,), ("sample",)),
         "class_id": StoredArray(np.dtype("<u4"), (samples,), ("sample",)),
-        "views": StoredArray(np.dtype("<f4"), (*map_shape[:2], 6), ("sample", "view", "matrix")),
-        "class_ids": StoredArray(spec.id_dtype, map_shape, (*_MAP, "rank")),
-        "logits": StoredArray(np.dtype("<f2"), map_shape, (*_MAP, "rank")),
-        "confidence": StoredArray(np.dtype("<f2"), map_shape[:-1], _MAP),
+        "views": StoredArray(np.dtype("<f4"), (samples, views, 6), ("sample", "view", "matrix")),
     }
+    ranked = (*_MAP, "rank")
+    if spec.encoding == "f16":
+        arrays["class_ids"] = StoredArray(spec.id_dtype, (*cells, k), ranked, "bitshuffle", 4)
+        arrays["logits"] = StoredArray(np.dtype("<f2"), (*cells, k), ranked, "shuffle", 4)
+        arrays["confidence"] = StoredArray(np.dtype("<f2"), cells, _MAP, "bitshuffle", 4)
+    else:
+        arrays["palette"] = StoredArray(spec.id_dtype, (None,), ("entry",), "shuffle", 4)
+        arrays["class_ranks"] = StoredArray(spec.id_dtype, (*cells, k), ranked, "shuffle", 3)
+        arrays["confidence_steps"] = StoredArray(np.dtype("<u2"), cells, _MAP, "bitshuffle", 4)
+        if k > 1:
+            arrays["logit_gaps"] = StoredArray(np.dtype("u1"), (*cells, k - 1), (*_MAP, "gap"), "noshuffle", 1)
+    return arrays
 
 
 def to_stored(arrays: ShardArrays, spec: LabelSpec) -> dict[str, np.ndarray]:
@@ -50,25 +67,26 @@ def to_stored(arrays: ShardArrays, spec: LabelSpec) -> dict[str, np.ndarray]:
         "content_hash": arrays.content_hash,
         "class_id": arrays.class_id,
         "views": arrays.views,
-        "class_ids": arrays.class_ids,
-        "logits": _to_half(arrays.logits),
-        "confidence": _to_half(arrays.confidence),
     }
-    if not (np.isfinite(stored["logits"]).all() and (stored["confidence"] > 0).all()):
+    if spec.encoding == "q8":
+        return stored | to_q8(arrays, spec)
+    logits, confidence = _to_half(arrays.logits), _to_half(arrays.confidence)
+    if not (np.isfinite(logits).all() and (confidence > 0).all()):
         raise FormatError("a logit or a confidence is beyond float16; scale the labeler's logits")
-    return stored
+    return stored | {"class_ids": arrays.class_ids, "logits": logits, "confidence": confidence}
 
 
 def from_stored(stored: dict[str, np.ndarray], spec: LabelSpec) -> ShardArrays:
     """The inverse of `to_stored`; checks every value, raises FormatError."""
+    maps = from_q8(stored, spec) if spec.encoding == "q8" else stored
     return ShardArrays(
         keys=stored["keys"].tolist(),
         content_hash=stored["content_hash"],
         class_id=stored["class_id"],
         views=stored["views"],
-        class_ids=stored["class_ids"],
-        logits=stored["logits"],
-        confidence=stored["confidence"],
+        class_ids=maps["class_ids"],
+        logits=maps["logits"],
+        confidence=maps["confidence"],
     ).check(spec)
 
 

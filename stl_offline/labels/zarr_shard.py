@@ -7,6 +7,7 @@ because zarr's own ZipStore writes entries in the order in which its workers end
 import io
 import json
 import math
+import struct
 import zipfile
 from itertools import product
 from pathlib import Path
@@ -27,7 +28,6 @@ _CODECS = {"bytes", "blosc", "zstd", "vlen-utf8"}
 # A chunk's size before compression. Larger chunks read faster and are smaller; a chunk is what plain zarr reads to
 # give one sample.
 _CHUNK_BYTES = 1 << 20
-_LEVEL = 9
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
@@ -48,7 +48,7 @@ def encode(arrays: ShardArrays, spec: LabelSpec) -> bytes:
         }
         group = zarr.create_group(store=MemoryStore(chunks), zarr_format=3, attributes=attributes)
         for name, array in layout(spec, len(arrays)).items():
-            _create(group, name, array)[...] = stored[name]
+            _create(group, name, array, stored[name].shape)[...] = stored[name]
         return _zip({name: value.to_bytes() for name, value in chunks.items()})
 
 
@@ -93,20 +93,20 @@ def read_stored(
         raise FormatError(f"the shard is damaged: {type(error).__name__}: {error}") from error
 
 
-def _create(group: zarr.Group, name: str, array: StoredArray) -> zarr.Array:
+def _create(group: zarr.Group, name: str, array: StoredArray, shape: tuple[int, ...]) -> zarr.Array:
     if array.dtype is None:
         item = 32
-        dtype, compressor = "string", ZstdCodec(level=_LEVEL)
+        dtype, compressor = "string", ZstdCodec(level=array.level)
     else:
         item = array.dtype.itemsize
-        dtype, compressor = array.dtype, BloscCodec(typesize=item, cname="zstd", clevel=_LEVEL, shuffle="shuffle")
-    row = item * max(1, math.prod(array.shape[1:]))
-    chunks = (min(array.shape[0], max(1, _CHUNK_BYTES // row)), *array.shape[1:])
+        dtype = array.dtype
+        compressor = BloscCodec(typesize=item, cname="zstd", clevel=array.level, shuffle=array.shuffle)
+    row = item * max(1, math.prod(shape[1:]))
     return group.create_array(
         name,
-        shape=array.shape,
+        shape=shape,
         dtype=dtype,
-        chunks=chunks,
+        chunks=(min(shape[0], max(1, _CHUNK_BYTES // row)), *shape[1:]),
         compressors=[compressor],
         dimension_names=array.axes,
         config={"write_empty_chunks": True},
@@ -138,7 +138,10 @@ def _unzip(source: bytes | str | Path, names: tuple[str, ...] | None) -> dict[st
             return entries
     except FileNotFoundError as error:
         raise FormatError(f"the shard {source} is missing") from error
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, struct.error) as error:
+        # All that the zip module raises on bytes that are no zip; NotImplementedError is a RuntimeError.
+        if isinstance(error, FormatError):
+            raise
         raise FormatError(f"the shard is no whole zip file: {error}") from error
 
 
@@ -159,17 +162,18 @@ def _check_array(name: str, array: StoredArray, metadata: dict | None, entries: 
     if metadata is None:
         raise FormatError(f"the shard lacks the array {name}")
     dtype = "string" if array.dtype is None else array.dtype.name
-    if metadata["data_type"] != dtype or tuple(metadata["shape"]) != array.shape:
+    shape = tuple(metadata["shape"])
+    wanted = tuple(length if side is None else side for side, length in zip(array.shape, shape, strict=False))
+    if metadata["data_type"] != dtype or shape != wanted or len(shape) != len(array.shape):
         raise FormatError(
-            f"the shard's array {name} is {metadata['data_type']} {tuple(metadata['shape'])}, "
-            f"expected {dtype} {array.shape}"
+            f"the shard's array {name} is {metadata['data_type']} {shape}, expected {dtype} {array.shape}"
         )
     foreign = {codec["name"] for codec in metadata["codecs"]} - _CODECS
     grid, keys = metadata["chunk_grid"], metadata["chunk_key_encoding"]
     if foreign or grid["name"] != "regular" or keys != {"name": "default", "configuration": {"separator": "/"}}:
         raise FormatError(f"the shard's array {name} is stored as version 1 never does: {foreign or grid}")
     chunks = grid["configuration"]["chunk_shape"]
-    counts = [math.ceil(side / chunk) for side, chunk in zip(array.shape, chunks, strict=True)]
+    counts = [math.ceil(side / chunk) for side, chunk in zip(shape, chunks, strict=True)]
     if math.prod(counts) > len(entries):
         raise FormatError(f"the shard lacks chunks of the array {name}: it has {len(entries)} entries in all")
     for place in product(*map(range, counts)):
