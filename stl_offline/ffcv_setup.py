@@ -1,13 +1,17 @@
-"""Imports FFCV without what importing it does to a process. To be imported before anything of FFCV.
+"""Imports FFCV without what importing and using it does to a process. To be imported before anything of FFCV.
 
-Plain ``import ffcv`` sets torch to one thread for the whole process, and compiles a typed dictionary for a table of
-two entries, five to ten seconds in every process; an ordinary dictionary serves it as well.
+- Plain ``import ffcv`` sets torch to one thread for the whole process, and compiles a typed dictionary for a table of
+  two entries, five to ten seconds in every process; an ordinary dictionary serves it as well.
+- Making a loader turns numba's type of contiguous bytes read-only in place. numba shares one object for each type, so
+  code compiled before for writable bytes is no longer found under its own key, and a later compilation ends in a
+  KeyError: now and then, since it takes code that is not on disk yet, and a second loader.
 """
 
 import importlib
 
 import numba.typed
 import torch
+from numba import types
 
 _threads = torch.get_num_threads()
 _typed_dictionary = numba.typed.Dict
@@ -17,3 +21,12 @@ try:
 finally:
     numba.typed.Dict = _typed_dictionary
     torch.set_num_threads(_threads)
+
+
+def _state_type(_manager: object) -> types.Type:
+    """(the file's bytes, pages' places, pages' sizes), with a type of its own for bytes that are only read."""
+    places = types.Array(types.uint64, 1, "C")
+    return types.Tuple([types.Array(types.uint8, 1, "C", readonly=True), places, places])
+
+
+importlib.import_module("ffcv.memory_managers.os_cache").OSCacheManager.state_type = property(_state_type)
