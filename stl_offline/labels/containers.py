@@ -5,11 +5,11 @@ from types import ModuleType
 
 import numpy as np
 
-from stl_offline.labels import zarr_shard
+from stl_offline.labels import tar_shard, zarr_shard
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.spec import LabelSpec
 
-_MODULES: dict[str, ModuleType] = {"zarr": zarr_shard}
+_MODULES: dict[str, ModuleType] = {"zarr": zarr_shard, "webdataset": tar_shard}
 
 
 def encode(arrays: ShardArrays, spec: LabelSpec) -> bytes:

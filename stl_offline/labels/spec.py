@@ -23,7 +23,7 @@ ENCODINGS: dict[str, dict[str, float]] = {
     "q8": {"probability_relative": 0.02, "probability_absolute": 1e-4, "confidence_relative": 0.005},
 }
 # A container's file name suffix.
-CONTAINERS = {"zarr": ".zarr.zip"}
+CONTAINERS = {"zarr": ".zarr.zip", "webdataset": ".tar"}
 
 _LABELER = ("architecture", "weights_sha256", "licence")
 _PREPROCESSING = ("height", "width", "interpolation", "mean", "std", "decoder")
