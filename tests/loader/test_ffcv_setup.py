@@ -1,15 +1,18 @@
 """FFCV leaves the process as it was."""
 
-import stl_offline.ffcv_setup  # noqa: F401  # isort: split
+import importlib
+
 import numba
 import torch
-from ffcv.memory_managers.os_cache import OSCacheManager
 from numba import types
+
+import stl_offline.ffcv_setup  # noqa: F401
 
 
 def test_numbas_shared_types_stay_as_they_are():
     writable = types.Array(types.uint8, 1, "C")
-    storage, *places = OSCacheManager.state_type.fget(None)
+    manager = importlib.import_module("ffcv.memory_managers.os_cache").OSCacheManager
+    storage, *places = manager.state_type.fget(None)
     assert writable.mutable
     assert not storage.mutable
     assert all(place.mutable for place in places)
@@ -19,6 +22,5 @@ def test_numbas_shared_types_stay_as_they_are():
 def test_threads_and_numbas_dictionary_are_left_alone():
     assert numba.typed.Dict is not dict
     before = torch.get_num_threads()
-    import ffcv.loader  # noqa: F401
-
+    importlib.import_module("ffcv.loader")
     assert torch.get_num_threads() == before
