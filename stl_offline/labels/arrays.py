@@ -90,9 +90,11 @@ class ShardArrays:
             raise FormatError(f"the view of {self.keys[int(bad_views.argmax())]} is not finite or has no inverse")
         sample, fault = _first_fault(
             self.class_ids.reshape(len(self), -1, spec.top_k),
-            self.logits.astype(np.float32, copy=False).reshape(len(self), -1, spec.top_k),
-            self.confidence.astype(np.float32, copy=False).reshape(len(self), -1),
+            _order_bits(self.logits).reshape(len(self), -1, spec.top_k),
+            _order_bits(self.confidence).reshape(len(self), -1),
             spec.num_classes,
+            *_BITS[self.logits.dtype.itemsize][:2],
+            _BITS[self.confidence.dtype.itemsize][2],
         )
         if fault:
             raise FormatError(f"the labels of {self.keys[sample]} cannot be used: {_FAULTS[fault]}")
@@ -133,13 +135,25 @@ def _check_keys(keys: list[str]) -> None:
         raise FormatError(f"the key {twice} is there twice")
 
 
+# For floats of two and four bytes: the bits of the sign, of infinity and of one.
+_BITS = {
+    2: (np.uint16(0x8000), np.uint16(0x7C00), np.uint16(0x3C00)),
+    4: (np.uint32(0x8000_0000), np.uint32(0x7F80_0000), np.uint32(0x3F80_0000)),
+}
+
+
+def _order_bits(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).view(f"<u{values.dtype.itemsize}")
+
+
 @njit(cache=True, nogil=True)
-def _first_fault(class_ids, logits, confidence, classes):
+def _first_fault(class_ids, logits, confidence, classes, sign, infinity, one):
+    # Floats come as their bits: compiled code knows no float16, and converting would take longer than all the rest.
     samples, cells, stored = class_ids.shape
     for sample in range(samples):
         for cell in range(cells):
-            probability = confidence[sample, cell]
-            if not (probability > 0 and probability <= 1):
+            bits = confidence[sample, cell]
+            if bits == 0 or bits > one:
                 return sample, 5
             for entry in range(stored):
                 class_id = class_ids[sample, cell, entry]
@@ -148,9 +162,21 @@ def _first_fault(class_ids, logits, confidence, classes):
                 for earlier in range(entry):
                     if class_ids[sample, cell, earlier] == class_id:
                         return sample, 2
-                logit = logits[sample, cell, entry]
-                if not np.isfinite(logit):
+                bits = logits[sample, cell, entry]
+                if bits & infinity == infinity:
                     return sample, 3
-                if entry and logit > logits[sample, cell, entry - 1]:
+                if entry and _is_above(bits, logits[sample, cell, entry - 1], sign):
                     return sample, 4
     return -1, 0
+
+
+@njit(cache=True, nogil=True)
+def _is_above(bits, other, sign):
+    """Whether one finite float, given as its bits, is greater than another: sign and magnitude."""
+    value = np.int64(bits & ~sign)
+    if bits & sign:
+        value = -value
+    other_value = np.int64(other & ~sign)
+    if other & sign:
+        other_value = -other_value
+    return value > other_value

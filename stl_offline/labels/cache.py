@@ -6,6 +6,7 @@ processes share one. A cache that is not whole is never opened: it is built besi
 n: pictures; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell.
 """
 
+import concurrent.futures
 import contextlib
 import fcntl
 import json
@@ -21,7 +22,7 @@ from numpy.lib.format import open_memmap
 
 from stl_offline.errors import FormatError, TargetError
 from stl_offline.files import atomic_write, cache_dir, canonical_json, make_folder, sha256_bytes
-from stl_offline.labels.arrays import probabilities
+from stl_offline.labels.arrays import ShardArrays, probabilities
 from stl_offline.labels.join import JoinReport, check_class_names, join
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.spec import LabelSpec
@@ -29,6 +30,9 @@ from stl_offline.progress import progress_bar
 
 _VERSION = 1
 _INFO = "cache.json"
+_MOST_THREADS = 8
+# Samples that are computed at a time: their arrays stay in the processor's cache.
+_PART = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,23 +184,42 @@ def _fill(folder: Path, label_set: LabelSet, report: JoinReport) -> None:
             os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)
     order = np.argsort(report.shard, kind="stable")
     bounds = np.searchsorted(report.shard[order], np.arange(len(label_set.shards) + 1))
-    with progress_bar(report.matched, "labels → token cache") as progress:
-        for index in range(len(label_set.shards)):
-            samples = order[bounds[index] : bounds[index + 1]]
-            if not len(samples):
-                continue
-            rows = report.row[samples]
-            shard = label_set.read_shard(index)
-            arrays["class_ids"][samples] = shard.class_ids[rows]
-            arrays["probabilities"][samples] = probabilities(shard.logits[rows], shard.confidence[rows])
-            arrays["confidence"][samples] = shard.confidence[rows]
-            arrays["views"][samples] = shard.views[rows]
-            arrays["labelled"][samples] = 1
-            progress.update(len(samples))
+    needed = [index for index in range(len(label_set.shards)) if bounds[index] < bounds[index + 1]]
+
+    def fill_from(index: int) -> int:
+        samples = order[bounds[index] : bounds[index + 1]]
+        _scatter(arrays, samples, report.row[samples], label_set.read_shard(index))
+        return len(samples)
+
+    # Shards land in different rows, so threads do not meet; no more shards are in memory than threads.
+    with (
+        progress_bar(report.matched, "labels → token cache") as progress,
+        concurrent.futures.ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool,
+    ):
+        try:
+            for filled in pool.map(fill_from, needed):
+                progress.update(filled)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     for array in arrays.values():
         array.flush()
     info = {"version": _VERSION, "pictures": n, "spec": label_set.spec.to_json(), "report": str(report)}
     atomic_write(folder / _INFO, canonical_json(info))
+
+
+def _scatter(arrays: dict[str, np.ndarray], samples: np.ndarray, rows: np.ndarray, shard: ShardArrays) -> None:
+    """Labels of the shard's ``rows`` to the cache's rows ``samples``."""
+    # By row of the cache, a part at a time: written pages are written once, and what is computed stays small.
+    order = np.argsort(samples)
+    for start in range(0, len(order), _PART):
+        part = order[start : start + _PART]
+        to, of = samples[part], rows[part]
+        arrays["class_ids"][to] = shard.class_ids[of]
+        arrays["probabilities"][to] = probabilities(shard.logits[of], shard.confidence[of])
+        arrays["confidence"][to] = shard.confidence[of]
+        arrays["views"][to] = shard.views[of]
+        arrays["labelled"][to] = 1
 
 
 def _remove(path: Path, folder: Path, name: str) -> None:
