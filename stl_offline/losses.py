@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of logits worked on at once: bounds the extra memory at any class count.
-CHUNK_ELEMENTS = 1 << 22
+# Logits worked on at once: bounds the extra memory at any class count, and on CPUs keeps them in the cache.
+CHUNK_ELEMENTS = 1 << 18
+GPU_CHUNK_ELEMENTS = 1 << 24
 
 
 def soft_cross_entropy(logits_BK: Tensor, targets_BK: Tensor) -> Tensor:
@@ -51,42 +52,47 @@ def token_cross_entropy(
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
-    """mass · logsumexp(z) − Σ_i a_i z_i − u · mean(z): listed weights a_i, evenly spread mass u; rows T = B·N."""
+    """mass · logsumexp(z) − Σ_i a_i z_i − u · mean(z): listed weights a_i, evenly spread mass u; rows T = B·N.
+
+    The gradient, mass · p − a − u/K, is made in forward, chunk by chunk while a chunk's numbers lie in the cache, so
+    backward only scales it.
+    """
 
     @staticmethod
     def forward(ctx, logits_TK: Tensor, ids_Tm: Tensor, weights_Tm: Tensor, smoothing: float) -> Tensor:
         classes = logits_TK.shape[1]
         spread = ids_Tm < 0
         mass_T = weights_Tm.sum(dim=1)
-        listed_Tm = weights_Tm.masked_fill(spread, 0) * (1 - smoothing)
-        even_T = smoothing * mass_T + (1 - smoothing) * (weights_Tm * spread).sum(dim=1)
+        norm = mass_T.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        listed_Tm = weights_Tm.masked_fill(spread, 0) * ((1 - smoothing) / norm)
+        even_T = (smoothing * mass_T + (1 - smoothing) * (weights_Tm * spread).sum(dim=1)) / (norm * classes)
+        mass_T = mass_T / norm
         safe_ids_Tm = ids_Tm.clamp(min=0)
-        logsumexp_T = torch.empty_like(mass_T)
         total = logits_TK.new_zeros((), dtype=torch.float32)
+        ctx.gradient_TK = torch.empty_like(logits_TK) if ctx.needs_input_grad[0] else None
         for rows in _chunks(logits_TK):
             part_tK = logits_TK[rows].float()
-            logsumexp_T[rows] = torch.logsumexp(part_tK, dim=1)
-            total += (mass_T[rows] * logsumexp_T[rows]).sum()
-            total -= (listed_Tm[rows] * part_tK.gather(1, safe_ids_Tm[rows])).sum()
-            total -= (even_T[rows] * part_tK.sum(dim=1)).sum() / classes
-        norm = mass_T.sum().clamp(min=torch.finfo(torch.float32).tiny)
-        ctx.save_for_backward(logits_TK, safe_ids_Tm, listed_Tm, even_T, mass_T, logsumexp_T, norm)
-        return total / norm
+            p_tK = torch.softmax(part_tK, dim=1)
+            # log Σ exp(z) = max(z) − log(max p): the exponentials are taken once, not twice.
+            logsumexp_t = part_tK.amax(dim=1) - p_tK.amax(dim=1).log()
+            total += torch.dot(mass_T[rows], logsumexp_t)
+            total -= torch.dot(listed_Tm[rows].flatten(), part_tK.gather(1, safe_ids_Tm[rows]).flatten())
+            total -= torch.dot(even_T[rows], part_tK.sum(dim=1))
+            if ctx.gradient_TK is not None:
+                p_tK.mul_(mass_T[rows, None]).sub_(even_T[rows, None])
+                p_tK.scatter_add_(1, safe_ids_Tm[rows], -listed_Tm[rows])
+                ctx.gradient_TK[rows] = p_tK
+        return total
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
-        logits_TK, ids_Tm, listed_Tm, even_T, mass_T, logsumexp_T, norm = ctx.saved_tensors
-        factor = gradient / norm
-        result_TK = torch.empty_like(logits_TK)
-        for rows in _chunks(logits_TK):
-            part_tK = torch.sub(logits_TK[rows].float(), logsumexp_T[rows, None]).exp_()
-            part_tK.mul_((mass_T[rows] * factor)[:, None])
-            part_tK.sub_((even_T[rows] * factor / logits_TK.shape[1])[:, None])
-            part_tK.scatter_add_(1, ids_Tm[rows], listed_Tm[rows] * -factor)
-            result_TK[rows] = part_tK
-        return result_TK, None, None, None
+    def backward(ctx, factor: Tensor):
+        if ctx.gradient_TK is None:
+            raise RuntimeError("token_cross_entropy keeps its gradient for one backward; call it again for another")
+        gradient_TK, ctx.gradient_TK = ctx.gradient_TK, None
+        return gradient_TK.mul_(factor.to(gradient_TK.dtype)), None, None, None
 
 
 def _chunks(logits_TK: Tensor) -> list[slice]:
-    rows = max(1, CHUNK_ELEMENTS // max(1, logits_TK.shape[1]))
+    elements = CHUNK_ELEMENTS if logits_TK.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    rows = max(1, elements // max(1, logits_TK.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(logits_TK), rows)]
