@@ -1,0 +1,44 @@
+"""``stl-offline labels``: look at label sets and check them."""
+
+import click
+
+from stl_offline.cli.options import debug_option, example
+from stl_offline.labels.label_set import open_label_set
+
+
+@click.group(epilog=example("stl-offline labels inspect labels", "stl-offline labels verify labels"))
+def labels() -> None:
+    """Look at label sets and check them. Needs neither torch nor FFCV."""
+
+
+@labels.command(epilog=example("stl-offline labels inspect labels"))
+@click.argument("path", metavar="SET")
+@debug_option
+def inspect(path: str, **_: object) -> None:
+    """Print what a label set says of itself."""
+    label_set = open_label_set(path)
+    spec = label_set.spec
+    size = sum(shard.bytes for shard in label_set.shards)
+    views = "whole pictures" if spec.views["kind"] == "whole" else f"{spec.views_per_image} crops of each picture"
+    lines = {
+        "pictures": f"{len(label_set):,} in {len(label_set.shards):,} shards, {size:,} bytes",
+        "labels": f"{spec.grid[0]} × {spec.grid[1]} tokens, top {spec.top_k} of {spec.num_classes:,} classes, {views}",
+        "encoding": f"{spec.encoding} ({spec.container})",
+        "labeler": f"{spec.labeler['architecture']} ({spec.labeler['licence']}), weights {spec.labeler['weights_sha256']}",
+        "input": f"{spec.preprocessing['height']} × {spec.preprocessing['width']}, {spec.preprocessing['interpolation']}",
+        "source": f"keys' fingerprint {spec.source['fingerprint']}",
+        "fingerprint": label_set.fingerprint,
+    }
+    for name, text in lines.items():
+        click.echo(f"{name + ':':<13}{text}")
+
+
+@labels.command(epilog=example("stl-offline labels verify labels"))
+@click.argument("path", metavar="SET")
+@debug_option
+def verify(path: str, **_: object) -> None:
+    """Read every shard: sizes, checksums, values in range."""
+    label_set = open_label_set(path)
+    for shard in range(len(label_set.shards)):
+        label_set.read_shard(shard)
+    click.echo(f"{path}: all {len(label_set.shards):,} shards are whole")
