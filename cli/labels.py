@@ -24,8 +24,9 @@ def inspect(path: str, **_: object) -> None:
         "pictures": f"{len(label_set):,} in {len(label_set.shards):,} shards, {size:,} bytes",
         "labels": f"{spec.grid[0]} × {spec.grid[1]} tokens, top {spec.top_k} of {spec.num_classes:,} classes, {views}",
         "encoding": f"{spec.encoding} ({spec.container})",
-        "labeler": f"{spec.labeler['architecture']} ({spec.labeler['licence']}), weights {spec.labeler['weights_sha256']}",
-        "input": f"{spec.preprocessing['height']} × {spec.preprocessing['width']}, {spec.preprocessing['interpolation']}",
+        "labeler": f"{spec.labeler['architecture']} ({spec.labeler['licence']})",
+        "weights": spec.labeler["weights_sha256"],
+        "input": f"{spec.preprocessing['height']} × {spec.preprocessing['width']} pixels",
         "source": f"keys' fingerprint {spec.source['fingerprint']}",
         "fingerprint": label_set.fingerprint,
     }
