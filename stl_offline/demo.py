@@ -46,7 +46,7 @@ def run_demo(
     *,
     train: int = 2400,
     val: int = 600,
-    epochs: int = 10,
+    epochs: int = 5,
     shards: int = 4,
     seed: int = 0,
     device: str = "auto",
@@ -67,6 +67,8 @@ def run_demo(
         "model": MODEL,
         "img_size": SIZE,
         "epochs": epochs,
+        "batch_size": 40,
+        "scale_min": 0.4,
         "seed": seed,
         **machine,
     }

@@ -1,7 +1,8 @@
 """Drawing one picture of the embedded data set: a textured outline among clutter.
 
-All but the outline is drawn without regard to the class: colours, textures, area, place, turn, stretch, background,
-clutter, and what hides a part. Random numbers come from one generator per picture, keyed by (seed, split, number).
+A class has an outline and a weave. All else is drawn without regard to it: colours, area, place, turn, stretch,
+background, clutter, and what hides a part. Random numbers come from one generator per picture, keyed by (seed, split,
+number).
 
 H, W: the picture's sides, equal here; coordinates in pixels, y down. Colours lie in planes (3, H, W) until the end:
 numpy is several times faster so.
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from stl_offline.images.outlines import OUTLINES, outline_area
+from stl_offline.images.outlines import OUTLINES, outline_moments
 
 # The object's share of the picture's area, before something hides a part of it.
 _AREA = (0.12, 0.26)
@@ -23,6 +24,27 @@ _CONTRAST = 110.0
 _TURN = math.pi / 6  # to either side: an arrow that points anywhere would be a class of its own
 _CLUTTER = (2, 6)
 _SPREAD = 60
+# Each class has a weave of its own, as things have a skin of their own: so a part of an object tells the class, too,
+# and a small model learns it in minutes. Kind, wavelength as a share of the picture's side, angle.
+_STRIPES, _CHECKS, _DOTS = range(3)
+_WEAVES = dict(
+    zip(
+        sorted(OUTLINES),
+        [
+            (_STRIPES, 0.09, 0.0),
+            (_DOTS, 0.20, 0.0),
+            (_CHECKS, 0.10, 0.0),
+            (_STRIPES, 0.20, math.pi / 2),
+            (_DOTS, 0.10, 0.0),
+            (_STRIPES, 0.20, 0.0),
+            (_CHECKS, 0.20, 0.0),
+            (_STRIPES, 0.09, math.pi / 2),
+            (_CHECKS, 0.14, math.pi / 4),
+            (_DOTS, 0.14, math.pi / 4),
+        ],
+        strict=True,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,7 @@ def draw_shape(name: str, seed: int, split: int, number: int, size: int) -> Draw
     coverage = _coverage(distance)
     mask = distance < 0
     canvas = _shadow(random, canvas, coverage, size)
-    canvas = _over(canvas, _texture(random, x, y, size, _far_from(random, ground), 45), coverage)
+    canvas = _over(canvas, _woven(random, x, y, size, _far_from(random, ground), name), coverage)
 
     if random.random() < 0.4:
         hidden = _clutter(random, x, y, size, 0.5)
@@ -62,10 +84,12 @@ def draw_shape(name: str, seed: int, split: int, number: int, size: int) -> Draw
 
 def _object(random: np.random.Generator, name: str, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
     """Signed distance, in pixels, of an outline of a random area, place, turn and stretch."""
-    scale = math.sqrt(random.uniform(*_AREA) * size**2 / outline_area(name))
+    area, centre_x, centre_y = outline_moments(name)
+    scale = math.sqrt(random.uniform(*_AREA) * size**2 / area)
     stretch = math.exp(random.uniform(-0.15, 0.15))
     turn = random.uniform(-_TURN, _TURN)
-    # The same for every class, though a star reaches further than a disc of its area: the place must tell nothing.
+    # The centre of area, and of the same range for every class though a star reaches further than a disc: the place
+    # must tell nothing.
     left, top = random.uniform(0.38 * size, 0.62 * size, 2).tolist()
     # A slow warp of the plane makes each outline a little irregular.
     phase = random.uniform(0, 2 * math.pi, 2).tolist()
@@ -73,7 +97,7 @@ def _object(random: np.random.Generator, name: str, x: np.ndarray, y: np.ndarray
     dx = x - left + 0.04 * scale * np.sin(wave * y + phase[0])
     dy = y - top + 0.04 * scale * np.sin(wave * x + phase[1])
     u, v = _turned(dx, dy, turn)
-    return OUTLINES[name](u / (scale * stretch), v * (stretch / scale)) * scale
+    return OUTLINES[name](u / (scale * stretch) + centre_x, v * (stretch / scale) + centre_y) * scale
 
 
 def _clutter(random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int, reach: float = 1.0) -> np.ndarray:
@@ -99,7 +123,7 @@ def _clutter(random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: in
 def _texture(
     random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int, colour: np.ndarray, depth: float
 ) -> np.ndarray:
-    """(3, H, W) float: a colour and another nearby, mixed by stripes, checks, dots, clouds or a gradient.
+    """(3, H, W) float: a colour and another nearby, mixed by clouds or a gradient.
 
     depth: how far the two may lie apart, 8-bit RGB.
     """
@@ -118,22 +142,31 @@ def _far_from(random: np.random.Generator, colour: np.ndarray) -> np.ndarray:
     return 255.0 - colour
 
 
-def _pattern(random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
-    """(H, W) in [0, 1]."""
-    kind = random.integers(5)
-    if kind == 0:
-        return _clouds(random, size, 4) * 0.6 + _clouds(random, size, 9) * 0.4
-    u, v = _turned(x, y, random.uniform(0, math.pi))
-    if kind == 1:
-        return _unit(0.5 + 0.5 * u / size)
-    wave = 2 * math.pi / (random.uniform(0.06, 0.25) * size)
+def _woven(
+    random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int, colour: np.ndarray, name: str
+) -> np.ndarray:
+    """(3, H, W) float: an object's colour and a lighter or darker one, in its class's weave."""
+    kind, wavelength, angle = _WEAVES[name]
+    u, v = _turned(x, y, angle + random.uniform(-0.15, 0.15))
+    wave = 2 * math.pi / (wavelength * random.uniform(0.9, 1.1) * size)
     phase = random.uniform(0, 2 * math.pi, 2).tolist()
     values = np.sin(u * wave + phase[0])
-    if kind == 2:
+    if kind == _CHECKS:
         values = values * np.sin(v * wave + phase[1]) * 1.5
-    elif kind == 3:
+    elif kind == _DOTS:
         values = values + np.sin(v * wave + phase[1]) - 0.6
-    return _unit(0.5 + random.uniform(0.5, 2.0) * values)
+    depth = random.uniform(60, 110) * (-1 if colour.mean() > 127 else 1) * random.uniform(0.6, 1, 3)
+    grain = _clouds(random, size, 16) * 20 - 10
+    pattern = _unit(0.5 + random.uniform(1.0, 2.0) * values)
+    return colour.astype(np.float32).reshape(3, 1, 1) + grain + pattern * depth.astype(np.float32).reshape(3, 1, 1)
+
+
+def _pattern(random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
+    """(H, W) in [0, 1]: clouds or a gradient, which no object has."""
+    if random.random() < 0.6:
+        return _clouds(random, size, 4) * 0.6 + _clouds(random, size, 9) * 0.4
+    u, _ = _turned(x, y, random.uniform(0, math.pi))
+    return _unit(0.5 + 0.5 * u / size)
 
 
 def _clouds(random: np.random.Generator, size: int, cells: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from stl_offline.images.outlines import OUTLINES
 
 CLASS_NAMES = tuple(sorted(OUTLINES))
 SPLITS = ("train", "val")
-_VERSION = 1
+_VERSION = 2
 _JPEG_QUALITY = 95
 _RECORD = "shapes.json"
 
