@@ -55,8 +55,8 @@ def _drop(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     # Two discs, and the part of a square on its corner that lies below a notch between them.
     x, y = np.abs(x) * 1.1, (y + 0.12) * 1.1
-    body = np.maximum((x + np.abs(y - 0.2) - 1.0) * SQRT_HALF, -y - 0.6 * x)
-    return np.minimum(body, np.hypot(x - 0.54, y + 0.36) - 0.62) / 1.1
+    body = np.maximum((x + np.abs(y - 0.2) - 1.0) * SQRT_HALF, -0.8 * y - 0.6 * x)
+    return np.minimum(body, np.hypot(x - 0.56, y + 0.36) - 0.6) / 1.1
 
 
 def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -97,8 +97,9 @@ OUTLINES: dict[str, Outline] = {
 
 
 @cache
-def outline_area(name: str) -> float:
-    """The area of an outline, in its own units; measured on a fine grid."""
+def outline_moments(name: str) -> tuple[float, float, float]:
+    """An outline's area, and the x and y of its centre of area, in its own units; measured on a fine grid."""
     axis = (np.arange(512) + 0.5) / 512 * 3.0 - 1.5
     x, y = np.meshgrid(axis, axis)
-    return float((OUTLINES[name](x, y) < 0).mean() * 9.0)
+    inside = OUTLINES[name](x, y) < 0
+    return float(inside.mean() * 9.0), float(x[inside].mean()), float(y[inside].mean())
