@@ -3,7 +3,6 @@
 import click
 
 from stl_offline.cli.options import debug_option, example
-from stl_offline.labels.label_set import open_label_set
 
 
 @click.group(epilog=example("stl-offline labels inspect labels", "stl-offline labels verify labels"))
@@ -16,6 +15,8 @@ def labels() -> None:
 @debug_option
 def inspect(path: str, **_: object) -> None:
     """Print what a label set says of itself."""
+    from stl_offline.labels.label_set import open_label_set
+
     label_set = open_label_set(path)
     spec = label_set.spec
     size = sum(shard.bytes for shard in label_set.shards)
@@ -39,6 +40,8 @@ def inspect(path: str, **_: object) -> None:
 @debug_option
 def verify(path: str, **_: object) -> None:
     """Read every shard: sizes, checksums, values in range."""
+    from stl_offline.labels.label_set import open_label_set
+
     label_set = open_label_set(path)
     for shard in range(len(label_set.shards)):
         label_set.read_shard(shard)
