@@ -2,7 +2,7 @@
 
 import click
 
-from stl_offline.cli.options import debug_option, example
+from stl_offline.cli.options import example, machine_options
 
 
 @click.group(epilog=example("stl-offline labels inspect labels", "stl-offline labels verify labels"))
@@ -12,7 +12,7 @@ def labels() -> None:
 
 @labels.command(epilog=example("stl-offline labels inspect labels"))
 @click.argument("path", metavar="SET")
-@debug_option
+@machine_options
 def inspect(path: str, **_: object) -> None:
     """Print what a label set says of itself."""
     from stl_offline.labels.label_set import open_label_set
@@ -37,7 +37,7 @@ def inspect(path: str, **_: object) -> None:
 
 @labels.command(epilog=example("stl-offline labels verify labels"))
 @click.argument("path", metavar="SET")
-@debug_option
+@machine_options
 def verify(path: str, **_: object) -> None:
     """Read every shard: sizes, checksums, values in range."""
     from stl_offline.labels.label_set import open_label_set
