@@ -104,17 +104,12 @@ class FanBlock(nn.Module):
 
 
 class ClassAttention(nn.Module):
-    """One query, the class token, over [class token; tokens] (CaiT, arXiv 2103.17239).
-
-    With a single query it is cheaper to carry the query through `k` and the attended mean through `v` than to project
-    every token: q·(W_k a) = (W_kᵀ q)·a, and Σ p (W_v a) = W_v (Σ p a), since the p sum to one.
-    """
+    """One query, the class token, over [class token; tokens] (CaiT, arXiv 2103.17239)."""
 
     def __init__(self, dim: int, heads: int, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.heads = heads
-        self.scale = (dim // heads) ** -0.5
         self.q = nn.Linear(dim, dim, **dd)
         self.k = nn.Linear(dim, dim, **dd)
         self.v = nn.Linear(dim, dim, **dd)
@@ -122,15 +117,12 @@ class ClassAttention(nn.Module):
 
     def forward(self, cls_B1C: torch.Tensor, tokens_BNC: torch.Tensor) -> torch.Tensor:
         """The class token's update (B, 1, C)."""
-        q_hBd = (self.q(cls_B1C) * self.scale).squeeze(1).unflatten(1, (self.heads, -1)).transpose(0, 1)
-        query_BCh = torch.bmm(q_hBd, self.k.weight.unflatten(0, (self.heads, -1))).permute(1, 2, 0)
-        # The key's bias moves all scores of a head alike, so the softmax drops it; it is kept for its (zero) gradient.
-        shift_B1h = (q_hBd * self.k.bias.unflatten(0, (self.heads, 1, -1))).sum(2).transpose(0, 1).unsqueeze(1)
-        scores_BMh = torch.cat((cls_B1C @ query_BCh, tokens_BNC @ query_BCh), dim=1) + shift_B1h
-        share_BhM = scores_BMh.softmax(dim=1).transpose(1, 2)
-        mean_BhC = share_BhM[..., :1] * cls_B1C + share_BhM[..., 1:] @ tokens_BNC
-        value_hBd = torch.bmm(mean_BhC.transpose(0, 1), self.v.weight.unflatten(0, (self.heads, -1)).transpose(1, 2))
-        return self.proj(value_hBd.transpose(0, 1).flatten(1) + self.v.bias).unsqueeze(1)
+        x_BMC = torch.cat((cls_B1C, tokens_BNC), dim=1)
+        q, k, v = (
+            layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for layer, x in ((self.q, cls_B1C), (self.k, x_BMC), (self.v, x_BMC))
+        )
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class _Mlp(nn.Module):

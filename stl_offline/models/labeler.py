@@ -14,6 +14,7 @@ from torch import nn
 from stl_offline.errors import InputError
 from stl_offline.models.checkpoints import load_checkpoint, read_state_dict
 from stl_offline.models.fan import Fan
+from stl_offline.models.inference import inference_form
 from stl_offline.models.positions import PositionHead
 
 TIMM_SPEC = "timm:"
@@ -22,12 +23,13 @@ TIMM_SPEC = "timm:"
 class TokenLabeler(nn.Module):
     """Frozen labeler: normalised pictures → class logits (B, K) and token logits (B, N, K), both float32.
 
-    A FAN with a token head gives its own token logits. Of any other timm classifier the head is applied at every
-    position of the last feature map; `positions.PositionHead` says for which models that is possible, and checks it.
+    A FAN with a token head gives its own token logits, through a copy in inference form (load its weights first). Of
+    any other timm classifier the head is applied at every position of the last feature map; `PositionHead` says
+    for which models that is possible, and checks it.
     The heads and everything after them run in float32, under autocast too.
 
     Args:
-        model: a FAN `_token` model, or a timm classifier; it is frozen, its heads are put into float32.
+        model: a FAN `_token` model, or a timm classifier, which is frozen and whose head is put into float32.
         name: how label sets call it; default: the model's architecture.
         mean, std: of the pictures' normalisation, three numbers each, for values in [0, 1]; default: the model's.
         img_size: side or (height, width) of the pictures for the check; default: the model's own input size.
@@ -52,7 +54,6 @@ class TokenLabeler(nn.Module):
     ):
         super().__init__()
         cfg = getattr(model, "pretrained_cfg", None) or {}
-        self.model = model.requires_grad_(False).eval()
         self.name = name or cfg.get("architecture") or type(model).__name__
         self.mean = tuple(mean or cfg.get("mean") or IMAGENET_DEFAULT_MEAN)
         self.std = tuple(std or cfg.get("std") or IMAGENET_DEFAULT_STD)
@@ -61,9 +62,9 @@ class TokenLabeler(nn.Module):
             raise InputError(f"{self.name} has no classifier (num_classes is {self.num_classes}): it cannot label")
         self.positions = None
         if isinstance(model, Fan) and model.token_head:
-            model.head.float()
-            model.aux_head.float()
+            self.model = inference_form(model)
         else:
+            self.model = model.requires_grad_(False).eval()
             size = img_size or tuple(cfg.get("input_size") or (3, 224, 224))[-2:]
             self.positions = PositionHead(model, (size, size) if isinstance(size, int) else tuple(size), self.name)
         self.pooling = "token head" if self.positions is None else self.positions.pooling
@@ -79,9 +80,11 @@ class TokenLabeler(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised pictures (B, 3, height, width) → class logits (B, K), token logits (B, N, K), float32."""
+        if self.positions is None:
+            return self.model(images)
         features = self.model.forward_features(images)
         with torch.autocast(images.device.type, enabled=False):
-            return (self.positions or self.model.forward_head)(features.float())
+            return self.positions(features.float())
 
 
 def create_labeler(

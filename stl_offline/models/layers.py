@@ -121,3 +121,44 @@ class PointwiseConv(nn.Conv2d):
 def depthwise(channels: int, kernel: int, device=None, dtype=None) -> nn.Conv2d:
     """Depthwise convolution with bias that keeps the grid."""
     return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, device=device, dtype=dtype)
+
+
+# Hidden values that a strip of `add_norm_gelu_mlp_` may hold: 4 MB in float32, a core's share of the last cache.
+STRIP_VALUES = 1 << 20
+
+
+def add_norm_gelu_mlp_(
+    target_MC: torch.Tensor,
+    x_MC: torch.Tensor,
+    eps: float,
+    first: tuple[torch.Tensor, torch.Tensor],
+    second: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """target += W₂·gelu(W₁·norm(x) + b₁) + b₂ in place, without autograd, in strips of rows.
+
+    A hidden layer as a whole would be many times larger than the caches, and new memory of that size costs more time
+    than the product that fills it.
+
+    Args:
+        target_MC, x_MC: contiguous, (M, C).
+        eps: of the layer norm, which has no affine part.
+        first, second: (weight, bias), weights as in `nn.Linear`: (4C, C) and (C, 4C).
+    """
+    (weight1, bias1), (weight2, bias2) = first, second
+    rows = max(1, STRIP_VALUES // weight1.shape[0])
+    scratch = x_MC.new_empty(min(rows, x_MC.shape[0]), weight1.shape[0])
+    for target, x in zip(target_MC.split(rows), x_MC.split(rows), strict=True):
+        hidden = scratch[: x.shape[0]]
+        torch.addmm(bias1, F.layer_norm(x, x.shape[1:], eps=eps), weight1.t(), out=hidden)
+        torch.ops.aten.gelu_(hidden)
+        target.add_(bias2).addmm_(hidden, weight2.t())
+
+
+def strips_pay(x: torch.Tensor) -> bool:
+    """Whether in-place work in strips is possible and faster: on a CPU, without autograd, autocast or tracing."""
+    return (
+        x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
