@@ -55,7 +55,7 @@ def _drop(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     # Two discs, and the part of a square on its corner that lies below a notch between them.
     x, y = np.abs(x) * 1.1, (y + 0.12) * 1.1
-    body = np.maximum((x + np.abs(y - 0.2) - 1.0) * SQRT_HALF, -0.8 * y - 0.6 * x)
+    body = np.maximum((x + np.abs(y - 0.2) - 1.0) * SQRT_HALF, -0.8 * (y + 0.2) - 0.6 * x)
     return np.minimum(body, np.hypot(x - 0.56, y + 0.36) - 0.6) / 1.1
 
 
