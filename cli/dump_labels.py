@@ -27,8 +27,10 @@ from stl_offline.config import AMP_MODES, DumpConfig
 @option("--seed", default=DumpConfig.seed, metavar="N", help="Of the random crops.")
 @option("--scale-min", default=DumpConfig.scale_min, metavar="X", help="Smallest share of the area in a random crop.")
 @option("--flip", default=DumpConfig.flip, metavar="X", help="Chance that a random crop is flipped.")
-@option("--format", default=DumpConfig.format, metavar="NAME", help="Container of the shards: zarr.")
-@option("--encoding", default=DumpConfig.encoding, metavar="NAME", help="Of the logits: f16.")
+@option("--format", default=DumpConfig.format, metavar="NAME", help="Container of the shards: zarr or webdataset.")
+@option(
+    "--encoding", default=DumpConfig.encoding, metavar="NAME", help="Of the logits: f16 as they are, or q8, compact."
+)
 @option("--amp", default=DumpConfig.amp, type=click.Choice(AMP_MODES), help="Half precision in the trunk.")
 @option("--licence", default=DumpConfig.licence, metavar="TEXT", help="Of the labeler's weights, for the manifest.")
 @option("--skip-broken", is_flag=True, default=DumpConfig.skip_broken, help="Leave out unreadable pictures.")
