@@ -143,7 +143,7 @@ class DumpedLabels(LabelSource):
         self.replay = has_crops if config.views == "auto" else config.views == "replay"
         if self.replay and not has_crops:
             raise InputError(
-                f"{config.labels} holds whole-picture maps, no crops to replay; use --views random, or dump with --views V"
+                f"{config.labels} holds whole pictures, no crops to replay; use --views random, or dump with --views V"
             )
         if has_crops and not self.replay:
             raise InputError(
