@@ -63,3 +63,12 @@ def cats_and_dogs(tmp_path, make_tree, photo, file_bytes) -> Path:
         for number in range(3)
     }
     return make_tree(tmp_path / "pets", files)
+
+
+@pytest.fixture
+def broken(cats_and_dogs):
+    """The pets, two of them broken: one cut off, one a text."""
+    cut = cats_and_dogs / "cat" / "cat-1.jpg"
+    cut.write_bytes(cut.read_bytes()[:-40])
+    (cats_and_dogs / "dog" / "dog-0.jpg").write_text("404 not found")
+    return cats_and_dogs

@@ -1,4 +1,4 @@
-"""Packing: order, bytes, broken pictures, faults. And the cache of packed pictures."""
+"""Packing: order, bytes, broken pictures, faults."""
 
 import errno
 import os
@@ -18,22 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stl_offline.errors import FormatError, InputError, TargetError
-from stl_offline.files import cache_dir
+from stl_offline.errors import InputError, TargetError
 from stl_offline.images import pack as packing
 from stl_offline.images.beton import MIN_PAGE_SIZE, open_beton
 from stl_offline.images.common import SourceImage
 from stl_offline.images.encode import content_hash
-from stl_offline.images.pack import ensure_beton, pack
-
-
-@pytest.fixture
-def broken(cats_and_dogs):
-    """The pets, two of them broken: one cut off, one a text."""
-    cut = cats_and_dogs / "cat" / "cat-1.jpg"
-    cut.write_bytes(cut.read_bytes()[:-40])
-    (cats_and_dogs / "dog" / "dog-0.jpg").write_text("404 not found")
-    return cats_and_dogs
+from stl_offline.images.pack import pack
 
 
 def test_a_tree_becomes_a_beton(cats_and_dogs, tmp_path, photo, file_bytes):
@@ -284,88 +274,3 @@ def test_killed_in_the_middle(cats_and_dogs, tmp_path):
     assert not target.exists() and len(list(target.parent.iterdir())) == 1
     pack(cats_and_dogs, target)
     assert len(open_beton(target)) == 26
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A cache of this test alone; what is said is heard."""
-    monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("STL_OFFLINE_QUIET", raising=False)
-    return tmp_path / "cache" / "betons"
-
-
-def test_pictures_are_packed_once(cats_and_dogs, cache, capsys):
-    first = ensure_beton(cats_and_dogs)
-    assert first.path.parent == cache == cache_dir() / "betons"
-    assert f"packed 6 pictures of 2 classes → {first.path}" in capsys.readouterr().err
-    before = first.path.stat()
-    again = ensure_beton(cats_and_dogs)
-    assert again.path == first.path and again.keys == first.keys and again.fingerprint == first.fingerprint
-    assert first.path.stat() == before
-    assert capsys.readouterr().err == f"using packed pictures {first.path}\n"
-
-
-def test_other_pictures_and_other_settings_are_packed_apart(cats_and_dogs, cache):
-    paths = {ensure_beton(cats_and_dogs).path, ensure_beton(cats_and_dogs, max_size=20).path}
-    followed = ensure_beton(cats_and_dogs, class_names=["dog", "cat"])
-    paths.add(followed.path)
-    assert followed.class_ids.tolist() == [1, 1, 1, 0, 0, 0]
-    shutil.copy(cats_and_dogs / "cat" / "cat-0.jpg", cats_and_dogs / "dog" / "dog-0.jpg")
-    changed = ensure_beton(cats_and_dogs)
-    assert changed.path not in paths and len(paths) == 3
-    assert changed.content_hashes[0] == changed.content_hashes[3]
-
-
-def test_a_damaged_cache_is_packed_again_and_leftovers_go(cats_and_dogs, cache, capsys):
-    path = ensure_beton(cats_and_dogs).path
-    path.write_bytes(path.read_bytes()[:-5])
-    left = path.parent / f".{path.name}.123.abcd.tmp"
-    left.write_bytes(b"of a killed process")
-    with pytest.raises(FormatError):
-        open_beton(path)
-    assert len(ensure_beton(cats_and_dogs)) == 6
-    assert "packing again" in capsys.readouterr().err and not left.exists()
-
-
-def test_broken_pictures_in_the_cache_way(broken, cache, capsys):
-    with pytest.raises(InputError, match="cat-1"):
-        ensure_beton(broken)
-    assert not list(cache.glob("*.beton"))
-    assert len(ensure_beton(broken, skip_broken=True)) == 4
-    assert "left out cat/cat-1.jpg: is cut off" in capsys.readouterr().err
-
-
-def test_a_beton_is_opened_as_it_is(cats_and_dogs, cache, tmp_path, capsys):
-    path = pack(cats_and_dogs, tmp_path / "x.beton").path
-    capsys.readouterr()
-    assert ensure_beton(path).path == path and ensure_beton(str(path), class_names=["cat", "dog"]).path == path
-    assert capsys.readouterr().err == "" and not cache.exists()
-    with pytest.raises(InputError, match=r"another class list \(2: 'cat', 'dog'\) .*\(2: 'dog', 'cat'\)"):
-        ensure_beton(path, class_names=["dog", "cat"])
-    with pytest.raises(InputError, match="there is no file"):
-        ensure_beton(tmp_path / "none.beton")
-
-
-def test_of_two_that_want_the_same_one_packs(cats_and_dogs, cache, monkeypatch):
-    calls = []
-
-    def slow_pack(*arguments, **options):
-        calls.append(threading.get_ident())
-        time.sleep(0.3)
-        return pack(*arguments, **options)
-
-    monkeypatch.setattr(packing, "pack", slow_pack)
-    betons = []
-    threads = [threading.Thread(target=lambda: betons.append(ensure_beton(cats_and_dogs))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == 1 and len({beton.path for beton in betons}) == 1 and len(betons) == 3
-
-
-def test_a_cache_that_cannot_be_written(cats_and_dogs, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(TargetError, match="cannot make the folder"):
-        ensure_beton(cats_and_dogs)
