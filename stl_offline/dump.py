@@ -167,8 +167,8 @@ class _Job:
         samples = np.arange(first, last)
         shape = (len(samples), len(self.views), *self.grid)
         ids = np.empty((*shape, self.config.top_k), dtype=id_dtype)
-        logits = np.empty((*shape, self.config.top_k), dtype=np.float16)
-        confidence = np.empty(shape, dtype=np.float16)
+        logits = np.empty((*shape, self.config.top_k), dtype=np.float32)
+        confidence = np.empty(shape, dtype=np.float32)
         for view, views in enumerate(self.views):
             for batch in self.loader.epoch(0, views, sample_ids=samples):
                 with autocast(self.device, self.amp):

@@ -229,8 +229,11 @@ def test_help_works_without_any_extra(name):
 
 
 WAIT = """
-import sys, time
+import signal, sys, time
 from stl_offline.cli.failures import Session, run
+
+# A shell starts what it runs in the background with Ctrl-C ignored; these tests may run there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def wait():
     try:
