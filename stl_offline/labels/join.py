@@ -93,7 +93,7 @@ def join(
                 extra.add(key)
                 continue
             if shard[sample] >= 0:
-                raise JoinError(f"the label set {label_set.path} holds the key {key} twice")
+                raise JoinError(f"the label set {label_set.place} holds the key {key} twice")
             shard[sample] = index
             row[sample] = position
             if content_hashes[sample] != shard_hashes[position]:
@@ -153,7 +153,7 @@ def _judge(report: JoinReport, label_set: LabelSet, missing: str, allow_changed:
     if report.changed and not allow_changed:
         faults.append("--allow-changed uses the labels nevertheless")
     if faults:
-        raise JoinError(f"labels {label_set.path} and pictures do not belong together: {report}. {'; '.join(faults)}")
+        raise JoinError(f"labels {label_set.place} and pictures do not belong together: {report}. {'; '.join(faults)}")
 
 
 def _hash(keys: Sequence[str]) -> np.ndarray:

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from stl_offline.errors import FormatError, InputError, JoinError
-from stl_offline.files import sha256_bytes
+from stl_offline.files import atomic_write, cache_dir, make_folder, sha256_bytes
 from stl_offline.labels import containers
 from stl_offline.labels.arrays import ShardArrays
+from stl_offline.labels.folder import MANIFEST, RECORDS, read_job, read_manifest
 from stl_offline.labels.label_map import LabelMap
 from stl_offline.labels.spec import LabelSpec, Manifest, ShardRecord
-from stl_offline.labels.writer import MANIFEST, PARTIAL, read_job, read_manifest
+from stl_offline.labels.storage import Storage, open_storage
 
 
 class LabelSet:
@@ -24,8 +25,9 @@ class LabelSet:
     manifest, which names every shard's SHA-256, and so names the whole content.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self.storage = storage
+        self.place = storage.place
         self.spec: LabelSpec = manifest.spec
         self.shards: tuple[ShardRecord, ...] = manifest.shards
         self.fingerprint = sha256_bytes(manifest.to_bytes())
@@ -50,7 +52,7 @@ class LabelSet:
         """
         place = self._places.get(key)
         if place is None:
-            raise JoinError(f"the label set {self.path} has no label for the key {key!r}; it has {len(self)} others")
+            raise JoinError(f"the label set {self.place} has no label for the key {key!r}; it has {len(self)} others")
         index, row = place
         with self._lock:
             if self._last is None or self._last[0] != index:
@@ -69,7 +71,7 @@ class LabelSet:
 
     def __repr__(self) -> str:
         grid = "×".join(map(str, self.spec.grid))
-        return f"LabelSet({str(self.path)!r}: {len(self)} pictures, {grid} tokens, top {self.spec.top_k})"
+        return f"LabelSet({self.place!r}: {len(self)} pictures, {grid} tokens, top {self.spec.top_k})"
 
     @cached_property
     def keys(self) -> list[str]:
@@ -84,7 +86,7 @@ class LabelSet:
             for row in range(shard.samples):
                 places[next(keys)] = (index, row)
         if len(places) != len(self):
-            raise FormatError(f"the label set {self.path} holds {len(self) - len(places)} keys twice")
+            raise FormatError(f"the label set {self.place} holds {len(self) - len(places)} keys twice")
         return places
 
     def read_bytes(self, index: int) -> bytes:
@@ -94,13 +96,21 @@ class LabelSet:
             FormatError: the file is missing, has another size or another SHA-256 than the manifest says.
         """
         shard = self.shards[index]
+        kept = self._kept(shard)
+        if kept is not None and kept.exists():
+            data = kept.read_bytes()
+            if sha256_bytes(data) == shard.sha256:
+                return data
         try:
-            data = (self.path / shard.name).read_bytes()
+            data = self.storage.read(shard.name)
         except FileNotFoundError as error:
-            raise FormatError(f"the shard {self.path / shard.name} is missing; copy the label set again") from error
+            raise FormatError(f"the shard {self.place}/{shard.name} is missing; copy the label set again") from error
         self._check_size(shard, len(data))
         if sha256_bytes(data) != shard.sha256:
-            raise FormatError(f"the shard {self.path / shard.name} is damaged (its SHA-256 differs); copy it again")
+            raise FormatError(f"the shard {self.place}/{shard.name} is damaged (its SHA-256 differs); copy it again")
+        if kept is not None:
+            make_folder(kept.parent)
+            atomic_write(kept, data)
         return data
 
     def read_shard(self, index: int) -> ShardArrays:
@@ -120,48 +130,63 @@ class LabelSet:
     def read_index(self, index: int) -> tuple[list[str], np.ndarray]:
         """Keys and content hashes (uint64) of shard ``index``, without reading its labels. Raises FormatError."""
         shard = self.shards[index]
-        path = self.path / shard.name
-        if path.exists():
-            self._check_size(shard, path.stat().st_size)
+        if self.storage.local is None:
+            # The whole shard is needed sooner or later, and is kept.
+            source: bytes | Path = self.read_bytes(index)
+        else:
+            source = self.storage.local / shard.name
+            if source.exists():
+                self._check_size(shard, source.stat().st_size)
         try:
-            keys, content_hashes = containers.read_index(path, self.spec)
+            keys, content_hashes = containers.read_index(source, self.spec)
         except FormatError as error:
-            raise FormatError(f"{path}: {error}") from error
+            raise FormatError(f"{self.place}/{shard.name}: {error}") from error
         if len(keys) != shard.samples:
-            raise FormatError(f"the shard {path} holds {len(keys)} samples, the manifest says {shard.samples}")
+            raise FormatError(
+                f"the shard {self.place}/{shard.name} holds {len(keys)} samples, the manifest says {shard.samples}"
+            )
         return keys, content_hashes
 
     def _decode(self, index: int, data: bytes) -> ShardArrays:
         try:
             return containers.decode(data, self.spec)
         except FormatError as error:
-            raise FormatError(f"{self.path / self.shards[index].name}: {error}") from error
+            raise FormatError(f"{self.place}/{self.shards[index].name}: {error}") from error
 
     def _check_size(self, shard: ShardRecord, size: int) -> None:
         if size != shard.bytes:
             raise FormatError(
-                f"the shard {self.path / shard.name} has {size} bytes, the manifest says {shard.bytes}; copy it again"
+                f"the shard {self.place}/{shard.name} has {size} bytes, the manifest says {shard.bytes}; copy it again"
             )
 
+    def _kept(self, shard: ShardRecord) -> Path | None:
+        """Where a shard from an object store is kept on this machine, by content; None for a folder's shards."""
+        return cache_dir() / "shards" / shard.sha256 if self.storage.local is None else None
 
-def open_label_set(path: str | Path) -> LabelSet:
-    """Open the label set in a folder.
+
+def open_label_set(place: str | Path, **options: object) -> LabelSet:
+    """Open the label set in a folder, or at a URL that fsspec knows (``options`` go to it).
+
+    Shards of a URL are fetched when they are needed, and kept in `stl_offline.files.cache_dir`.
 
     Raises:
-        InputError: there is no such folder.
-        FormatError: the folder holds no label set, one of an unknown version, or one that is not finished (the
-            message says how many shards are done).
+        InputError: there is no such folder, or the store cannot be reached.
+        FormatError: no label set is there, one of an unknown version, or one that is not finished (the message says
+            how many shards are done).
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise InputError(f"there is no label set at {path}: not a folder")
-    if (path / MANIFEST).exists():
-        return LabelSet(path, read_manifest(path))
-    if (path / PARTIAL / "job.json").exists():
-        total = read_job(path)["num_shards"]
-        done = len(list((path / PARTIAL / "records").glob("*.json")))
-        raise FormatError(
-            f"the label set {path} is not finished: {done} of {total} shards are done; "
-            "run the command that makes it again, it goes on from there"
-        )
-    raise FormatError(f"the folder {path} holds no label set: it has no {MANIFEST}")
+    storage = open_storage(place, **options)
+    if storage.local is not None and not storage.local.is_dir():
+        raise InputError(f"there is no label set at {place}: not a folder")
+    try:
+        return LabelSet(storage, read_manifest(storage))
+    except FileNotFoundError:
+        pass
+    try:
+        _, sizes = read_job(storage)
+    except FileNotFoundError:
+        raise FormatError(f"{storage.place} holds no label set: it has no {MANIFEST}") from None
+    done = len([name for name in storage.names(RECORDS) if name.endswith(".json")])
+    raise FormatError(
+        f"the label set {storage.place} is not finished: {done} of {len(sizes)} shards are done; "
+        "run the command that makes it again, it goes on from there"
+    )

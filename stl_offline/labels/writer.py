@@ -6,23 +6,24 @@ for each finished shard. A shard is written to a temporary name, renamed, and ex
 the folder's name or the number of processes: the same input gives the same bytes.
 """
 
-import contextlib
 import json
 import os
-import shutil
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from stl_offline.errors import FormatError, InputError, StlError, TargetError
-from stl_offline.files import atomic_write, canonical_json, make_folder, sha256_bytes
+from stl_offline.errors import FormatError, InputError, TargetError
+from stl_offline.files import canonical_json, make_folder, sha256_bytes
 from stl_offline.labels import containers
 from stl_offline.labels.arrays import ShardArrays
+from stl_offline.labels.card import CARD, make_card
+from stl_offline.labels.folder import JOB, LOCK, MANIFEST, PARTIAL, RECORDS, read_job, read_manifest, record_name
 from stl_offline.labels.job import JobLock, try_lock
+from stl_offline.labels.lease import Lease
 from stl_offline.labels.spec import LabelSpec, Manifest, ShardRecord, differences, shard_name, shard_range
-
-MANIFEST = "manifest.json"
-PARTIAL = ".partial"
+from stl_offline.labels.storage import open_storage
 
 
 class LabelSetWriter:
@@ -32,49 +33,60 @@ class LabelSetWriter:
     share them out by index, or `claim` them.
 
     Args:
-        path: the folder, made where it is missing.
+        path: the folder, made where it is missing; or a URL that fsspec knows, such as ``s3://bucket/labels``.
         spec: the settings; those of a job that is resumed must be the same.
-        num_shards: how many shards.
+        shards: how many shards, of even sizes; or the size of each.
         job: an id that the processes of one job share (`stl_offline.labels.job.job_from_environment`); None: this
             process is the whole job.
+        options: for fsspec, where ``path`` is a URL.
 
     ``complete`` tells whether the label set was whole already.
 
     Raises:
-        InputError: more shards than samples.
+        InputError: more shards than samples, or sizes that do not sum to the samples.
         TargetError: the folder holds something else or a label set with other settings (named), another job is
             writing there, or it cannot be written.
     """
 
-    def __init__(self, path: str | Path, spec: LabelSpec, num_shards: int, *, job: str | None = None) -> None:
-        if not 1 <= num_shards <= spec.num_samples:
-            raise InputError(
-                f"the number of shards must lie between 1 and the {spec.num_samples} samples, got {num_shards}"
-            )
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | Path,
+        spec: LabelSpec,
+        shards: int | Sequence[int],
+        *,
+        job: str | None = None,
+        options: dict | None = None,
+    ) -> None:
+        self._sizes = _shard_sizes(shards, spec.num_samples)
+        self._firsts = [0, *accumulate(self._sizes)]
+        self._storage = open_storage(path, **(options or {}))
+        self.place = self._storage.place
         self.spec = spec
-        self.num_shards = num_shards
+        self.num_shards = len(self._sizes)
         self.complete = False
         self._job = job
-        self._lock: JobLock | None = None
+        self._lock: JobLock | Lease | None = None
         self._claims: list[int] = []
 
     def __enter__(self) -> Self:
-        make_folder(self.path)
+        local = self._storage.local
+        if local is not None:
+            make_folder(local)
         self._check_content()
         if not self.complete:
-            self._lock = JobLock(self._partial / "lock", self._job, self._clean)
+            self._lock = (
+                Lease(self._storage, self._job) if local is None else JobLock(local / LOCK, self._job, self._clean)
+            )
             try:
                 # Again, now that nobody else changes it.
                 self._check_content()
-                if not self.complete and not (self._partial / "job.json").exists():
-                    atomic_write(self._partial / "job.json", self._settings())
-                make_folder(self._partial / "records")
+                if not self.complete and self._storage.size(JOB) is None:
+                    self._storage.write(JOB, self._settings())
             except BaseException:
                 self._release()
                 raise
         if self.complete:
-            self._remove_partial()
+            self._release()
         return self
 
     def __exit__(
@@ -84,11 +96,11 @@ class LabelSetWriter:
 
     def shard_range(self, index: int) -> tuple[int, int]:
         """The half-open range of samples of shard ``index``."""
-        return shard_range(index, self.num_shards, self.spec.num_samples)
+        return self._firsts[index], self._firsts[index + 1]
 
-    def shard_path(self, index: int) -> Path:
-        """The file of shard ``index``."""
-        return self.path / shard_name(index, self.num_shards, self.spec.container)
+    def shard_name(self, index: int) -> str:
+        """The file name of shard ``index``."""
+        return shard_name(index, self.num_shards, self.spec.container)
 
     def is_done(self, index: int) -> bool:
         """Whether shard ``index`` is written, recorded, and as large as its record says."""
@@ -97,7 +109,7 @@ class LabelSetWriter:
     def missing(self) -> list[int]:
         """The shards that are not done by now, whoever writes them; once it is empty, `finish` can be called."""
         missing = [index for index in range(self.num_shards) if not self.is_done(index)]
-        if missing and (self.path / MANIFEST).exists():
+        if missing and self._storage.size(MANIFEST) is not None:
             # Another process of this job has finished the label set meanwhile, and taken the records away.
             self._check_content()
             return []
@@ -112,8 +124,9 @@ class LabelSetWriter:
 
         A claim ends with the writer or the process. For jobs whose processes share the shards out as they go.
         """
-        claims = make_folder(self._partial / "claims")
-        held = try_lock(claims / f"{index:05d}")
+        if self._storage.local is None:
+            raise TargetError(f"{self.place} has no locks: share its shards out by index")
+        held = try_lock(make_folder(self._storage.local / PARTIAL / "claims") / f"{index:05d}")
         if held is None:
             return False
         if self.is_done(index):
@@ -137,15 +150,13 @@ class LabelSetWriter:
     def write_encoded(self, index: int, data: bytes) -> ShardRecord:
         """`write_shard` for bytes that `stl_offline.labels.containers.encode` gave (perhaps in another thread)."""
         if self._lock is None:
-            raise TargetError(f"the label set {self.path} is not open for writing: it is complete or closed")
+            raise TargetError(f"the label set {self.place} is not open for writing: it is complete or closed")
         first, last = self.shard_range(index)
-        path = self.shard_path(index)
-        record = ShardRecord(path.name, first, last - first, len(data), sha256_bytes(data))
+        record = ShardRecord(self.shard_name(index), first, last - first, len(data), sha256_bytes(data))
         # A shard that is written anew must not keep an older record while its file is replaced.
-        with contextlib.suppress(FileNotFoundError):
-            self._record_path(index).unlink()
-        atomic_write(path, data)
-        atomic_write(self._record_path(index), canonical_json(record.to_json()))
+        self._storage.remove(self._record_name(index))
+        self._storage.write(record.name, data)
+        self._storage.write(self._record_name(index), canonical_json(record.to_json()))
         return record
 
     def finish(self) -> Manifest:
@@ -161,90 +172,83 @@ class LabelSetWriter:
             missing = self.missing()
             if missing:
                 raise TargetError(
-                    f"{len(missing)} of {self.num_shards} shards of {self.path} are not written yet, the first is "
+                    f"{len(missing)} of {self.num_shards} shards of {self.place} are not written yet, the first is "
                     f"{missing[0]}; run the same command again to go on"
                 )
-            return read_manifest(self.path)
+            return read_manifest(self._storage)
         if self._lock is None:
-            raise TargetError(f"the label set {self.path} is not open for writing")
+            raise TargetError(f"the label set {self.place} is not open for writing")
         manifest = Manifest(self.spec, tuple(records))
-        atomic_write(self.path / MANIFEST, manifest.to_bytes())
+        self._storage.write(CARD, make_card(manifest))
+        self._storage.write(MANIFEST, manifest.to_bytes())
         self.complete = True
-        self._remove_partial()
+        self._storage.remove(PARTIAL)
         return manifest
 
-    @property
-    def _partial(self) -> Path:
-        return self.path / PARTIAL
-
     def _settings(self) -> bytes:
-        return canonical_json({**self.spec.to_json(), "num_shards": self.num_shards})
+        return canonical_json({**self.spec.to_json(), "shard_samples": self._sizes})
 
-    def _record_path(self, index: int) -> Path:
-        return self._partial / "records" / f"{shard_name(index, self.num_shards, self.spec.container)}.json"
+    def _record_name(self, index: int) -> str:
+        return record_name(index, self.num_shards, self.spec.container)
 
     def _record(self, index: int) -> ShardRecord | None:
         """The record of a finished shard, or None."""
         try:
-            record = ShardRecord.from_json(json.loads(self._record_path(index).read_bytes()))
-            first, last = self.shard_range(index)
-            whole = (
-                record.name == self.shard_path(index).name
-                and (record.first, record.samples) == (first, last - first)
-                and self.shard_path(index).stat().st_size == record.bytes
-            )
-        except (OSError, ValueError, StlError):
+            record = ShardRecord.from_json(json.loads(self._storage.read(self._record_name(index))))
+        except (FileNotFoundError, ValueError):
             # No record, or one that tells nothing: the shard is written (again).
             return None
+        first, last = self.shard_range(index)
+        whole = (
+            record.name == self.shard_name(index)
+            and (record.first, record.samples) == (first, last - first)
+            and self._storage.size(record.name) == record.bytes
+        )
         return record if whole else None
 
     def _check_content(self) -> None:
-        """Set ``complete``, or refuse a folder that holds something else."""
-        if (self.path / MANIFEST).exists():
-            manifest = read_manifest(self.path)
-            self._check_settings(manifest.spec, len(manifest.shards))
-            missing = [
-                shard.name
-                for shard in manifest.shards
-                if not (self.path / shard.name).exists() or (self.path / shard.name).stat().st_size != shard.bytes
-            ]
+        """Set ``complete``, or refuse a place that holds something else."""
+        try:
+            manifest = read_manifest(self._storage)
+        except FileNotFoundError:
+            pass
+        else:
+            self._check_settings(manifest.spec, [shard.samples for shard in manifest.shards])
+            missing = [shard.name for shard in manifest.shards if self._storage.size(shard.name) != shard.bytes]
             if missing:
                 raise TargetError(
-                    f"the label set {self.path} is damaged: {len(missing)} of its shards are missing or cut off, the "
+                    f"the label set {self.place} is damaged: {len(missing)} of its shards are missing or cut off, the "
                     f"first is {missing[0]}; remove its {MANIFEST} to write them again"
                 )
             self.complete = True
-        elif (self._partial / "job.json").exists():
-            settings = read_job(self.path)
-            self._check_settings(LabelSpec.from_json(settings), settings.get("num_shards"))
-        else:
-            others = sorted(entry.name for entry in self.path.iterdir() if entry.name != PARTIAL)
+            return
+        try:
+            self._check_settings(*read_job(self._storage))
+        except FileNotFoundError:
+            others = [name for name in self._storage.names() if name != PARTIAL]
             if others:
                 raise TargetError(
-                    f"the folder {self.path} is not empty and holds no label set ({others[0]} lies there); "
-                    "choose another folder"
-                )
+                    f"{self.place} is not empty and holds no label set ({others[0]} lies there); choose another place"
+                ) from None
 
-    def _check_settings(self, theirs: LabelSpec, num_shards: int | None) -> None:
+    def _check_settings(self, theirs: LabelSpec, sizes: list[int]) -> None:
         found = differences(self.spec, theirs)
-        if num_shards != self.num_shards:
-            found.append(f"shards is {self.num_shards} and {num_shards}")
+        if len(sizes) != self.num_shards:
+            found.append(f"shards is {self.num_shards} and {len(sizes)}")
+        elif sizes != self._sizes:
+            found.append("the sizes of the shards differ")
         if found:
             raise TargetError(
-                f"{self.path} holds a label set with other settings (yours and its): {'; '.join(found)}; "
+                f"{self.place} holds a label set with other settings (yours and its): {'; '.join(found)}; "
                 "choose another folder or the same settings"
             )
 
     def _clean(self) -> None:
         """Remove the temporary files of a killed job."""
-        for folder in (self.path, self._partial, self._partial / "records"):
-            if folder.is_dir():
-                for entry in folder.glob(".*.tmp"):
-                    entry.unlink(missing_ok=True)
-
-    def _remove_partial(self) -> None:
-        # A sibling process may be removing it, too.
-        shutil.rmtree(self._partial, ignore_errors=True)
+        for folder in ("", PARTIAL, RECORDS):
+            for name in self._storage.names(folder):
+                if name.startswith(".") and name.endswith(".tmp"):
+                    self._storage.remove(f"{folder}/{name}" if folder else name)
 
     def _release(self) -> None:
         for held in self._claims:
@@ -253,22 +257,18 @@ class LabelSetWriter:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+        if self.complete:
+            # Also what a sibling process wrote while another one finished.
+            self._storage.remove(PARTIAL)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the label set in a folder; raises FormatError that names the file."""
-    try:
-        return Manifest.from_bytes((path / MANIFEST).read_bytes())
-    except FormatError as error:
-        raise FormatError(f"{path / MANIFEST}: {error}") from error
-
-
-def read_job(path: Path) -> dict:
-    """The settings of a job that has not ended; raises FormatError that names the file."""
-    job = path / PARTIAL / "job.json"
-    try:
-        settings = json.loads(job.read_bytes())
-        LabelSpec.from_json(settings)
-        return settings
-    except (ValueError, FormatError) as error:
-        raise FormatError(f"{job}: {error}") from error
+def _shard_sizes(shards: int | Sequence[int], samples: int) -> list[int]:
+    if isinstance(shards, int):
+        if not 1 <= shards <= samples:
+            raise InputError(f"the number of shards must lie between 1 and the {samples} samples, got {shards}")
+        bounds = [shard_range(index, shards, samples) for index in range(shards)]
+        return [last - first for first, last in bounds]
+    sizes = [int(size) for size in shards]
+    if not sizes or min(sizes) < 1 or sum(sizes) != samples:
+        raise InputError(f"the sizes of the shards sum to {sum(sizes)}, the label set has {samples} samples")
+    return sizes

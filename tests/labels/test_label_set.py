@@ -1,6 +1,7 @@
 """Reading a label set: by key, by shard, and what is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def test_the_front_door(tmp_path):
 def test_by_key(label_set):
     arrays = make_arrays(label_set.spec)
     assert len(label_set) == 10 and label_set.keys == arrays.keys == list(label_set)
-    assert label_set.fingerprint == sha256_file(label_set.path / "manifest.json")
+    assert label_set.fingerprint == sha256_file(Path(label_set.place) / "manifest.json")
     assert make_key(3) in label_set and "none" not in label_set
     assert "10 pictures, 3×5 tokens, top 4" in repr(label_set)
     for position in (7, 0, 3, 9):
@@ -76,7 +77,7 @@ def test_by_shard(label_set):
 
 
 def shard_file(label_set, index=1):
-    return label_set.path / label_set.shards[index].name
+    return Path(label_set.place) / label_set.shards[index].name
 
 
 def test_damage_is_named(label_set):
@@ -100,22 +101,22 @@ def test_another_sets_shard_is_refused(label_set, tmp_path_factory):
     """A shard with a right checksum, but of another label set: the manifest was edited."""
     other = tmp_path_factory.mktemp("other")
     write_set(other, make_spec(samples=10, view_count=1, container=label_set.spec.container), 3)
-    entries = json.loads((label_set.path / "manifest.json").read_bytes())
+    entries = json.loads((Path(label_set.place) / "manifest.json").read_bytes())
     theirs = json.loads((other / "manifest.json").read_bytes())
     entries["shards"][1] = theirs["shards"][1]
-    (label_set.path / "manifest.json").write_text(json.dumps(entries))
+    (Path(label_set.place) / "manifest.json").write_text(json.dumps(entries))
     shard_file(label_set).write_bytes((other / label_set.shards[1].name).read_bytes())
     with pytest.raises(FormatError, match=label_set.shards[1].name):
-        open_label_set(label_set.path).read_shard(1)
+        open_label_set(label_set.place).read_shard(1)
 
 
 def test_a_lying_sample_count_is_seen(label_set):
-    entries = json.loads((label_set.path / "manifest.json").read_bytes())
+    entries = json.loads((Path(label_set.place) / "manifest.json").read_bytes())
     entries["shards"][0]["samples"] += 1
     entries["shards"][1]["first"] += 1
     entries["shards"][1]["samples"] -= 1
-    (label_set.path / "manifest.json").write_text(json.dumps(entries))
-    lying = open_label_set(label_set.path)
+    (Path(label_set.place) / "manifest.json").write_text(json.dumps(entries))
+    lying = open_label_set(label_set.place)
     for read in (lying.read_shard, lying.read_index):
         with pytest.raises(FormatError, match="holds 3 samples, the manifest says 4"):
             read(0)

@@ -103,7 +103,7 @@ def test_a_shard_without_its_record_does_not_exist(tmp_path, encoded, undisturbe
         for index in range(SHARDS):
             writer.write_encoded(index, encoded[index])
         (tmp_path / ".partial" / "records" / "labels-00002-of-00003.zarr.zip.json").unlink()
-        writer.shard_path(2).write_bytes(b"half a shard")
+        (tmp_path / writer.shard_name(2)).write_bytes(b"half a shard")
         assert writer.todo() == [2]
     write_set(tmp_path, SPEC, SHARDS)
     assert files(tmp_path) == undisturbed
@@ -190,7 +190,7 @@ def test_two_jobs_on_one_folder_are_refused(tmp_path):
 
 def test_the_lock_of_a_killed_job_is_free(tmp_path, encoded, undisturbed):
     child = fork(lambda: write_all(tmp_path / "labels", SPEC, encoded, job="first", pause=60))
-    while not (tmp_path / "labels/.partial/records").exists():
+    while not (tmp_path / "labels/.partial/job.json").exists():
         assert os.waitpid(child, os.WNOHANG) == (0, 0)
     with pytest.raises(TargetError, match="another job"), LabelSetWriter(tmp_path / "labels", SPEC, SHARDS):
         pass

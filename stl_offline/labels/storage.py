@@ -1,0 +1,213 @@
+"""Where the files of a label set lie: a folder of this machine, or an object store that fsspec knows by its URL.
+
+Files are small in number and read or written whole. Reads and writes over a network are tried again when they fail,
+and what was read is compared with a checksum by those who know it, so a connection that dies in the middle costs time
+but never gives half a file.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import fsspec
+
+from stl_offline.errors import InputError, MissingExtraError, StlError, TargetError
+from stl_offline.files import atomic_write, make_folder
+
+T = TypeVar("T")
+
+# A store that answers nothing for so many tries, with longer waits between them, is taken for gone.
+TRIES = 4
+FIRST_WAIT_SECONDS = 0.5
+PART_BYTES = 8 << 20
+
+# Stores of buckets: protocol → the package that knows it, and the extra that brings that.
+PACKAGES = {
+    "s3": ("s3fs", "s3"),
+    "s3a": ("s3fs", "s3"),
+    "gs": ("gcsfs", "gs"),
+    "gcs": ("gcsfs", "gs"),
+    "hf": ("huggingface_hub", "hf"),
+}
+
+# Mistakes, here or in a store's client: another try would end as the first.
+_HOPELESS = (TypeError, AttributeError, NotImplementedError, ImportError)
+
+
+class Storage(Protocol):
+    """A flat set of named files. ``place`` names it in messages; ``local`` is its folder where it is one."""
+
+    place: str
+    local: Path | None
+
+    def read(self, name: str, size: int | None = None) -> bytes:
+        """A file's bytes; FileNotFoundError where there is none. ``size``, where it is known, lets large ones come in
+        parts, so that a connection that breaks costs one part."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """A file's size in bytes, or None where there is none."""
+        ...
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names of the files (and folders) in a folder, sorted; empty where there is none."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Store a file whole; raises TargetError."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder with all that is in it; nothing where there is none."""
+        ...
+
+
+class FolderStorage:
+    """Files in a folder of this machine (or one that it shares with others)."""
+
+    def __init__(self, path: Path) -> None:
+        self.place = str(path)
+        self.local = path
+
+    def read(self, name: str, size: int | None = None) -> bytes:
+        return (self.local / name).read_bytes()
+
+    def size(self, name: str) -> int | None:
+        try:
+            return (self.local / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            return sorted(os.listdir(self.local / folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def write(self, name: str, data: bytes) -> None:
+        make_folder((self.local / name).parent)
+        atomic_write(self.local / name, data)
+
+    def remove(self, name: str) -> None:
+        path = self.local / name
+        if path.is_dir():
+            for inner in self.names(name):
+                self.remove(f"{name}/{inner}")
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+
+
+class ObjectStorage:
+    """Files below a URL such as ``s3://bucket/labels``. An object appears whole or not at all: so stores promise."""
+
+    def __init__(self, url: str, **options: object) -> None:
+        self.place = url.rstrip("/")
+        self.local = None
+        protocol = self.place.partition("://")[0]
+        self._has_folders = protocol not in PACKAGES
+        try:
+            # Without fsspec's memory of listings, which other processes' writes would make wrong.
+            self._files, self._root = fsspec.core.url_to_fs(self.place, use_listings_cache=False, **options)
+        except ImportError as error:
+            package, extra = PACKAGES.get(protocol, (None, None))
+            advice = f"pip install 'stl-offline[{extra}]' (or {package})" if package else _one_line(error)
+            raise MissingExtraError(f"{url} needs a package that is not installed: {advice}") from error
+        except Exception as error:
+            # What a store's client says of an address (or of credentials) that it cannot use is its own affair.
+            raise InputError(f"{url} is no address of a label set: {_one_line(error)}") from error
+
+    def read(self, name: str, size: int | None = None) -> bytes:
+        what, path = f"read {self.place}/{name}", self._path(name)
+        if size is None or size <= PART_BYTES:
+            return self._persist(what, InputError, lambda: self._files.cat_file(path))
+
+        def part(start: int) -> bytes:
+            return self._files.cat_file(path, start=start, end=min(start + PART_BYTES, size))
+
+        return b"".join(self._persist(what, InputError, partial(part, start)) for start in range(0, size, PART_BYTES))
+
+    def size(self, name: str) -> int | None:
+        try:
+            return self._persist(
+                f"look at {self.place}/{name}", InputError, lambda: self._files.info(self._path(name))["size"]
+            )
+        except FileNotFoundError:
+            return None
+
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            found = self._persist(
+                f"list {self.place}/{folder}", InputError, lambda: self._files.ls(self._path(folder), detail=False)
+            )
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        # Some stores list the folder itself, as an empty object.
+        inside = {path.strip("/") for path in found} - {self._path(folder).strip("/")}
+        return sorted({path.rpartition("/")[2] for path in inside})
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+
+        def put() -> None:
+            # Never in a store of buckets: there it would make the bucket.
+            if self._has_folders:
+                # Never in a store of buckets: there it would make the bucket.
+            if self._has_folders:
+                self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._files.pipe_file(path, data)
+
+        what = f"write {self.place}/{name}"
+        try:
+            self._persist(what, TargetError, put)
+        except FileNotFoundError as error:
+            raise TargetError(f"cannot {what}: {_one_line(error)}; is there such a bucket?") from error
+
+    def remove(self, name: str) -> None:
+        def delete() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm(self._path(name), recursive=True)
+
+        self._persist(f"remove {self.place}/{name}", TargetError, delete)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}".rstrip("/")
+
+    def _persist(self, what: str, kind: type[StlError], action: Callable[[], T]) -> T:
+        """Do it, and again where the store or the way to it fails; FileNotFoundError passes through."""
+        wait = FIRST_WAIT_SECONDS
+        for attempt in range(1, TRIES + 1):
+            try:
+                return action()
+            except (FileNotFoundError, NotADirectoryError):
+                raise
+            except Exception as error:
+                # Each store's client has errors of its own, so that no narrower list would be complete.
+                if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+                    raise kind(f"cannot {what}: {_one_line(error)}; check the credentials") from error
+                if isinstance(error, _HOPELESS):
+                    raise kind(f"cannot {what}: {_one_line(error)}") from error
+                if attempt == TRIES:
+                    raise kind(f"cannot {what} ({TRIES} tries): {_one_line(error)}; try again later") from error
+                time.sleep(wait)
+                wait *= 2
+        raise AssertionError("unreachable")
+
+
+def open_storage(place: str | Path, **options: object) -> FolderStorage | ObjectStorage:
+    """The storage at a path or a URL; ``options`` go to fsspec. Raises InputError, MissingExtraError."""
+    text = str(place)
+    if "://" not in text:
+        return FolderStorage(Path(place))
+    if text.startswith(("file://", "local://")):
+        return FolderStorage(Path(text.partition("://")[2]))
+    return ObjectStorage(text, **options)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
