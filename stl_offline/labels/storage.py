@@ -157,8 +157,6 @@ class ObjectStorage:
         def put() -> None:
             # Never in a store of buckets: there it would make the bucket.
             if self._has_folders:
-                # Never in a store of buckets: there it would make the bucket.
-            if self._has_folders:
                 self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._files.pipe_file(path, data)
 
