@@ -4,41 +4,23 @@ A command's module is loaded when the command is called, and the library behind 
 ``--help`` stays quick, and works without the packages that the command itself needs.
 """
 
-import importlib
 from collections.abc import Sequence
 
 import click
 
 from stl_offline.cli.failures import Session, run
+from stl_offline.cli.lazy import lazy_group
 
 # In the order in which the data goes: name → (module:attribute, one line of help).
 COMMANDS = {
     "pack": ("stl_offline.cli.pack:pack", "Pack pictures into one .beton file for fast loading."),
     "train-labeler": ("stl_offline.cli.train_labeler:train_labeler", "Stage 1: train a model that labels tokens."),
     "dump-labels": ("stl_offline.cli.dump_labels:dump_labels", "Label every token of a data set, once."),
-    "labels": ("stl_offline.cli.labels:labels", "Look at label sets and check them."),
+    "labels": ("stl_offline.cli.labels:labels", "Look at, check, convert, merge and share label sets."),
     "train-student": ("stl_offline.cli.train_student:train_student", "Stage 2: train a student from the labels."),
     "evaluate": ("stl_offline.cli.evaluate:evaluate", "Measure the accuracy of a trained model."),
     "demo": ("stl_offline.cli.demo:demo", "All stages on an embedded data set, in minutes."),
 }
-
-
-class LazyGroup(click.Group):
-    """A group that knows its commands by name and loads the one that is called."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, attribute = COMMANDS[cmd_name][0].split(":")
-        return getattr(importlib.import_module(module), attribute)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        # The one line of help comes from the table: click would load every command for it.
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
 
 EPILOG = """\b
@@ -50,7 +32,7 @@ Example:
 Each command has a --help of its own. `stl-offline demo` shows everything on a small data set that it brings along."""
 
 
-@click.command(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=lazy_group(COMMANDS), epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="stl-offline", prog_name="stl-offline", message="%(prog)s %(version)s")
 def group() -> None:
     """Label the tokens of a data set once, share the labels, and train vision transformers from them at the speed of

@@ -1,16 +1,13 @@
-"""``stl-offline labels``: look at label sets and check them."""
+"""``stl-offline labels inspect``."""
 
 import click
 
 from stl_offline.cli.options import example, machine_options
 
 
-@click.group(epilog=example("stl-offline labels inspect labels", "stl-offline labels verify labels"))
-def labels() -> None:
-    """Look at label sets and check them. Needs neither torch nor FFCV."""
-
-
-@labels.command(epilog=example("stl-offline labels inspect labels"))
+@click.command(
+    epilog=example("stl-offline labels inspect labels", "stl-offline labels inspect s3://bucket/labels"),
+)
 @click.argument("path", metavar="SET")
 @machine_options
 def inspect(path: str, **_: object) -> None:
@@ -22,7 +19,7 @@ def inspect(path: str, **_: object) -> None:
     size = sum(shard.bytes for shard in label_set.shards)
     views = "whole pictures" if spec.views["kind"] == "whole" else f"{spec.views_per_image} crops of each picture"
     lines = {
-        "pictures": f"{len(label_set):,} in {len(label_set.shards):,} shards, {size:,} bytes",
+        "pictures": f"{spec.num_samples:,} in {len(label_set.shards):,} shards, {size:,} bytes",
         "labels": f"{spec.grid[0]} × {spec.grid[1]} tokens, top {spec.top_k} of {spec.num_classes:,} classes, {views}",
         "encoding": f"{spec.encoding} ({spec.container})",
         "labeler": f"{spec.labeler['architecture']} ({spec.labeler['licence']})",
@@ -33,16 +30,3 @@ def inspect(path: str, **_: object) -> None:
     }
     for name, text in lines.items():
         click.echo(f"{name + ':':<13}{text}")
-
-
-@labels.command(epilog=example("stl-offline labels verify labels"))
-@click.argument("path", metavar="SET")
-@machine_options
-def verify(path: str, **_: object) -> None:
-    """Read every shard: sizes, checksums, values in range."""
-    from stl_offline.labels.label_set import open_label_set
-
-    label_set = open_label_set(path)
-    for shard in range(len(label_set.shards)):
-        label_set.read_shard(shard)
-    click.echo(f"{path}: all {len(label_set.shards):,} shards are whole")
