@@ -1,6 +1,6 @@
 """The card of a label set: a README for people who find one."""
 
-from stl_offline.labels.spec import Manifest
+from stl_offline.labels.manifest import Manifest
 
 CARD = "README.md"
 

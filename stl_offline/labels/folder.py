@@ -8,7 +8,8 @@ import json
 from typing import Any
 
 from stl_offline.errors import FormatError
-from stl_offline.labels.spec import LabelSpec, Manifest, shard_name
+from stl_offline.labels.manifest import Manifest, shard_name
+from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.storage import Storage
 
 MANIFEST = "manifest.json"

@@ -13,7 +13,8 @@ from stl_offline.labels import containers
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.folder import MANIFEST, RECORDS, read_job, read_manifest
 from stl_offline.labels.label_map import LabelMap
-from stl_offline.labels.spec import LabelSpec, Manifest, ShardRecord
+from stl_offline.labels.manifest import Manifest, ShardRecord
+from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.storage import Storage, open_storage
 
 

@@ -4,14 +4,13 @@ V: views of each picture; Gh, Gw: the token grid; k: classes kept for each cell;
 """
 
 import json
-import re
+import math
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 
 from stl_offline.errors import FormatError, InputError
-from stl_offline.files import canonical_json
 
 FORMAT = "stl-offline label set"
 FORMAT_VERSION = 1
@@ -29,8 +28,6 @@ _LABELER = ("architecture", "weights_sha256", "licence")
 _PREPROCESSING = ("height", "width", "interpolation", "mean", "std", "decoder")
 _SOURCE = ("samples", "fingerprint")
 _VIEWS = {"whole": (), "random": ("seed", "scale", "ratio", "flip")}
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_SHARD_NAME = re.compile(r"labels-\d{5,}-of-\d{5,}(\.[a-z]+)+")
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,8 @@ class LabelSpec:
     class_names: (K,) names, in the order of the class ids; grid: (Gh, Gw); top_k: k; views_per_image: V; labeler:
     what made the labels (architecture, weights_sha256, licence, …); preprocessing: what it saw (height, width,
     interpolation, mean, std, decoder); source: the pictures (samples, fingerprint); views: kind "whole", or "random"
-    with seed, scale, ratio and flip; creation: the settings of the command, without paths and dates.
+    with seed, scale, ratio and flip; creation: the settings of the command, without paths and dates; bounds: what
+    the encodings that the labels went through may have changed (None: this encoding alone).
 
     Raises:
         InputError: a setting that no label set of this version can have.
@@ -59,6 +57,7 @@ class LabelSpec:
     container: str = "zarr"
     value_kind: str = "logits"
     format_version: int = FORMAT_VERSION
+    bounds: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         # Kinds first: what the rest means depends on them.
@@ -76,11 +75,11 @@ class LabelSpec:
             raise InputError("class names must be a list of names, none of them empty")
         if len(set(self.class_names)) != len(self.class_names):
             raise InputError("class names must differ from each other")
-        if len(self.grid) != 2 or not all(_is_count(side) for side in self.grid):
+        if len(self.grid) != 2 or not all(is_count(side) for side in self.grid):
             raise InputError(f"the token grid must be two positive integers (rows, columns), got {self.grid}")
-        if not _is_count(self.top_k) or self.top_k > len(self.class_names):
+        if not is_count(self.top_k) or self.top_k > len(self.class_names):
             raise InputError(f"top-k must lie between 1 and the {len(self.class_names)} classes, got {self.top_k}")
-        if not _is_count(self.views_per_image):
+        if not is_count(self.views_per_image):
             raise InputError(f"views of each picture must be a positive integer, got {self.views_per_image}")
         for name, needed in (
             ("labeler", _LABELER),
@@ -96,7 +95,10 @@ class LabelSpec:
         _plain_json("views", self.views, _VIEWS[kind])
         if kind == "whole" and self.views_per_image != 1:
             raise InputError(f"whole-picture labels have one view of each picture, got {self.views_per_image}")
-        if not _is_count(self.source["samples"]):
+        object.__setattr__(
+            self, "bounds", _check_bounds(ENCODINGS[self.encoding] if self.bounds is None else self.bounds)
+        )
+        if not is_count(self.source["samples"]):
             raise InputError(f"the source's sample count must be a positive integer, got {self.source['samples']!r}")
 
     @property
@@ -126,7 +128,7 @@ class LabelSpec:
             "format_version": self.format_version,
             "value_kind": self.value_kind,
             "encoding": self.encoding,
-            "bounds": dict(ENCODINGS[self.encoding]),
+            "bounds": self.bounds,
             "container": self.container,
             "classes": self.num_classes,
             "class_names": list(self.class_names),
@@ -172,6 +174,7 @@ class LabelSpec:
                 preprocessing=entries["preprocessing"],
                 source=entries["source"],
                 creation=entries["creation"],
+                bounds=entries["bounds"],
             )
             for name, derived in (("classes", spec.num_classes), ("class_id_dtype", spec.id_dtype.name)):
                 if entries[name] != derived:
@@ -183,90 +186,6 @@ class LabelSpec:
         except InputError as error:
             raise FormatError(f"the manifest cannot be used: {error}") from error
         return spec
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """One line of the shard table: file name, first sample's position, sample count, size and SHA-256 of the file."""
-
-    name: str
-    first: int
-    samples: int
-    bytes: int
-    sha256: str
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _SHARD_NAME.fullmatch(self.name):
-            raise FormatError(f"{self.name!r} is no shard's name (labels-00012-of-00064.zarr.zip); the file is refused")
-        if not _is_count(self.samples) or not _is_count(self.bytes) or not _is_count(self.first + 1):
-            raise FormatError(f"the record of {self.name} has an impossible position, count or size")
-        if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
-            raise FormatError(f"the record of {self.name} has no SHA-256")
-
-    def to_json(self) -> dict[str, Any]:
-        """The record as a JSON object."""
-        return {
-            "name": self.name,
-            "first": self.first,
-            "samples": self.samples,
-            "bytes": self.bytes,
-            "sha256": self.sha256,
-        }
-
-    @classmethod
-    def from_json(cls, entries: dict[str, Any]) -> Self:
-        """The inverse of `to_json`; raises FormatError."""
-        try:
-            return cls(**{name: entries[name] for name in ("name", "first", "samples", "bytes", "sha256")})
-        except (KeyError, TypeError) as error:
-            raise FormatError(f"a shard's record lacks an entry or has one of a wrong type: {error}") from error
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """`manifest.json`: the spec and the shard table, whose shards follow each other without gaps."""
-
-    spec: LabelSpec
-    shards: tuple[ShardRecord, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shards", tuple(self.shards))
-        position = 0
-        for index, shard in enumerate(self.shards):
-            expected = shard_name(index, len(self.shards), self.spec.container)
-            if shard.name != expected:
-                raise FormatError(f"shard {index} is named {shard.name}, expected {expected}")
-            if shard.first != position:
-                raise FormatError(f"shard {shard.name} starts at sample {shard.first}, expected {position}")
-            position += shard.samples
-        if position != self.spec.num_samples:
-            raise FormatError(f"the shards hold {position} samples, the source has {self.spec.num_samples}")
-
-    def to_bytes(self) -> bytes:
-        """The bytes of `manifest.json`."""
-        return canonical_json({**self.spec.to_json(), "shards": [shard.to_json() for shard in self.shards]})
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """The inverse of `to_bytes`; raises FormatError."""
-        try:
-            entries = json.loads(data)
-        except ValueError as error:
-            raise FormatError(f"the manifest is no JSON ({error}): cut off or not a label set's") from error
-        spec = LabelSpec.from_json(entries)
-        if not isinstance(entries.get("shards"), list):
-            raise FormatError("the manifest has no shard table")
-        return cls(spec, tuple(ShardRecord.from_json(shard) for shard in entries["shards"]))
-
-
-def shard_name(index: int, num_shards: int, container: str) -> str:
-    """The file name of one shard."""
-    return f"labels-{index:05d}-of-{num_shards:05d}{CONTAINERS[container]}"
-
-
-def shard_range(index: int, num_shards: int, num_samples: int) -> tuple[int, int]:
-    """The half-open range of samples of one shard: sizes differ by at most one."""
-    return index * num_samples // num_shards, (index + 1) * num_samples // num_shards
 
 
 def differences(ours: LabelSpec, theirs: LabelSpec) -> list[str]:
@@ -289,7 +208,18 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _is_count(value: Any) -> bool:
+def _check_bounds(bounds: Any) -> dict[str, float]:
+    known = {name for encoding in ENCODINGS.values() for name in encoding}
+    if not isinstance(bounds, dict) or not bounds or not bounds.keys() <= known:
+        raise InputError(f"the bounds must be some of {', '.join(sorted(known))}, got {_short(bounds)}")
+    for name, value in bounds.items():
+        if not isinstance(value, float) or not (math.isfinite(value) and 0 < value < 1):
+            raise InputError(f"the bound {name} must lie between 0 and 1, got {value!r}")
+    return dict(bounds)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a JSON value is a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

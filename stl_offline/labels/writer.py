@@ -22,7 +22,8 @@ from stl_offline.labels.card import CARD, make_card
 from stl_offline.labels.folder import JOB, LOCK, MANIFEST, PARTIAL, RECORDS, read_job, read_manifest, record_name
 from stl_offline.labels.job import JobLock, try_lock
 from stl_offline.labels.lease import Lease
-from stl_offline.labels.spec import LabelSpec, Manifest, ShardRecord, differences, shard_name, shard_range
+from stl_offline.labels.manifest import Manifest, ShardRecord, shard_name, shard_range
+from stl_offline.labels.spec import LabelSpec, differences
 from stl_offline.labels.storage import open_storage
 
 

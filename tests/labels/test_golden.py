@@ -16,7 +16,8 @@ import zarr
 from stl_offline.files import sha256_bytes
 from stl_offline.labels import containers
 from stl_offline.labels.arrays import ShardArrays
-from stl_offline.labels.spec import CONTAINERS, ENCODINGS, LabelSpec, Manifest, ShardRecord, shard_name
+from stl_offline.labels.manifest import Manifest, ShardRecord, shard_name
+from stl_offline.labels.spec import CONTAINERS, ENCODINGS, LabelSpec
 
 DATA = Path(__file__).parent / "data"
 

@@ -1,0 +1,101 @@
+"""The shard table of a label set, and `manifest.json` as a whole (docs/format.md)."""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Self
+
+from stl_offline.errors import FormatError
+from stl_offline.files import canonical_json
+from stl_offline.labels.spec import CONTAINERS, LabelSpec, is_count
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHARD_NAME = re.compile(r"labels-[0-9]{5,9}-of-[0-9]{5,9}(\.[a-z]+)+")
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One line of the shard table: file name, first sample's position, sample count, size and SHA-256 of the file."""
+
+    name: str
+    first: int
+    samples: int
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _SHARD_NAME.fullmatch(self.name):
+            raise FormatError(f"{self.name!r} is no shard's name (labels-00012-of-00064.zarr.zip); the file is refused")
+        if not is_count(self.samples) or not is_count(self.bytes) or not is_count(self.first + 1):
+            raise FormatError(f"the record of {self.name} has an impossible position, count or size")
+        if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
+            raise FormatError(f"the record of {self.name} has no SHA-256")
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a JSON object."""
+        return {
+            "name": self.name,
+            "first": self.first,
+            "samples": self.samples,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+        }
+
+    @classmethod
+    def from_json(cls, entries: dict[str, Any]) -> Self:
+        """The inverse of `to_json`; raises FormatError."""
+        try:
+            return cls(**{name: entries[name] for name in ("name", "first", "samples", "bytes", "sha256")})
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"a shard's record lacks an entry or has one of a wrong type: {error}") from error
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`: the spec and the shard table, whose shards follow each other without gaps."""
+
+    spec: LabelSpec
+    shards: tuple[ShardRecord, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", tuple(self.shards))
+        position = 0
+        for index, shard in enumerate(self.shards):
+            expected = shard_name(index, len(self.shards), self.spec.container)
+            if shard.name != expected:
+                raise FormatError(f"shard {index} is named {shard.name}, expected {expected}")
+            if shard.first != position:
+                raise FormatError(f"shard {shard.name} starts at sample {shard.first}, expected {position}")
+            position += shard.samples
+        if position != self.spec.num_samples:
+            raise FormatError(f"the shards hold {position} samples, the source has {self.spec.num_samples}")
+
+    def to_bytes(self) -> bytes:
+        """The bytes of `manifest.json`."""
+        return canonical_json({**self.spec.to_json(), "shards": [shard.to_json() for shard in self.shards]})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The inverse of `to_bytes`; raises FormatError."""
+        try:
+            entries = json.loads(data, parse_constant=_refuse)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"the manifest is no JSON ({error}): cut off or not a label set's") from error
+        spec = LabelSpec.from_json(entries)
+        if not isinstance(entries.get("shards"), list):
+            raise FormatError("the manifest has no shard table")
+        return cls(spec, tuple(ShardRecord.from_json(shard) for shard in entries["shards"]))
+
+
+def shard_name(index: int, num_shards: int, container: str) -> str:
+    """The file name of one shard."""
+    return f"labels-{index:05d}-of-{num_shards:05d}{CONTAINERS[container]}"
+
+
+def shard_range(index: int, num_shards: int, num_samples: int) -> tuple[int, int]:
+    """The half-open range of samples of one shard: sizes differ by at most one."""
+    return index * num_samples // num_shards, (index + 1) * num_samples // num_shards
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no JSON number")
