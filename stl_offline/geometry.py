@@ -105,6 +105,37 @@ class View:
         return (left + a, top, -a, d, True) if a < 0 else (left, top, a, d, False)
 
 
+def compose_views(outer_n6: np.ndarray, inner_n6: np.ndarray) -> np.ndarray:
+    """Views within views, many at once: (n, 6) and (n, 6) → outer @ inner, float32 (n, 6).
+
+    Where the inner view is the identity, the outer one comes back to the bit.
+    """
+    outer, inner = (np.asarray(views, dtype=np.float64).reshape(-1, 2, 3) for views in (outer_n6, inner_n6))
+    product = outer[:, :, :2] @ inner
+    product[:, :, 2] += outer[:, :, 2]
+    return np.ascontiguousarray(product.reshape(-1, 6) + 0.0, dtype=np.float32)
+
+
+def cells_in_boxes(boxes_B4: np.ndarray, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """The share of each token's cell that a box of pixels covers: float32 (B, h, w).
+
+    Args:
+        boxes_B4: integers, y0, y1, x0, x1 of each picture's box in pixels.
+        size: (H, W) of the pictures; grid: (h, w) of the tokens. Pixels need not divide into cells.
+    """
+    down = _overlap(boxes_B4[:, 0:2], size[0], grid[0])
+    across = _overlap(boxes_B4[:, 2:4], size[1], grid[1])
+    return down[:, :, None] * across[:, None, :]
+
+
+def _overlap(spans_B2: np.ndarray, pixels: int, cells: int) -> np.ndarray:
+    """Share of each of ``cells`` equal parts of ``pixels`` that lies within a span: float32 (B, cells)."""
+    edges = np.arange(cells + 1) * (pixels / cells)
+    low = np.maximum(spans_B2[:, :1], edges[None, :-1])
+    high = np.minimum(spans_B2[:, 1:], edges[None, 1:])
+    return (np.maximum(high - low, 0) * (cells / pixels)).astype(np.float32)
+
+
 def relative_view(map_view: View, student_view: View) -> View:
     """From the student's output coordinates to the coordinates of a label map made under ``map_view``: M⁻¹·S.
 

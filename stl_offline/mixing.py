@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stl_offline.geometry import cells_in_boxes
+
 
 @dataclass(frozen=True)
 class MixSettings:
@@ -54,10 +56,11 @@ def draw_mix(batch: int, height: int, width: int, settings: MixSettings, generat
     keep[active] = generator.beta(alphas[active], alphas[active])
     boxes = np.zeros((groups, 4), dtype=np.int64)
     cut = np.sqrt(1 - keep)
-    half_height, half_width = (height * cut).astype(np.int64) // 2, (width * cut).astype(np.int64) // 2
-    center_y, center_x = generator.integers(0, height, groups), generator.integers(0, width, groups)
-    boxes[:, 0], boxes[:, 1] = np.clip(center_y - half_height, 0, height), np.clip(center_y + half_height, 0, height)
-    boxes[:, 2], boxes[:, 3] = np.clip(center_x - half_width, 0, width), np.clip(center_x + half_width, 0, width)
+    for start, side in ((0, height), (2, width)):
+        length = (side * cut).astype(np.int64)
+        center = generator.integers(0, side, groups)
+        boxes[:, start] = np.clip(center - length // 2, 0, side)
+        boxes[:, start + 1] = np.clip(center + (length + 1) // 2, 0, side)
     boxes[~(is_box & active)] = 0
     # A box that meets the border covers less than was drawn: the pixels decide.
     covered = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2]) / (height * width)
@@ -101,24 +104,13 @@ def _pixel_keep(mix: Mix, device: torch.device, dtype: torch.dtype) -> Tensor:
     keep = keep[:, None, None, None]
     if not mix.is_box.any():
         return keep
-    inside_y = _overlap(mix.boxes[:, 0:2], mix.height, mix.height)
-    inside_x = _overlap(mix.boxes[:, 2:4], mix.width, mix.width)
-    inside = torch.from_numpy(inside_y[:, None, :, None] * inside_x[:, None, None, :]).to(device, dtype)
+    size = (mix.height, mix.width)
+    inside = torch.from_numpy(cells_in_boxes(mix.boxes, size, size)[:, None]).to(device, dtype)
     return keep * (1 - inside)
 
 
 def _cell_keep(mix: Mix, grid: tuple[int, int], device: torch.device) -> Tensor:
     """Weight of the own label: (B, N), exact to the covered share of each cell."""
-    inside_y = _overlap(mix.boxes[:, 0:2], mix.height, grid[0])
-    inside_x = _overlap(mix.boxes[:, 2:4], mix.width, grid[1])
-    inside = (inside_y[:, :, None] * inside_x[:, None, :]).reshape(len(mix.keep), -1)
+    inside = cells_in_boxes(mix.boxes, (mix.height, mix.width), grid).reshape(len(mix.keep), -1)
     keep = np.where(mix.is_box[:, None], 1 - inside, mix.keep[:, None])
     return torch.from_numpy(keep.astype(np.float32)).to(device)
-
-
-def _overlap(spans: np.ndarray, pixels: int, cells: int) -> np.ndarray:
-    """Share of each of ``cells`` equal parts of ``pixels`` that lies within spans (B, 2) → float32 (B, cells)."""
-    edges = np.arange(cells + 1) * (pixels / cells)
-    low = np.maximum(spans[:, :1], edges[None, :-1])
-    high = np.minimum(spans[:, 1:], edges[None, 1:])
-    return (np.maximum(high - low, 0) * (cells / pixels)).astype(np.float32)

@@ -12,6 +12,10 @@ from numba import njit
 STREAM_VIEW = 1
 STREAM_TOKEN = 2
 STREAM_ORDER = 3
+STREAM_AUGMENT = 4
+STREAM_JITTER = 5
+STREAM_ERASE = 6
+STREAM_LABELS = 7
 
 _M0 = np.uint64(0xD2511F53)
 _M1 = np.uint64(0xCD9E8D57)
@@ -66,3 +70,19 @@ def random_bits(seed, stream, epoch, sample_id, draw):
 def unit_interval(bits):
     """A uint32 as a float64 in [0, 1)."""
     return np.float64(bits) * 2.3283064365386963e-10
+
+
+def uniforms(seed: int, stream: int, epoch: int, sample_ids: np.ndarray, count: int) -> np.ndarray:
+    """``count`` numbers in [0, 1) for each sample: ids (n,) → float64 (n, count)."""
+    numbers = np.empty((len(sample_ids), -(-count // 4) * 4), dtype=np.float64)
+    _fill_uniforms(np.uint64(seed % 2**64), stream, np.uint64(epoch), np.asarray(sample_ids, dtype=np.uint64), numbers)
+    return numbers[:, :count]
+
+
+@njit(cache=True, nogil=True)
+def _fill_uniforms(seed, stream, epoch, sample_ids, numbers):
+    for index in range(len(sample_ids)):
+        for draw in range(numbers.shape[1] // 4):
+            bits = random_bits(seed, stream, epoch, sample_ids[index], draw)
+            for place in range(4):
+                numbers[index, 4 * draw + place] = unit_interval(bits[place])
