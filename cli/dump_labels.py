@@ -2,7 +2,7 @@
 
 import click
 
-from stl_offline.cli.options import NUMBERS, SOURCE_HELP, example, machine_options, option
+from stl_offline.cli.options import NUMBERS, SOURCE_HELP, example, interpolation_option, machine_options, option
 from stl_offline.config import AMP_MODES, DumpConfig
 
 
@@ -27,6 +27,7 @@ from stl_offline.config import AMP_MODES, DumpConfig
 @option("--seed", default=DumpConfig.seed, metavar="N", help="Of the random crops.")
 @option("--scale-min", default=DumpConfig.scale_min, metavar="X", help="Smallest share of the area in a random crop.")
 @option("--flip", default=DumpConfig.flip, metavar="X", help="Chance that a random crop is flipped.")
+@interpolation_option
 @option("--format", default=DumpConfig.format, metavar="NAME", help="Container of the shards: zarr or webdataset.")
 @option(
     "--encoding", default=DumpConfig.encoding, metavar="NAME", help="Of the logits: f16 as they are, or q8, compact."

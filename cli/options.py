@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import click
 
-from stl_offline.config import AMP_MODES, MIX_MODES, MachineConfig, TrainConfig
+from stl_offline.config import AMP_MODES, INTERPOLATIONS, MIX_MODES, MachineConfig, TrainConfig
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -63,6 +63,13 @@ amp_option = option(
     "--amp", default=TrainConfig.amp, type=click.Choice(AMP_MODES), help="Half precision: which, if any."
 )
 
+interpolation_option = option(
+    "--interpolation",
+    default=TrainConfig.interpolation,
+    type=click.Choice(INTERPOLATIONS),
+    help="How crops are resized; the same for labeler and student.",
+)
+
 training_options = together(
     option("--data", required=True, metavar="SRC", help=f"Pictures to learn from: {SOURCE_HELP}."),
     option("--val", metavar="SRC", help="Pictures to measure on after each epoch.  [default: none]"),
@@ -86,6 +93,7 @@ training_options = together(
     option("--scale-min", default=TrainConfig.scale_min, metavar="X", help="Smallest share of the area in a crop."),
     option("--flip", default=TrainConfig.flip, metavar="X", help="Chance of a left-to-right flip."),
     option("--color-jitter", default=TrainConfig.color_jitter, metavar="X", help="Strength; 0: off."),
+    interpolation_option,
     amp_option,
     option("--compile/--no-compile", default=TrainConfig.compile, help="torch.compile the model."),
     option("--token-weight", default=TrainConfig.token_weight, metavar="X", help="Of the token loss; 0: none."),

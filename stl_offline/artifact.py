@@ -31,6 +31,7 @@ class ModelDescription:
     img_size: int
     stage: str  # "labeler" or "student"
     version: int = 1
+    interpolation: str = "area"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

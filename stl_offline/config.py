@@ -14,6 +14,7 @@ TOKEN_TARGETS = ("gumbel", "soft", "argmax")
 RESIDUALS = ("ignore", "uniform")
 VIEW_MODES = ("auto", "random", "replay")
 MIX_MODES = ("batch", "pair", "elem")
+INTERPOLATIONS = ("area", "bilinear", "bicubic")
 AMP_MODES = ("auto", "none", "bf16", "fp16")
 
 
@@ -61,6 +62,7 @@ class TrainConfig(MachineConfig):
     scale_min: float = 0.25  # smallest share of a picture's area that a random crop takes
     flip: float = 0.5
     color_jitter: float = 0.4
+    interpolation: str = "area"  # how crops are resized, antialiased in any case
     amp: str = "auto"
     compile: bool = False
     token_weight: float = 1.0  # weight of the token loss beside the class loss
@@ -85,6 +87,7 @@ class TrainConfig(MachineConfig):
         _require(0 < self.scale_min <= 1, f"scale-min lies in (0, 1], got {self.scale_min}")
         _require(0 <= self.flip <= 1, f"flip lies in [0, 1], got {self.flip}")
         _require(self.color_jitter >= 0, f"color-jitter must not be negative, got {self.color_jitter}")
+        _choose("interpolation", self.interpolation, INTERPOLATIONS)
         _choose("amp", self.amp, AMP_MODES)
         _require(self.token_weight >= 0, f"token-weight must not be negative, got {self.token_weight}")
 
@@ -145,6 +148,7 @@ class DumpConfig(MachineConfig):
     seed: int = 0
     scale_min: float = 0.25
     flip: float = 0.5
+    interpolation: str = "area"
     format: str = "zarr"
     encoding: str = "f16"
     amp: str = "none"
@@ -163,6 +167,7 @@ class DumpConfig(MachineConfig):
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require(0 < self.scale_min <= 1, f"scale-min lies in (0, 1], got {self.scale_min}")
         _require(0 <= self.flip <= 1, f"flip lies in [0, 1], got {self.flip}")
+        _choose("interpolation", self.interpolation, INTERPOLATIONS)
         _choose("amp", self.amp, AMP_MODES)
 
 

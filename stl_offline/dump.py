@@ -22,7 +22,7 @@ from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.job import job_from_environment
 from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.writer import LabelSetWriter
-from stl_offline.loader import TokenLoader
+from stl_offline.loader import DECODER, TokenLoader
 from stl_offline.models import TokenLabeler
 from stl_offline.progress import progress_bar
 from stl_offline.scoring import match_classes
@@ -30,9 +30,6 @@ from stl_offline.views import CropSettings, draw_views, whole_views
 
 # Paths say nothing about a set that its fingerprints do not say better.
 _PRIVATE = ("data", "labeler", "labeler_checkpoint")
-# How pictures become pixels here; a student that does otherwise sees other pixels than its labels speak of.
-INTERPOLATION = "area"
-DECODER = "libjpeg-turbo"
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def _make_spec(config: DumpConfig, named: NamedLabeler, beton: Beton) -> LabelSp
         preprocessing={
             "height": side,
             "width": side,
-            "interpolation": INTERPOLATION,
+            "interpolation": config.interpolation,
             "mean": list(named.model.mean),
             "std": list(named.model.std),
             "decoder": DECODER,
@@ -159,6 +156,7 @@ class _Job:
             mean=self.labeler.mean,
             std=self.labeler.std,
             shuffle=False,
+            interpolation=config.interpolation,
         )
 
     @torch.inference_mode()

@@ -32,6 +32,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         mean=model.pretrained_cfg["mean"],
         std=model.pretrained_cfg["std"],
         shuffle=False,
+        interpolation=description.interpolation,
     )
     views = center_views(beton.heights, beton.widths, config.crop_pct)
     return asdict(evaluate_model(model, loader, views, class_map, pick_amp(config.amp, device)))

@@ -8,8 +8,10 @@
 """
 
 import importlib
+from collections.abc import Callable
 
 import numba.typed
+import numpy as np
 import torch
 from numba import types
 
@@ -23,10 +25,25 @@ finally:
     torch.set_num_threads(_threads)
 
 
+_FILE_BYTES = types.Array(types.uint8, 1, "C", readonly=True)
+_PLACES = types.Array(types.uint64, 1, "C")
+_os_cache = importlib.import_module("ffcv.memory_managers.os_cache")
+
+
 def _state_type(_manager: object) -> types.Type:
     """(the file's bytes, pages' places, pages' sizes), with a type of its own for bytes that are only read."""
-    places = types.Array(types.uint64, 1, "C")
-    return types.Tuple([types.Array(types.uint8, 1, "C", readonly=True), places, places])
+    return types.Tuple([_FILE_BYTES, _PLACES, _PLACES])
 
 
-importlib.import_module("ffcv.memory_managers.os_cache").OSCacheManager.state_type = property(_state_type)
+def _compile_reader(manager: object) -> Callable:
+    """FFCV's reader of a sample's bytes, which it declares with the type that it has turned read-only."""
+
+    def read(address, state):
+        size = state[2][np.searchsorted(state[1], address)]
+        return state[0][address : address + size]
+
+    return _os_cache.Compiler.compile(read, _FILE_BYTES(types.uint64, _state_type(manager)))
+
+
+_os_cache.OSCacheManager.state_type = property(_state_type)
+_os_cache.OSCacheManager.compile_reader = _compile_reader

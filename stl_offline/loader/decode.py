@@ -8,49 +8,66 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import xxhash
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
 from numba import njit, prange
 
+from stl_offline.config import INTERPOLATIONS
+from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
-from stl_offline.loader.native import (
-    TJFLAG_ACCURATEDCT,
-    TJPF_RGB,
-    Decompressors,
-    next_item,
-    resize_area,
-    tj_decompress,
-    tj_header,
+from stl_offline.loader.native import Decompressors, next_item
+from stl_offline.loader.planes import NOTES_INTS, read_jpeg, read_pixels, scratch_bytes
+from stl_offline.loader.resample import (
+    AREA,
+    filter_weights,
+    resample_row,
+    through_shrinking,
+    through_upsampling,
+    write_row,
 )
 
-# What is known of each picture, int64: where its bytes are, how many, its size, and whether they are plain pixels.
-_POINTER, _SIZE, _HEIGHT, _WIDTH, _RAW = range(5)
-_HEADER_INTS = 16  # one cache line of int32 for each worker
+# For the manifests of label sets: other decoders, or whole decodes, give slightly other pixels.
+DECODER = "libjpeg-turbo at a DCT scale"
+# What is known of each picture, int64: where its bytes are, how many, its size, whether they are plain pixels, and
+# whether they were found to be those of the source.
+_POINTER, _SIZE, _HEIGHT, _WIDTH, _RAW, _SOUND = range(6)
 _PAGE_BYTES = 4096
+_SLACK = 64
 
 
 class ViewCrop(Operation):
     """FFCV operation for the image field: decode, cut the sample's view out, resize it to (H, W), mirror it.
 
-    Output: uint8 (B, H, W, 3). Views must be axis-aligned crops (`stl_offline.loader.loader.check_views`). JPEGs are
-    decoded exactly as Pillow and torchvision decode them (accurate integer DCT); the resizing is OpenCV's area
-    interpolation. A picture that cannot be decoded gives zeros, and `take_broken` then names its sample: compiled code
-    must not raise. It runs once a batch, and what it calls is compiled by this module, so FFCV need not compile it.
+    Output: uint8 (B, H, W, 3). Views must be axis-aligned crops (`stl_offline.loader.loader.check_views`);
+    interpolation: one of `stl_offline.loader.resample`. A picture that cannot be decoded gives zeros, and
+    `take_broken` then names its sample: compiled code must not raise. It runs once a batch, and what it calls is
+    compiled by this module, so FFCV need not compile it.
+
+    Raises:
+        InputError: an unknown interpolation.
     """
 
-    def __init__(self, image_size: tuple[int, int], workers: int, beton: Beton) -> None:
+    def __init__(self, image_size: tuple[int, int], workers: int, beton: Beton, interpolation: str = "area") -> None:
         super().__init__()
+        if interpolation not in INTERPOLATIONS:
+            raise InputError(f"the interpolation is one of {', '.join(INTERPOLATIONS)}; got {interpolation!r}")
         self.image_size = image_size
-        columns = (beton.pointers, beton.sizes, beton.heights, beton.widths, beton.raw)
+        self._filter = INTERPOLATIONS.index(interpolation)
+        columns = (beton.pointers, beton.sizes, beton.heights, beton.widths, beton.raw, np.zeros(len(beton)))
         self._table = np.stack([np.asarray(column, dtype=np.int64) for column in columns], axis=1)
-        decoded_bytes = (self._table[:, _HEIGHT] * self._table[:, _WIDTH] * 3)[self._table[:, _RAW] == 0]
+        needed = max(scratch_bytes(*numbers) for numbers in self._table[:, [_HEIGHT, _WIDTH, _SIZE]].tolist())
         # Whole pages, so that workers never share a cache line. Only what pictures touch becomes real memory.
-        scratch_bytes = -(-int(decoded_bytes.max(initial=1)) // _PAGE_BYTES) * _PAGE_BYTES
-        self._scratch = np.empty((workers, scratch_bytes), dtype=np.uint8)
+        self._scratch = np.empty((workers, -(-needed // _PAGE_BYTES) * _PAGE_BYTES), dtype=np.uint8)
+        # Zeros, because weights of zero are multiplied with whatever lies behind a line's end.
+        widest = int(self._table[:, _WIDTH].max(initial=1))
+        self._lines = np.zeros((workers, 2 * widest + 3 * image_size[1] + _SLACK), dtype=np.float32)
         self._decompressors = Decompressors(workers)
-        self._headers = np.zeros((workers, _HEADER_INTS), dtype=np.int32)
+        self._notes = np.zeros((workers, NOTES_INTS), dtype=np.int64)
         self._broken = np.zeros(1, dtype=np.int64)
+        self._content_hashes = beton.content_hashes
+        self._read_before = beton.raw.copy()
         self._views: np.ndarray | None = None
 
     def set_views(self, views: np.ndarray) -> None:
@@ -63,6 +80,18 @@ class ViewCrop(Operation):
         broken = int(self._broken[0])
         self._broken[0] = 0
         return broken - 1 if broken else None
+
+    def _look_at_bytes(self, ids: np.ndarray, storage: np.ndarray) -> None:
+        """Find out, once, which JPEGs are stored as their sources had them: later readings may stop at what they need.
+
+        After a batch, when the bytes are in memory. Those that packing had to encode are always decoded whole, since
+        a warning of the decoder is the only sign of damage there.
+        """
+        for sample in ids[~self._read_before[ids]].tolist():
+            start = self._table[sample, _POINTER]
+            data = storage[start : start + self._table[sample, _SIZE]]
+            self._table[sample, _SOUND] = xxhash.xxh3_64_intdigest(data) == self._content_hashes[sample]
+            self._read_before[sample] = True
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         query = AllocationQuery((*self.image_size, 3), np.dtype("u1"))
@@ -81,11 +110,14 @@ class ViewCrop(Operation):
                 self._table,
                 self._views,
                 self._scratch,
-                handles,
-                self._headers,
+                self._lines,
+                self._notes,
+                self._filter,
                 self._broken,
                 counter,
+                handles,
             )
+            self._look_at_bytes(batch_indices, storage_state[0])
             return destination
 
         return view_crop
@@ -109,104 +141,120 @@ def pixel_box(view, height, width):
 
 
 @njit(cache=True, nogil=True)
-def resize_into(source, top, bottom, left, right, target):
-    """Resize rows top:bottom and columns left:right of ``source`` (h, w, 3) to fill ``target`` (H, W, 3); uint8."""
-    resize_area(
-        0,
-        source.ctypes.data,
-        source.shape[0],
-        source.shape[1],
-        top,
-        bottom,
-        left,
-        right,
-        target.ctypes.data,
-        target.shape[0],
-        target.shape[1],
-    )
+def choose_shrink(kind, box_height, box_width, height, width):
+    """At which 1/n of its size to decode a JPEG, of whose box an output of height × width is made; 0: no resizing."""
+    if box_height == height and box_width == width:
+        return 0
+    # Chosen by the sharpness that is left (docs/benchmarks.md): a mean of two pixels has more to lose from being made
+    # of halves than the wider filters.
+    ratio = min(box_height / height, box_width / width)
+    if ratio >= 12:
+        return 8
+    if ratio >= 6:
+        return 4
+    return 2 if ratio >= (2.5 if kind == AREA else 2.0) else 1
 
 
 @njit(cache=True, nogil=True)
-def mirror(picture):
-    """Swap left and right of (H, W, 3) in place."""
-    width = picture.shape[1]
-    for row in range(picture.shape[0]):
-        for column in range(width // 2):
-            for channel in range(3):
-                kept = picture[row, column, channel]
-                picture[row, column, channel] = picture[row, width - 1 - column, channel]
-                picture[row, width - 1 - column, channel] = kept
+def resize_planes(planes, box, sizes, shrink, across, down, is_rgb, mirrored, kind, lines, target):
+    """Resize a box of three planes to fill ``target``, uint8 (H, W, 3).
+
+    planes: uint8 (h, w) each, of a picture of ``sizes`` (rows, columns), all ``shrink`` times smaller, the second
+    and third also ``down`` and ``across`` times; box: (top, left, height, width) in pixels of the picture, floats;
+    kind: the filter's number; lines: float32 scratch.
+    """
+    rows, columns = target.shape[0], target.shape[1]
+    result = lines[: 3 * columns].reshape((3, columns))
+    line = lines[3 * columns :]
+    tops, down_weights = filter_weights(kind, box[0], box[2], rows, sizes[0])
+    lefts, across_weights = filter_weights(kind, box[1], box[3], columns, sizes[1])
+    colour_tops, colour_down = _stored_weights(tops, down_weights, sizes[0], down, shrink)
+    colour_lefts, colour_across = _stored_weights(lefts, across_weights, sizes[1], across, shrink)
+    tops, down_weights = _stored_weights(tops, down_weights, sizes[0], 1, shrink)
+    lefts, across_weights = _stored_weights(lefts, across_weights, sizes[1], 1, shrink)
+    for row in range(rows):
+        resample_row(planes[0], tops[row], down_weights[row], lefts, across_weights, line, result[0])
+        for number in (1, 2):
+            resample_row(
+                planes[number], colour_tops[row], colour_down[row], colour_lefts, colour_across, line, result[number]
+            )
+        write_row(result, is_rgb, mirrored, target[row])
 
 
 @njit(cache=True, nogil=True)
-def decode_jpeg(handle, data, pixels, header):
-    """Decode a JPEG into ``pixels`` (h, w, 3); False if it is damaged or has another size. ``header``: scratch."""
-    place = header.ctypes.data
-    if tj_header(handle, data.ctypes.data, data.size, place, place + 4, place + 8, place + 12) != 0:
-        return False
-    height, width = pixels.shape[0], pixels.shape[1]
-    if header[0] != width or header[1] != height:
-        return False
-    # −1 also for mere warnings, after which libjpeg has painted something over the damage. Packed JPEGs have none.
-    failed = tj_decompress(
-        handle,
-        data.ctypes.data,
-        data.size,
-        pixels.ctypes.data,
-        width,
-        3 * width,
-        height,
-        TJPF_RGB,
-        TJFLAG_ACCURATEDCT,
-    )
-    return failed == 0
+def _stored_weights(firsts, weights, pixels, factor, shrink):
+    """Weights on a picture's ``pixels`` → weights on what is stored of them."""
+    if factor > 1:
+        pixels = -(-pixels // factor)
+        firsts, weights = through_upsampling(firsts, weights, factor, pixels)
+    if shrink > 1:
+        firsts, weights = through_shrinking(firsts, weights, shrink, -(-pixels // shrink))
+    return firsts, weights
 
 
 @njit(cache=True, nogil=True)
-def _decode_sample(data, is_raw, height, width, view, target, scratch, handle, header):
-    size = height * width * 3
-    if is_raw:
-        if data.size < size:
+def _decode_sample(data, picture, view, kind, target, scratch, lines, handle, notes):
+    height, width = picture[_HEIGHT], picture[_WIDTH]
+    top, bottom, left, right, mirrored = pixel_box(view, height, width)
+    box_height, box_width = bottom - top, right - left
+    box = (np.float64(top), np.float64(left), np.float64(box_height), np.float64(box_width))
+    if picture[_RAW]:
+        if data.size < 3 * height * width:
             return False
-        pixels = data[:size].reshape((height, width, 3))
-    else:
-        pixels = scratch[:size].reshape((height, width, 3))
-        if not decode_jpeg(handle, data, pixels, header):
-            return False
-    top, bottom, left, right, flipped = pixel_box(view, height, width)
-    resize_into(pixels, top, bottom, left, right, target)
-    if flipped:
-        mirror(target)
+        planes = read_pixels(data, width, top, bottom, left, right, scratch)
+        box = (0.0, 0.0, box[2], box[3])
+        resize_planes(planes, box, (box_height, box_width), 1, 1, 1, True, mirrored, kind, lines, target)
+        return True
+    shrink = choose_shrink(kind, box_height, box_width, target.shape[0], target.shape[1])
+    status, planes, across, down = read_jpeg(
+        handle, data, height, width, bottom, shrink, picture[_SOUND] != 0, scratch, notes
+    )
+    if status < 0:
+        return False
+    if status == 1:
+        shrink = 1
+    resize_planes(planes, box, (height, width), shrink, across, down, status == 1, mirrored, kind, lines, target)
     return True
 
 
 @njit(cache=True, nogil=True)
-def _work(batch_indices, destination, storage, table, views, scratch, handle, header, broken, counter):
+def _work(ids, destination, storage, table, views, scratch, lines, notes, kind, broken, counter, handle):
     # Pictures differ in size by a hundred times, so each worker takes the next one when it is free.
     while True:
         place = next_item(counter)
-        if place >= len(batch_indices):
+        if place >= len(ids):
             break
-        sample = batch_indices[place]
+        sample = ids[place]
         picture = table[sample]
         # A slice never reaches past the file's end, whatever the table says.
         data = storage[picture[_POINTER] : picture[_POINTER] + picture[_SIZE]]
         target = destination[place]
-        if not _decode_sample(
-            data, picture[_RAW] != 0, picture[_HEIGHT], picture[_WIDTH], views[sample], target, scratch, handle, header
-        ):
+        if not _decode_sample(data, picture, views[sample], kind, target, scratch, lines, handle, notes):
             target[:] = 0
             broken[0] = sample + 1
 
 
 @njit(cache=True, nogil=True)
-def _decode_batch(ids, destination, storage, table, views, scratch, handles, headers, broken, counter):
-    _work(ids, destination, storage, table, views, scratch[0], handles[0], headers[0], broken, counter)
+def _decode_batch(ids, destination, storage, table, views, scratch, lines, notes, kind, broken, counter, handles):
+    _work(ids, destination, storage, table, views, scratch[0], lines[0], notes[0], kind, broken, counter, handles[0])
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _decode_batch_parallel(ids, destination, storage, table, views, scratch, handles, headers, broken, counter):
+def _decode_batch_parallel(
+    ids, destination, storage, table, views, scratch, lines, notes, kind, broken, counter, handles
+):
     for worker in prange(len(handles)):
         _work(
-            ids, destination, storage, table, views, scratch[worker], handles[worker], headers[worker], broken, counter
+            ids,
+            destination,
+            storage,
+            table,
+            views,
+            scratch[worker],
+            lines[worker],
+            notes[worker],
+            kind,
+            broken,
+            counter,
+            handles[worker],
         )

@@ -45,6 +45,7 @@ class TokenLoader:
         tokens: what token targets to give; needs ``cache``.
         cache: the labels, in the .beton's order.
         rank, world_size: this process and how many share the samples.
+        interpolation: "area", "bilinear" or "bicubic" (`stl_offline.loader.resample`).
 
     Raises:
         InputError: an argument that cannot be used, or a cache that belongs to another .beton.
@@ -68,6 +69,7 @@ class TokenLoader:
         cache: TokenCache | None = None,
         rank: int = 0,
         world_size: int = 1,
+        interpolation: str = "area",
     ) -> None:
         if batch_size < 1 or min(image_size) < 1:
             raise InputError(f"batch size and image size must be positive, got {batch_size} and {image_size}")
@@ -94,7 +96,7 @@ class TokenLoader:
         self._thread: EpochThread | None = None
         self._views: np.ndarray | None = None
         workers = usable_workers(workers)
-        self._crop = ViewCrop(self.image_size, workers, beton)
+        self._crop = ViewCrop(self.image_size, workers, beton, interpolation)
         pipelines: dict[str, Any] = {
             "image": PipelineSpec("image", self._crop),
             "class_id": None,

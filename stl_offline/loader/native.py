@@ -16,27 +16,31 @@ from numba.extending import intrinsic
 
 # TurboJPEG's constants (turbojpeg.h, 2.0 and later).
 TJPF_RGB = 0
+TJCS_YCBCR = 1
+TJERR_WARNING = 0
 TJFLAG_ACCURATEDCT = 4096
 
 # FFCV's own extension is linked against libturbojpeg, so looking a name up in it finds TurboJPEG's functions too.
 _SYMBOLS = {
-    "stl_offline_resize": _ffcv_library.resize,
     "stl_offline_tj_header": _ffcv_library.tjDecompressHeader3,
     "stl_offline_tj_decompress": _ffcv_library.tjDecompress2,
+    "stl_offline_tj_planes": _ffcv_library.tjDecompressToYUVPlanes,
+    "stl_offline_tj_error_code": _ffcv_library.tjGetErrorCode,
 }
 for _name, _function in _SYMBOLS.items():
     llvmlite.binding.add_symbol(_name, ctypes.cast(_function, ctypes.c_void_p).value)
 
 _int, _long, _ulong = types.int32, types.int64, types.uint64
 
-# resize(unused, source, rows, columns, first row, end row, first column, end column, target, rows, columns): area.
-resize_area = types.ExternalFunction("stl_offline_resize", types.void(*[_long] * 11))
 # tjDecompressHeader3(handle, jpeg, bytes, &width, &height, &subsampling, &colour space) → 0 or −1.
 tj_header = types.ExternalFunction("stl_offline_tj_header", _int(_long, _long, _ulong, _long, _long, _long, _long))
 # tjDecompress2(handle, jpeg, bytes, target, width, pitch, height, pixel format, flags) → 0 or −1.
 tj_decompress = types.ExternalFunction(
     "stl_offline_tj_decompress", _int(_long, _long, _ulong, _long, _int, _int, _int, _int, _int)
 )
+# tjDecompressToYUVPlanes(handle, jpeg, bytes, planes, width, strides or 0, height, flags) → 0 or −1.
+tj_planes = types.ExternalFunction("stl_offline_tj_planes", _int(_long, _long, _ulong, _long, _int, _long, _int, _int))
+tj_error_code = types.ExternalFunction("stl_offline_tj_error_code", _int(_long))
 
 
 @intrinsic

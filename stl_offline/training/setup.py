@@ -76,6 +76,7 @@ class Stage:
             std=self.std,
             rank=self.world.rank,
             world_size=self.world.size,
+            interpolation=self.config.interpolation,
             **tokens,
         )
 
@@ -96,6 +97,7 @@ class Stage:
             shuffle=False,
             rank=self.world.rank,
             world_size=self.world.size,
+            interpolation=self.config.interpolation,
         )
         views = center_views(self.val.heights, self.val.widths)
         class_map = match_classes(self.val, self.train.class_names, "the training pictures")
@@ -124,7 +126,13 @@ def prepare(config: TrainConfig, stage: str) -> Stage:
     world = join_world(device)
     train = ensure_beton(config.data, skip_broken=config.skip_broken)
     val = ensure_beton(config.val, skip_broken=config.skip_broken) if config.val else None
-    description = ModelDescription(token_model_name(config.model), train.class_names, config.img_size, stage)
+    description = ModelDescription(
+        token_model_name(config.model),
+        train.class_names,
+        config.img_size,
+        stage,
+        interpolation=config.interpolation,
+    )
     # The weights' first values come from the seed, whatever ran before.
     torch.manual_seed(config.seed)
     model = timm.create_model(

@@ -1,10 +1,11 @@
 """How many pictures a second the loader gives with token targets, against the same loader without.
 
-    python tests/benchmarks/loader_speed.py PICTURES [--workers 2] [--rounds 7]
+    python tests/benchmarks/loader_speed.py PICTURES [--labels SET] [--workers 2] [--rounds 7]
 
-PICTURES is anything that `stl-offline pack` takes. The labels are random numbers of the right shapes (1,000 classes,
-k = 5): what they say does not change the work. Rounds alternate, so that a machine that is busy with other things
-slows both sides; the table gives medians of the rounds' ratios.
+PICTURES is anything that `stl-offline pack` takes, SET a label set of them. Beside it stand random labels of 1,000
+classes, k = 5: neighbouring cells of a real map share classes, theirs do not, so they are the most work that a map of
+that size can be. Rounds alternate, so that a machine that is busy with other things slows both sides; the table gives
+medians of the rounds' ratios.
 """
 
 import argparse
@@ -15,6 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from stl_offline.images.pack import ensure_beton
+from stl_offline.labels.cache import build_token_cache
+from stl_offline.labels.label_set import open_label_set
 from stl_offline.loader import TokenLoader
 from stl_offline.targets import TokenTargets
 from stl_offline.views import CropSettings, draw_views
@@ -50,6 +53,7 @@ def run_epoch(loader: TokenLoader, beton, epoch: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pictures", type=Path)
+    parser.add_argument("--labels", help="a label set of the pictures")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -70,9 +74,14 @@ def main() -> None:
         )
 
     plain = make()
+    caches = {f"random, {side}×{side}": random_cache(len(beton), side) for side in (14, 28)}
+    if arguments.labels:
+        labels = open_label_set(arguments.labels)
+        name = "real, {}×{}".format(*labels.spec.grid)
+        caches[name] = build_token_cache(labels, beton.keys, beton.content_hashes, beton.class_names)
     others = {
-        (kind, side): make(tokens=TokenTargets(kind, STUDENT_GRID, m=5), cache=random_cache(len(beton), side))
-        for side in (14, 28)
+        (kind, name): make(tokens=TokenTargets(kind, STUDENT_GRID, m=5), cache=cache)
+        for name, cache in caches.items()
         for kind in ("gumbel", "soft")
     }
     for loader in (plain, *others.values()):
@@ -89,9 +98,9 @@ def main() -> None:
     print(f"without targets: {np.median(rates):.0f} pictures a second, {arguments.workers} workers")
     print("| targets | maps | pictures a second, of without | by processor time |")
     print("|---|---|---|---|")
-    for (kind, side), pairs in ratios.items():
+    for (kind, name), pairs in ratios.items():
         clock, processor = np.median(pairs, axis=0)
-        print(f"| {kind} | {side}×{side} | {clock:.1%} | {processor:.1%} |")
+        print(f"| {kind} | {name} | {clock:.1%} | {processor:.1%} |")
 
 
 if __name__ == "__main__":

@@ -69,9 +69,10 @@ def test_batches_are_the_readers_own(load, views):
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, 5])
-def test_going_on_in_the_middle_gives_the_batches_that_would_have_come(load, views, start):
-    whole = list(load().epoch(2, views))
-    rest = list(load(workers=2).epoch(2, views, start_batch=start))
+@pytest.mark.parametrize("share", [{}, {"rank": 1, "world_size": 2, "batch_size": 2}])
+def test_going_on_in_the_middle_gives_the_batches_that_would_have_come(load, views, start, share):
+    whole = list(load(**share).epoch(2, views))
+    rest = list(load(workers=2, **share).epoch(2, views, start_batch=start))
     assert len(rest) == len(whole) - start
     assert all(equal(*pair) for pair in zip(rest, whole[start:], strict=True))
 

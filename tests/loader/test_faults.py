@@ -64,6 +64,27 @@ def test_a_damaged_picture_is_named_in_its_batch(load, own, damage, workers):
         list(loader.epoch(1, whole_views(len(own))))
 
 
+def test_damage_below_a_crop_is_found(load, own):
+    # Sound JPEGs are read no further than a crop needs: whether they are sound, their bytes say, not their name.
+    sample = 14
+    own_bytes = own.stored_bytes(sample)
+    overwrite(own, sample, len(own_bytes) - 60, bytes(range(58)))
+    views = whole_views(len(own))
+    views[:, 4] = 0.2
+    for epoch in range(3):
+        with pytest.raises(InputError, match="picture 014"):
+            list(load(own).epoch(epoch, views, sample_ids=np.array([sample])))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_sound_picture_that_is_damaged_later(load, own, workers):
+    loader = load(own, workers=workers, shuffle=False)
+    assert len(list(loader.epoch(0, whole_views(len(own))))) == 5
+    cut_entropy_data(own, 14)
+    with pytest.raises(InputError, match="picture 014"):
+        list(loader.epoch(1, whole_views(len(own))))
+
+
 def test_a_file_that_is_cut_off_is_refused(load, own):
     os.truncate(own.path, int(own.pointers[-1] + own.sizes[-1] // 2))
     with pytest.raises(FormatError, match="cut off"):

@@ -58,7 +58,11 @@ def test_random_crops_are_cut_and_resized_by_area(load, beton, decoded, views, w
         expected = cv2.resize(decoded[sample][top:bottom, left:right], (28, 20), interpolation=cv2.INTER_AREA)
         expected = expected[:, ::-1] if flipped else expected
         flips += flipped
-        assert np.abs(pictures[sample].astype(int) - expected.astype(int)).max() <= 1
+        # JPEG colours are rounded and clipped once here; libjpeg and OpenCV do it after enlarging, turning to RGB and
+        # resizing.
+        error = np.abs(pictures[sample].astype(int) - expected.astype(int))
+        assert error.max() <= (1 if beton.raw[sample] else 4)
+        assert error.mean() < 0.6
     assert 0 < flips < len(beton)
 
 
@@ -75,6 +79,11 @@ def test_views_change_between_epochs_of_one_loader(load, beton, views):
     crops, whole = shown(loader, views), shown(loader, whole_views(len(beton)), epoch=1)
     assert sum((crops[sample] != whole[sample]).any() for sample in crops) > len(beton) - 3
     np.testing.assert_array_equal(crops[4], shown(loader, views, epoch=2)[4])
+
+
+def test_an_unknown_interpolation_is_refused(load):
+    with pytest.raises(InputError, match="area, bilinear, bicubic; got 'lanczos'"):
+        load(interpolation="lanczos")
 
 
 def test_pictures_are_normalised_per_channel(load, beton, decoded, views):

@@ -1,0 +1,117 @@
+"""Pictures a second: our crops against FFCV's own random-resized-crop decoder, on the same .beton.
+
+    python tests/benchmarks/decoder_speed.py PICTURES [--workers 2] [--rounds 5]
+
+PICTURES is anything that `stl-offline pack` takes. Both sides draw crops of the same distribution, load them through
+FFCV's loader and end in the same normalised float32 batches. Rounds alternate; the table gives medians of the rounds'
+ratios, by the clock and by processor time.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stl_offline.config import INTERPOLATIONS
+from stl_offline.images.pack import ensure_beton
+from stl_offline.loader import TokenLoader
+from stl_offline.loader.batch import ToDevice
+from stl_offline.loader.threads import torch_threads_kept
+from stl_offline.views import CropSettings, draw_views
+
+# isort: split
+from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+from ffcv.loader import Loader, OrderOption
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BATCH = 64
+
+
+def stock(beton, side: int, scale: tuple[float, float], workers: int):
+    """One epoch of FFCV's own decoder, as a function that gives the number of pictures."""
+    with torch_threads_kept():
+        loader = Loader(
+            str(beton.path),
+            BATCH,
+            num_workers=workers,
+            os_cache=True,
+            order=OrderOption.RANDOM,
+            seed=0,
+            drop_last=False,
+            batches_ahead=2,
+            pipelines={
+                "image": [RandomResizedCropRGBImageDecoder((side, side), scale=scale)],
+                "class_id": None,
+                "key_hash": None,
+                "content_hash": None,
+            },
+        )
+    to_device = ToDevice(torch.device("cpu"), side, MEAN, STD)
+
+    def run(_: int) -> int:
+        with torch_threads_kept():
+            return sum(len(to_device.images(pixels)) for (pixels,) in loader)
+
+    return run
+
+
+def ours(beton, side: int, scale: tuple[float, float], workers: int, interpolation: str):
+    """One epoch of this package's loader."""
+    loader = TokenLoader(
+        beton,
+        (side, side),
+        BATCH,
+        workers=workers,
+        seed=0,
+        device="cpu",
+        mean=MEAN,
+        std=STD,
+        interpolation=interpolation,
+    )
+
+    def run(epoch: int) -> int:
+        views = draw_views(
+            0, epoch, np.arange(len(beton)), beton.heights, beton.widths, CropSettings(scale=scale, flip=0.0)
+        )
+        return sum(len(batch) for batch in loader.epoch(epoch, views))
+
+    return run
+
+
+def measure(run, epoch: int) -> tuple[float, float]:
+    clock, processor = time.perf_counter(), time.process_time()
+    run(epoch)
+    return time.perf_counter() - clock, time.process_time() - processor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    beton = ensure_beton(str(arguments.pictures))
+    print("| output | crops' area | interpolation | FFCV's pictures a second | ours ÷ FFCV's | by processor time |")
+    print("|---|---|---|---|---|---|")
+    for side, scale in ((224, (0.25, 1.0)), (224, (0.08, 1.0)), (128, (0.25, 1.0)), (64, (0.25, 1.0))):
+        base = stock(beton, side, scale, arguments.workers)
+        mine = {name: ours(beton, side, scale, arguments.workers, name) for name in INTERPOLATIONS}
+        for run in (base, *mine.values()):
+            run(0)
+        for name, run in mine.items():
+            ratios, rates = [], []
+            for round_ in range(arguments.rounds):
+                sides = (base, run) if round_ % 2 else (run, base)
+                times = {id(part): measure(part, round_) for part in sides}
+                ratios.append(np.divide(times[id(base)], times[id(run)]))
+                rates.append(len(beton) / times[id(base)][0])
+            clock, processor = np.median(ratios, axis=0)
+            crops = f"{scale[0]:.0%}–{scale[1]:.0%}"
+            rate = np.median(rates)
+            print(f"| {side} | {crops} | {name} | {rate:.0f} | {clock:.2f} | {processor:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
