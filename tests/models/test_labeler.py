@@ -49,12 +49,20 @@ def test_evaluation_mode_survives_train():
     assert not any(module.training for module in labeler.modules())
 
 
-LINEAR = ["test_resnet", "test_efficientnet", "swin_s3_tiny_224", "mixer_s32_224", "vit_tiny_gap", "resnetv2_50"]
+SWIN = {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 4, 8)}
+LINEAR = {
+    "test_resnet": {},
+    "test_efficientnet": {},
+    "swin_tiny_patch4_window7_224": SWIN,
+    "mixer_s32_224": {},
+    "test_vit": {"global_pool": "avg", "fc_norm": False},
+    "resnetv2_50": {"layers": (1, 1, 1, 1)},
+}
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", sorted(LINEAR))
 def test_mean_of_positions_is_the_class_logits(name):
-    model = build("test_vit", global_pool="avg", fc_norm=False) if name == "vit_tiny_gap" else build(name)
+    model = build(name, **LINEAR[name])
     labeler = TokenLabeler(model)
     size = model.pretrained_cfg["input_size"][-1]
     images = picture(2, size, size)
@@ -75,7 +83,9 @@ def test_positions_follow_the_picture_row_by_row():
     changed[..., 80:, :16] += 3.0
     difference = (labeler(images)[1] - labeler(changed)[1]).abs().sum(-1).unflatten(1, (3, 5))[0]
     assert difference.argmax() == 2 * 5
-    nhwc = TokenLabeler(build("swin_s3_tiny_224", img_size=(96, 160), window_size=(3, 5)), img_size=(96, 160))
+    nhwc = TokenLabeler(
+        build("swin_tiny_patch4_window7_224", img_size=(96, 160), window_size=(3, 5), **SWIN), img_size=(96, 160)
+    )
     assert nhwc.grid_size(96, 160) == (3, 5)
     difference = (nhwc(images)[1] - nhwc(changed)[1]).abs().sum(-1).unflatten(1, (3, 5))[0]
     assert difference.argmax() == 2 * 5
