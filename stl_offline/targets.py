@@ -20,7 +20,8 @@ import numpy as np
 from numba import njit
 
 from stl_offline.errors import InputError
-from stl_offline.labels.align import is_identity, is_on_map, neighbours, roi_align_topk_into
+from stl_offline.labels.align import neighbours, roi_align_topk_into
+from stl_offline.labels.relative import WHOLE_MAP, holds_map, is_identity, is_in_window
 from stl_offline.random import STREAM_TOKEN, random_bits, unit_interval
 
 KINDS = ("gumbel", "soft", "argmax")
@@ -75,7 +76,7 @@ class TokenTargets:
 
 
 def target_numbers(targets: TokenTargets, num_classes: int) -> tuple:
-    """The settings as the numbers that `token_targets_into` takes after the relative view."""
+    """The settings as the numbers that `token_targets_into` takes after the window."""
     return (
         KINDS.index(targets.kind),
         targets.sampling_ratio,
@@ -96,6 +97,7 @@ def token_targets(
     seed: int,
     epoch: int,
     sample_id: int,
+    window: tuple[float, float, float, float] = WHOLE_MAP,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One sample's token targets, as the loader makes them.
 
@@ -105,6 +107,7 @@ def token_targets(
         relative_view: (2, 3), from the student's unit coordinates to the map's.
         num_classes: K.
         seed, epoch, sample_id: what the draws depend on.
+        window: (left, right, top, bottom) of what the student can see of the map, in the map's unit coordinates.
 
     Returns:
         ids (N, columns) int32 and weights (N, columns) float32.
@@ -116,6 +119,7 @@ def token_targets(
         np.ascontiguousarray(probabilities, dtype=np.float32),
         np.ascontiguousarray(confidence, dtype=np.float32),
         np.asarray(relative_view, dtype=np.float64).ravel(),
+        tuple(float(edge) for edge in window),
         *target_numbers(targets, num_classes),
         np.uint64(seed % 2**64),
         np.uint64(epoch),
@@ -132,29 +136,12 @@ def token_targets(
 
 
 @njit(cache=True, nogil=True)
-def relative_view_into(map_view, student_view, relative):
-    """M⁻¹·S of two views of six float32 each, as six float64 that hold float32 numbers; equal views: the identity."""
-    determinant = np.float64(map_view[0]) * map_view[4] - np.float64(map_view[1]) * map_view[3]
-    a = map_view[4] / determinant
-    b = -map_view[1] / determinant
-    c = -map_view[3] / determinant
-    d = map_view[0] / determinant
-    shift_u = np.float64(student_view[2]) - map_view[2]
-    shift_v = np.float64(student_view[5]) - map_view[5]
-    relative[0] = np.float32(a * student_view[0] + b * student_view[3])
-    relative[1] = np.float32(a * student_view[1] + b * student_view[4])
-    relative[2] = np.float32(a * shift_u + b * shift_v)
-    relative[3] = np.float32(c * student_view[0] + d * student_view[3])
-    relative[4] = np.float32(c * student_view[1] + d * student_view[4])
-    relative[5] = np.float32(c * shift_u + d * shift_v)
-
-
-@njit(cache=True, nogil=True)
 def token_targets_into(
     class_ids,
     probabilities,
     confidence,
     relative,
+    window,
     kind,
     s,
     uniform_residual,
@@ -173,14 +160,16 @@ def token_targets_into(
 ):
     """`token_targets` without checks or allocation, for compiled pipelines.
 
-    scratch: (K,) float32, zeros on entry and on return; touched: (K,) int32; aligned_ids, aligned_probabilities:
-    (h, w, kept) and covered: (h, w), any content ("gumbel" leaves them alone); out_ids, out_weights: (h, w, columns).
+    relative: (6,) float64; window: four floats, what can be seen of the map; scratch: (K,) float32, zeros on entry and
+    on return; touched: (K,) int32; aligned_ids, aligned_probabilities: (h, w, kept) and covered: (h, w), any content
+    ("gumbel" leaves them alone); out_ids, out_weights: (h, w, columns).
     """
     if kind == _GUMBEL:
         _draw_classes(
             class_ids,
             probabilities,
             relative,
+            window,
             s,
             uniform_residual,
             num_classes,
@@ -200,6 +189,7 @@ def token_targets_into(
             relative[3],
             relative[4],
             relative[5],
+            window,
             s,
             scratch,
             touched,
@@ -217,6 +207,7 @@ def _draw_classes(
     class_ids,
     probabilities,
     relative,
+    window,
     s,
     uniform_residual,
     num_classes,
@@ -232,6 +223,7 @@ def _draw_classes(
         rows == map_rows
         and columns == map_columns
         and is_identity(relative[0], relative[1], relative[2], relative[3], relative[4], relative[5])
+        and holds_map(window)
     )
     for row in range(rows):
         for column in range(columns):
@@ -246,7 +238,7 @@ def _draw_classes(
                 u = (column + (point % s + 0.5) / s) / columns
                 x = relative[0] * u + relative[1] * v + relative[2]
                 y = relative[3] * u + relative[4] * v + relative[5]
-                if not is_on_map(x, y):
+                if not is_in_window(x, y, window):
                     continue
                 left, right, to_right = neighbours(x, map_columns)
                 top, bottom, to_bottom = neighbours(y, map_rows)

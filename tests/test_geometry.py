@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from stl_offline.errors import InputError
-from stl_offline.geometry import View, relative_view
+from stl_offline.geometry import View, cells_in_boxes, compose_views, relative_view
 
 sides = st.floats(2.0**-6, 1.0, width=32)
 offsets = st.floats(-0.5, 1.0, width=32)
@@ -126,3 +126,19 @@ def test_a_rotation_has_no_box():
         View(np.array([[1, 0, 0], [0, -1, 1]])).box()
     with pytest.raises(TypeError):
         View.identity() @ 3
+
+
+@given(st.lists(st.tuples(views(), crops), min_size=1, max_size=4))
+def test_many_products_at_once_are_the_single_ones(pairs):
+    outer, inner = (np.stack([view.matrix.ravel() for view in side]) for side in zip(*pairs, strict=True))
+    expected = [(first @ second).matrix.ravel() for first, second in pairs]
+    np.testing.assert_allclose(compose_views(outer, inner), expected, rtol=1e-6, atol=1e-7)
+    identity = np.tile(View.identity().matrix.ravel(), (len(pairs), 1))
+    np.testing.assert_array_equal(compose_views(outer, identity), outer)
+
+
+def test_boxes_cover_parts_of_cells():
+    # Nine pixels are two rows of 4.5: rows 3 to 7 cover a third of the first and 2.5 of 4.5 of the second.
+    shares = cells_in_boxes(np.array([[3, 7, 0, 4], [0, 0, 0, 0], [0, 9, 0, 8]]), (9, 8), (2, 4))
+    np.testing.assert_allclose(shares[0], np.outer([1.5 / 4.5, 2.5 / 4.5], [1, 1, 0, 0]), atol=1e-6)
+    np.testing.assert_array_equal(shares[1:], [np.zeros((2, 4)), np.ones((2, 4))])

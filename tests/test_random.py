@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numba import njit
 
-from stl_offline.random import STREAM_TOKEN, STREAM_VIEW, philox, random_bits, unit_interval
+from stl_offline.random import STREAM_TOKEN, STREAM_VIEW, philox, random_bits, uniforms, unit_interval
 
 ONES = 0xFFFFFFFF
 
@@ -83,3 +83,17 @@ def test_draws_are_uniform():
         assert ((counts - 250) ** 2 / 250).sum() < 37.7
     correlations = np.corrcoef(drawn.T.astype(float)) - np.eye(4)
     assert abs(correlations).max() < 0.06
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_uniforms_of_many_samples_are_those_of_each(count):
+    ids = np.array([3, 2**33, 0])
+    numbers = uniforms(2**63 + 5, STREAM_TOKEN, 7, ids, count)
+    assert numbers.shape == (3, count)
+    for sample, row in zip(ids.tolist(), numbers, strict=True):
+        drawn = [
+            call_unit(np.uint32(bits))
+            for draw in range(2)
+            for bits in call_bits(np.uint64(2**63 + 5), STREAM_TOKEN, np.uint64(7), np.uint64(sample), np.uint32(draw))
+        ]
+        np.testing.assert_array_equal(row, drawn[:count])

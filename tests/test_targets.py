@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from stl_offline.errors import InputError
 from stl_offline.geometry import View, relative_view
 from stl_offline.labels.align import roi_align_topk
-from stl_offline.targets import TokenTargets, relative_view_into, token_targets
+from stl_offline.labels.relative import relative_view_into
+from stl_offline.targets import TokenTargets, token_targets
 from tests import targets_by_hand as by_hand
 
 GRID, CLASSES, STORED = (3, 5), 11, 4

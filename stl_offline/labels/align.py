@@ -13,11 +13,7 @@ from numba import njit
 
 from stl_offline.errors import InputError
 from stl_offline.geometry import View
-
-# A view this near to the identity is the identity: views are stored in float32.
-IDENTITY_TOLERANCE = 1e-6
-# A sample point this far outside the map is still on it, for the same reason.
-EDGE_TOLERANCE = 1e-6
+from stl_offline.labels.relative import WHOLE_MAP, holds_map, is_identity, is_in_window, is_within
 
 
 def roi_align_topk(
@@ -72,6 +68,7 @@ def roi_align_topk(
         np.ascontiguousarray(class_ids),
         np.ascontiguousarray(probabilities, dtype=np.float32),
         *(float(number) for number in matrix.ravel()),
+        WHOLE_MAP,
         int(sampling_ratio),
         np.zeros(classes, dtype=np.float32),
         np.empty(classes, dtype=np.int32),
@@ -80,27 +77,6 @@ def roi_align_topk(
         out_covered,
     )
     return out_ids, out_probabilities, out_covered
-
-
-@njit(cache=True, nogil=True)
-def is_identity(r00, r01, r02, r10, r11, r12):
-    """Whether a relative view is the identity to `IDENTITY_TOLERANCE`."""
-    return (
-        abs(r00 - 1.0) <= IDENTITY_TOLERANCE
-        and abs(r01) <= IDENTITY_TOLERANCE
-        and abs(r02) <= IDENTITY_TOLERANCE
-        and abs(r10) <= IDENTITY_TOLERANCE
-        and abs(r11 - 1.0) <= IDENTITY_TOLERANCE
-        and abs(r12) <= IDENTITY_TOLERANCE
-    )
-
-
-@njit(cache=True, nogil=True)
-def is_on_map(x, y):
-    """Whether a point (unit coordinates of the map) lies on it."""
-    low = -EDGE_TOLERANCE
-    high = 1.0 + EDGE_TOLERANCE
-    return low <= x <= high and low <= y <= high
 
 
 @njit(cache=True, nogil=True)
@@ -121,6 +97,7 @@ def roi_align_topk_into(
     r10,
     r11,
     r12,
+    window,
     s,
     scratch,
     touched,
@@ -130,13 +107,15 @@ def roi_align_topk_into(
 ):
     """`roi_align_topk` without checks or allocation, for compiled pipelines.
 
-    class_ids, probabilities: (Gh, Gw, k); r00 … r12: the relative view's rows as floats; s: sampling ratio; scratch:
-    (K,) float32, zeros on entry and on return; touched: (K,) int32, any content; out_ids: (h, w, m) int32;
+    class_ids, probabilities: (Gh, Gw, k); r00 … r12: the relative view's rows as floats; window: what can be seen of
+    the map (`WHOLE_MAP`: all), four floats; samples outside count as off the map; s: sampling ratio; scratch: (K,)
+    float32, zeros on entry and on return; touched: (K,) int32, any content; out_ids: (h, w, m) int32;
     out_probabilities: (h, w, m) float32; out_covered: (h, w) float32. Every class id must be below K.
     """
     map_rows, map_columns, stored = class_ids.shape
     rows, columns, _ = out_ids.shape
-    if rows == map_rows and columns == map_columns and is_identity(r00, r01, r02, r10, r11, r12):
+    same = rows == map_rows and columns == map_columns and is_identity(r00, r01, r02, r10, r11, r12)
+    if same and holds_map(window):
         for row in range(rows):
             for column in range(columns):
                 _copy_cell(
@@ -149,7 +128,19 @@ def roi_align_topk_into(
         return
     if r01 == 0.0 and r10 == 0.0:
         _align_crop(
-            class_ids, probabilities, r00, r02, r11, r12, s, scratch, touched, out_ids, out_probabilities, out_covered
+            class_ids,
+            probabilities,
+            r00,
+            r02,
+            r11,
+            r12,
+            window,
+            s,
+            scratch,
+            touched,
+            out_ids,
+            out_probabilities,
+            out_covered,
         )
         return
     share = 1.0 / (s * s)
@@ -163,7 +154,7 @@ def roi_align_topk_into(
                     u = (column + (j + 0.5) / s) / columns
                     x = r00 * u + r01 * v + r02
                     y = r10 * u + r11 * v + r12
-                    if not is_on_map(x, y):
+                    if not is_in_window(x, y, window):
                         continue
                     covered += 1
                     left, right, to_right = neighbours(x, map_columns)
@@ -191,13 +182,15 @@ def roi_align_topk_into(
 
 @njit(cache=True, nogil=True)
 def _align_crop(
-    class_ids, probabilities, r00, r02, r11, r12, s, scratch, touched, out_ids, out_probabilities, out_covered
+    class_ids, probabilities, r00, r02, r11, r12, window, s, scratch, touched, out_ids, out_probabilities, out_covered
 ):
     """A crop's rows and columns are independent, so the s·s·4 visits of a cell become a few weighted map cells."""
     map_rows, map_columns, stored = class_ids.shape
     rows, columns, _ = out_ids.shape
-    row_cells, row_weights, row_counts, row_covered = _axis_weights(r11, r12, s, rows, map_rows)
-    column_cells, column_weights, column_counts, column_covered = _axis_weights(r00, r02, s, columns, map_columns)
+    row_cells, row_weights, row_counts, row_covered = _axis_weights(r11, r12, window[2], window[3], s, rows, map_rows)
+    column_cells, column_weights, column_counts, column_covered = _axis_weights(
+        r00, r02, window[0], window[1], s, columns, map_columns
+    )
     for row in range(rows):
         for column in range(columns):
             count = 0
@@ -220,9 +213,9 @@ def _align_crop(
 
 
 @njit(cache=True, nogil=True)
-def _axis_weights(scale, shift, s, outputs, cells):
+def _axis_weights(scale, shift, start, end, s, outputs, cells):
     """Along one axis, the map cells under each output cell: (outputs, 2s) indices and float32 weights, how many of
-    them, and the share of samples that lie on the map."""
+    them, and the share of samples that lie between ``start`` and ``end``, the window's edges."""
     indices = np.empty((outputs, 2 * s), dtype=np.int64)
     weights = np.empty((outputs, 2 * s), dtype=np.float32)
     counts = np.zeros(outputs, dtype=np.int64)
@@ -231,7 +224,7 @@ def _axis_weights(scale, shift, s, outputs, cells):
         count = 0
         for sample in range(s):
             position = scale * ((output + (sample + 0.5) / s) / outputs) + shift
-            if not is_on_map(position, 0.5):
+            if not is_within(position, start, end):
                 continue
             covered[output] += 1.0 / s
             low, high, to_high = neighbours(position, cells)

@@ -5,7 +5,7 @@ n: samples of the .beton; B: batch; H, W: picture; N: tokens; m: targets a token
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from ffcv.loader import Loader
 from ffcv.pipeline import Compiler, PipelineSpec
 
 from stl_offline.errors import FormatError, InputError
+from stl_offline.geometry import compose_views
 from stl_offline.images.beton import Beton
 from stl_offline.labels.cache import TokenCache
 from stl_offline.loader.batch import Batch, ToDevice
@@ -43,7 +44,7 @@ class TokenLoader:
         shuffle: a new order each epoch, from (seed, epoch) alone; else the .beton's order.
         drop_last: leave the last, smaller batch out.
         tokens: what token targets to give; needs ``cache``.
-        cache: the labels, in the .beton's order.
+        cache: the labels, in the .beton's order; or several, of which each sample reads one.
         rank, world_size: this process and how many share the samples.
         interpolation: "area", "bilinear" or "bicubic" (`stl_offline.loader.resample`).
 
@@ -66,7 +67,7 @@ class TokenLoader:
         shuffle: bool = True,
         drop_last: bool = False,
         tokens: TokenTargets | None = None,
-        cache: TokenCache | None = None,
+        cache: TokenCache | Sequence[TokenCache] | None = None,
         rank: int = 0,
         world_size: int = 1,
         interpolation: str = "area",
@@ -75,12 +76,17 @@ class TokenLoader:
             raise InputError(f"batch size and image size must be positive, got {batch_size} and {image_size}")
         if not 0 <= rank < world_size:
             raise InputError(f"the rank must lie in 0 … {world_size - 1}, got {rank}")
-        if (tokens is None) != (cache is None):
+        caches = () if cache is None else tuple(cache) if isinstance(cache, Sequence) else (cache,)
+        if (tokens is None) != (not caches):
             raise InputError("token targets need both what to give (tokens) and labels (cache)")
-        if cache is not None and len(cache.labelled) != len(beton):
-            raise InputError(
-                f"the token cache is of {len(cache.labelled):,} samples, {beton.path} of {len(beton):,}: join them anew"
-            )
+        for one in caches:
+            if len(one.labelled) != len(beton):
+                raise InputError(
+                    f"the token cache is of {len(one.labelled):,} samples, {beton.path} of {len(beton):,}: "
+                    "join them anew"
+                )
+            if one.num_classes != caches[0].num_classes:
+                raise InputError(f"token caches of {caches[0].num_classes} and of {one.num_classes} classes cannot mix")
         if min(std) <= 0:
             raise InputError(f"std must be positive, got {tuple(std)}")
         _check_size(beton)
@@ -95,6 +101,8 @@ class TokenLoader:
         self._to_device = ToDevice(self.device, self.image_size[1], mean, std)
         self._thread: EpochThread | None = None
         self._views: np.ndarray | None = None
+        self._warps: np.ndarray | None = None
+        self._epoch = 0
         workers = usable_workers(workers)
         self._crop = ViewCrop(self.image_size, workers, beton, interpolation)
         pipelines: dict[str, Any] = {
@@ -104,8 +112,8 @@ class TokenLoader:
             "content_hash": None,
         }
         self._draw = None
-        if tokens is not None and cache is not None:
-            self._draw = TokenDraw(tokens, cache, workers, seed)
+        if tokens is not None:
+            self._draw = TokenDraw(tokens, caches, workers, seed)
             pipelines["class_id"] = PipelineSpec("class_id", self._draw)
         # The operations call code that this package has compiled, and that numba keeps on disk. FFCV would compile its
         # part anew for every loader.
@@ -131,7 +139,9 @@ class TokenLoader:
         epoch: int,
         views: np.ndarray,
         *,
+        warps: np.ndarray | None = None,
         map_index: np.ndarray | None = None,
+        cache_index: np.ndarray | None = None,
         start_batch: int = 0,
         sample_ids: np.ndarray | None = None,
     ) -> Epoch:
@@ -140,7 +150,10 @@ class TokenLoader:
         Args:
             epoch: its number, from 0: sets the order and what token targets draw.
             views: float32 (n, 6): every sample's view, by sample id; axis-aligned crops inside the picture.
+            warps: float32 (n, 6): how each sample's pixels are moved within its crop after loading, as a view of
+                it. Targets are for the moved pixels; the batch carries its warps to whoever moves them.
             map_index: int64 (n,): which of its stored maps each sample's targets come from; the first by default.
+            cache_index: int64 (n,): which of several caches; the first by default.
             start_batch: batches to leave out at the start, to go on in the middle of an epoch.
             sample_ids: these samples in this order instead of all.
 
@@ -153,6 +166,12 @@ class TokenLoader:
         """
         self.close()
         views = check_views(views, len(self.beton))
+        shown = views
+        if warps is not None:
+            warps = np.ascontiguousarray(warps, dtype=np.float32)
+            if warps.shape != views.shape or not np.isfinite(warps).all():
+                raise InputError(f"warps must be finite numbers of the views' shape {views.shape}, got {warps.shape}")
+            shown = compose_views(views, warps)
         if sample_ids is not None:
             order = np.asarray(sample_ids, dtype=np.int64)
             if order.ndim != 1 or (order.size and (order.min() < 0 or order.max() >= len(self.beton))):
@@ -166,10 +185,10 @@ class TokenLoader:
             raise InputError(f"start_batch must lie in 0 … {len(batches)}, got {start_batch}")
         self._crop.set_views(views)
         if self._draw is not None:
-            self._draw.set_epoch(epoch, views, map_index)
-        elif map_index is not None:
-            raise InputError("map_index was given to a loader without token targets")
-        self._views = views
+            self._draw.set_epoch(epoch, views, shown, map_index, cache_index)
+        elif map_index is not None or cache_index is not None:
+            raise InputError("map_index or cache_index was given to a loader without token targets")
+        self._views, self._warps, self._epoch = shown, warps, epoch
         self._thread = EpochThread(self._ffcv, batches[start_batch:], self._buffers, self._check_batch)
         return Epoch(self._thread, self._make_batch)
 
@@ -201,6 +220,8 @@ class TokenLoader:
             token_ids=token_ids,
             token_weights=token_weights,
             views=torch.from_numpy(self._views[ids]),
+            warps=None if self._warps is None else torch.from_numpy(self._warps[ids]),
+            epoch=self._epoch,
             sample_ids=to_device.copy(ids, torch.int64),
         )
 

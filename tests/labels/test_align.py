@@ -13,6 +13,7 @@ from torchvision.ops import roi_align
 from stl_offline.errors import InputError
 from stl_offline.geometry import View, relative_view
 from stl_offline.labels.align import roi_align_topk, roi_align_topk_into
+from stl_offline.labels.relative import WHOLE_MAP
 
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
 seeds = st.integers(0, 2**32 - 1)
@@ -187,7 +188,9 @@ def test_the_kernel_leaves_its_scratch_row_clean():
     ids, probabilities = make_map(2, (7, 4), 5, 100, np.uint32)
     scratch, touched = np.zeros(100, np.float32), np.full(100, -7, np.int32)
     out_ids, out, covered = np.empty((3, 2, 2), np.int32), np.empty((3, 2, 2), np.float32), np.empty((3, 2), np.float32)
-    roi_align_topk_into(ids, probabilities, 0.9, 0.1, -0.2, 0.0, 0.8, 0.1, 3, scratch, touched, out_ids, out, covered)
+    roi_align_topk_into(
+        ids, probabilities, 0.9, 0.1, -0.2, 0.0, 0.8, 0.1, WHOLE_MAP, 3, scratch, touched, out_ids, out, covered
+    )
     assert not scratch.any()
     matrix = np.array([[0.9, 0.1, -0.2], [0, 0.8, 0.1]])
     expected = roi_align_topk(ids, probabilities, matrix, (3, 2), 3, 2)
