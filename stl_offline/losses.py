@@ -6,12 +6,14 @@ Stage 1 (STL, arXiv 2401.03844, section 3.1): CE(class logits, y) + w · CE(mean
 Stage 2 (section 3.2): CE(class logits, y) + w · mean over tokens of CE(token logits, token target).
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # Logits worked on at once: bounds the extra memory at any class count, and on CPUs keeps them in the cache.
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 19
 GPU_CHUNK_ELEMENTS = 1 << 24
 
 
@@ -42,9 +44,8 @@ def token_cross_entropy(
         A float32 scalar. No dense target is made, and backward makes the gradient of the logits and nothing else of
         that size.
     """
-    classes = token_logits_BNK.shape[-1]
     return _SparseCrossEntropy.apply(
-        token_logits_BNK.reshape(-1, classes),
+        token_logits_BNK,
         token_ids_BNm.reshape(-1, token_ids_BNm.shape[-1]),
         token_weights_BNm.reshape(-1, token_weights_BNm.shape[-1]).float(),
         float(smoothing),
@@ -55,12 +56,12 @@ class _SparseCrossEntropy(torch.autograd.Function):
     """mass · logsumexp(z) − Σ_i a_i z_i − u · mean(z): listed weights a_i, evenly spread mass u; rows T = B·N.
 
     The gradient, mass · p − a − u/K, is made in forward, chunk by chunk while a chunk's numbers lie in the cache, so
-    backward only scales it.
+    backward only scales it, if at all.
     """
 
     @staticmethod
-    def forward(ctx, logits_TK: Tensor, ids_Tm: Tensor, weights_Tm: Tensor, smoothing: float) -> Tensor:
-        classes = logits_TK.shape[1]
+    def forward(ctx, logits_BNK: Tensor, ids_Tm: Tensor, weights_Tm: Tensor, smoothing: float) -> Tensor:
+        classes = logits_BNK.shape[2]
         spread = ids_Tm < 0
         mass_T = weights_Tm.sum(dim=1)
         norm = mass_T.sum().clamp(min=torch.finfo(torch.float32).tiny)
@@ -68,31 +69,51 @@ class _SparseCrossEntropy(torch.autograd.Function):
         even_T = (smoothing * mass_T + (1 - smoothing) * (weights_Tm * spread).sum(dim=1)) / (norm * classes)
         mass_T = mass_T / norm
         safe_ids_Tm = ids_Tm.clamp(min=0)
-        total = logits_TK.new_zeros((), dtype=torch.float32)
-        ctx.gradient_TK = torch.empty_like(logits_TK) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(logits_TK):
-            part_tK = logits_TK[rows].float()
-            p_tK = torch.softmax(part_tK, dim=1)
+        # Looking at numbers on a GPU would wait for it.
+        has_even = smoothing > 0 or logits_BNK.device.type != "cpu" or bool(even_T.any())
+        total = logits_BNK.new_zeros((), dtype=torch.float32)
+        gradient_TK = None
+        if ctx.needs_input_grad[0]:
+            gradient_TK = logits_BNK.new_empty(len(mass_T), classes)
+        in_place = gradient_TK is not None and gradient_TK.dtype == torch.float32
+        for pictures, tokens, rows in _chunks(logits_BNK):
+            # Where the logits are part of a larger tensor, a chunk at a time is copied, not all of them.
+            part_tK = logits_BNK[pictures, tokens].reshape(-1, classes).float()
+            p_tK = torch.softmax(part_tK, dim=1, out=gradient_TK[rows] if in_place else None)
             # log Σ exp(z) = max(z) − log(max p): the exponentials are taken once, not twice.
             logsumexp_t = part_tK.amax(dim=1) - p_tK.amax(dim=1).log()
             total += torch.dot(mass_T[rows], logsumexp_t)
             total -= torch.dot(listed_Tm[rows].flatten(), part_tK.gather(1, safe_ids_Tm[rows]).flatten())
-            total -= torch.dot(even_T[rows], part_tK.sum(dim=1))
-            if ctx.gradient_TK is not None:
-                p_tK.mul_(mass_T[rows, None]).sub_(even_T[rows, None])
+            if has_even:
+                total -= torch.dot(even_T[rows], part_tK.sum(dim=1))
+            if gradient_TK is not None:
+                p_tK.mul_(mass_T[rows, None])
+                if has_even:
+                    p_tK.sub_(even_T[rows, None])
                 p_tK.scatter_add_(1, safe_ids_Tm[rows], -listed_Tm[rows])
-                ctx.gradient_TK[rows] = p_tK
+                if not in_place:
+                    gradient_TK[rows] = p_tK
+        ctx.gradient_BNK = None if gradient_TK is None else gradient_TK.view(logits_BNK.shape)
         return total
 
     @staticmethod
     def backward(ctx, factor: Tensor):
-        if ctx.gradient_TK is None:
+        if ctx.gradient_BNK is None:
             raise RuntimeError("token_cross_entropy keeps its gradient for one backward; call it again for another")
-        gradient_TK, ctx.gradient_TK = ctx.gradient_TK, None
-        return gradient_TK.mul_(factor.to(gradient_TK.dtype)), None, None, None
+        gradient_BNK, ctx.gradient_BNK = ctx.gradient_BNK, None
+        if factor.device.type != "cpu" or factor.item() != 1.0:
+            gradient_BNK.mul_(factor.to(gradient_BNK.dtype))
+        return gradient_BNK, None, None, None
 
 
-def _chunks(logits_TK: Tensor) -> list[slice]:
-    elements = CHUNK_ELEMENTS if logits_TK.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    rows = max(1, elements // max(1, logits_TK.shape[1]))
-    return [slice(start, start + rows) for start in range(0, len(logits_TK), rows)]
+def _chunks(logits_BNK: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Which pictures, which of their tokens, and which rows of T = B·N these are: whole pictures, or parts of one."""
+    batch, tokens, classes = logits_BNK.shape
+    rows = (CHUNK_ELEMENTS if logits_BNK.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // max(1, classes)
+    pictures = max(1, rows // max(1, tokens))
+    step = max(1, min(rows, tokens))
+    for first in range(0, batch, pictures):
+        last = min(first + pictures, batch)
+        for start in range(0, tokens, step):
+            end = min(start + step, tokens)
+            yield slice(first, last), slice(start, end), slice(first * tokens + start, (last - 1) * tokens + end)

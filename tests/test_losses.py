@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from stl_offline import losses
 from stl_offline.losses import soft_cross_entropy, token_cross_entropy
@@ -53,6 +54,15 @@ def test_sparse_loss_and_gradient_equal_the_dense_definition(batch, tokens, clas
     torch.testing.assert_close(gradient.double(), expected_gradient.double(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [1.0, -2.5])
+def test_the_gradient_carries_the_factor_before_the_loss(factor):
+    logits = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    ids, weights = torch.arange(20).view(2, 5, 2) % 9, torch.full((2, 5, 2), 0.4)
+    (factor * token_cross_entropy(logits, ids, weights)).backward()
+    (expected,) = torch.autograd.grad(factor * dense_loss(logits, ids, weights, 0.0), logits)
+    torch.testing.assert_close(logits.grad, expected)
+
+
 def test_one_hot_tokens_equal_torchs_cross_entropy():
     logits = torch.randn(3, 4, 11)
     ids = torch.randint(0, 11, (3, 4, 1))
@@ -74,13 +84,17 @@ def test_unlabelled_tokens_count_for_nothing():
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-def test_chunks_change_nothing(monkeypatch):
-    logits = torch.randn(2, 9, 13, requires_grad=True)
-    ids, weights = torch.randint(-1, 13, (2, 9, 3)), torch.rand(2, 9, 3)
-    whole = token_cross_entropy(logits, ids, weights, 0.1)
+@pytest.mark.parametrize("elements", [1, 30, 150])
+def test_chunks_change_nothing(monkeypatch, elements):
+    generator = torch.Generator().manual_seed(2)
+    # Without the first token, as of a model that has one for the class: not contiguous.
+    logits = torch.randn(3, 10, 13, generator=generator, requires_grad=True)
+    ids = torch.randint(-1, 13, (3, 9, 3), generator=generator)
+    weights = torch.rand(3, 9, 3, generator=generator)
+    whole = token_cross_entropy(logits[:, 1:].contiguous(), ids, weights, 0.1)
     (whole_gradient,) = torch.autograd.grad(whole, logits)
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 30)
-    parts = token_cross_entropy(logits, ids, weights, 0.1)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", elements)
+    parts = token_cross_entropy(logits[:, 1:], ids, weights, 0.1)
     (parts_gradient,) = torch.autograd.grad(parts, logits)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(parts_gradient, whole_gradient)
@@ -96,6 +110,24 @@ def test_low_precision_logits_are_worked_on_in_float32(dtype):
     assert loss.dtype == torch.float32
     assert logits.grad.dtype == dtype
     torch.testing.assert_close(loss, token_cross_entropy(logits.detach().float(), ids, weights))
+
+
+def test_many_classes_take_no_memory_of_their_size():
+    # 21,841 classes: beside logits and gradient nothing may grow with tokens · classes.
+    logits = torch.randn(2, 96, 21_841, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    ids, weights = torch.randint(0, 21_841, (2, 96, 5)), torch.full((2, 96, 5), 0.2)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        token_cross_entropy(logits, ids, weights).backward()
+    held = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    size = logits.numel() * 4
+    assert held >= size  # the gradient, which stays
+    assert most < 1.25 * size
+    expected = logits.detach().softmax(dim=-1).scatter_add(2, ids, -weights) / 192
+    torch.testing.assert_close(logits.grad, expected, atol=1e-8, rtol=1e-4)
 
 
 def test_class_loss_equals_timms():

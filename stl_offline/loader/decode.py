@@ -20,7 +20,7 @@ from stl_offline.images.beton import Beton
 from stl_offline.loader.native import Decompressors, next_item
 from stl_offline.loader.planes import NOTES_INTS, read_jpeg, read_pixels, scratch_bytes
 from stl_offline.loader.resample import (
-    AREA,
+    BILINEAR,
     filter_weights,
     resample_row,
     through_shrinking,
@@ -145,14 +145,13 @@ def choose_shrink(kind, box_height, box_width, height, width):
     """At which 1/n of its size to decode a JPEG, of whose box an output of height × width is made; 0: no resizing."""
     if box_height == height and box_width == width:
         return 0
-    # Chosen by the sharpness that is left (docs/benchmarks.md): a mean of two pixels has more to lose from being made
-    # of halves than the wider filters.
+    # Chosen by the sharpness that is left (docs/benchmarks.md). The triangle is the softest filter, so it loses least.
     ratio = min(box_height / height, box_width / width)
     if ratio >= 12:
         return 8
     if ratio >= 6:
         return 4
-    return 2 if ratio >= (2.5 if kind == AREA else 2.0) else 1
+    return 2 if ratio >= (2.0 if kind == BILINEAR else 2.5) else 1
 
 
 @njit(cache=True, nogil=True)

@@ -17,7 +17,7 @@ from numba import njit
 
 from stl_offline.config import INTERPOLATIONS
 
-AREA, _BILINEAR, _BICUBIC = range(len(INTERPOLATIONS))
+AREA, BILINEAR, _BICUBIC = range(len(INTERPOLATIONS))
 _ONE, _TWO, _THREE, _FOUR, _FIVE, _SIX, _SEVEN = (np.uint64(number) for number in range(1, 8))
 _EPSILON = 1e-6  # of a pixel: boxes are computed from float32 views
 
@@ -32,7 +32,7 @@ def filter_weights(kind, start, length, outputs, pixels):
     """
     scale = length / outputs
     wide = max(scale, 1.0)
-    reach = scale / 2 if kind == AREA else wide * (1.0 if kind == _BILINEAR else 2.0)
+    reach = scale / 2 if kind == AREA else wide * (1.0 if kind == BILINEAR else 2.0)
     taps = int(np.ceil(2 * reach)) + 2
     lowest = int(np.floor(start + _EPSILON))
     highest = min(int(np.ceil(start + length - _EPSILON)), pixels)
@@ -108,7 +108,7 @@ def _trimmed(weights):
 @njit(cache=True, nogil=True)
 def _kernel(kind, x):
     x = abs(x)
-    if kind == _BILINEAR:
+    if kind == BILINEAR:
         return max(1.0 - x, 0.0)
     if x < 1.0:
         return (1.5 * x - 2.5) * x * x + 1.0

@@ -30,8 +30,11 @@ def random_cache(samples: int, side: int):
     draw = np.random.default_rng(0)
     shape = (samples, 1, side, side, STORED)
     probabilities = -np.sort(-draw.dirichlet(np.full(STORED + 5, 0.3), size=shape[:-1])[..., :STORED], axis=-1)
+    # No class twice in a cell: steps from one to the next are at least one, and never go around.
+    steps = draw.integers(1, CLASSES // STORED, shape)
+    class_ids = (draw.integers(0, CLASSES, (*shape[:-1], 1)) + steps.cumsum(axis=-1)) % CLASSES
     return SimpleNamespace(
-        class_ids=draw.integers(0, CLASSES, shape).astype(np.uint16),
+        class_ids=class_ids.astype(np.uint16),
         probabilities=probabilities.astype(np.float32),
         confidence=probabilities[..., 0].astype(np.float32),
         views=np.tile(np.array([1, 0, 0, 0, 1, 0], dtype=np.float32), (samples, 1, 1)),
@@ -78,7 +81,8 @@ def main() -> None:
     if arguments.labels:
         labels = open_label_set(arguments.labels)
         name = "real, {}×{}".format(*labels.spec.grid)
-        caches[name] = build_token_cache(labels, beton.keys, beton.content_hashes, beton.class_names)
+        # The pictures may be of some of the classes only: that makes no difference here.
+        caches[name] = build_token_cache(labels, beton.keys, beton.content_hashes, labels.spec.class_names)
     others = {
         (kind, name): make(tokens=TokenTargets(kind, STUDENT_GRID, m=5), cache=cache)
         for name, cache in caches.items()

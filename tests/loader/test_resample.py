@@ -17,13 +17,13 @@ from stl_offline.images.beton import BetonWriter, open_beton
 from stl_offline.images.encode import encode_image
 from stl_offline.loader.decode import choose_shrink, resize_planes
 from stl_offline.views import whole_views
-from tests.loader.test_pixels import shown
+from tests.loader.test_pixels import by_area, shown
 
 
 def expected(pixels, size, interpolation):
     """uint8 (H, W, 3) → float (h, w, 3), by torchvision with antialiasing, or OpenCV's area."""
     if interpolation == "area":
-        return cv2.resize(pixels.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
+        return by_area(pixels, size)
     image = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)
     resized = tv.resize(image, list(size), InterpolationMode[interpolation.upper()], antialias=True)
     return resized.clamp(0, 255).permute(1, 2, 0).numpy()
@@ -50,8 +50,6 @@ sides = st.integers(1, 40)
 def test_filters_are_those_of_torchvision_and_opencv(shape, size, kind, data):
     top, left = (data.draw(st.integers(0, side - 1)) for side in shape)
     height, width = shape[0] - top, shape[1] - left
-    if kind == "area" and (height < size[0]) != (width < size[1]):
-        return  # OpenCV takes its filter for enlarging along both axes then, and aliases along the other
     mirrored = data.draw(st.booleans())
     pixels = np.random.default_rng(sum(shape)).integers(0, 256, (*shape, 3), dtype=np.uint8)
     ours = resized(pixels, (top, left, height, width), size, kind, mirrored)
@@ -159,17 +157,11 @@ def test_pixels_stay_the_same_when_rows_below_are_left_out(load, large, interpol
 
 
 def test_a_jpeg_is_shrunk_only_where_its_crop_is_large():
-    area, *wider = range(3)
-    assert choose_shrink(area, 50, 50, 50, 50) == 0
-    for kind in wider:
-        assert [choose_shrink(kind, 20 * n, 35 * n, 20, 30) for n in (1, 1.9, 2, 5.9, 6, 11.9, 12, 50)] == [
-            1,
-            1,
-            2,
-            2,
-            4,
-            4,
-            8,
-            8,
-        ]
-    assert [choose_shrink(area, 60 * n, 20 * n, 30, 20) for n in (2, 2.4, 2.5, 6)] == [1, 1, 2, 4]
+    area, bilinear, bicubic = range(3)
+    ratios = (1, 1.9, 2, 2.4, 2.5, 5.9, 6, 11.9, 12, 50)
+    shrinks = {kind: [choose_shrink(kind, 20 * n, 35 * n, 20, 30) for n in ratios] for kind in range(3)}
+    assert shrinks[bilinear] == [1, 1, 2, 2, 2, 2, 4, 4, 8, 8]
+    assert shrinks[area] == shrinks[bicubic] == [1, 1, 1, 1, 2, 2, 4, 4, 8, 8]
+    # The axis along which less is to spare decides; where nothing is resized, pixels come as they are.
+    assert choose_shrink(bilinear, 60, 2000, 40, 20) == 1
+    assert {choose_shrink(kind, 50, 40, 50, 40) for kind in range(3)} == {0}
