@@ -162,6 +162,26 @@ class Fan(nn.Module):
                 trunc_normal_(head.weight, std=0.02)
                 nn.init.zeros_(head.bias)
 
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
+        """Note that the model is meant for pictures of another side or (height, width); no weight depends on it.
+
+        Raises:
+            InputError: the stem does not divide the size, or `patch_size` is not the stem's stride, which is fixed.
+        """
+        stride = self.patch_embed.stride
+        if patch_size not in (None, stride, (stride, stride)):
+            raise InputError(f"patch_size {patch_size} is not this model's stride {stride}, which its stem fixes")
+        if img_size is None:
+            return
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        check_divisible(*size, stride)
+        self.img_size = size
+        if hasattr(self, "pretrained_cfg"):  # set by timm's factory
+            config = {**self.pretrained_cfg, "input_size": (self.in_chans, *size)}
+            self.pretrained_cfg = self.default_cfg = config
+        if hasattr(self, "_traits"):  # where newer versions of timm look first
+            self._traits = {**self._traits, "img_size": size}
+
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Token grid (H, W) for pictures of height × width pixels. Not a multiple of the stride: `InputError`."""
         check_divisible(height, width, self.patch_embed.stride)

@@ -21,7 +21,7 @@ from stl_offline.models.layers import check_divisible
 from stl_offline.models.stems import HybridStem
 
 # Tokens that a CPU takes in one pass: a few pictures of 224 px, whose activations fit its caches.
-CPU_TOKENS_PER_PASS = 784
+CPU_TOKENS_PER_PASS = 1568
 
 
 def inference_form(
@@ -113,10 +113,17 @@ class InferenceFan(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return [head(feature.float()) for head, feature in zip(self.heads, features, strict=True)]
 
+    def _write_logits(self, images: torch.Tensor, targets: list[torch.Tensor]) -> None:
+        """Logits of some pictures into their rows of `targets`: nothing of the logits' size is held twice."""
+        for head, feature, target in zip(self.heads, self._features(images), targets, strict=True):
+            rows = feature.float().flatten(0, -2)
+            with torch.autocast(images.device.type, enabled=False):
+                torch.addmm(head.bias, rows, head.weight.t(), out=target.flatten(0, -2))
+
     def _pass_size(self, images: torch.Tensor) -> int:
         if self.images_per_pass is not None:
             return self.images_per_pass
-        if images.device.type != "cpu":
+        if images.device.type != "cpu" or torch.compiler.is_compiling():
             return images.shape[0]
         height, width = self.grid_size(*images.shape[-2:])
         return max(1, CPU_TOKENS_PER_PASS // (height * width))
@@ -126,7 +133,14 @@ class InferenceFan(nn.Module):
         size = self._pass_size(images)
         if images.shape[0] <= size:
             logits = self._logits(images)
-        else:
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
             parts = [self._logits(part) for part in images.split(size)]
             logits = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+        else:
+            height, width = self.grid_size(*images.shape[-2:])
+            shapes = ((images.shape[0],), (images.shape[0], height * width))[: len(self.heads)]
+            logits = [images.new_empty(*shape, self.num_classes, dtype=torch.float32) for shape in shapes]
+            for start in range(0, images.shape[0], size):
+                rows = slice(start, start + size)
+                self._write_logits(images[rows], [whole[rows] for whole in logits])
         return (logits[0], logits[1]) if self.token_logits else logits[0]

@@ -123,29 +123,36 @@ def depthwise(channels: int, kernel: int, device=None, dtype=None) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, device=device, dtype=dtype)
 
 
-# Hidden values that a strip of `add_norm_gelu_mlp_` may hold: 4 MB in float32, a core's share of the last cache.
+# Hidden values that a strip may hold: 4 MB in float32, a core's share of the last cache.
 STRIP_VALUES = 1 << 20
 
 
+def strip_rows(hidden: int) -> int:
+    """Rows of a strip whose hidden layer is `hidden` wide."""
+    return max(1, STRIP_VALUES // hidden)
+
+
+@torch.library.custom_op("stl_offline::add_norm_gelu_mlp_", mutates_args=("target_MC",))
 def add_norm_gelu_mlp_(
     target_MC: torch.Tensor,
     x_MC: torch.Tensor,
     eps: float,
-    first: tuple[torch.Tensor, torch.Tensor],
-    second: tuple[torch.Tensor, torch.Tensor],
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
 ) -> None:
     """target += W₂·gelu(W₁·norm(x) + b₁) + b₂ in place, without autograd, in strips of rows.
 
     A hidden layer as a whole would be many times larger than the caches, and new memory of that size costs more time
-    than the product that fills it.
+    than the product that fills it. To compilers this is one operator, so that they do not unroll the strips.
 
     Args:
         target_MC, x_MC: contiguous, (M, C).
         eps: of the layer norm, which has no affine part.
-        first, second: (weight, bias), weights as in `nn.Linear`: (4C, C) and (C, 4C).
+        weight1, bias1, weight2, bias2: as in `nn.Linear`: (4C, C), (4C,), (C, 4C), (C,).
     """
-    (weight1, bias1), (weight2, bias2) = first, second
-    rows = max(1, STRIP_VALUES // weight1.shape[0])
+    rows = strip_rows(weight1.shape[0])
     scratch = x_MC.new_empty(min(rows, x_MC.shape[0]), weight1.shape[0])
     for target, x in zip(target_MC.split(rows), x_MC.split(rows), strict=True):
         hidden = scratch[: x.shape[0]]
@@ -154,11 +161,21 @@ def add_norm_gelu_mlp_(
         target.add_(bias2).addmm_(hidden, weight2.t())
 
 
-def strips_pay(x: torch.Tensor) -> bool:
-    """Whether in-place work in strips is possible and faster: on a CPU, without autograd, autocast or tracing."""
+def strips_pay(x: torch.Tensor, compiled: bool = False) -> bool:
+    """Whether work in strips is possible and faster: on a CPU, without autograd and autocast, not while tracing.
+
+    `compiled`: also under torch.compile, which is fine for an operator of our own; exported graphs have none.
+    """
+    tracing = torch.jit.is_tracing() or (torch.compiler.is_compiling() and (not compiled or _is_exporting()))
     return (
-        x.device.type == "cpu"
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
+        and isinstance(x, torch.Tensor)  # symbolic tracing has stand-ins
+        and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and not tracing
     )
+
+
+def _is_exporting() -> bool:
+    # Where torch cannot tell compiling from exporting, no operator of ours gets into either.
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()

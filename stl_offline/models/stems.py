@@ -17,6 +17,8 @@ from stl_offline.models.layers import (
     check_divisible,
     depthwise,
     recomputed,
+    strip_rows,
+    strips_pay,
     to_tokens,
 )
 
@@ -81,7 +83,13 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x_BHWC: torch.Tensor) -> torch.Tensor:
         y = self.conv_dw(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return torch.addcmul(x_BHWC, self.mlp(self.norm(y)), self.gamma)
+        if not strips_pay(y):
+            return torch.addcmul(x_BHWC, self.mlp(self.norm(y)), self.gamma)
+        out_BHWC = torch.empty_like(x_BHWC, memory_format=torch.contiguous_format)
+        rows = strip_rows(self.mlp.fc1.out_channels)
+        for out, x, part in zip(*(each.flatten(0, 2).split(rows) for each in (out_BHWC, x_BHWC, y)), strict=True):
+            torch.addcmul(x, self.mlp(self.norm(part)), self.gamma, out=out)
+        return out_BHWC
 
 
 class _PointwiseMlp(nn.Module):

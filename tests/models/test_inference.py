@@ -1,10 +1,12 @@
 """The inference form: equal to the model, also at the grid's borders, in batches of any size, and with other heads."""
 
 import copy
+import itertools
 
 import pytest
 import timm
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from stl_offline.errors import InputError
 from stl_offline.models import TokenLabeler, inference_form
@@ -17,14 +19,14 @@ STEMS = ["fan_micro_4_p8_token", "fan_tiny_12_p16_224_token", "fan_tiny_8_p4_hyb
 
 
 def build(name, **kwargs):
-    return randomise(timm.create_model(name, num_classes=11, **kwargs), seed=7)
+    return randomise(timm.create_model(name, **{"num_classes": 11, **kwargs}), seed=7)
 
 
 @pytest.mark.parametrize("strips", [True, False])
 @pytest.mark.parametrize("name", STEMS)
 def test_equal_to_the_model(name, strips, monkeypatch):
     if not strips:
-        monkeypatch.setattr("stl_offline.models.folded.strips_pay", lambda x: False)
+        monkeypatch.setattr("stl_offline.models.folded.strips_pay", lambda x, compiled: False)
     monkeypatch.setattr(layers_module, "STRIP_VALUES", 512 * 7)  # strips that do not divide the rows
     model = build(name)
     form = inference_form(model)
@@ -34,6 +36,30 @@ def test_equal_to_the_model(name, strips, monkeypatch):
             images = picture(batch, rows * stride, columns * stride)
             for output, expected in zip(form(images), model(images), strict=True):
                 torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_strips_of_the_model_itself(rows, monkeypatch):
+    model = build("fan_tiny_8_p4_hybrid_token")
+    images = picture(2, 32, 48)
+    expected = model(images)
+    monkeypatch.setattr(layers_module, "STRIP_VALUES", 512 * rows)
+    before = images.clone()
+    with torch.no_grad():
+        maps = model.forward_intermediates(images, [0, 1], intermediates_only=True)
+        kept = [one.clone() for one in maps]
+        for output, wanted in zip(model(images), expected, strict=True):
+            torch.testing.assert_close(output, wanted.detach(), rtol=0, atol=1e-5)
+    assert torch.equal(images, before)
+    assert all(torch.equal(one, other) for one, other in zip(maps, kept, strict=True))
+
+
+def test_operator_in_strips_is_a_proper_one():
+    generator = torch.Generator().manual_seed(0)
+    target, x = torch.randn(2, 5, 8, generator=generator)
+    weight1, bias1 = torch.randn(32, 8, generator=generator), torch.randn(32, generator=generator)
+    weight2, bias2 = torch.randn(8, 32, generator=generator), torch.randn(8, generator=generator)
+    torch.library.opcheck(layers_module.add_norm_gelu_mlp_, (target, x, 1e-6, weight1, bias1, weight2, bias2))
 
 
 def test_the_model_stays_as_it_is():
@@ -58,8 +84,32 @@ def test_passes_make_no_difference():
     with torch.inference_mode():
         whole = inference_form(model, images_per_pass=7)(images)
         parts = inference_form(model, images_per_pass=3)(images)
-    for one, other in zip(whole, parts, strict=True):
+        class_only = inference_form(model, images_per_pass=3, token_logits=False)(images)
+    with_gradients = inference_form(model, images_per_pass=3)(images)
+    for one, other, third in zip(whole, parts, with_gradients, strict=True):
         torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, third)
+    torch.testing.assert_close(class_only, whole[0])
+
+
+def held_beside_outputs(model, images):
+    """Bytes held at most during one call, less its outputs'."""
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        outputs = model(images)
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes)) - sum(output.nbytes for output in outputs)
+
+
+@pytest.mark.parametrize("in_form", [False, True])
+def test_memory_grows_with_classes_by_the_logits_alone(in_form):
+    held = []
+    for classes in (10, 2000):
+        model = build("fan_micro_4_p8_token", num_classes=classes)
+        form = inference_form(model, images_per_pass=4) if in_form else model
+        held.append(held_beside_outputs(form, picture(12, 32, 32)))
+    logits = 12 * 17 * 2000 * 4
+    assert held[1] - held[0] < logits / 50
+    assert held[0] > 12 * 17 * 96 * 4  # the measurement sees the activations
 
 
 def test_works_with_gradients_enabled_too():
