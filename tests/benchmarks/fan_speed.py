@@ -85,23 +85,28 @@ def difference(outputs, expected) -> float:
     return max((one.float() - other).abs().max().item() for one, other in zip(outputs, expected, strict=True))
 
 
-def print_table(ways: Ways, base: str, options: argparse.Namespace, work: float, expected=None) -> None:
-    """Time every way in turn; print medians, ratios to `base` round by round, and the share of the matmul peak."""
+def print_table(ways: Ways, base: str, options: argparse.Namespace, work: float | None, expected=None) -> None:
+    """Time every way in turn; print medians, ratios to `base` round by round, and the share of the matmul peak.
+
+    `work`: what `operations` counts, or None where it cannot (it overrates the gradients of depthwise convolutions).
+    """
     peaks = [matmul_rate(torch.float32, 2048)]
     seconds, faults = in_turn(ways, options.rounds)
     peaks.append(matmul_rate(torch.float32, 2048))
-    print(f"{work / 1e9:,.0f} GFLOP in the formulas' products and convolutions;", end=" ")
+    if work is not None:
+        print(f"{work / 1e9:,.0f} GFLOP in the formulas' products and convolutions;", end=" ")
     print("float32 matmul peak before and after: " + ", ".join(f"{peak:,.0f} GFLOP/s" for peak in peaks))
     print(f"| way | s | {base} / way (min to max) | GFLOP/s | of peak | page faults | outputs differ by |")
     print("|---|---|---|---|---|---|---|")
     for name, times in seconds.items():
         ratios = [one / other for one, other in zip(seconds[base], times, strict=True)]
-        rate = work / statistics.median(times) / 1e9
+        rate = None if work is None else work / statistics.median(times) / 1e9
+        speed = "| | " if rate is None else f"| {rate:,.0f} | {rate / max(peaks):.0%} "
         agreement = "" if expected is None or name == base else f"{difference(ways[name](), expected):.1e}"
         print(
             f"| {name} | {statistics.median(times):.2f} "
             f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-            f"| {rate:,.0f} | {rate / max(peaks):.0%} | {faults[name]:,} | {agreement} |"
+            f"{speed}| {faults[name]:,} | {agreement} |"
         )
 
 
@@ -168,7 +173,7 @@ def training(options: argparse.Namespace) -> None:
     first = [steps(copy.deepcopy(network))()[0].item() for network in (formulas, model)]
     print("loss of the first step: " + ", ".join(f"{loss:.6f}" for loss in first))
     ways = {FORMULAS: steps(formulas), "model": steps(model)}
-    print_table(ways, FORMULAS, options, operations(steps(copy.deepcopy(formulas))))
+    print_table(ways, FORMULAS, options, None)
 
 
 def part_of(event) -> str:
