@@ -16,7 +16,7 @@ from stl_offline.cli.options import example, machine_options, option
 def demo(debug: bool, **options: object) -> None:
     """All stages on an embedded data set: train a labeler, dump its token labels, train students, show what happened.
 
-    Ends with a table of each stage's time and accuracy, and a picture of label maps.
+    Ends with a table of each stage's time and accuracy, a page of its labels and a report of its runs.
     """
     from stl_offline.demo import run_demo
 

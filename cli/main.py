@@ -19,6 +19,7 @@ COMMANDS = {
     "labels": ("stl_offline.cli.labels:labels", "Look at, check, convert, merge and share label sets."),
     "train-student": ("stl_offline.cli.train_student:train_student", "Stage 2: train a student from the labels."),
     "evaluate": ("stl_offline.cli.evaluate:evaluate", "Measure the accuracy of a trained model."),
+    "report": ("stl_offline.cli.report:report", "Compare training runs on one page, with examples."),
     "demo": ("stl_offline.cli.demo:demo", "All stages on an embedded data set, in minutes."),
 }
 

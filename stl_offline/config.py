@@ -189,6 +189,61 @@ class EvaluateConfig(MachineConfig):
         _choose("amp", self.amp, AMP_MODES)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig(MachineConfig):
+    """``stl-offline labels preview``."""
+
+    path: str  # the label set
+    data: str | None = None  # the pictures; None: label maps alone
+    out: str = "preview"
+    keys: tuple[str, ...] = ()  # keys, or patterns with * and ?
+    samples: int = 12  # pictures to draw at random where no keys are named
+    seed: int = 0  # of the samples
+    views: tuple[int, ...] = (0,)  # which maps of each picture, where a set holds crops
+    threshold: float = 0.5  # confidence from which a token counts as confident
+    student_seed: int = 0
+    epoch: int = 0  # of the student's crop and draws, counted from 0
+    scale_min: float = 0.25
+    flip: float = 0.5
+    missing: str = "error"
+    allow_changed: bool = False
+    all_shards: bool = False  # read the whole set for the histogram
+    max_mb: float = 5.0  # largest page
+
+    def __post_init__(self) -> None:
+        _require(self.samples > 0, f"samples must be at least 1, got {self.samples}")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(self.student_seed >= 0, f"student-seed must not be negative, got {self.student_seed}")
+        _require(self.epoch >= 0, f"epoch must not be negative, got {self.epoch}")
+        _require(bool(self.views) and min(self.views) >= 0, f"views are numbers from 0 on, got {self.views}")
+        _require(0 <= self.threshold <= 1, f"threshold lies in [0, 1], got {self.threshold}")
+        _require(0 < self.scale_min <= 1, f"scale-min lies in (0, 1], got {self.scale_min}")
+        _require(0 <= self.flip <= 1, f"flip lies in [0, 1], got {self.flip}")
+        _require(self.max_mb > 0, f"max-mb must be positive, got {self.max_mb}")
+        _choose("missing", self.missing, ("error", "skip"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(MachineConfig):
+    """``stl-offline report``."""
+
+    runs: tuple[str, ...]
+    data: str | None = None  # pictures to show examples of, such as the validation pictures
+    labels: tuple[str, ...] = ()  # label sets that the runs may have learned from, to say more of them
+    out: str = "report.html"
+    examples: int = 4  # pictures that the first run gets right, and as many that it gets wrong
+    predict: int = 256  # pictures that examples are chosen from
+    seed: int = 0
+    max_mb: float = 5.0
+
+    def __post_init__(self) -> None:
+        _require(len(self.runs) > 0, "a report needs at least one run")
+        _require(self.examples >= 0, f"examples must not be negative, got {self.examples}")
+        _require(self.predict > 0, f"predict must be at least 1, got {self.predict}")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(self.max_mb > 0, f"max-mb must be positive, got {self.max_mb}")
+
+
 # What may differ between a command and the one that it continues.
 _FREE_ON_RESUME = {"device", "workers", "debug", "out", "resume"}
 

@@ -1,4 +1,4 @@
-"""``stl-offline demo``: all stages on an embedded data set, a table of what came out, and a picture to look at.
+"""``stl-offline demo``: all stages on an embedded data set, a table of what came out, and two pages to look at.
 
 Gh, Gw: the token grid; V: views.
 """
@@ -11,23 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from stl_offline.config import DumpConfig, LabelerConfig, StudentConfig
+from stl_offline.config import DumpConfig, LabelerConfig, PreviewConfig, ReportConfig, StudentConfig
 from stl_offline.dump import dump_labels
 from stl_offline.files import atomic_write, canonical_json
-from stl_offline.geometry import View, relative_view
-from stl_offline.images.pack import ensure_beton
 from stl_offline.images.shapes import read_masks, write_shapes
 from stl_offline.labels.label_set import LabelSet, open_label_set
-from stl_offline.reports.picture import FigureSample, label_figure
-from stl_offline.targets import TokenTargets, token_targets
+from stl_offline.reports.find_pictures import find_pictures
+from stl_offline.reports.preview import preview_labels
+from stl_offline.reports.report import report_runs
 from stl_offline.training.labeler import train_labeler
 from stl_offline.training.student import train_student
-from stl_offline.views import CropSettings, draw_views
 
 MODEL = "fan_micro_4_p8"
 SIZE = 64
 CONFIDENT = 0.5  # a token is a confident one from here on
-PICTURES = 8  # rows of the picture
+PICTURES = 8  # on the page of labels
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,8 @@ def run_demo(
 ) -> str:
     """Run all stages below the folder ``out`` and give back the summary as text.
 
-    Every stage goes on where an earlier call stopped. Writes ``summary.json`` and ``labels.png`` there.
+    Every stage goes on where an earlier call stopped. Writes ``summary.json``, ``labels.html`` and
+    ``report.html`` there.
     """
     out = Path(out)
     machine = {"device": device, "workers": workers}
@@ -80,17 +79,18 @@ def run_demo(
         data=shared["data"], labeler=labeler, out=labels, shards=shards, licence="Apache-2.0", seed=seed, **machine
     )
     _timed(rows, "labels", lambda: {"bytes": dump_labels(dump).bytes})
+    runs = []
     for name, source in (("student", labels), ("student without labels", "none")):
         run = StudentConfig(labels=source, out=str(out / name.replace(" ", "-")), **shared)
+        runs.append(run.out)
         _timed(rows, name, lambda run=run: train_student(run))
     label_set = open_label_set(labels)
     masks = read_masks(pictures, "train")
     foreground = measure_foreground(label_set, masks)
-    figure = out / "labels.png"
-    label_figure(_figure_samples(label_set, shared["data"], seed), label_set.spec.class_names, figure)
+    pages = _write_pages(out, shared, labels, (*runs, labeler), machine)
     summary = {"stages": rows, "confident_inside": foreground.inside, "confident_outside": foreground.outside}
     atomic_write(out / "summary.json", canonical_json(summary))
-    return _table(rows, foreground, out, figure, len(label_set))
+    return _table(rows, foreground, out, pages, len(label_set))
 
 
 def measure_foreground(label_set: LabelSet, masks: dict[str, np.ndarray]) -> Foreground:
@@ -125,43 +125,27 @@ def _timed(rows: list[dict[str, Any]], name: str, stage: Callable[[], Any]) -> N
     rows.append({"stage": name, "seconds": round(time.perf_counter() - started, 1), **result})
 
 
-def _figure_samples(label_set: LabelSet, data: str, seed: int) -> list[FigureSample]:
-    """Some pictures with their labels, and the same labels drawn under a student's random crop."""
-    beton = ensure_beton(data)
-    chosen = np.linspace(0, len(beton) - 1, PICTURES).astype(int)
-    crops = draw_views(
-        seed, 0, chosen, beton.heights[chosen], beton.widths[chosen], CropSettings(scale=(0.25, 0.6), flip=0.5)
+def _write_pages(
+    out: Path, shared: dict[str, Any], labels: str, runs: tuple[str, ...], machine: dict[str, Any]
+) -> list[Path]:
+    """The page of labels and the report of all runs."""
+    preview = PreviewConfig(
+        path=labels,
+        data=shared["data"],
+        out=str(out),
+        samples=PICTURES,
+        threshold=CONFIDENT,
+        student_seed=shared["seed"],
+        scale_min=shared["scale_min"],
+        all_shards=True,
     )
-    samples = []
-    for sample, six in zip(chosen.tolist(), crops, strict=True):
-        label_map = label_set[beton.keys[sample]]
-        student = View.from_array(six)
-        targets = TokenTargets(kind="gumbel", grid=label_set.spec.grid, m=1)
-        ids, _ = token_targets(
-            targets,
-            label_map.class_ids[0],
-            label_map.probabilities()[0],
-            label_map.confidence[0],
-            relative_view(label_map.view(0), student).matrix,
-            label_set.spec.num_classes,
-            seed=seed,
-            epoch=0,
-            sample_id=sample,
-        )
-        samples.append(
-            FigureSample(
-                image=beton.read_image(sample),
-                class_ids=label_map.class_ids[0, :, :, 0],
-                confidence=label_map.confidence[0].astype(np.float32),
-                title=label_set.spec.class_names[label_map.class_id],
-                view=student,
-                drawn_ids=ids.reshape(label_set.spec.grid),
-            )
-        )
-    return samples
+    report = ReportConfig(
+        runs=runs, data=shared["val"], labels=(labels,), out=str(out / "report.html"), seed=shared["seed"], **machine
+    )
+    return [preview_labels(preview, find_pictures).page, report_runs(report).page]
 
 
-def _table(rows: list[dict[str, Any]], foreground: Foreground, out: Path, figure: Path, samples: int) -> str:
+def _table(rows: list[dict[str, Any]], foreground: Foreground, out: Path, pages: list[Path], samples: int) -> str:
     lines = [f"{'stage':<24}{'seconds':>9}{'top-1':>9}{'token top-1':>13}"]
     for row in rows:
         scores = "".join(
@@ -175,7 +159,7 @@ def _table(rows: list[dict[str, Any]], foreground: Foreground, out: Path, figure
         f"label set: {samples:,} pictures, {size / samples:,.0f} bytes each",
         f"confident tokens of the picture's own class: {foreground.inside:.1%} of those inside the objects' masks, "
         f"{foreground.outside:.1%} of those outside",
-        f"look at: {figure}",
+        *(f"look at: {page}" for page in pages),
         f"numbers: {out / 'summary.json'}",
     ]
     return "\n".join(lines)

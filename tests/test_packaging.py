@@ -80,8 +80,9 @@ def test_the_wheel_holds_every_module_and_no_other_package(wheel):
         for module in modules().values()
     }
     assert python == expected
-    data = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "stl_offline").rglob("*.yaml")}
-    assert data <= names
+    source = REPOSITORY / "stl_offline"
+    files = [*source.rglob("*.yaml"), *(source / "reports" / "templates").iterdir()]
+    assert {str(path.relative_to(REPOSITORY)) for path in files} <= names
     assert {name.split("/")[0] for name in names} == {"stl_offline", wheel.name.partition("-py3")[0] + ".dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

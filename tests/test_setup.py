@@ -115,6 +115,42 @@ def test_a_python_that_is_too_old_is_refused(bin_folder):
     assert "PYTHON=old is not a Python from 3.11 to 3.13" in done.stderr
 
 
+def bring_browser(folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [REPOSITORY / ".ci" / "browser"],
+        env={"PATH": str(folder), "LANG": "C.UTF-8"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+
+
+def test_a_browser_that_is_there_is_left_alone(bin_folder):
+    record = recording_apt(bin_folder)
+    stand_in(bin_folder, "chromium")
+    done = bring_browser(bin_folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not record.exists()
+
+
+def test_a_browser_is_installed_by_who_may(bin_folder):
+    as_user(bin_folder, 0)
+    record = recording_apt(bin_folder)
+    assert bring_browser(bin_folder).returncode == 0
+    assert record.read_text().splitlines()[1].split()[-1] == "chromium"
+
+
+@pytest.mark.parametrize("apt", [None, "exit 100"], ids=["no apt-get", "a failure"])
+def test_without_a_browser_the_tests_go_on(bin_folder, apt):
+    as_user(bin_folder, 0)
+    if apt is not None:
+        recording_apt(bin_folder, apt)
+    done = bring_browser(bin_folder)
+    assert done.returncode == 0
+    assert done.stderr.endswith("the tests that need a browser will be skipped\n")
+
+
 def test_the_scripts_can_be_run():
-    for name in ("setup", "run"):
+    for name in ("setup", "run", "browser"):
         assert os.access(REPOSITORY / ".ci" / name, os.X_OK), f".ci/{name} is not executable"

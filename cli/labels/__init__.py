@@ -7,6 +7,7 @@ from stl_offline.cli.options import example
 
 COMMANDS = {
     "inspect": ("stl_offline.cli.labels.inspect:inspect", "Print what a label set says of itself."),
+    "preview": ("stl_offline.cli.labels.preview:preview", "Look at labels: a page and pictures."),
     "verify": ("stl_offline.cli.labels.verify:verify", "Check every shard, or label a sample again."),
 }
 

@@ -18,7 +18,8 @@ from stl_offline.config import DumpConfig
 from stl_offline.dump import dump_labels
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.label_set import open_label_set
-from stl_offline.reports.picture import FigureSample, label_figure
+from stl_offline.reports.picture import label_figure
+from stl_offline.reports.scenes import StudentSettings, make_scenes
 
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 
@@ -53,20 +54,12 @@ def main() -> None:
     info = ImageNetInfo()
     names = [info.label_name_to_description(name).split(",")[0] for name in label_set.spec.class_names]
     beton = ensure_beton(options.data)
-    samples = []
+    scenes = []
     for index in np.linspace(0, len(beton) - 1, options.pictures).astype(int).tolist():
-        label_map = label_set[beton.keys[index]]
-        image = beton.read_image(index) if options.photographs else np.full((64, 64, 3), 255, np.uint8)
-        samples.append(
-            FigureSample(
-                image=image,
-                class_ids=label_map.class_ids[0, :, :, 0],
-                confidence=label_map.confidence[0].astype(np.float32),
-                title=names[label_map.class_id],
-            )
-        )
+        image = beton.read_image(index) if options.photographs else None
+        scenes += make_scenes(label_set.spec, label_set[beton.keys[index]], image, index, StudentSettings())
     figure = Path(options.out) / "in1k-labels.png"
-    label_figure(samples, names, figure)
+    label_figure(scenes, names, figure, threshold=0.5)
     print(f"look at: {figure}")
 
 

@@ -1,0 +1,70 @@
+"""The few pictures that a page shows, found by key in any source, decoded as training decodes them."""
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from stl_offline.errors import FormatError
+from stl_offline.images.beton import Beton, open_beton
+from stl_offline.images.common import Source, SourceImage
+from stl_offline.images.encode import ImageError, content_hash, decode_jpeg, encode_image
+from stl_offline.images.sources import open_source
+from stl_offline.reports.pictures import Picture, Pictures
+
+
+def find_pictures(spec: str | Path, keys: Iterable[str], class_names: tuple[str, ...]) -> Pictures:
+    """The pictures with these keys, as many as the source has. Nothing is packed, and no other picture is read.
+
+    Args:
+        spec: a .beton, or what `open_source` takes.
+        keys: which pictures.
+        class_names: the class list that folders and tars are read with; a .beton has its own.
+
+    Raises:
+        InputError: the source cannot be used, or a picture is broken.
+    """
+    wanted = set(keys)
+    if Path(spec).suffix == ".beton":
+        return _from_beton(open_beton(spec), wanted)
+    source = open_source(spec, class_names)
+    return Pictures(source.class_names, _from_source(source, wanted))
+
+
+def _from_beton(beton: Beton, wanted: set[str]) -> Pictures:
+    found = {
+        key: Picture(position, int(beton.content_hashes[position]), partial(beton.read_image, position))
+        for position, key in enumerate(beton.keys)
+        if key in wanted
+    }
+    return Pictures(beton.class_names, found)
+
+
+def _from_source(source: Source, wanted: set[str]) -> dict[str, Picture]:
+    found = {}
+    for position, image in enumerate(source):
+        if image.key in wanted:
+            data = _read(image)
+            found[image.key] = Picture(position, content_hash(data), partial(_decode, image.key, data))
+    return found
+
+
+def _read(image: SourceImage) -> bytes:
+    try:
+        return image.data
+    except ImageError as error:
+        raise ImageError(f"the picture {image.key} {error}") from error
+
+
+def _decode(key: str, data: bytes) -> np.ndarray:
+    try:
+        encoded = encode_image(data)
+    except ImageError as error:
+        raise ImageError(f"the picture {key} {error}") from error
+    if encoded.mode == "raw":
+        return np.frombuffer(encoded.data, np.uint8).reshape(encoded.height, encoded.width, 3)
+    pixels, complaint = decode_jpeg(encoded.data, encoded.width, encoded.height)
+    if complaint:
+        raise FormatError(f"the picture {key} does not decode: {complaint}")
+    return pixels

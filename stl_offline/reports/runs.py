@@ -1,0 +1,185 @@
+"""What a training run left behind, read for looking at it: finished or not, whole or a little damaged.
+
+The files are those of `stl_offline.training.run_folder`; reading them needs no torch.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stl_offline.errors import FormatError, InputError
+
+_ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    name: its folder's name (with as much of the path as tells runs apart); stage: "labeler" or "student"; settings,
+    data, versions: of ``config.json``; history: one entry an epoch, in order; summary: the result, or None where the
+    run is not finished; notes: what is wrong with its files.
+    """
+
+    path: Path
+    name: str
+    stage: str
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, Any]
+    history: tuple[dict[str, Any], ...]
+    summary: dict[str, Any] | None
+    notes: tuple[str, ...]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that it was meant to have; 0 where its settings do not say."""
+        return int(self.settings.get("epochs") or 0)
+
+    @property
+    def status(self) -> str:
+        """Finished, or how far it came."""
+        if self.summary is not None:
+            return "finished"
+        return f"unfinished, {len(self.history)} of {self.epochs} epochs"
+
+    def points(self, name: str) -> tuple[tuple[float, float | None], ...]:
+        """(epoch, value) of one entry of the history; None where an epoch lacks it or it is no finite number."""
+        return tuple((float(entry["epoch"]), number(entry.get(name))) for entry in self.history)
+
+    def result(self, name: str) -> float | None:
+        """A value of the summary, else of the last epoch that has it."""
+        if self.summary is not None and number(self.summary.get(name)) is not None:
+            return number(self.summary[name])
+        known = [value for _, value in self.points(name) if value is not None]
+        return known[-1] if known else None
+
+    def total(self, name: str) -> float:
+        """The sum of one entry over all epochs."""
+        return sum(value for _, value in self.points(name) if value is not None)
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Read runs.
+
+    Raises:
+        InputError: no run there, or the same one twice.
+        FormatError: a ``config.json`` or ``summary.json`` that is no JSON object.
+    """
+    places = [Path(path) for path in paths]
+    for place in places:
+        if not (place / "config.json").is_file():
+            what = "is no folder" if not place.is_dir() else "holds no config.json"
+            raise InputError(f"{place} is no run: it {what}; give the folder that --out named when it was trained")
+    if len({place.resolve() for place in places}) < len(places):
+        raise InputError("the same run is named twice; name each once")
+    return [_read_run(place, name) for place, name in zip(places, _names(places), strict=True)]
+
+
+def setting_rows(runs: Sequence[Run]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, str]]]:
+    """Settings that differ, as (name, each run's value), and those that are the same, as (name, value)."""
+    flat = [_flatten(run) for run in runs]
+    differ, same = [], []
+    for name in sorted(set().union(*flat)):
+        values = [_text(run[name]) if name in run else _ABSENT for run in flat]
+        if len(set(values)) > 1:
+            differ.append((name, values))
+        else:
+            same.append((name, values[0]))
+    return differ, same
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _read_run(place: Path, name: str) -> Run:
+    config = _read_object(place / "config.json")
+    notes: list[str] = []
+    history = _read_log(place / "log.jsonl", notes)
+    summary = _read_object(place / "summary.json") if (place / "summary.json").is_file() else None
+    if (place / "not-finite.json").is_file() and summary is None:
+        notes.append("its loss was not finite; not-finite.json has the batch")
+    return Run(
+        path=place,
+        name=name,
+        stage=str(config.get("stage", "run")),
+        settings=_object(config.get("settings")),
+        data=_object(config.get("data")),
+        versions=_object(config.get("versions")),
+        history=history,
+        summary=summary,
+        notes=tuple(notes),
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:  # broken JSON, or bytes that are no UTF-8
+        raise FormatError(f"{path} is damaged ({error}); train again or copy the run again") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{path} is damaged (it holds no JSON object); train again or copy the run again")
+    return found
+
+
+def _read_log(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
+    """Each epoch's entry. Lines that are broken are left out and noted; of an epoch that is there twice, the last."""
+    if not path.is_file():
+        notes.append("no epoch has ended yet" if path.parent.is_dir() else "it has no log")
+        return ()
+    entries: dict[int, dict[str, Any]] = {}
+    broken = []
+    for line_number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            entries[int(entry["epoch"])] = entry
+        except (ValueError, TypeError, KeyError):
+            broken.append(line_number)
+    if broken:
+        lines = ", ".join(map(str, broken[:5])) + (", …" if len(broken) > 5 else "")
+        notes.append(f"{len(broken)} of the lines of {path.name} are broken and left out (line {lines})")
+    return tuple(entries[epoch] for epoch in sorted(entries))
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    parts = [place.resolve().parts for place in places]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _flatten(run: Run) -> dict[str, Any]:
+    """Everything that a run's configuration says, in one level."""
+    flat = {"stage": run.stage} | run.settings
+    for name, value in run.data.items():
+        if name == "class_names":
+            flat["classes"] = len(value) if isinstance(value, list) else value
+        elif isinstance(value, dict):
+            flat |= {f"{name} {inner}": inner_value for inner, inner_value in value.items()}
+        else:
+            flat[name] = value
+    return flat | {f"version of {name}": value for name, value in run.versions.items()}
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"{text[:16]}…" if len(text) == 64 and text.isalnum() else text
