@@ -3,6 +3,7 @@
 import click
 
 from stl_offline.cli.options import NUMBERS, SOURCE_HELP, example, interpolation_option, machine_options, option
+from stl_offline.cli.output import dump_line, estimate_lines, result_json
 from stl_offline.config import AMP_MODES, DumpConfig
 
 
@@ -19,7 +20,7 @@ from stl_offline.config import AMP_MODES, DumpConfig
 @option("--labeler-mean", type=NUMBERS, metavar="R,G,B", help="Normalisation, where not as timm notes for NAME.")
 @option("--labeler-std", type=NUMBERS, metavar="R,G,B", help="Likewise.")
 @option("--out", required=True, metavar="SET", help="Folder of the label set.")
-@option("--shards", default=DumpConfig.shards, metavar="N", help="Files that the set is cut into.")
+@option("--shards", default=DumpConfig.shards, metavar="N", help="Files that the set is cut into; 0: as suits.")
 @option("--top-k", default=DumpConfig.top_k, metavar="K", help="Classes stored for each token.")
 @option("--views", default=DumpConfig.views, metavar="V", help="Random crops of each picture; 0: one map of the whole.")
 @option("--img-size", default=DumpConfig.img_size, metavar="N", help="Side of the labeler's input; 0: as trained.")
@@ -35,17 +36,19 @@ from stl_offline.config import AMP_MODES, DumpConfig
 @option("--amp", default=DumpConfig.amp, type=click.Choice(AMP_MODES), help="Half precision in the trunk.")
 @option("--licence", default=DumpConfig.licence, metavar="TEXT", help="Of the labeler's weights, for the manifest.")
 @option("--skip-broken", is_flag=True, default=DumpConfig.skip_broken, help="Leave out unreadable pictures.")
+@option("--estimate", is_flag=True, help="Only say what it would cost: label a few pictures, write nothing.")
+@option("--json", "as_json", is_flag=True, help="Print what was done, or the estimate, as JSON.")
 @machine_options
-def dump_labels(**options: object) -> None:
+def dump_labels(estimate: bool, as_json: bool, **options: object) -> None:
     """Label every token of every picture, once, and write the labels as a set of shards.
 
-    A killed dump goes on from its last whole shard when the same command runs again; the bytes come out the same.
+    A killed dump goes on from its last whole shard when the same command runs again, with any number of processes; the
+    bytes come out the same. Several processes: torchrun --nproc-per-node N -m stl_offline.cli dump-labels …
     """
     config = DumpConfig(**options)
     from stl_offline.dump import dump_labels as dump
+    from stl_offline.dump import estimate_dump
 
-    report = dump(config)
-    click.echo(
-        f"label set: {report.path} ({report.samples:,} pictures, {report.labelled:,} of them labelled now, "
-        f"{report.bytes:,} bytes, {report.seconds:,.0f} s)"
-    )
+    result = estimate_dump(config) if estimate else dump(config)
+    if result.is_first:
+        click.echo(result_json(result) if as_json else estimate_lines(result) if estimate else dump_line(result))

@@ -1,5 +1,7 @@
 """What commands print when they are done."""
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,3 +23,45 @@ def run_line(stage: str, out: str, summary: Mapping[str, Any]) -> str:
     facts = [f"{summary['epochs']} epochs in {summary['train_seconds']:,.0f} s", f"loss {summary['loss']:.3f}"]
     scores = scores_line(summary)
     return f"{stage}: {out} ({', '.join([*facts, scores] if scores else facts)})"
+
+
+def result_json(result: Any) -> str:
+    """A result (a dataclass) as JSON, with what it says of itself beyond its fields."""
+    fields = {name: value for name, value in dataclasses.asdict(result).items() if name != "is_first"}
+    return json.dumps(fields | ({"fits": result.fits} if hasattr(result, "fits") else {}), indent=2)
+
+
+def dump_line(report: Any) -> str:
+    """What a dump did."""
+    return (
+        f"label set: {report.path} ({report.samples:,} pictures, {report.labelled:,} of them labelled now, "
+        f"{report.bytes:,} bytes, {report.seconds:,.0f} s)"
+    )
+
+
+def estimate_lines(estimate: Any) -> str:
+    """What a dump would cost."""
+    views = f" × {estimate.views} views" if estimate.views > 1 else ""
+    processes = f" by {estimate.processes} processes" if estimate.processes > 1 else ""
+    lines = [
+        f"estimate: {estimate.pictures:,} pictures{views}, measured on {estimate.measured:,} of them; nothing written",
+        f"size:     {_size(estimate.bytes)} in {estimate.shards:,} shards, {estimate.bytes_per_picture:,.0f} bytes a "
+        "picture",
+        f"speed:    {estimate.pictures_per_second:,.1f} pictures a second{processes}",
+        f"time:     {_duration(estimate.seconds)}",
+    ]
+    if estimate.pack_seconds:
+        lines[-1] += f", and before it some {_duration(estimate.pack_seconds)} to pack the pictures"
+    if estimate.free_bytes is not None:
+        lines.append(f"disk:     {_size(estimate.free_bytes)} free, {'enough' if estimate.fits else 'NOT ENOUGH'}")
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    power = min((len(str(count)) - 1) // 3, 4)
+    return f"{count / 1000**power:,.2f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}" if power else f"{count} bytes"
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:,.0f} s" if seconds < 120 else f"{minutes:,.0f} min" if minutes < 120 else f"{hours:,.1f} h"

@@ -140,7 +140,7 @@ class DumpConfig(MachineConfig):
     labeler_by_order: bool = False  # its weights have other names, but the same tensors in the same order
     labeler_mean: tuple[float, ...] | None = None  # normalisation, where timm notes another one than its weights had
     labeler_std: tuple[float, ...] | None = None
-    shards: int = 8
+    shards: int = 0  # 0: of some 4,000 pictures each; fewer, smaller ones for small data
     top_k: int = 5
     views: int = 0  # random crops for each picture; 0: one map of the whole picture
     img_size: int = 0  # the labeler's input side in pixels; 0: what it was trained with
@@ -159,7 +159,7 @@ class DumpConfig(MachineConfig):
         for name in ("labeler_mean", "labeler_std"):
             values = getattr(self, name)
             _require(values is None or len(values) == 3, f"{name} takes three numbers, got {values}")
-        _require(self.shards > 0, f"shards must be at least 1, got {self.shards}")
+        _require(self.shards >= 0, f"shards must not be negative, got {self.shards}; 0 picks a number")
         _require(self.top_k > 0, f"top-k must be at least 1, got {self.top_k}")
         _require(self.views >= 0, f"views must not be negative, got {self.views}")
         _require(self.img_size >= 0, f"img-size must not be negative, got {self.img_size}")

@@ -1,13 +1,30 @@
 """One process or many: the little of torch.distributed that training and dumping need.
 
-Under ``torchrun`` every process finds its rank in the environment; without it there is one process.
+Under ``torchrun`` every process finds its rank in the environment; without it there is one process. Nothing here waits
+forever: a process that dies closes its connections, which ends the waiting of the others with an error; a signal to a
+process that waits ends it, too.
 """
 
+import contextlib
+import json
 import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from stl_offline.errors import TrainingError
+
+_POLL_SECONDS = 0.02
+# A process with little to do may wait for the others as long as the work takes.
+_LONG = timedelta(days=30)
+_ANOTHER_FAILED = "another process of this job has failed; its own message says why"
 
 
 @dataclass(frozen=True)
@@ -22,15 +39,23 @@ class World:
         return self.rank == 0
 
 
-def join_world(device: torch.device) -> World:
-    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs); alone, do nothing."""
+def join_world(device: torch.device, backend: str | None = None) -> World:
+    """Join the processes that torchrun started; alone, do nothing.
+
+    Args:
+        device: where tensors that are exchanged lie.
+        backend: torch's name for the way they go; default: nccl on GPUs, gloo on CPUs.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+        with _plain_signals():
+            # nccl has no other sign of a dead process than its time limit, so that one stays as it is.
+            dist.init_process_group(backend, timeout=_LONG if backend == "gloo" else None)
     return World(dist.get_rank(), size)
 
 
@@ -43,11 +68,78 @@ def leave_world() -> None:
 def sum_over_world(values: torch.Tensor, world: World) -> torch.Tensor:
     """Element-wise sum over all processes, in place."""
     if world.size > 1:
+        _wait(dist.all_reduce(values, async_op=True))
+    return values
+
+
+def add_up(values: torch.Tensor, world: World) -> torch.Tensor:
+    """`sum_over_world` for every training step: without the pauses in which signals are heard."""
+    if world.size > 1:
         dist.all_reduce(values)
     return values
 
 
+@contextlib.contextmanager
+def failure_of_another(world: World) -> Iterator[None]:
+    """Turn what torch raises inside when another process of the job has died into an error of one line.
+
+    Raises:
+        TrainingError: likewise.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
+        if world.size > 1 and lost and not isinstance(error, TrainingError):
+            raise TrainingError(_ANOTHER_FAILED) from error
+        raise
+
+
 def wait_for_world(world: World) -> None:
-    """Return when every process has come here."""
+    """Return when every process has come here.
+
+    Raises:
+        TrainingError: another process has died.
+    """
     if world.size > 1:
-        dist.barrier()
+        _wait(dist.barrier(async_op=True))
+
+
+def told_by_first(value: Any, world: World) -> Any:
+    """What the first process gives here, in all of them: anything that JSON holds. Over gloo.
+
+    Raises:
+        TrainingError: another process has died.
+    """
+    if world.size == 1:
+        return value
+    data = json.dumps(value).encode() if world.is_first else b""
+    length = torch.tensor([len(data)])
+    _wait(dist.broadcast(length, 0, async_op=True))
+    text = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(length), dtype=torch.uint8)
+    _wait(dist.broadcast(text, 0, async_op=True))
+    return json.loads(text.numpy().tobytes())
+
+
+def _wait(work: dist.Work) -> None:
+    # Waiting inside torch would hold up signals until it is over.
+    while not work.is_completed():
+        time.sleep(_POLL_SECONDS)
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise TrainingError(_ANOTHER_FAILED) from error
+
+
+@contextlib.contextmanager
+def _plain_signals() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the process at once, while it waits where Python's own handlers cannot run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

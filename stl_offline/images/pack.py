@@ -154,9 +154,7 @@ def ensure_beton(
                 f"({_some(tuple(class_names))}); pack its pictures with that list"
             )
         return beton
-    names = None if class_names is None else list(class_names)
-    settings = [INDEX_VERSION, source_state(spec), max_size, skip_broken, names]
-    path = cache_dir() / "betons" / f"{xxhash.xxh3_128_hexdigest(canonical_json(settings))}.beton"
+    path = _packed_path(spec, max_size, skip_broken, class_names)
     make_folder(path.parent)
     with _lock(path.with_suffix(".lock")):
         if path.exists():
@@ -174,6 +172,22 @@ def ensure_beton(
     for key, reason in report.skipped:
         _say(f"left out {key}: {reason}")
     return open_beton(path)
+
+
+def find_packed(spec: str | Path, *, skip_broken: bool = False) -> Beton | None:
+    """What `ensure_beton` would open without packing anything, or None. Raises as it does."""
+    if os.fspath(spec).endswith(".beton"):
+        return open_beton(spec)
+    path = _packed_path(spec, None, skip_broken, None)
+    with contextlib.suppress(FormatError):
+        return open_beton(path) if path.exists() else None
+    return None
+
+
+def _packed_path(spec: str | Path, max_size: int | None, skip_broken: bool, class_names: Sequence[str] | None) -> Path:
+    names = None if class_names is None else list(class_names)
+    settings = [INDEX_VERSION, source_state(spec), max_size, skip_broken, names]
+    return cache_dir() / "betons" / f"{xxhash.xxh3_128_hexdigest(canonical_json(settings))}.beton"
 
 
 def _encode_all(source: Iterable[SourceImage], max_size: int | None, workers: int) -> Iterator[_Result]:

@@ -112,6 +112,11 @@ class ShardArrays:
         )
 
 
+def select(arrays: ShardArrays, samples: slice) -> ShardArrays:
+    """The labels of some of the samples."""
+    return ShardArrays(**{field.name: getattr(arrays, field.name)[samples] for field in fields(ShardArrays)})
+
+
 def probabilities(logits: np.ndarray, confidence: np.ndarray) -> np.ndarray:
     """The top-k probabilities: logits (..., k) and confidence (...) → float32 (..., k).
 

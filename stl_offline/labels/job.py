@@ -1,13 +1,25 @@
-"""One job on one folder: a lock that the kernel frees when its holder dies.
+"""One job on one folder: a lock that needs no unlocking by hand, on one machine and across machines that share disks.
 
-Every process of a job holds a shared lock on one file. The first to come, which finds nobody there, holds it alone for
-a moment, cleans up after a killed job and writes its job's id into the file; a process with another id is refused. So
-a killed job leaves nothing that must be unlocked by hand, and two jobs never write into one folder.
+A job's first process takes the lock file, cleans up after a killed job and writes down the job's id, its machine and a
+beat that it counts on every few seconds. The job's other processes know the id, and join. Two things say that a job
+lives, so that nothing a killed one leaves behind is ever in the way:
+
+- Each process holds a shared ``flock``, which the kernel frees when the process dies. On one machine that is all.
+- Some file systems keep ``flock`` to one machine, or have none. So a lock file of another machine is watched for a few
+  beats: one that goes on counting belongs to a job that is alive, one that stands still to a dead one.
+
+A process whose lock file was taken over all the same (it was suspended, or cut off from the disk) sees another id there
+before its next shard, and stops.
 """
 
+import errno
 import fcntl
+import json
 import os
 import secrets
+import socket
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,43 +29,117 @@ from stl_offline.files import make_folder
 
 # How long a lock may look taken before it is: another process may be just coming or going.
 _PATIENCE_SECONDS = 1.5
-
-
-def job_from_environment() -> str | None:
-    """An id that all processes of one torchrun job share, or None outside of one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    return " ".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
+_BEAT_SECONDS = 5.0
+# How many beats a job of another machine may miss before it counts as dead.
+_MISSED_BEATS = 3
+_ENDED = -1
+_FILE_BYTES = 512
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class JobLock:
-    """The lock file ``path`` held for the job ``job`` (None: a job of this one process).
+    """The lock file ``path``, held by one process of a job.
 
-    ``clean`` is called, while no other process is there, before the lock is shared.
+    Args:
+        path: in a folder of its own below the folder that is written.
+        job: an id that the processes of one job share; None: a job of this one process. Where a job has several
+            processes, the others must wait for the first to hold the lock.
+        clean: called by the job's first process while no other job is there.
 
     Raises:
         TargetError: another job is at work there, or the file cannot be written.
     """
 
     def __init__(self, path: Path, job: str | None, clean: Callable[[], None]) -> None:
+        self.path = path
+        self.job = job or f"alone {secrets.token_hex(8)}"
+        self._first = False
         self._file: int | None = None
-        name = (job if job is not None else f"alone {secrets.token_hex(8)}").encode()
+        self._over = threading.Event()
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while self._file is None:
-            self._file = _try(path, name, clean)
+            self._file = self._try(clean)
             if self._file is None:
                 if time.monotonic() > deadline:
-                    folder = path.parent.parent
-                    raise TargetError(
-                        f"another job is writing into {folder}; wait for it, stop it, or choose another folder"
-                    )
+                    raise self._taken()
                 time.sleep(0.05)
+        if self._first:
+            threading.Thread(target=self._beat, name="stl-offline-lock", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise `TargetError` if this job has the folder no longer; to be called before something is written."""
+        if _read(self.path).get("job") != self.job:
+            raise self._taken()
 
     def release(self) -> None:
         """Free the lock; a second time does nothing."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        self._over.set()
+        file, self._file = self._file, None
+        if file is None:
+            return
+        if self._first and _read(self.path).get("job") == self.job:
+            # Nobody on another machine needs to watch for a job that has ended as it should.
+            _write(file, self.job, _ENDED)
+        os.close(file)
+
+    def _try(self, clean: Callable[[], None]) -> int | None:
+        file = self._open()
+        try:
+            locked = _flock(file, fcntl.LOCK_EX)
+            if locked is not False:
+                self._first = self._take_over(file, locked is True, clean) or self._first
+            # Going down to a shared lock is not atomic: somebody else may get in between, so the id is read again.
+            shared = _flock(file, fcntl.LOCK_SH) is not False
+            if shared and _is_current(self.path, file) and _read(self.path).get("job") == self.job:
+                held, file = file, -1
+                return held
+            return None
+        finally:
+            if file >= 0:
+                os.close(file)
+
+    def _take_over(self, file: int, locked: bool, clean: Callable[[], None]) -> bool:
+        """Make the lock file this job's, unless another process of the job has; tells whether it did."""
+        state = _read(self.path)
+        if state.get("job") == self.job:
+            return False
+        seen = locked and state.get("machine") == _machine()
+        if state and not seen and state.get("beat") != _ENDED and _beats(self.path, state):
+            raise self._taken()
+        # A job that ended may have removed the file between our opening and locking it.
+        if not _is_current(self.path, file):
+            return False
+        clean()
+        _write(file, self.job, 0)
+        return True
+
+    def _open(self) -> int:
+        make_folder(self.path.parent)
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise TargetError(
+                f"cannot write into {self.path.parent.parent}: {error.strerror}; choose another target"
+            ) from error
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._over.wait(_BEAT_SECONDS):
+            beat += 1
+            try:
+                if _read(self.path).get("job") != self.job:
+                    return
+                _write(self._file, self.job, beat)
+            except (OSError, TypeError):  # a disk that fails for a moment; or the lock was freed meanwhile
+                continue
+
+    def _taken(self) -> TargetError:
+        state = _read(self.path)
+        where = f" on {state['host']}" if state.get("machine", _machine()) != _machine() else ""
+        return TargetError(
+            f"another job{where} is writing into {self.path.parent.parent}; wait for it, stop it, or choose another "
+            "folder"
+        )
 
 
 def try_lock(path: Path) -> int | None:
@@ -65,37 +151,53 @@ def try_lock(path: Path) -> int | None:
     return None
 
 
-def _try(path: Path, name: bytes, clean: Callable[[], None]) -> int | None:
-    make_folder(path.parent)
+def _machine() -> str:
+    """A name for this machine since it was started; processes with the same name see each other's ``flock``."""
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise TargetError(f"cannot write into {path.parent.parent}: {error.strerror}; choose another target") from error
-    try:
-        if _flock(file, fcntl.LOCK_EX):
-            # A job that ended may have removed the file between our opening and locking it.
-            if _is_current(path, file):
-                clean()
-                os.ftruncate(file, 0)
-                os.pwrite(file, name, 0)
-            # Going down to a shared lock is not atomic: somebody else may get in between, so the id is read again.
-            fcntl.flock(file, fcntl.LOCK_SH)
-        elif not _flock(file, fcntl.LOCK_SH):
-            return None
-        if _is_current(path, file) and os.pread(file, 4096, 0) == name:
-            held, file = file, -1
-            return held
-        return None
-    finally:
-        if file >= 0:
-            os.close(file)
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
 
-def _flock(file: int, kind: int) -> bool:
+def _beats(path: Path, before: dict[str, object]) -> bool:
+    """Whether the lock file of another machine changes while it is watched."""
+    print(f"looking whether the job on {before.get('host')} that left {path} is alive …", file=sys.stderr)
+    deadline = time.monotonic() + _MISSED_BEATS * _BEAT_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(_BEAT_SECONDS / 4)
+        if _read(path) != before:
+            return True
+    return False
+
+
+def _read(path: Path) -> dict[str, object]:
+    """What the lock file says; empty where it is not there or says nothing. Opened anew: networked disks look then."""
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _write(file: int, job: str, beat: int) -> None:
+    state = {"job": job, "machine": _machine(), "host": socket.gethostname(), "beat": beat}
+    data = json.dumps(state).encode()
+    # Of one length, so that a reader never meets the end of an earlier, longer text.
+    os.pwrite(file, data.ljust(_FILE_BYTES), 0)
+    os.ftruncate(file, _FILE_BYTES)
+    os.fsync(file)
+
+
+def _flock(file: int, kind: int) -> bool | None:
+    """Whether the lock is held; None on a file system without locks, where the beat alone tells."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
     return True
 
 

@@ -45,6 +45,12 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="label set lease", daemon=True)
         self._thread.start()
 
+    def check(self) -> None:
+        """Raise `TargetError` if another job has the place by now; to be called before something is written."""
+        seen = _read(self._storage)
+        if seen is not None and seen.get("job") != self._job:
+            raise TargetError(f"another job has taken over {self._storage.place}; wait for it, or stop it")
+
     def release(self) -> None:
         """Stop renewing. The object goes with the job's other files, or with the patience of the next job."""
         self._ended.set()

@@ -50,7 +50,7 @@ def to_q8(arrays: ShardArrays, spec: LabelSpec) -> dict[str, np.ndarray]:
     _quantize(
         arrays.logits.astype(np.float32, copy=False).reshape(n, cells, k),
         arrays.confidence.astype(np.float32, copy=False).reshape(n, cells),
-        _confidences().astype(np.float64),
+        confidence_table().astype(np.float64),
         steps,
         gaps,
     )
@@ -76,26 +76,27 @@ def from_q8(stored: dict[str, np.ndarray], spec: LabelSpec) -> dict[str, np.ndar
     gaps = stored["logit_gaps"].reshape(n, cells, k - 1) if k > 1 else np.empty((n, cells, 0), dtype=np.uint8)
     class_ids = np.empty((n, cells, k), dtype=spec.id_dtype)
     logits = np.empty((n, cells, k), dtype=np.uint16)
-    sample, fault = _restore(ranks.reshape(n, cells, k), gaps, stored["palette"], _logit_bits(), class_ids, logits)
+    bits = logit_table().view("<u2")
+    sample, fault = _restore(ranks.reshape(n, cells, k), gaps, stored["palette"], bits, class_ids, logits)
     if fault:
         raise FormatError(f"sample {sample} of the shard is damaged: {_FAULTS[fault]}")
     return {
         "class_ids": class_ids.reshape(ranks.shape),
         "logits": logits.view("<f2").reshape(ranks.shape),
-        "confidence": _confidences()[steps],
+        "confidence": confidence_table()[steps],
     }
 
 
 @cache
-def _confidences() -> np.ndarray:
+def confidence_table() -> np.ndarray:
     """The confidence of every number of steps: float16 (65536,)."""
     return np.exp(-CONFIDENCE_STEP * np.arange(65_536, dtype=np.float64)).astype("<f2")
 
 
 @cache
-def _logit_bits() -> np.ndarray:
-    """The bits of the logit of every sum of gaps: uint16 (256,)."""
-    return (-LOGIT_STEP * np.arange(_MOST_STEPS + 1, dtype=np.float64) + 0.0).astype("<f2").view("<u2")
+def logit_table() -> np.ndarray:
+    """The logit of every sum of gaps: float16 (256,)."""
+    return (-LOGIT_STEP * np.arange(_MOST_STEPS + 1, dtype=np.float64) + 0.0).astype("<f2")
 
 
 @njit(cache=True, nogil=True)

@@ -37,8 +37,8 @@ class LabelSetWriter:
         path: the folder, made where it is missing; or a URL that fsspec knows, such as ``s3://bucket/labels``.
         spec: the settings; those of a job that is resumed must be the same.
         shards: how many shards, of even sizes; or the size of each.
-        job: an id that the processes of one job share (`stl_offline.labels.job.job_from_environment`); None: this
-            process is the whole job.
+        job: an id that the processes of one job share; None: this process is the whole job. The first of several must
+            have entered before the others do.
         options: for fsspec, where ``path`` is a URL.
 
     ``complete`` tells whether the label set was whole already.
@@ -152,6 +152,7 @@ class LabelSetWriter:
         """`write_shard` for bytes that `stl_offline.labels.containers.encode` gave (perhaps in another thread)."""
         if self._lock is None:
             raise TargetError(f"the label set {self.place} is not open for writing: it is complete or closed")
+        self._lock.check()
         first, last = self.shard_range(index)
         record = ShardRecord(self.shard_name(index), first, last - first, len(data), sha256_bytes(data))
         # A shard that is written anew must not keep an older record while its file is replaced.

@@ -22,6 +22,7 @@ from stl_offline.errors import FormatError
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.spec import FORMAT, LabelSpec
 from stl_offline.labels.stored import StoredArray, from_stored, layout, to_stored
+from stl_offline.labels.zarr_chunks import read_array
 
 # Codecs that a reader accepts: all that version 1 uses. A foreign codec is foreign code.
 _CODECS = {"bytes", "blosc", "zstd", "vlen-utf8"}
@@ -83,14 +84,21 @@ def read_stored(
         expected = {name: array for name, array in layout(spec, samples).items() if names is None or name in names}
         for name, array in expected.items():
             _check_array(name, array, metadata.get(f"{name}/zarr.json"), entries)
-        store = MemoryStore({name: cpu.Buffer.from_bytes(data) for name, data in entries.items()}, read_only=True)
-        group = zarr.open_group(store=store, mode="r", zarr_format=3)
-        return {name: np.asarray(group[name][...]) for name in expected}
+        stored = {name: read_array(name, metadata[f"{name}/zarr.json"], entries) for name in expected}
+        others = [name for name, values in stored.items() if values is None]
+        return stored | _read_by_zarr(entries, others) if others else stored
     except FormatError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OSError) as error:
         # Whatever zarr and its codecs raise on bytes that are no array of theirs.
         raise FormatError(f"the shard is damaged: {type(error).__name__}: {error}") from error
+
+
+def _read_by_zarr(entries: dict[str, bytes], names: list[str]) -> dict[str, np.ndarray]:
+    """Arrays that are stored in another way than the writer here stores them."""
+    store = MemoryStore({name: cpu.Buffer.from_bytes(data) for name, data in entries.items()}, read_only=True)
+    group = zarr.open_group(store=store, mode="r", zarr_format=3)
+    return {name: np.asarray(group[name][...]) for name in names}
 
 
 def _create(group: zarr.Group, name: str, array: StoredArray, shape: tuple[int, ...]) -> zarr.Array:
@@ -146,8 +154,9 @@ def _unzip(source: bytes | str | Path, names: tuple[str, ...] | None) -> dict[st
 
 
 def _check_group(metadata: dict[str, dict], spec: LabelSpec) -> None:
-    attributes = metadata.get("zarr.json", {}).get("attributes", {})
-    if attributes.get("format") != FORMAT:
+    group = metadata.get("zarr.json", {})
+    attributes = group.get("attributes", {})
+    if (group.get("zarr_format"), group.get("node_type"), attributes.get("format")) != (3, "group", FORMAT):
         raise FormatError("the shard is no label shard")
     for name in ("format_version", "value_kind", "encoding"):
         if attributes.get(name) != getattr(spec, name):

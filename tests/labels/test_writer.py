@@ -13,7 +13,6 @@ import pytest
 from stl_offline.errors import FormatError, InputError, TargetError
 from stl_offline.files import sha256_bytes
 from stl_offline.labels import containers
-from stl_offline.labels.job import job_from_environment
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.writer import LabelSetWriter
 from tests.labels.crash import files, fork, kill_at_step, run, wait, write_all
@@ -224,14 +223,6 @@ def test_a_claimed_shard_is_nobody_elses(tmp_path, encoded):
         first.__exit__(None, None, None)
         assert not second.claim(0)
         assert second.claim(2)
-
-
-def test_torchruns_processes_have_one_id(monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert job_from_environment() is None
-    for name, value in (("TORCHELASTIC_RUN_ID", "run"), ("MASTER_ADDR", "host"), ("MASTER_PORT", "123")):
-        monkeypatch.setenv(name, value)
-    assert job_from_environment() == "run host 123"
 
 
 def test_shards_that_do_not_fit_are_refused(tmp_path):

@@ -118,7 +118,7 @@ def test_the_same_dump_in_two_parts_gives_the_same_bytes(labelled, tmp_path, mon
         return original(values)
 
     with monkeypatch.context() as patch:
-        patch.setattr("stl_offline.dump.torch.isfinite", fail_in_the_second_shard)
+        patch.setattr("stl_offline.dump.labelling.torch.isfinite", fail_in_the_second_shard)
         with pytest.raises(KeyboardInterrupt):
             dump_labels(config)
     with pytest.raises(StlError, match="1 of 3"):

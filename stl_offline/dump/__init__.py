@@ -1,0 +1,15 @@
+"""``stl-offline dump-labels``: run a labeler over pictures once and write what it says of each token."""
+
+from stl_offline.dump.estimate import DumpEstimate, estimate_dump
+from stl_offline.dump.job import DumpReport, dump_labels
+from stl_offline.dump.labelling import Labelling, make_views, top_k_labels
+
+__all__ = [
+    "DumpEstimate",
+    "DumpReport",
+    "Labelling",
+    "dump_labels",
+    "estimate_dump",
+    "make_views",
+    "top_k_labels",
+]

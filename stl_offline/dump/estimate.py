@@ -1,0 +1,142 @@
+"""What a dump would cost, measured on a few of the pictures, before anything is written."""
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from stl_offline.config import DumpConfig
+from stl_offline.device import pick_device
+from stl_offline.distributed import World, join_world, leave_world, sum_over_world
+from stl_offline.dump.job import free_bytes
+from stl_offline.dump.labelling import Labelling, pick_shards
+from stl_offline.errors import InputError
+from stl_offline.images.beton import Beton
+from stl_offline.images.pack import find_packed
+from stl_offline.images.sample import pack_sample
+from stl_offline.labels import containers
+from stl_offline.labels.arrays import ShardArrays, select
+from stl_offline.labels.card import make_card
+from stl_offline.labels.manifest import Manifest, ShardRecord, shard_name, shard_range
+from stl_offline.labels.spec import LabelSpec
+
+# Measured after a first batch that is not: as many batches as fit into the seconds, within the limits.
+_SECONDS = 10.0
+_FEWEST, _MOST = 3, 32
+
+
+@dataclass(frozen=True)
+class DumpEstimate:
+    """The cost of a dump. Rates and sizes are those of the ``measured`` pictures, spread over the whole data set.
+
+    pictures, views (of each), shards: what the label set would hold; bytes: all its files; pictures_per_second,
+    seconds: of the job with ``processes`` processes; pack_seconds: before that, for pictures that are not packed yet;
+    free_bytes: where the set would be written (None for an object store).
+    """
+
+    pictures: int
+    views: int
+    shards: int
+    bytes: int
+    bytes_per_picture: float
+    pictures_per_second: float
+    seconds: float
+    pack_seconds: float
+    processes: int
+    measured: int
+    free_bytes: int | None
+    is_first: bool = True
+
+    @property
+    def fits(self) -> bool:
+        """Whether the set fits where it would be written."""
+        return self.free_bytes is None or self.bytes < self.free_bytes
+
+
+def estimate_dump(config: DumpConfig) -> DumpEstimate:
+    """Label and encode a few pictures, and say what the whole dump takes. Leaves nothing behind, no packed pictures
+    either. Under torchrun all processes measure at the same time, as they would work.
+
+    Raises:
+        StlError: what `stl_offline.dump.dump_labels` would raise before it writes.
+    """
+    device = pick_device(config.device)
+    world = join_world(device, "gloo")
+    try:
+        packed = find_packed(config.data, skip_broken=config.skip_broken)
+        if packed is not None:
+            return _measure(config, packed, len(packed), 0.0, device, world)
+        with tempfile.TemporaryDirectory(prefix="stl-offline-") as folder:
+            started = time.perf_counter()
+            most = _MOST * config.batch_size
+            beton, pictures = pack_sample(config.data, most, folder, skip_broken=config.skip_broken)
+            seconds = (time.perf_counter() - started) / len(beton) * pictures / len(os.sched_getaffinity(0))
+            return _measure(config, beton, pictures, seconds, device, world)
+    finally:
+        leave_world()
+
+
+def _measure(
+    config: DumpConfig, beton: Beton, pictures: int, pack_seconds: float, device: torch.device, world: World
+) -> DumpEstimate:
+    if config.shards > pictures:
+        raise InputError(f"--shards {config.shards} is more than the {pictures} pictures; use fewer shards")
+    # The few pictures stand for all: as many shards as the whole set has may be more than these.
+    labelling = Labelling(replace(config, shards=1), beton, device)
+    views = len(labelling.views)
+    _label(labelling, config.batch_size)
+    _, first = _label(labelling, config.batch_size)
+    batches = int(min(max(_SECONDS / first, _FEWEST), _MOST))
+    arrays, seconds = _label(labelling, max(2, batches * config.batch_size // views))
+    started = time.process_time()
+    whole = len(containers.encode(arrays, labelling.spec))
+    encoding = (time.process_time() - started) / len(arrays)
+    shards = config.shards or pick_shards(pictures)
+    # Two sizes tell what a picture takes and what a shard takes; where shards are small, one is a shard's own.
+    few = select(arrays, slice(max(1, min(len(arrays) // 2, pictures // shards))))
+    part = len(containers.encode(few, labelling.spec))
+    each = (whole - part) / (len(arrays) - len(few)) if len(few) < len(arrays) else float(whole)
+    size = round(each * pictures + max(0.0, whole - each * len(arrays)) * shards)
+    size += _size_of_the_rest(labelling.spec, pictures, shards)
+    one = seconds / len(arrays)
+    if device.type == "cpu":
+        # Encoding is done beside labelling, but by the same cores.
+        one += encoding / len(os.sched_getaffinity(0))
+    rate = float(sum_over_world(torch.tensor([1 / max(one, encoding)], dtype=torch.float64), world))
+    return DumpEstimate(
+        pictures=pictures,
+        views=views,
+        shards=shards,
+        bytes=size,
+        bytes_per_picture=size / pictures,
+        pictures_per_second=rate,
+        seconds=pictures / rate,
+        pack_seconds=pack_seconds,
+        processes=world.size,
+        measured=len(arrays),
+        free_bytes=free_bytes(config.out),
+        is_first=world.is_first,
+    )
+
+
+def _label(labelling: Labelling, count: int) -> tuple[ShardArrays, float]:
+    """The labels of some pictures from everywhere in the data set, and the seconds that they took."""
+    samples = np.unique(np.linspace(0, len(labelling.beton) - 1, min(count, len(labelling.beton))).astype(np.int64))
+    started = time.perf_counter()
+    arrays = labelling.label(samples, lambda done: None)
+    return arrays, time.perf_counter() - started
+
+
+def _size_of_the_rest(spec: LabelSpec, pictures: int, shards: int) -> int:
+    """Bytes of the manifest and the card of a set of that size."""
+    spec = replace(spec, source=spec.source | {"samples": pictures})
+    records = []
+    for index in range(shards):
+        first, last = shard_range(index, shards, pictures)
+        name = shard_name(index, shards, spec.container)
+        records.append(ShardRecord(name, first, last - first, 1_000_000, "0" * 64))
+    manifest = Manifest(spec, tuple(records))
+    return len(manifest.to_bytes()) + len(make_card(manifest))

@@ -1,0 +1,26 @@
+"""Pictures, a labeler, and what an undisturbed dump by one process makes of them."""
+
+import pytest
+
+from tests.dump.dumping import content, make_work, run
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """A dump's settings, without ``out``: 45 pictures in 15 shards."""
+    return make_work(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="session")
+def long_work(tmp_path_factory):
+    """Settings of a dump that takes long enough to be disturbed: 300 pictures in 100 shards."""
+    return make_work(tmp_path_factory.mktemp("long"), 100) | {"shards": 100}
+
+
+@pytest.fixture(scope="session")
+def long_undisturbed(long_work, tmp_path_factory):
+    """What nothing disturbed makes of ``long_work``: files by name."""
+    out = tmp_path_factory.mktemp("undisturbed") / "set"
+    done = run(long_work, out)
+    assert done.returncode == 0, done.stderr
+    return content(out)

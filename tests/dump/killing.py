@@ -1,0 +1,174 @@
+"""Kills dump jobs at random moments, starts them again with another number of processes, and compares the bytes.
+
+Processes are forked from one that has imported everything but computed nothing, and find each other as under torchrun
+(the same variables in the environment). So a try costs a second instead of ten; with ``torchrun``, it is the command.
+
+    python -m tests.dump.killing --kills 20 --out runs/kills [--torchrun]
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from stl_offline.config import DumpConfig
+from stl_offline.dump import dump_labels
+from tests.dump.dumping import content, kill_tree, make_work, start
+
+
+class ForkedJob:
+    """A dump by ``processes`` forked processes."""
+
+    def __init__(self, work: dict[str, object], out: Path, processes: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.running: list[int] = []
+        for rank in range(processes):
+            child = os.fork()
+            if not child:
+                self._dump(work, out, rank, processes, port)
+            self.running.append(child)
+        self.codes: list[int] = []
+
+    @staticmethod
+    def _dump(work: dict[str, object], out: Path, rank: int, processes: int, port: int) -> None:
+        code = 1
+        try:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            dump_labels(DumpConfig(**work, out=str(out)))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all have ended by then."""
+        deadline = time.monotonic() + seconds
+        while self.running and time.monotonic() < deadline:
+            for child in list(self.running):
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    self.running.remove(child)
+                    self.codes.append(os.waitstatus_to_exitcode(status))
+            time.sleep(0.002)
+        return not self.running
+
+    def kill(self) -> None:
+        """SIGKILL to all that still run."""
+        for child in self.running:
+            os.kill(child, signal.SIGKILL)
+        self.wait(60)
+
+
+class TorchrunJob:
+    """A dump as a command under torchrun (or alone)."""
+
+    def __init__(self, work: dict[str, object], out: Path, processes: int) -> None:
+        self.process = start(work, out, processes)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended by then."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.process.poll() is not None
+
+    def kill(self) -> None:
+        """SIGKILL to torchrun and its processes."""
+        kill_tree(self.process.pid)
+        self.process.communicate()
+
+    @property
+    def codes(self) -> list[int]:
+        return [self.process.returncode]
+
+
+def survive(
+    work: dict[str, object], folder: Path, expected: dict[str, bytes], kills: int, seed: int, job=ForkedJob, most=3
+) -> Counter:
+    """Kill until ``kills`` jobs were killed; every set that was finished on the way must be ``expected``.
+
+    Each job is killed after a time drawn up to a little more than what an undisturbed one takes; what a job does when
+    nobody kills it in time counts as "ended".
+    """
+    draw = np.random.default_rng(seed)
+    counts: Counter = Counter()
+    out = folder / "set"
+    longest: dict[int, float] = {}
+    while counts["kills"] < kills:
+        processes = int(draw.integers(1, most + 1))
+        started = time.monotonic()
+        running = job(work, out, processes)
+        ended = running.wait(float(draw.uniform(0.02, 1.1)) * longest.get(processes, 120.0))
+        if not ended:
+            before = len(list((out / ".partial" / "records").glob("*"))) if out.exists() else 0
+            running.kill()
+            counts["kills"] += 1
+            counts[f"kills with {processes} processes"] += 1
+            counts["kills while shards were written" if before else "kills before the first shard"] += 1
+            half = [*out.glob(".*.tmp"), *out.glob(".partial/**/.*.tmp")]
+            counts["kills that left half a file"] += bool(half)
+            if not counts["kills"] % 20:
+                print(dict(sorted(counts.items())), flush=True)
+            continue
+        assert set(running.codes) == {0}, f"a job that nobody killed ended with {running.codes}"
+        longest.setdefault(processes, time.monotonic() - started)
+        found = content(out)
+        assert found == expected, f"not the bytes of an undisturbed dump: {differing(found, expected)}"
+        counts["sets finished, all with the same bytes"] += 1
+        shutil.rmtree(out)
+    # What the last kill left must end well, too.
+    last = job(work, out, 2)
+    assert last.wait(280) and set(last.codes) == {0}
+    assert content(out) == expected
+    counts["sets finished, all with the same bytes"] += 1
+    return counts
+
+
+def differing(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
+    """The names of files that are not the same, or not there."""
+    return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=3, help="at most")
+    parser.add_argument("--torchrun", action="store_true", help="the command itself, not forks")
+    options = parser.parse_args()
+    os.environ |= {"STL_OFFLINE_QUIET": "1", "OMP_NUM_THREADS": "1"}
+    folder = Path(options.out)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    work = make_work(folder / "work")
+    alone = ForkedJob(work, folder / "alone", 1)
+    assert alone.wait(280) and alone.codes == [0]
+    expected = content(folder / "alone")
+    assert len(expected) >= asdict(DumpConfig(**work, out=""))["shards"] + 1
+    job = TorchrunJob if options.torchrun else ForkedJob
+    started = time.monotonic()
+    counts = survive(work, folder, expected, options.kills, options.seed, job, options.processes)
+    for name, count in sorted(counts.items()):
+        print(f"{name}: {count}")
+    print(f"{time.monotonic() - started:,.0f} s", flush=True)
+    # numba's thread pool, which importing made, waits at exit for threads that forks have left without tasks.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""``dump-labels`` in one process: what it says beforehand, and what a full disk does to it."""
+
+import errno
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from stl_offline.cli.main import main
+from stl_offline.config import DumpConfig
+from stl_offline.dump import dump_labels, estimate_dump, job
+from stl_offline.dump.labelling import pick_shards
+from stl_offline.errors import InputError
+from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.manifest import ShardRecord
+from tests.dump.dumping import command, content
+
+
+def dump(capsys, work, out, *more):
+    """Exit code, standard output and standard error of the command."""
+    code = main(command(work, out, 1, *more)[3:])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+class TestEstimate:
+    @pytest.mark.parametrize("changes", [{}, {"format": "webdataset", "encoding": "f16", "views": 3}, {"shards": 1}])
+    def test_it_is_near_what_the_dump_takes_and_writes_nothing(self, work, tmp_path, changes):
+        config = DumpConfig(**work | changes, out=str(tmp_path / "set"))
+        estimate = estimate_dump(config)
+        assert not (tmp_path / "set").exists()
+        report = dump_labels(config)
+        files = sum(len(data) for data in content(tmp_path / "set").values())
+        # 45 pictures are all measured, so that only packing in other shards differs.
+        assert estimate.bytes == pytest.approx(files, rel=0.03)
+        assert (estimate.pictures, estimate.shards) == (report.samples, config.shards)
+        assert estimate.views == max(1, config.views)
+        assert estimate.fits and estimate.pack_seconds == 0
+        assert 1 < estimate.pictures_per_second < 20_000
+        assert estimate.seconds == pytest.approx(45 / estimate.pictures_per_second)
+
+    def test_pictures_that_are_not_packed_stay_so(self, capsys, work, tmp_path, monkeypatch):
+        monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
+        folder = work["data"].removesuffix(".beton")
+        code, out, _ = dump(capsys, work | {"data": folder}, tmp_path / "set", "--estimate", "--json")
+        assert code == 0
+        found = json.loads(out)
+        assert found["pictures"] == found["measured"] == 45
+        assert found["fits"] is True and found["free_bytes"] > 0 and found["pack_seconds"] > 0
+        assert "is_first" not in found
+        assert not list(tmp_path.iterdir())
+
+    def test_in_words(self, capsys, work, tmp_path):
+        code, out, _ = dump(capsys, work, tmp_path / "set", "--estimate")
+        assert code == 0
+        assert [line.partition(":")[0] for line in out.splitlines()] == ["estimate", "size", "speed", "time", "disk"]
+        assert "45 pictures" in out and "15 shards" in out and "enough" in out
+
+    def test_a_disk_that_is_too_small(self, work, tmp_path, monkeypatch):
+        monkeypatch.setattr("stl_offline.dump.estimate.free_bytes", lambda place: 1000)
+        assert not estimate_dump(DumpConfig(**work, out=str(tmp_path / "set"))).fits
+
+    def test_what_the_dump_would_refuse(self, work, tmp_path):
+        with pytest.raises(InputError, match="more than the 45 pictures"):
+            estimate_dump(DumpConfig(**work | {"shards": 46}, out=str(tmp_path / "set")))
+
+
+def test_a_full_disk_keeps_whole_shards(capsys, work, tmp_path, monkeypatch):
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "set"
+    assert dump(capsys, work, undisturbed)[0] == 0
+    real = os.fsync
+
+    def full(descriptor):
+        if "00005-of" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        code, _, error = dump(capsys, work, out)
+    assert code == 1
+    assert len(error.splitlines()) == 1 and "No space left on device" in error
+    assert len(list(out.glob("labels-*"))) == 5
+    code, text, _ = dump(capsys, work, out, "--json")
+    assert (code, json.loads(text)["labelled"]) == (0, 30)
+    assert content(out) == content(undisturbed)
+
+
+def test_ctrl_c_ends_cleanly_and_resumes(capsys, work, tmp_path, monkeypatch):
+    calls = 0
+    real = np.ascontiguousarray
+
+    def interrupt(values, *arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return real(values, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stl_offline.dump.labelling.np.ascontiguousarray", interrupt)
+        code, _, error = dump(capsys, work, tmp_path / "set")
+    assert code == 130
+    assert error.strip() == "interrupted; run the same command again to go on"
+    assert not list((tmp_path / "set").rglob(".*.tmp"))
+    assert dump(capsys, work, tmp_path / "set")[0] == 0
+    assert len(open_label_set(tmp_path / "set")) == 45
+
+
+@pytest.mark.parametrize(
+    ("samples", "shards"),
+    [(1, 1), (512, 1), (1_023, 1), (2_400, 4), (4_096, 8), (32_768, 8), (32_769, 9), (1_281_167, 313)],
+)
+def test_a_number_of_shards_that_suits(samples, shards):
+    assert pick_shards(samples) == shards
+
+
+def test_progress_tells_bytes_and_a_disk_that_will_not_do(monkeypatch, capsys):
+    shown = []
+    bar = SimpleNamespace(set_postfix_str=lambda text, refresh: shown.append(text))
+    monkeypatch.setattr(job, "free_bytes", lambda place: 12_000_000)
+    size = job._Size("labels", 100, bar)
+    for index in range(2):
+        size.add(ShardRecord(f"labels-{index:05d}-of-00004.zarr.zip", 25 * index, 25, 5_000_000, "0" * 64))
+    assert shown == ["5.0 of 20.0 MB", "10.0 of 20.0 MB"]
+    warned = capsys.readouterr().err
+    assert warned.count("warning") == 1
+    assert "still to come need 0.01 GB, and labels has 0.01 GB free" in warned
