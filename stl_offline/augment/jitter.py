@@ -1,35 +1,45 @@
-"""Colour changes on the device, for a whole batch at once. Nothing here moves a pixel, so token labels stay true.
+"""Colour jitter on the device, for a whole batch at once.
 
-B: batch. Images are (B, 3, H, W), normalised by mean and std.
+n: samples; B: batch. Images are (B, 3, H, W), normalised by mean and std.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from stl_offline.errors import InputError
+from stl_offline.random import STREAM_JITTER, uniforms
 
 # Rec. 601 luma, as in torchvision's and PIL's conversion to grey.
 _LUMA = (0.299, 0.587, 0.114)
 
 
-def color_jitter(
-    images: Tensor, strength: float, mean: Sequence[float], std: Sequence[float], generator: torch.Generator
-) -> Tensor:
-    """Brightness, contrast and saturation, each by its own factor from U[max(0, 1−s), 1+s] for each picture.
+def draw_factors(strength: float, seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
+    """Factors of brightness, contrast and saturation, each from U[max(0, 1−s), 1+s]: float32 (n, 3).
+
+    Raises:
+        InputError: a strength below zero.
+    """
+    if strength < 0:
+        raise InputError(f"the strength of colour jitter must not be negative, got {strength}")
+    low = max(0.0, 1 - strength)
+    draws = uniforms(seed, STREAM_JITTER, epoch, sample_ids, 3)
+    return (low + draws * (1 + strength - low)).astype(np.float32)
+
+
+def color_jitter(images: Tensor, factors_B3: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Brightness, contrast and saturation, each by its own factor for each picture (`draw_factors`).
 
     The three are linear, so they are one 3×3 matrix and a shift for each picture: the arithmetic of torchvision's
     ColorJitter(s, s, s) in the order brightness, contrast, saturation, but clamped to the valid range once at the end.
 
     Args:
         images: (B, 3, H, W) float, normalised.
-        strength: s; 0 leaves the images as they are.
-        generator: on the CPU; the factors are drawn from it.
+        factors_B3: float32, on any device; ones leave the images as they are.
     """
-    if strength <= 0:
-        return images
-    low, high = max(0.0, 1 - strength), 1 + strength
-    factors = torch.rand(3, len(images), generator=generator) * (high - low) + low
-    brightness, contrast, saturation = factors.to(images.device)
+    brightness, contrast, saturation = factors_B3.T.to(images.device)
     scale = torch.tensor(std, device=images.device, dtype=torch.float32)
     shift = torch.tensor(mean, device=images.device, dtype=torch.float32)
     luma = torch.tensor(_LUMA, device=images.device, dtype=torch.float32)

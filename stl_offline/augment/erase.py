@@ -1,0 +1,105 @@
+"""Random erasing with timm's distribution, drawn as a pure function of (seed, epoch, sample).
+
+Zhong et al., arXiv 1708.04896, as `timm.data.random_erasing` does it: with chance p, one box of 2 % to a third of the
+picture's area, sides' ratio log-uniform in [0.3, 1/0.3], wholly inside (ten tries).
+
+n: samples; B: batch; H, W: picture.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from stl_offline.errors import InputError
+from stl_offline.random import STREAM_ERASE, random_bits, unit_interval
+
+MODES = ("const", "rand", "pixel")
+
+_TRIES = 10
+
+
+@dataclass(frozen=True)
+class RandomErase:
+    """prob: chance of a box; mode: what fills it, "const" (the mean colour), "rand" (one normal colour) or "pixel"
+    (normal noise for each pixel); area: least and largest share of the picture; ratio: of the sides.
+
+    Raises:
+        InputError: a value out of its range.
+    """
+
+    prob: float
+    mode: str = "pixel"
+    area: tuple[float, float] = (0.02, 1 / 3)
+    ratio: tuple[float, float] = (0.3, 1 / 0.3)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prob <= 1:
+            raise InputError(f"the chance of erasing lies in [0, 1], got {self.prob}")
+        if self.mode not in MODES:
+            raise InputError(f"random erasing fills with one of {', '.join(MODES)}; got {self.mode!r}")
+        if not (0 < self.area[0] <= self.area[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
+            raise InputError(f"areas and ratios of erased boxes must be positive and rise, got {self}")
+
+    def draw(self, seed: int, epoch: int, sample_ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Boxes in pixels: y0, y1, x0, x1, int64 (n, 4), all zeros where nothing is erased. ``size``: (H, W)."""
+        boxes = np.zeros((len(sample_ids), 4), dtype=np.int64)
+        _draw_boxes(
+            np.uint64(seed % 2**64),
+            np.uint64(epoch),
+            np.asarray(sample_ids, dtype=np.uint64),
+            *size,
+            float(self.prob),
+            *self.area,
+            *(float(np.log(ratio)) for ratio in self.ratio),
+            boxes,
+        )
+        return boxes
+
+
+def erase_boxes(
+    images: Tensor, boxes_B4: np.ndarray, mode: str, seed: int, epoch: int, sample_ids: np.ndarray
+) -> Tensor:
+    """Fill each picture's box: normalised (B, 3, H, W) → the same. The noise depends on (seed, epoch, sample) alone."""
+    erased = np.flatnonzero((boxes_B4[:, 1] > boxes_B4[:, 0]) & (boxes_B4[:, 3] > boxes_B4[:, 2]))
+    if len(erased) == 0:
+        return images
+    images = images.clone()
+    channels = images.shape[1]
+    for row in erased.tolist():
+        top, bottom, left, right = boxes_B4[row].tolist()
+        inside = images[row, :, top:bottom, left:right]
+        if mode == "const":
+            inside.zero_()
+            continue
+        # numpy's Philox counts, too: here from a place of the sample's own, far from those of `stl_offline.random`.
+        counter = [0, STREAM_ERASE, epoch, int(sample_ids[row])]
+        generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, STREAM_ERASE], counter=counter))
+        shape = (channels, 1, 1) if mode == "rand" else (channels, bottom - top, right - left)
+        inside.copy_(torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)))
+    return images
+
+
+@njit(cache=True, nogil=True)
+def _draw_boxes(seed, epoch, sample_ids, height, width, prob, low, high, log_low, log_high, boxes):
+    area = float(height * width)
+    for index in range(len(sample_ids)):
+        sample = sample_ids[index]
+        if unit_interval(random_bits(seed, STREAM_ERASE, epoch, sample, _TRIES)[0]) >= prob:
+            continue
+        for attempt in range(_TRIES):
+            b0, b1, b2, b3 = random_bits(seed, STREAM_ERASE, epoch, sample, attempt)
+            target = area * (low + (high - low) * unit_interval(b0))
+            ratio = np.exp(log_low + (log_high - log_low) * unit_interval(b1))
+            rows = round(np.sqrt(target * ratio))
+            columns = round(np.sqrt(target / ratio))
+            if rows < height and columns < width:
+                top = int(unit_interval(b2) * (height - rows + 1))
+                left = int(unit_interval(b3) * (width - columns + 1))
+                boxes[index, 0] = top
+                boxes[index, 1] = top + rows
+                boxes[index, 2] = left
+                boxes[index, 3] = left + columns
+                break
