@@ -18,7 +18,7 @@ from stl_offline.config import INTERPOLATIONS
 from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
 from stl_offline.loader.native import Decompressors, next_item
-from stl_offline.loader.planes import NOTES_INTS, read_jpeg, read_pixels, scratch_bytes
+from stl_offline.loader.planes import NOTES_INTS, read_jpeg, read_pixels, read_rgb, scratch_bytes
 from stl_offline.loader.resample import (
     BILINEAR,
     filter_weights,
@@ -27,6 +27,7 @@ from stl_offline.loader.resample import (
     through_upsampling,
     write_row,
 )
+from stl_offline.loader.small import resize_pixels, suits
 
 # For the manifests of label sets: other decoders, or whole decodes, give slightly other pixels.
 DECODER = "libjpeg-turbo at a DCT scale"
@@ -197,14 +198,25 @@ def _decode_sample(data, picture, view, kind, target, scratch, lines, handle, no
     top, bottom, left, right, mirrored = pixel_box(view, height, width)
     box_height, box_width = bottom - top, right - left
     box = (np.float64(top), np.float64(left), np.float64(box_height), np.float64(box_width))
+    size = 3 * height * width
+    rows, columns = target.shape[0], target.shape[1]
     if picture[_RAW]:
-        if data.size < 3 * height * width:
+        if data.size < size:
             return False
+        if suits(kind, box_height, box_width, 0, rows, columns):
+            resize_pixels(data[:size].reshape((height, width, 3)), top, bottom, left, right, mirrored, target)
+            return True
         planes = read_pixels(data, width, top, bottom, left, right, scratch)
         box = (0.0, 0.0, box[2], box[3])
         resize_planes(planes, box, (box_height, box_width), 1, 1, 1, True, mirrored, kind, lines, target)
         return True
-    shrink = choose_shrink(kind, box_height, box_width, target.shape[0], target.shape[1])
+    if suits(kind, box_height, box_width, height * width, rows, columns):
+        pixels = scratch[:size].reshape((height, width, 3))
+        if not read_rgb(handle, data, pixels, notes):
+            return False
+        resize_pixels(pixels, top, bottom, left, right, mirrored, target)
+        return True
+    shrink = choose_shrink(kind, box_height, box_width, rows, columns)
     status, planes, across, down = read_jpeg(
         handle, data, height, width, bottom, shrink, picture[_SOUND] != 0, scratch, notes
     )

@@ -22,6 +22,7 @@ TJFLAG_ACCURATEDCT = 4096
 
 # FFCV's own extension is linked against libturbojpeg, so looking a name up in it finds TurboJPEG's functions too.
 _SYMBOLS = {
+    "stl_offline_resize": _ffcv_library.resize,
     "stl_offline_tj_header": _ffcv_library.tjDecompressHeader3,
     "stl_offline_tj_decompress": _ffcv_library.tjDecompress2,
     "stl_offline_tj_planes": _ffcv_library.tjDecompressToYUVPlanes,
@@ -32,6 +33,8 @@ for _name, _function in _SYMBOLS.items():
 
 _int, _long, _ulong = types.int32, types.int64, types.uint64
 
+# resize(unused, source, rows, columns, first row, end row, first column, end column, target, rows, columns): area.
+resize_area = types.ExternalFunction("stl_offline_resize", types.void(*[_long] * 11))
 # tjDecompressHeader3(handle, jpeg, bytes, &width, &height, &subsampling, &colour space) → 0 or −1.
 tj_header = types.ExternalFunction("stl_offline_tj_header", _int(_long, _long, _ulong, _long, _long, _long, _long))
 # tjDecompress2(handle, jpeg, bytes, target, width, pitch, height, pixel format, flags) → 0 or −1.

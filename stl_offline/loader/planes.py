@@ -47,13 +47,9 @@ def read_jpeg(handle, data, height, width, bottom, shrink, may_cut, scratch, not
     """
     at = notes.ctypes.data
     nothing = scratch[:0].reshape((0, 0))
-    notes[:] = 0
-    if tj_header(handle, data.ctypes.data, data.size, at, at + 8, at + 16, at + 24) != 0:
+    if not _read_head(handle, data, height, width, notes):
         return -1, (nothing, nothing, nothing), 1, 1
-    # 32-bit numbers, in little-endian memory that was cleared.
-    found_width, found_height, subsampling, colour_space = notes[0], notes[1], notes[2], notes[3]
-    if found_width != width or found_height != height:
-        return -1, (nothing, nothing, nothing), 1, 1
+    subsampling, colour_space = notes[2], notes[3]
     across = down = 0
     if shrink > 0 and colour_space == TJCS_YCBCR and 0 <= subsampling < len(_ACROSS):
         across, down = _ACROSS[subsampling], _DOWN[subsampling]
@@ -74,7 +70,7 @@ def read_jpeg(handle, data, height, width, bottom, shrink, may_cut, scratch, not
     first = scratch[h * w : h * w + colours].reshape((h // down, w // across))
     second = scratch[h * w + colours : h * w + 2 * colours].reshape((h // down, w // across))
     notes[4], notes[5], notes[6] = brightness.ctypes.data, first.ctypes.data, second.ctypes.data
-    # −1 also for mere warnings, after which libjpeg has painted something over the damage. Packed JPEGs have none.
+    # −1 also for warnings, as below.
     failed = tj_planes(handle, data.ctypes.data, data.size, at + 32, columns, 0, rows, TJFLAG_ACCURATEDCT) != 0
     if failed and was_cut:
         # libjpeg wonders about the bytes that are left before the end mark.
@@ -119,19 +115,34 @@ def _read_interleaved(handle, data, height, width, scratch):
     """The long way: TurboJPEG makes red, green and blue of any kind of JPEG."""
     size = 3 * height * width
     pixels = scratch[size : 2 * size]
-    failed = tj_decompress(
-        handle,
-        data.ctypes.data,
-        data.size,
-        pixels.ctypes.data,
-        width,
-        3 * width,
-        height,
-        TJPF_RGB,
-        TJFLAG_ACCURATEDCT,
-    )
+    sound = _decompress(handle, data, pixels, height, width)
     planes = read_pixels(pixels, width, 0, height, 0, width, scratch)
-    return (-1 if failed else 1), planes, 1, 1
+    return (1 if sound else -1), planes, 1, 1
+
+
+@njit(cache=True, nogil=True)
+def read_rgb(handle, data, pixels, notes):
+    """Decode a JPEG into ``pixels``, uint8 (H, W, 3), of any content; False if it is damaged or of another size."""
+    height, width = pixels.shape[0], pixels.shape[1]
+    return _read_head(handle, data, height, width, notes) and _decompress(handle, data, pixels, height, width)
+
+
+@njit(cache=True, nogil=True)
+def _read_head(handle, data, height, width, notes):
+    """Whether a JPEG has this size; its width, height, subsampling and colour space into ``notes``."""
+    at = notes.ctypes.data
+    # TurboJPEG writes 32-bit numbers, here into little-endian memory that is cleared.
+    notes[:] = 0
+    if tj_header(handle, data.ctypes.data, data.size, at, at + 8, at + 16, at + 24) != 0:
+        return False
+    return notes[0] == width and notes[1] == height
+
+
+@njit(cache=True, nogil=True)
+def _decompress(handle, data, pixels, height, width):
+    source, target = data.ctypes.data, pixels.ctypes.data
+    # −1 also for mere warnings, after which libjpeg has painted something over the damage. Packed JPEGs have none.
+    return tj_decompress(handle, source, data.size, target, width, 3 * width, height, TJPF_RGB, TJFLAG_ACCURATEDCT) == 0
 
 
 @njit(cache=True, nogil=True)
