@@ -1,0 +1,233 @@
+"""Where a student's token labels come from: label sets (dumped once), the labeler in every step, or nowhere.
+
+n: samples; B: batch; N: tokens; m: targets a token.
+"""
+
+import abc
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stl_offline.augment import visible_share, warp_images
+from stl_offline.config import StudentConfig
+from stl_offline.errors import InputError, JoinError
+from stl_offline.labelers import NamedLabeler, find_labeler
+from stl_offline.labels.cache import TokenCache, build_token_cache
+from stl_offline.labels.label_set import LabelSet, open_label_set
+from stl_offline.labels.mismatch import rename_keys
+from stl_offline.loader import DECODER, Batch
+from stl_offline.targets import TokenTargets
+from stl_offline.training.label_choice import choose_between
+from stl_offline.training.online import online_targets
+from stl_offline.training.setup import Stage
+from stl_offline.training.steps import StepRandom
+
+
+class LabelSource:
+    """No labels at all: the baseline. What the other sources change, they override."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        side = stage.config.img_size
+        self.grid: tuple[int, int] = stage.model.grid_size(side, side)
+
+    def identity(self) -> dict[str, Any]:
+        """What the labels are, by content: a run with other labels is another run."""
+        return {"kind": "none"}
+
+    def loader_arguments(self) -> dict[str, Any]:
+        return {}
+
+    def plan(self, epoch: int) -> dict[str, Any]:
+        return self.stage.random_plan(epoch)
+
+    def tokens(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor] | None:
+        """Token targets (ids, weights), each (B, N, m), or None."""
+        return None
+
+
+class TokenSource(LabelSource, abc.ABC):
+    """What all token labels have in common: those of erased cells weigh what is left to see, or stay."""
+
+    def __init__(self, stage: Stage, config: StudentConfig) -> None:
+        super().__init__(stage)
+        self.config = config
+
+    @abc.abstractmethod
+    def targets(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor]:
+        """Ids and weights (B, N, m) of pictures without holes."""
+
+    def tokens(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor]:
+        ids, weights = self.targets(batch, random)
+        if self.config.erased_labels == "drop":
+            sample_ids = batch.sample_ids.cpu().numpy()
+            kept = self.stage.augmentation.kept_share(batch.epoch, sample_ids, self.grid)
+            if kept is not None:
+                weights = weights * kept.to(weights.device)[..., None]
+        return ids, weights
+
+
+class OnlineLabels(TokenSource):
+    """The labeler sees the student's crop in every step: moved as the student sees it, in its own colours."""
+
+    def __init__(self, stage: Stage, named: NamedLabeler, config: StudentConfig) -> None:
+        super().__init__(stage, config)
+        self.named = named
+        self.labeler = named.model.to(stage.device).eval()
+        side = config.img_size
+        labeler_grid = tuple(self.labeler.grid_size(side, side))
+        if labeler_grid != self.grid:
+            raise InputError(
+                f"at {side} pixels the labeler {named.architecture} gives {labeler_grid} tokens and the student "
+                f"{stage.description.model} {self.grid}; online labels need equal grids (dumped ones do not)"
+            )
+        _check_classes(named.class_names, stage, f"the labeler {config.labeler}")
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "online", "weights_sha256": self.named.weights_sha256}
+
+    def targets(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor]:
+        config = self.config
+        images = batch.images if batch.warps is None else warp_images(batch.images, batch.warps)
+        images = _renormalise(images, self.stage, self.labeler)
+        ids, weights = online_targets(
+            self.labeler, images, config.token_target, config.columns, config.residual, random.torch
+        )
+        if batch.warps is not None:
+            seen = visible_share(batch.warps, self.grid, config.sampling_ratio)
+            weights = weights * seen.to(weights.device)[..., None]
+        return ids, weights
+
+
+class DumpedLabels(TokenSource):
+    """Labels from label sets, joined by key and read from token caches by the loader.
+
+    Of a set of whole pictures a sample reads its one map under a fresh crop; of a set of crops it replays one of them,
+    in turn. With several sets, `stl_offline.training.label_choice` says which one a sample reads in an epoch.
+    """
+
+    def __init__(self, stage: Stage, label_sets: list[LabelSet], config: StudentConfig) -> None:
+        super().__init__(stage, config)
+        self.fingerprints = [label_set.fingerprint for label_set in label_sets]
+        if stage.world.is_first:
+            warn_of_other_pixels(label_sets, config.interpolation)
+        self.replays = [_is_replayed(label_set, config.views) for label_set in label_sets]
+        self.choice = choose_between(label_sets, config.labels_pick, config.labels_share, config.seed)
+        self.caches = tuple(_join(label_set, stage, config, len(label_sets) > 1) for label_set in label_sets)
+        self.labelled = np.stack([np.asarray(cache.labelled) > 0 for cache in self.caches])
+        self.target_settings = TokenTargets(
+            kind=config.token_target,
+            grid=self.grid,
+            m=config.columns if config.token_target == "soft" else 1,
+            sampling_ratio=config.sampling_ratio,
+            residual=config.residual,
+            min_confidence=config.min_confidence,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        if len(self.fingerprints) == 1:
+            return {"kind": "dumped", "fingerprint": self.fingerprints[0]}
+        return {"kind": "dumped", "fingerprints": self.fingerprints}
+
+    def loader_arguments(self) -> dict[str, Any]:
+        return {"tokens": self.target_settings, "cache": self.caches}
+
+    def plan(self, epoch: int) -> dict[str, Any]:
+        plan = super().plan(epoch)
+        # A sample without labels has no stored crop: it keeps its fresh one.
+        views = np.array(plan["views"])
+        chosen = np.zeros(len(views), dtype=np.int64)
+        if self.choice is not None:
+            chosen = self.choice(epoch, views, self.labelled)
+        maps = np.zeros(len(views), dtype=np.int64)
+        for number, (cache, replayed) in enumerate(zip(self.caches, self.replays, strict=True)):
+            if replayed:
+                mine = np.flatnonzero((chosen == number) & self.labelled[number])
+                maps[mine] = epoch % cache.views.shape[1]
+                views[mine] = cache.views[mine, maps[mine]]
+        return plan | {"views": views, "map_index": maps, "cache_index": chosen}
+
+    def targets(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor]:
+        return batch.token_ids, batch.token_weights
+
+
+def open_labels(config: StudentConfig, stage: Stage) -> LabelSource:
+    """The source that the settings name.
+
+    Raises:
+        StlError: labels that are not there, damaged, or do not belong to the pictures.
+    """
+    if config.labels == ("none",):
+        return LabelSource(stage)
+    if config.labels == ("online",):
+        named = find_labeler(config.labeler, config.labeler_checkpoint, config.img_size)
+        return OnlineLabels(stage, named, config)
+    return DumpedLabels(stage, [open_label_set(place) for place in config.labels], config)
+
+
+def warn_of_other_pixels(label_sets: Sequence[LabelSet], interpolation: str) -> None:
+    """Say so, in one line a set, where a student sees other pixels than those that the labels speak of."""
+    for label_set in label_sets:
+        seen = label_set.spec.preprocessing
+        theirs, ours = (seen["interpolation"], seen["decoder"]), (interpolation, DECODER)
+        if theirs != ours:
+            print(
+                f"warning: {label_set.place} was labelled on pictures resized by {theirs[0]} (decoder {theirs[1]}); "
+                f"this student sees them resized by {ours[0]} (decoder {ours[1]})",
+                file=sys.stderr,
+            )
+
+
+def _is_replayed(label_set: LabelSet, views: str) -> bool:
+    has_crops = label_set.spec.views["kind"] == "random"
+    replay = has_crops if views == "auto" else views == "replay"
+    if replay and not has_crops:
+        raise InputError(
+            f"{label_set.place} holds whole pictures, no crops to replay; use --views random, or dump with --views V"
+        )
+    if has_crops and not replay:
+        raise InputError(
+            f"{label_set.place} holds labels of {label_set.spec.views_per_image} crops, not of whole pictures; "
+            "use --views replay, or dump without --views"
+        )
+    return replay
+
+
+def _join(label_set: LabelSet, stage: Stage, config: StudentConfig, named: bool) -> TokenCache:
+    beton = stage.train
+    try:
+        return build_token_cache(
+            label_set,
+            rename_keys(beton.keys, config.key_prefix),
+            beton.content_hashes,
+            beton.class_names,
+            missing=config.missing,
+            allow_changed=config.allow_changed,
+        )
+    except JoinError as error:
+        if not named:
+            raise
+        raise JoinError(f"{label_set.place}: {error}") from error
+
+
+def _check_classes(class_names: tuple[str, ...], stage: Stage, whose: str) -> None:
+    if tuple(class_names) != tuple(stage.train.class_names):
+        raise JoinError(
+            f"the classes of {whose} ({len(class_names)}: {', '.join(class_names[:3])}, …) are not those of the "
+            f"pictures ({len(stage.train.class_names)}: {', '.join(stage.train.class_names[:3])}, …)"
+        )
+
+
+def _renormalise(images: Tensor, stage: Stage, labeler: Any) -> Tensor:
+    """From the student's mean and std to the labeler's."""
+    if tuple(labeler.mean) == tuple(stage.mean) and tuple(labeler.std) == tuple(stage.std):
+        return images
+    ours, theirs = (
+        [torch.tensor(values, device=images.device)[:, None, None] for values in pair]
+        for pair in ((stage.mean, stage.std), (labeler.mean, labeler.std))
+    )
+    return (images * ours[1] + ours[0] - theirs[0]) / theirs[1]
