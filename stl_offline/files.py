@@ -32,6 +32,15 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def sha256_parts(*parts: bytes) -> str:
+    """SHA-256 over several texts in hex, each after its length (uint64), so that none can pass into the next."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes in hex."""
     with open(path, "rb") as stream:

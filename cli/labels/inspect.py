@@ -12,6 +12,7 @@ from stl_offline.cli.options import example, machine_options
 @machine_options
 def inspect(path: str, **_: object) -> None:
     """Print what a label set says of itself."""
+    from stl_offline.labels.folder import format_ranges
     from stl_offline.labels.label_set import open_label_set
 
     label_set = open_label_set(path)
@@ -28,5 +29,7 @@ def inspect(path: str, **_: object) -> None:
         "source": f"keys' fingerprint {spec.source['fingerprint']}",
         "fingerprint": label_set.fingerprint,
     }
+    if label_set.is_partial:
+        lines["here"] = f"the shards {format_ranges(label_set.present)}, {len(label_set):,} pictures"
     for name, text in lines.items():
         click.echo(f"{name + ':':<13}{text}")

@@ -15,7 +15,6 @@ descriptor's ``arguments``, which FFCV leaves unread:
 n: pictures.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from ffcv.types import (
 from numcodecs import Zstd
 
 from stl_offline.errors import FormatError, InputError
+from stl_offline.files import sha256_parts
 from stl_offline.images.encode import EncodedImage, decode_jpeg, key_hash
 
 PAGE_SIZE = 8 << 20
@@ -273,16 +273,12 @@ def _index_place(path: Path, start: bytes) -> np.void:
 
 
 def _fingerprint(keys: list[str], class_names: tuple[str, ...], metadata: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for part in (
+    return sha256_parts(
         json.dumps(class_names).encode(),
         json.dumps(keys).encode(),
         metadata[_CLASS_ID].tobytes(),
         metadata[_CONTENT_HASH].tobytes(),
-    ):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()
+    )
 
 
 def _header(count: int, page_size: int, table: int) -> bytes:

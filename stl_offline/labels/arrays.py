@@ -3,7 +3,9 @@
 n: samples; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell; K: all classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -19,6 +21,14 @@ _FAULTS = (
     "the logits of a cell do not fall",
     "a confidence is not within (0, 1]",
 )
+
+
+class ShardIndex(NamedTuple):
+    """Whose labels a shard holds: n keys, content_hashes (n,) uint64, class_ids (n,) uint32."""
+
+    keys: list[str]
+    content_hashes: np.ndarray
+    class_ids: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +125,15 @@ class ShardArrays:
 def select(arrays: ShardArrays, samples: slice) -> ShardArrays:
     """The labels of some of the samples."""
     return ShardArrays(**{field.name: getattr(arrays, field.name)[samples] for field in fields(ShardArrays)})
+
+
+def concatenate(parts: Sequence[ShardArrays]) -> ShardArrays:
+    """The labels of several runs of samples, one after the other. Raises FormatError where they do not fit."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [field.name for field in fields(ShardArrays) if field.name != "keys"]
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return ShardArrays(keys=[key for part in parts for key in part.keys], **arrays)
 
 
 def probabilities(logits: np.ndarray, confidence: np.ndarray) -> np.ndarray:

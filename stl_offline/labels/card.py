@@ -1,46 +1,53 @@
-"""The card of a label set: a README for people who find one."""
+"""The card of a label set: a README for people who find one.
+
+It starts with the YAML that data set hubs read, and is made of the manifest alone.
+"""
+
+import json
 
 from stl_offline.labels.manifest import Manifest
+from stl_offline.labels.spec import LabelSpec
 
-CARD = "README.md"
+# Licences by the names that hubs know them under; any other stands as "other", with its name.
+_HUB_LICENCES = {
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "unknown"),
+    *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "openrail"),
+}
+# Pictures in the set → the hub's word for it.
+_SIZES = (
+    (1e3, "n<1K"),
+    (1e4, "1K<n<10K"),
+    (1e5, "10K<n<100K"),
+    (1e6, "100K<n<1M"),
+    (1e7, "1M<n<10M"),
+    (1e8, "10M<n<100M"),
+)
+
+_PACKAGE = """\
+import stl_offline
+labels = stl_offline.open_label_set(".")  # or its URL
+labels[labels.keys[0]].probabilities()  # (views, rows, columns, classes kept); also .class_ids, .views, .dense()
+"""
+_ZARR = """\
+import zarr
+shard = zarr.open_group(zarr.storage.ZipStore("{name}", mode="r"), mode="r")
+shard["keys"][:], shard["{array}"][:]  # (pictures, views, rows, columns, classes kept)
+"""
+_WEBDATASET = """\
+import webdataset
+for sample in webdataset.WebDataset("{names}", shardshuffle=False).decode():
+    sample["__key__"], sample["labels.npy.gz"]["{array}"]  # (views, rows, columns, classes kept)
+"""
 
 
 def make_card(manifest: Manifest) -> bytes:
     """The bytes of the card: what the set is, how it was made, how to use it. The same manifest gives the same card."""
     spec = manifest.spec
-    rows, columns = spec.grid
-    size = sum(shard.bytes for shard in manifest.shards)
-    if spec.views["kind"] == "whole":
-        views = "one map of each whole picture"
-    else:
-        scale, ratio = spec.views["scale"], spec.views["ratio"]
-        views = (
-            f"{spec.views_per_image} random crops of each picture (area {scale[0]:g} to {scale[1]:g}, ratio "
-            f"{ratio[0]:.3g} to {ratio[1]:.3g}, flipped with chance {spec.views['flip']:g}, seed {spec.views['seed']})"
-        )
-    see = spec.preprocessing
-    facts = [
-        ("pictures", f"{spec.num_samples:,}"),
-        ("classes", f"{spec.num_classes:,} ({_some(spec.class_names)})"),
-        ("labels", f"the {spec.top_k} most probable classes of each of {rows} × {columns} tokens; {views}"),
-        ("size", f"{size:,} bytes in {len(manifest.shards):,} shards, {size / spec.num_samples:,.0f} a picture"),
-        ("format", f"label set version {spec.format_version}, container {spec.container}, encoding {spec.encoding}"),
-        (
-            "exactness",
-            ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in spec.to_json()["bounds"].items()),
-        ),
-        ("labeler", f"{spec.labeler['architecture']} (weights' SHA-256 {spec.labeler['weights_sha256']})"),
-        ("licence of the labeler's weights", str(spec.labeler["licence"])),
-        (
-            "pictures as the labeler saw them",
-            f"{see['height']} × {see['width']} pixels, {see['interpolation']} interpolation, mean {see['mean']}, "
-            f"std {see['std']}, decoded by {see['decoder']}",
-        ),
-        ("fingerprint of the pictures", str(spec.source["fingerprint"])),
-    ]
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts)
-    made = "\n".join(f"    {name}: {_cell(str(value))}" for name, value in sorted(spec.creation.items()))
-    return f"""# Token labels
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _facts(manifest))
+    made = "\n".join(f"    {name}: {_cell(json.dumps(value))}" for name, value in sorted(spec.creation.items()))
+    container = "zarr groups in zip files" if spec.container == "zarr" else "webdataset tars"
+    return f"""{_front_matter(spec)}
+# Token labels
 
 What a labeler says of every token of {spec.num_samples:,} pictures, made once, to train any number of students from.
 
@@ -59,13 +66,79 @@ With `stl-offline dump-labels` and these settings:
     stl-offline labels verify .
     stl-offline train-student --data PICTURES --val PICTURES --labels . --out RUN
 
-    import stl_offline
-    labels = stl_offline.open_label_set(".")
-    labels[labels.keys[0]].probabilities()  # (views, rows, columns, classes kept)
+With the package stl-offline:
 
-Labels belong to pictures by key (the path below the data set's root) and by content. The format is plain
-{"zarr in zip files" if spec.container == "zarr" else "webdataset tars"}; `manifest.json` says the rest.
+```python
+{_PACKAGE}```
+
+Without it, since these are plain {container} (the format's description says what each array means):
+
+```python
+{_plain_snippet(manifest)}```
+
+Labels belong to pictures by key (the path below the data set's root) and by content. The pictures are not part of this
+set. `manifest.json` says the rest: class names, checksums of the shards, everything that a reader needs.
 """.encode()
+
+
+def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+    spec, see = manifest.spec, manifest.spec.preprocessing
+    rows, columns = spec.grid
+    size = sum(shard.bytes for shard in manifest.shards)
+    bounds = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in sorted(spec.bounds.items()))
+    return [
+        ("pictures", f"{spec.num_samples:,}"),
+        ("classes", f"{spec.num_classes:,} ({_some(spec.class_names)})"),
+        ("labels", f"the {spec.top_k} most probable classes of each of {rows} × {columns} tokens; {_views(spec)}"),
+        ("size", f"{size:,} bytes in {len(manifest.shards):,} shards, {size / spec.num_samples:,.0f} a picture"),
+        ("format", f"label set version {spec.format_version}, container {spec.container}, encoding {spec.encoding}"),
+        ("bounds of what encoding changed", bounds),
+        ("labeler", f"{spec.labeler['architecture']} (weights' SHA-256 {spec.labeler['weights_sha256']})"),
+        ("licence of the labeler's weights", str(spec.labeler["licence"])),
+        (
+            "pictures as the labeler saw them",
+            f"{see['height']} × {see['width']} pixels, {see['interpolation']} interpolation, mean {see['mean']}, "
+            f"std {see['std']}, decoded by {see['decoder']}",
+        ),
+        ("fingerprint of the pictures", str(spec.source["fingerprint"])),
+    ]
+
+
+def _views(spec: LabelSpec) -> str:
+    if spec.views["kind"] == "whole":
+        return "one map of each whole picture"
+    scale, ratio = (" to ".join(f"{value:.3g}" for value in spec.views[name]) for name in ("scale", "ratio"))
+    return (
+        f"{spec.views_per_image} random crops of each picture (area {scale}, ratio {ratio}, flipped with chance "
+        f"{spec.views['flip']:g}, seed {spec.views['seed']})"
+    )
+
+
+def _front_matter(spec: LabelSpec) -> str:
+    """YAML, whose strings may be written as JSON's: nothing in a name can break out of its line."""
+    licence = str(spec.labeler["licence"])
+    known = "unknown" if licence == "unstated" else licence.lower()
+    known = known if known in _HUB_LICENCES else "other"
+    size = next((word for most, word in _SIZES if spec.num_samples < most), "n>100M")
+    named = f"\nlicense_name: {json.dumps(licence)}" if known == "other" else ""
+    return f"""---
+license: {known}{named}
+pretty_name: {json.dumps(f"Token labels of {spec.labeler['architecture']}", ensure_ascii=False)}
+task_categories: [image-classification]
+size_categories: [{size}]
+tags: [token-labels, knowledge-distillation, vision-transformer, stl-offline, {spec.container}]
+---
+"""
+
+
+def _plain_snippet(manifest: Manifest) -> str:
+    array = "class_ids" if manifest.spec.encoding == "f16" else "class_ranks"
+    first = manifest.shards[0].name
+    if manifest.spec.container == "zarr":
+        return _ZARR.format(name=first, array=array)
+    last = len(manifest.shards) - 1
+    names = first if not last else first.replace("labels-00000", f"labels-{{00000..{last:05d}}}")
+    return _WEBDATASET.format(names=names, array=array)
 
 
 def _some(names: tuple[str, ...], most: int = 6) -> str:
@@ -74,4 +147,4 @@ def _some(names: tuple[str, ...], most: int = 6) -> str:
 
 def _cell(text: str) -> str:
     """Text that cannot break the table: class names and settings come from others."""
-    return " ".join(text.replace("|", "\\|").split())
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

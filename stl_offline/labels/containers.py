@@ -3,10 +3,8 @@
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
-
 from stl_offline.labels import tar_shard, zarr_shard
-from stl_offline.labels.arrays import ShardArrays
+from stl_offline.labels.arrays import ShardArrays, ShardIndex
 from stl_offline.labels.spec import LabelSpec
 
 _MODULES: dict[str, ModuleType] = {"zarr": zarr_shard, "webdataset": tar_shard}
@@ -22,6 +20,6 @@ def decode(source: bytes | str | Path, spec: LabelSpec) -> ShardArrays:
     return _MODULES[spec.container].decode(source, spec)
 
 
-def read_index(source: bytes | str | Path, spec: LabelSpec) -> tuple[list[str], np.ndarray]:
-    """Keys and content hashes (uint64) of a shard, without its labels where that is possible. Raises FormatError."""
+def read_index(source: bytes | str | Path, spec: LabelSpec) -> ShardIndex:
+    """Whose labels a shard holds, without the labels where that is possible. Raises FormatError."""
     return _MODULES[spec.container].read_index(source, spec)

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import xxhash
 
 from stl_offline.errors import InputError, JoinError
+from stl_offline.labels.folder import format_ranges
+from stl_offline.labels.keys import hash_keys, some
 from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.mismatch import explain
 
 _EXAMPLES = 3
+# Labels without a picture whose keys are looked at for a rule by which keys differ.
+_LOOKED_AT = 10_000
 POLICIES = ("error", "skip")
 
 
@@ -22,7 +26,7 @@ class JoinReport:
 
     shard, row: (n,) int32, −1 where a picture has no label; matched, missing, changed, extra: counts of pictures with
     a label, without one, with another content hash than the labelled picture (among the matched), and of labels
-    without a picture; ``*_examples``: a few keys of each.
+    without a picture; ``*_examples``: a few keys of each; hints: why pictures and labels may have missed each other.
     """
 
     shard: np.ndarray
@@ -34,6 +38,7 @@ class JoinReport:
     missing_examples: list[str] = field(default_factory=list)
     changed_examples: list[str] = field(default_factory=list)
     extra_examples: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         parts = [f"{self.matched:,} of {len(self.shard):,} pictures have labels"]
@@ -43,8 +48,8 @@ class JoinReport:
             (self.extra, "labels without a picture", self.extra_examples),
         ):
             if count:
-                parts.append(f"{count:,} {what} ({_list(count, examples)})")
-        return "; ".join(parts)
+                parts.append(f"{count:,} {what} ({some(count, examples)})")
+        return "; ".join(parts + self.hints)
 
 
 def join(
@@ -77,38 +82,55 @@ def join(
     check_class_names(label_set.spec.class_names, tuple(class_names))
     content_hashes = np.asarray(content_hashes, dtype=np.uint64)
     # Keys are looked up by hash, and compared: a hundredth of a dictionary's memory for millions of pictures.
-    hashes = _hash(keys)
+    hashes = hash_keys(keys)
     order = np.argsort(hashes, kind="stable")
     sorted_hashes = hashes[order]
     _check_unique(keys, sorted_hashes, order)
     shard = np.full(len(keys), -1, dtype=np.int32)
     row = np.full(len(keys), -1, dtype=np.int32)
-    extra, changed = _Count(), _Count()
-    for index in range(len(label_set.shards)):
-        shard_keys, shard_hashes = label_set.read_index(index)
-        found = np.searchsorted(sorted_hashes, _hash(shard_keys))
-        for position, key in enumerate(shard_keys):
-            sample = _find(key, int(found[position]), keys, order)
+    extra, changed = _Named(_LOOKED_AT), _Named(_EXAMPLES)
+    extra_hashes, extra_contents = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
+    label_set.fetch()
+    for index in label_set.present:
+        found = label_set.read_index(index)
+        shard_hashes = hash_keys(found.keys)
+        places = np.searchsorted(sorted_hashes, shard_hashes)
+        without = []
+        for position, key in enumerate(found.keys):
+            sample = _find(key, int(places[position]), keys, order)
             if sample < 0:
                 extra.add(key)
+                without.append(position)
                 continue
             if shard[sample] >= 0:
                 raise JoinError(f"the label set {label_set.place} holds the key {key} twice")
             shard[sample] = index
             row[sample] = position
-            if content_hashes[sample] != shard_hashes[position]:
+            if content_hashes[sample] != found.content_hashes[position]:
                 changed.add(key)
-    without = np.flatnonzero(shard < 0)
+        extra_hashes.append(shard_hashes[without])
+        extra_contents.append(found.content_hashes[without])
+    unlabelled = np.flatnonzero(shard < 0)
+    absent = [keys[int(sample)] for sample in unlabelled]
+    hints = explain(
+        absent, content_hashes[unlabelled], extra.keys, np.concatenate(extra_hashes), np.concatenate(extra_contents)
+    )
+    if label_set.is_partial and absent:
+        hints.append(
+            f"only the shards {format_ranges(label_set.present)} of {len(label_set.shards)} were pulled; `labels pull` "
+            "brings the others"
+        )
     report = JoinReport(
         shard=shard,
         row=row,
-        matched=len(keys) - len(without),
-        missing=len(without),
+        matched=len(keys) - len(absent),
+        missing=len(absent),
         changed=changed.count,
         extra=extra.count,
-        missing_examples=[keys[int(sample)] for sample in without[:_EXAMPLES]],
-        changed_examples=changed.examples,
-        extra_examples=extra.examples,
+        missing_examples=absent[:_EXAMPLES],
+        changed_examples=changed.keys,
+        extra_examples=extra.keys[:_EXAMPLES],
+        hints=hints,
     )
     _judge(report, label_set, missing, allow_changed)
     return report
@@ -120,10 +142,10 @@ def check_class_names(labels: tuple[str, ...], pictures: tuple[str, ...]) -> Non
         return
     absent = sorted(set(pictures) - set(labels))
     if absent:
-        how = f"{len(absent)} of the pictures' classes are not in it ({_list(len(absent), absent[:_EXAMPLES])})"
+        how = f"{len(absent)} of the pictures' classes are not in it ({some(len(absent), absent[:_EXAMPLES])})"
     elif len(labels) != len(pictures):
         absent = sorted(set(labels) - set(pictures))
-        how = f"{len(absent)} of its classes are not among the pictures' ({_list(len(absent), absent[:_EXAMPLES])})"
+        how = f"{len(absent)} of its classes are not among the pictures' ({some(len(absent), absent[:_EXAMPLES])})"
     else:
         place = next(index for index, name in enumerate(labels) if name != pictures[index])
         how = f"the order differs: class {place} is {labels[place]!r} there and {pictures[place]!r} here"
@@ -133,15 +155,18 @@ def check_class_names(labels: tuple[str, ...], pictures: tuple[str, ...]) -> Non
     )
 
 
-class _Count:
-    def __init__(self) -> None:
+class _Named:
+    """Counts keys, and keeps the first of them."""
+
+    def __init__(self, most: int) -> None:
         self.count = 0
-        self.examples: list[str] = []
+        self.keys: list[str] = []
+        self._most = most
 
     def add(self, key: str) -> None:
         self.count += 1
-        if len(self.examples) < _EXAMPLES:
-            self.examples.append(key)
+        if len(self.keys) < self._most:
+            self.keys.append(key)
 
 
 def _judge(report: JoinReport, label_set: LabelSet, missing: str, allow_changed: bool) -> None:
@@ -151,13 +176,10 @@ def _judge(report: JoinReport, label_set: LabelSet, missing: str, allow_changed:
     if report.missing and missing == "error":
         faults.append("--missing skip trains on without labels for these")
     if report.changed and not allow_changed:
-        faults.append("--allow-changed uses the labels nevertheless")
+        why = "were all of them compressed anew, or resized? " if report.changed == report.matched else ""
+        faults.append(f"{why}--allow-changed uses the labels nevertheless")
     if faults:
         raise JoinError(f"labels {label_set.place} and pictures do not belong together: {report}. {'; '.join(faults)}")
-
-
-def _hash(keys: Sequence[str]) -> np.ndarray:
-    return np.fromiter((xxhash.xxh3_64_intdigest(key.encode()) for key in keys), dtype=np.uint64, count=len(keys))
 
 
 def _find(key: str, position: int, keys: Sequence[str], order: np.ndarray) -> int:
@@ -167,7 +189,7 @@ def _find(key: str, position: int, keys: Sequence[str], order: np.ndarray) -> in
         if keys[sample] == key:
             return sample
         position += 1
-        if _hash([keys[int(order[position - 1])]]) != _hash([key]):
+        if hash_keys([keys[int(order[position - 1])]]) != hash_keys([key]):
             return -1
     return -1
 
@@ -182,7 +204,3 @@ def _check_unique(keys: Sequence[str], sorted_hashes: np.ndarray, order: np.ndar
         if key in seen:
             raise InputError(f"the pictures hold the key {key} twice")
         seen.add(key)
-
-
-def _list(count: int, examples: Sequence[str]) -> str:
-    return ", ".join(examples) + (", …" if count > len(examples) else "")

@@ -1,42 +1,63 @@
 """Reads a label set: by key for looking at it, by whole shards for work."""
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from stl_offline.errors import FormatError, InputError, JoinError
 from stl_offline.files import atomic_write, cache_dir, make_folder, sha256_bytes
 from stl_offline.labels import containers
-from stl_offline.labels.arrays import ShardArrays
-from stl_offline.labels.folder import MANIFEST, RECORDS, read_job, read_manifest
+from stl_offline.labels.arrays import ShardArrays, ShardIndex
+from stl_offline.labels.folder import (
+    MANIFEST,
+    PULL,
+    RECORDS,
+    format_ranges,
+    present_bytes,
+    read_job,
+    read_manifest,
+    read_present,
+)
 from stl_offline.labels.label_map import LabelMap
 from stl_offline.labels.manifest import Manifest, ShardRecord
+from stl_offline.labels.parallel import each_shard
 from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.storage import Storage, open_storage
 
+# How often a shard is fetched again whose bytes came otherwise than they should.
+_FETCHES = 3
+
 
 class LabelSet:
-    """A label set that is whole. Made by `open_label_set`.
+    """A label set that is whole, or pulled in part. Made by `open_label_set`.
 
     ``len(labels)``: pictures; ``labels.keys``: their keys, in stored order; ``labels[key]``: a `LabelMap`;
-    ``key in labels``; ``labels.spec``; ``labels.shards``: the shard table; ``labels.fingerprint``: SHA-256 of the
-    manifest, which names every shard's SHA-256, and so names the whole content.
+    ``key in labels``; ``labels.spec``; ``labels.shards``: the shard table; ``labels.present``: the shards that are
+    here, all of them unless only some were pulled; ``labels.fingerprint``: SHA-256 of the manifest, which names every
+    shard's SHA-256, and so names the whole content (of the manifest and the list of shards, where some are missing).
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, present: tuple[int, ...] | None = None) -> None:
         self.storage = storage
         self.place = storage.place
+        self.manifest = manifest
         self.spec: LabelSpec = manifest.spec
         self.shards: tuple[ShardRecord, ...] = manifest.shards
-        self.fingerprint = sha256_bytes(manifest.to_bytes())
+        self.present = tuple(range(len(self.shards))) if present is None else present
+        named = manifest.to_bytes() + (present_bytes(self.present) if self.is_partial else b"")
+        self.fingerprint = sha256_bytes(named)
         self._last: tuple[int, ShardArrays] | None = None
         self._lock = threading.Lock()
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether only some of the shards are here."""
+        return len(self.present) < len(self.shards)
+
     def __len__(self) -> int:
-        return self.spec.num_samples
+        return sum(self.shards[index].samples for index in self.present)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys)
@@ -53,7 +74,10 @@ class LabelSet:
         """
         place = self._places.get(key)
         if place is None:
-            raise JoinError(f"the label set {self.place} has no label for the key {key!r}; it has {len(self)} others")
+            where = f"; only the shards {format_ranges(self.present)} are here" if self.is_partial else ""
+            raise JoinError(
+                f"the label set {self.place} has no label for the key {key!r}; it has {len(self)} others{where}"
+            )
         index, row = place
         with self._lock:
             if self._last is None or self._last[0] != index:
@@ -72,47 +96,59 @@ class LabelSet:
 
     def __repr__(self) -> str:
         grid = "×".join(map(str, self.spec.grid))
-        return f"LabelSet({self.place!r}: {len(self)} pictures, {grid} tokens, top {self.spec.top_k})"
+        some = f", shards {format_ranges(self.present)} of {len(self.shards)}" if self.is_partial else ""
+        return f"LabelSet({self.place!r}: {len(self)} pictures, {grid} tokens, top {self.spec.top_k}{some})"
 
     @cached_property
     def keys(self) -> list[str]:
         """Every picture's key, in stored order."""
-        return [key for index in range(len(self.shards)) for key in self.read_index(index)[0]]
+        self.fetch()
+        return [key for index in self.present for key in self.read_index(index).keys]
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
         places: dict[str, tuple[int, int]] = {}
         keys = iter(self.keys)
-        for index, shard in enumerate(self.shards):
-            for row in range(shard.samples):
+        for index in self.present:
+            for row in range(self.shards[index].samples):
                 places[next(keys)] = (index, row)
         if len(places) != len(self):
             raise FormatError(f"the label set {self.place} holds {len(self) - len(places)} keys twice")
         return places
 
-    def read_bytes(self, index: int) -> bytes:
-        """The bytes of shard ``index``, compared with its record.
+    def read_bytes(self, index: int, *, keep: bool = True) -> bytes:
+        """The bytes of shard ``index``, compared with its record. A store's shard is kept on this machine (``keep``).
 
         Raises:
             FormatError: the file is missing, has another size or another SHA-256 than the manifest says.
+            InputError: the store cannot be reached.
         """
         shard = self.shards[index]
         kept = self._kept(shard)
-        if kept is not None and kept.exists():
-            data = kept.read_bytes()
-            if sha256_bytes(data) == shard.sha256:
-                return data
-        try:
-            data = self.storage.read(shard.name)
-        except FileNotFoundError as error:
-            raise FormatError(f"the shard {self.place}/{shard.name} is missing; copy the label set again") from error
-        self._check_size(shard, len(data))
-        if sha256_bytes(data) != shard.sha256:
-            raise FormatError(f"the shard {self.place}/{shard.name} is damaged (its SHA-256 differs); copy it again")
         if kept is not None:
+            with contextlib.suppress(OSError):
+                data = kept.read_bytes()
+                if sha256_bytes(data) == shard.sha256:
+                    return data
+        for attempt in range(_FETCHES):
+            data = self._read(index)
+            if len(data) == shard.bytes and sha256_bytes(data) == shard.sha256:
+                break
+            if kept is None or attempt == _FETCHES - 1:
+                self._check_size(shard, len(data))
+                raise FormatError(
+                    f"the shard {self.place}/{shard.name} is damaged (its SHA-256 differs); copy it again"
+                )
+        if kept is not None and keep:
             make_folder(kept.parent)
             atomic_write(kept, data)
         return data
+
+    def fetch(self) -> None:
+        """Bring every shard of a store to this machine, several at a time; nothing to do for a folder's shards."""
+        wanted = [index for index in self.present if not self._is_here(index)]
+        for _ in each_shard(lambda index: len(self.read_bytes(index)), wanted, f"{self.place} → cache", transfer=True):
+            pass
 
     def read_shard(self, index: int) -> ShardArrays:
         """All labels of shard ``index``, in sample order, every byte and every value checked.
@@ -120,39 +156,64 @@ class LabelSet:
         Raises:
             FormatError: as `read_bytes`; or the content does not fit the manifest.
         """
-        arrays = self._decode(index, self.read_bytes(index))
-        if len(arrays) != self.shards[index].samples:
-            raise FormatError(
-                f"the shard {self.shards[index].name} holds {len(arrays)} samples, "
-                f"the manifest says {self.shards[index].samples}"
-            )
+        return self.decode(index, self.read_bytes(index))
+
+    def decode(self, index: int, data: bytes) -> ShardArrays:
+        """The labels in the bytes of shard ``index``; raises FormatError where they do not fit the manifest."""
+        shard = self.shards[index]
+        try:
+            arrays = containers.decode(data, self.spec)
+        except FormatError as error:
+            raise FormatError(f"{self.place}/{shard.name}: {error}") from error
+        self._check_count(shard, len(arrays))
         return arrays
 
-    def read_index(self, index: int) -> tuple[list[str], np.ndarray]:
-        """Keys and content hashes (uint64) of shard ``index``, without reading its labels. Raises FormatError."""
+    def read_index(self, index: int) -> ShardIndex:
+        """Keys, content hashes and class ids of shard ``index``, without reading its labels. Raises FormatError."""
         shard = self.shards[index]
         if self.storage.local is None:
             # The whole shard is needed sooner or later, and is kept.
             source: bytes | Path = self.read_bytes(index)
         else:
+            self._check_present(index)
             source = self.storage.local / shard.name
             if source.exists():
                 self._check_size(shard, source.stat().st_size)
         try:
-            keys, content_hashes = containers.read_index(source, self.spec)
+            found = containers.read_index(source, self.spec)
         except FormatError as error:
             raise FormatError(f"{self.place}/{shard.name}: {error}") from error
-        if len(keys) != shard.samples:
-            raise FormatError(
-                f"the shard {self.place}/{shard.name} holds {len(keys)} samples, the manifest says {shard.samples}"
-            )
-        return keys, content_hashes
+        self._check_count(shard, len(found.keys))
+        return found
 
-    def _decode(self, index: int, data: bytes) -> ShardArrays:
+    def _read(self, index: int) -> bytes:
+        self._check_present(index)
+        shard = self.shards[index]
         try:
-            return containers.decode(data, self.spec)
-        except FormatError as error:
-            raise FormatError(f"{self.place}/{self.shards[index].name}: {error}") from error
+            # What a record says of the size is only believed once the file agrees.
+            size = self.storage.size(shard.name)
+            if size is not None:
+                self._check_size(shard, size)
+            return self.storage.read(shard.name, shard.bytes)
+        except FileNotFoundError as error:
+            raise FormatError(f"the shard {self.place}/{shard.name} is missing; copy the label set again") from error
+
+    def _is_here(self, index: int) -> bool:
+        kept = self._kept(self.shards[index])
+        return kept is None or kept.exists()
+
+    def _check_present(self, index: int) -> None:
+        if self.is_partial and index not in self.present:
+            raise FormatError(
+                f"shard {index} of {self.place} was not pulled (the shards {format_ranges(self.present)} were); "
+                f"`labels pull … --shards {index}` brings it"
+            )
+
+    def _check_count(self, shard: ShardRecord, count: int) -> None:
+        if count != shard.samples:
+            raise FormatError(
+                f"the shard {self.place}/{shard.name} holds {count} samples, the manifest says {shard.samples}"
+            )
 
     def _check_size(self, shard: ShardRecord, size: int) -> None:
         if size != shard.bytes:
@@ -172,16 +233,18 @@ def open_label_set(place: str | Path, **options: object) -> LabelSet:
 
     Raises:
         InputError: there is no such folder, or the store cannot be reached.
+        MissingExtraError: the package that knows this kind of store is not installed.
         FormatError: no label set is there, one of an unknown version, or one that is not finished (the message says
             how many shards are done).
     """
     storage = open_storage(place, **options)
     if storage.local is not None and not storage.local.is_dir():
         raise InputError(f"there is no label set at {place}: not a folder")
-    try:
-        return LabelSet(storage, read_manifest(storage))
-    except FileNotFoundError:
-        pass
+    with contextlib.suppress(FileNotFoundError):
+        manifest = read_manifest(storage)
+        return LabelSet(storage, manifest, read_present(storage, len(manifest.shards)))
+    if storage.size(PULL) is not None:
+        raise FormatError(f"the label set {storage.place} was not pulled to its end; run `labels pull` again")
     try:
         _, sizes = read_job(storage)
     except FileNotFoundError:

@@ -3,6 +3,7 @@
 n: samples; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,15 @@ class StoredArray:
     shuffle: str = "shuffle"
     level: int = 5
 
+    @property
+    def is_sized(self) -> bool:
+        """Whether the spec and the sample count tell the array's size."""
+        return self.dtype is not None and None not in self.shape
+
+
+# A shard unpacks to some 3 times its size, one of a single class everywhere to 50 times. What would unpack to far more
+# is made to fill the reader's memory; below the first number it could do no harm.
+_HARMLESS_BYTES, _MOST_RATIO = 1 << 28, 300
 
 _MAP = ("sample", "view", "row", "column")
 
@@ -53,6 +63,19 @@ def layout(spec: LabelSpec, samples: int) -> dict[str, StoredArray]:
         if k > 1:
             arrays["logit_gaps"] = StoredArray(np.dtype("u1"), (*cells, k - 1), (*_MAP, "gap"), "noshuffle", 1)
     return arrays
+
+
+def check_claim(spec: LabelSpec, samples: int, size: int) -> None:
+    """Refuse a shard of ``size`` bytes that says it holds more than they can; before anything is unpacked.
+
+    Raises:
+        FormatError: manifest and shard agree on labels that would fill the memory.
+    """
+    # Each sample has a hash of its own.
+    arrays = [array for array in layout(spec, samples).values() if array.is_sized]
+    claimed = sum(array.dtype.itemsize * math.prod(array.shape) for array in arrays)
+    if not 0 < samples <= size or claimed > _HARMLESS_BYTES + _MOST_RATIO * size:
+        raise FormatError(f"the shard claims {samples:,} samples in {claimed:,} bytes, which its {size:,} cannot hold")
 
 
 def to_stored(arrays: ShardArrays, spec: LabelSpec) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ written with ``%XX`` for its dots and leading underscores.
 import gzip
 import io
 import json
+import math
 import re
 import struct
 import tarfile
@@ -22,17 +23,18 @@ from pathlib import Path
 import numpy as np
 
 from stl_offline.errors import FormatError
-from stl_offline.labels.arrays import ShardArrays
+from stl_offline.labels.arrays import ShardArrays, ShardIndex
 from stl_offline.labels.spec import FORMAT, LabelSpec
-from stl_offline.labels.stored import StoredArray, from_stored, layout, to_stored
+from stl_offline.labels.stored import StoredArray, check_claim, from_stored, layout, to_stored
 
 _HEAD = "__labels__"
 _SUFFIX = ".labels.npy.gz"
 _BLOCK = 512
 _LEVEL = 6
 _GZIP_HEAD = b"\x1f\x8b\x08\x00" + bytes(4) + b"\x02\xff"
-# Larger than any record: a view more costs kilobytes.
-_MOST_BYTES = 1 << 30
+# Of a record's header and key; its arrays have sizes that the spec tells.
+_MOST_HEADER = 1 << 16
+_MOST_KEY = 1 << 20
 _META = re.compile(r"__[^/]*__($|/)")
 _KEY_LENGTH = re.compile(rb"'\|S(\d{1,6})'")
 _PALETTE_LENGTH = re.compile(rb"'palette', '[^']*', \((\d{1,9}),\)")
@@ -92,10 +94,14 @@ def decode(source: bytes | str | Path, spec: LabelSpec) -> ShardArrays:
     return from_stored(stored, spec)
 
 
-def read_index(source: bytes | str | Path, spec: LabelSpec) -> tuple[list[str], np.ndarray]:
-    """Keys and content hashes (uint64). Raises FormatError as `decode` does."""
+def read_index(source: bytes | str | Path, spec: LabelSpec) -> ShardIndex:
+    """Keys, content hashes and class ids. Raises FormatError as `decode` does."""
     records = _read_records(source, spec)
-    return _keys(records).tolist(), np.array([record["content_hash"] for record in records], dtype="<u8")
+    hashes, class_ids = (
+        np.array([record[name] for record in records], dtype=dtype)
+        for name, dtype in (("content_hash", "<u8"), ("class_id", "<u4"))
+    )
+    return ShardIndex(_keys(records).tolist(), hashes, class_ids)
 
 
 def member_names(keys: list[str]) -> list[str]:
@@ -167,16 +173,19 @@ def _read_records(source: bytes | str | Path, spec: LabelSpec) -> list[np.void]:
             members = iter(archive)
             samples = _check_head(archive, next(members, None), spec)
             fields = _fields(layout(spec, samples))
+            check_claim(spec, samples, len(data))
+            most = _most_bytes(spec)
             for member in members:
-                if not member.isreg() or not member.name.endswith(_SUFFIX):
+                # Sparse files and extended headers may claim any size; version 1 has neither.
+                if member.type != tarfile.REGTYPE or member.pax_headers or not member.name.endswith(_SUFFIX):
                     raise FormatError(f"the shard holds a member that is no label: {member.name!r}")
                 names.append(member.name.removesuffix(_SUFFIX))
-                records.append(_read_record(archive.extractfile(member).read(), fields))
+                records.append(_read_record(archive.extractfile(member).read(), fields, most))
     except FileNotFoundError as error:
         raise FormatError(f"the shard {source} is missing") from error
     except FormatError:
         raise
-    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, struct.error) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, RecursionError, zlib.error, struct.error) as error:
         raise FormatError(f"the shard is damaged: {type(error).__name__}: {error}") from error
     if len(records) != samples:
         raise FormatError(f"the shard says that it holds {samples} samples, but has {len(records)}: it is cut off")
@@ -201,10 +210,18 @@ def _check_head(archive: tarfile.TarFile, member: tarfile.TarInfo | None, spec: 
     return head["samples"]
 
 
-def _read_record(data: bytes, fields: tuple) -> np.void:
+def _most_bytes(spec: LabelSpec) -> int:
+    """Larger than any record of this label set."""
+    planes = layout(spec, 1)
+    arrays = sum(array.dtype.itemsize * math.prod(array.shape) for array in planes.values() if array.is_sized)
+    palette = spec.id_dtype.itemsize * math.prod(spec.map_shape) if "palette" in planes else 0
+    return arrays + palette + _MOST_HEADER + _MOST_KEY
+
+
+def _read_record(data: bytes, fields: tuple, most: int) -> np.void:
     """One sample's record. Only the very header that version 1 writes is taken: a foreign dtype is never built."""
     with gzip.open(io.BytesIO(data)) as unpacked:
-        data = unpacked.read(_MOST_BYTES)
+        data = unpacked.read(most)
     key = _KEY_LENGTH.search(data, 0, 4096)
     palette = _PALETTE_LENGTH.search(data, 0, 4096)
     if key is None:
@@ -218,4 +235,7 @@ def _read_record(data: bytes, fields: tuple) -> np.void:
 
 
 def _keys(records: list[np.void]) -> np.ndarray:
-    return np.array([bytes(record["key"]).decode() for record in records], dtype=np.dtypes.StringDType())
+    try:
+        return np.array([bytes(record["key"]).decode() for record in records], dtype=np.dtypes.StringDType())
+    except UnicodeDecodeError as error:
+        raise FormatError(f"the shard holds a key that is not UTF-8: {error.object!r}") from error

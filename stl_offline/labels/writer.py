@@ -18,8 +18,8 @@ from stl_offline.errors import FormatError, InputError, TargetError
 from stl_offline.files import canonical_json, make_folder, sha256_bytes
 from stl_offline.labels import containers
 from stl_offline.labels.arrays import ShardArrays
-from stl_offline.labels.card import CARD, make_card
-from stl_offline.labels.folder import JOB, LOCK, MANIFEST, PARTIAL, RECORDS, read_job, read_manifest, record_name
+from stl_offline.labels.card import make_card
+from stl_offline.labels.folder import CARD, JOB, LOCK, MANIFEST, PARTIAL, RECORDS, read_job, read_manifest, record_name
 from stl_offline.labels.job import JobLock, try_lock
 from stl_offline.labels.lease import Lease
 from stl_offline.labels.manifest import Manifest, ShardRecord, shard_name, shard_range

@@ -7,6 +7,7 @@ because zarr's own ZipStore writes entries in the order in which its workers end
 import io
 import json
 import math
+import re
 import struct
 import zipfile
 from itertools import product
@@ -19,16 +20,17 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from stl_offline.errors import FormatError
-from stl_offline.labels.arrays import ShardArrays
+from stl_offline.labels.arrays import ShardArrays, ShardIndex
 from stl_offline.labels.spec import FORMAT, LabelSpec
-from stl_offline.labels.stored import StoredArray, from_stored, layout, to_stored
+from stl_offline.labels.stored import StoredArray, check_claim, from_stored, layout, to_stored
 from stl_offline.labels.zarr_chunks import read_array
 
 # Codecs that a reader accepts: all that version 1 uses. A foreign codec is foreign code.
-_CODECS = {"bytes", "blosc", "zstd", "vlen-utf8"}
+_CODECS = {False: ["bytes", "blosc"], True: ["vlen-utf8", "zstd"]}  # of numbers, and of strings
 # A chunk's size before compression. Larger chunks read faster and are smaller; a chunk is what plain zarr reads to
 # give one sample.
 _CHUNK_BYTES = 1 << 20
+_ENTRY = re.compile(r"zarr\.json|[a-z_]+/(zarr\.json|c(/[0-9]+)+)")
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
@@ -39,18 +41,22 @@ def encode(arrays: ShardArrays, spec: LabelSpec) -> bytes:
         FormatError: the content does not fit the spec.
     """
     stored = to_stored(arrays, spec)
-    with zarr.config.set({"json_indent": None}):
-        chunks: dict[str, cpu.Buffer] = {}
-        attributes = {
-            "format": FORMAT,
-            "format_version": spec.format_version,
-            "value_kind": spec.value_kind,
-            "encoding": spec.encoding,
-        }
-        group = zarr.create_group(store=MemoryStore(chunks), zarr_format=3, attributes=attributes)
-        for name, array in layout(spec, len(arrays)).items():
-            _create(group, name, array, stored[name].shape)[...] = stored[name]
-        return _zip({name: value.to_bytes() for name, value in chunks.items()})
+    chunks: dict[str, cpu.Buffer] = {}
+    attributes = {
+        "format": FORMAT,
+        "format_version": spec.format_version,
+        "value_kind": spec.value_kind,
+        "encoding": spec.encoding,
+    }
+    group = zarr.create_group(store=MemoryStore(chunks), zarr_format=3, attributes=attributes)
+    for name, array in layout(spec, len(arrays)).items():
+        _create(group, name, array, stored[name].shape)[...] = stored[name]
+    return _zip({name: _settled(name, value.to_bytes()) for name, value in chunks.items()})
+
+
+def _settled(name: str, data: bytes) -> bytes:
+    """Metadata without line breaks. zarr's own setting for it is one for all threads, which may be encoding, too."""
+    return json.dumps(json.loads(data)).encode() if name.endswith("zarr.json") else data
 
 
 def decode(source: bytes | str | Path, spec: LabelSpec) -> ShardArrays:
@@ -63,10 +69,10 @@ def decode(source: bytes | str | Path, spec: LabelSpec) -> ShardArrays:
     return from_stored(read_stored(source, spec), spec)
 
 
-def read_index(source: bytes | str | Path, spec: LabelSpec) -> tuple[list[str], np.ndarray]:
-    """Keys and content hashes (uint64), without reading the labels. Raises FormatError as `decode` does."""
-    stored = read_stored(source, spec, ("keys", "content_hash"))
-    return stored["keys"].tolist(), stored["content_hash"]
+def read_index(source: bytes | str | Path, spec: LabelSpec) -> ShardIndex:
+    """Keys, content hashes and class ids, without reading the labels. Raises FormatError as `decode` does."""
+    stored = read_stored(source, spec, ("keys", "content_hash", "class_id"))
+    return ShardIndex(stored["keys"].tolist(), stored["content_hash"], stored["class_id"])
 
 
 def read_stored(
@@ -81,6 +87,7 @@ def read_stored(
         # Every sample has a hash of its own; so fewer bytes than samples are a lie that would only cost memory.
         if not 0 < samples <= sum(map(len, entries.values())):
             raise FormatError(f"the shard claims {samples} samples, which its size cannot hold")
+        check_claim(spec, samples, len(source) if isinstance(source, bytes) else Path(source).stat().st_size)
         expected = {name: array for name, array in layout(spec, samples).items() if names is None or name in names}
         for name, array in expected.items():
             _check_array(name, array, metadata.get(f"{name}/zarr.json"), entries)
@@ -89,7 +96,7 @@ def read_stored(
         return stored | _read_by_zarr(entries, others) if others else stored
     except FormatError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OSError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
         # Whatever zarr and its codecs raise on bytes that are no array of theirs.
         raise FormatError(f"the shard is damaged: {type(error).__name__}: {error}") from error
 
@@ -137,7 +144,12 @@ def _unzip(source: bytes | str | Path, names: tuple[str, ...] | None) -> dict[st
     try:
         with zipfile.ZipFile(stream) as archive:
             entries: dict[str, bytes] = {}
+            size = stream.getbuffer().nbytes if isinstance(stream, io.BytesIO) else Path(stream).stat().st_size
+            if sum(info.file_size for info in archive.infolist()) > size:
+                raise FormatError("the shard's entries overlap: together they are larger than the file")
             for info in archive.infolist():
+                if not _ENTRY.fullmatch(info.filename):
+                    raise FormatError(f"the shard holds an entry that is no label's: {info.filename!r}")
                 if info.compress_type != zipfile.ZIP_STORED or info.filename in entries:
                     raise FormatError(f"the shard's entry {info.filename} is compressed or there twice")
                 array = info.filename.partition("/")[0]
@@ -177,11 +189,14 @@ def _check_array(name: str, array: StoredArray, metadata: dict | None, entries: 
         raise FormatError(
             f"the shard's array {name} is {metadata['data_type']} {shape}, expected {dtype} {array.shape}"
         )
-    foreign = {codec["name"] for codec in metadata["codecs"]} - _CODECS
+    codecs = [codec["name"] for codec in metadata["codecs"]]
+    foreign = codecs if codecs != _CODECS[array.dtype is None] else []
     grid, keys = metadata["chunk_grid"], metadata["chunk_key_encoding"]
     if foreign or grid["name"] != "regular" or keys != {"name": "default", "configuration": {"separator": "/"}}:
         raise FormatError(f"the shard's array {name} is stored as version 1 never does: {foreign or grid}")
     chunks = grid["configuration"]["chunk_shape"]
+    if not all(type(chunk) is int and 1 <= chunk <= max(1, side) for chunk, side in zip(chunks, shape, strict=True)):
+        raise FormatError(f"the shard's array {name} has chunks of an impossible shape: {chunks}")
     counts = [math.ceil(side / chunk) for side, chunk in zip(shape, chunks, strict=True)]
     if math.prod(counts) > len(entries):
         raise FormatError(f"the shard lacks chunks of the array {name}: it has {len(entries)} entries in all")

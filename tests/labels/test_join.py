@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stl_offline.errors import InputError, JoinError
-from stl_offline.labels import join as join_module
+from stl_offline.labels import keys as keys_module
 from stl_offline.labels.join import join
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.writer import LabelSetWriter
@@ -109,8 +109,8 @@ def test_arguments_that_do_not_fit(label_set):
 
 @pytest.mark.parametrize("distinct", [1, 2, 5])
 def test_keys_whose_hashes_collide_are_told_apart(label_set, monkeypatch, distinct):
-    real = join_module.xxhash.xxh3_64_intdigest
-    monkeypatch.setattr(join_module.xxhash, "xxh3_64_intdigest", lambda data: real(data) % distinct)
+    real = keys_module.xxhash.xxh3_64_intdigest
+    monkeypatch.setattr(keys_module.xxhash, "xxh3_64_intdigest", lambda data: real(data) % distinct)
     order = np.random.default_rng(0).permutation(20)
     keys = [KEYS[position] for position in order]
     assert places(label_set, join(label_set, keys, HASHES[order], SPEC.class_names)) == order.tolist()

@@ -71,8 +71,8 @@ def test_by_shard(label_set):
     for index, shard in enumerate(label_set.shards):
         arrays = label_set.read_shard(index)
         assert arrays.equals(make_arrays(label_set.spec, shard.first, shard.first + shard.samples))
-        keys, content_hashes = label_set.read_index(index)
-        assert keys == arrays.keys
+        keys, content_hashes, class_ids = label_set.read_index(index)
+        assert keys == arrays.keys and (class_ids == arrays.class_id).all()
         assert (content_hashes == whole.content_hash[shard.first : shard.first + shard.samples]).all()
 
 

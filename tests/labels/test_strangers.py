@@ -231,5 +231,5 @@ def test_a_pickle_in_a_record_is_never_read():
     stream = io.BytesIO()
     np.save(stream, np.array({"key": "value"}, dtype=object), allow_pickle=True)
     with pytest.raises(FormatError, match="without a key"):
-        tar_shard._read_record(tar_shard._gzip(stream.getvalue()), tar_shard._fields({}))
+        tar_shard._read_record(tar_shard._gzip(stream.getvalue()), tar_shard._fields({}), 10_000)
     assert spec.container == "webdataset"

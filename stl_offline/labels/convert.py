@@ -1,0 +1,89 @@
+"""The same labels in another container, another encoding, or cut into other shards."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from stl_offline.errors import InputError
+from stl_offline.labels.arrays import concatenate, select
+from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.manifest import Manifest, ShardRecord, shard_range
+from stl_offline.labels.parallel import each_shard
+from stl_offline.labels.spec import ENCODINGS, LabelSpec
+from stl_offline.labels.writer import LabelSetWriter
+
+
+def convert(
+    label_set: LabelSet,
+    out: str | Path,
+    *,
+    container: str | None = None,
+    encoding: str | None = None,
+    shards: int | None = None,
+    workers: int = 0,
+    **options: object,
+) -> Manifest:
+    """Write the label set ``out`` with the labels of another one; goes on where a killed conversion stopped.
+
+    Between containers, from q8 to f16, and into other shards nothing is lost: the same labels give the same bytes
+    whichever way they came. From f16 to q8 each value moves within q8's bounds, which add up with those that stand in
+    the manifest.
+
+    Args:
+        label_set: a whole one.
+        out: a new folder, or a URL that fsspec knows (``options`` go to it).
+        container, encoding, shards: None keeps what the set has (shards: their very sizes).
+        workers: shards in work at a time; 0: one for each core.
+
+    Raises:
+        InputError: a container or an encoding that is unknown, more shards than pictures, a set pulled in part.
+        FormatError: the set is damaged.
+        TargetError: ``out`` holds something else, or cannot be written.
+    """
+    if label_set.is_partial:
+        raise InputError(f"only some shards of {label_set.place} are here; pull all of them before converting")
+    old = label_set.spec
+    sizes = [shard.samples for shard in label_set.shards]
+    if shards is not None:
+        if not 1 <= shards <= len(label_set):
+            raise InputError(f"shards must lie between 1 and the {len(label_set)} pictures, got {shards}")
+        sizes = [last - first for first, last in (shard_range(i, shards, len(label_set)) for i in range(shards))]
+    spec = _new_spec(old, container or old.container, encoding or old.encoding, len(sizes))
+    is_copy = (spec.container, spec.encoding) == (old.container, old.encoding)
+    # Neighbours share a source shard where shards are cut anew.
+    read = lru_cache(maxsize=2)(label_set.read_shard)
+    with LabelSetWriter(out, spec, sizes, options=options) as writer:
+
+        def write(index: int) -> None:
+            first, last = writer.shard_range(index)
+            sources = list(_overlaps(label_set.shards, first, last))
+            source, rows = sources[0]
+            if is_copy and rows == slice(0, label_set.shards[source].samples) and len(sources) == 1:
+                writer.write_encoded(index, label_set.read_bytes(source, keep=False))
+            else:
+                writer.write_shard(index, concatenate([select(read(source), rows) for source, rows in sources]))
+
+        for _ in each_shard(write, writer.todo(), f"→ {out}", workers=workers):
+            pass
+        return writer.finish()
+
+
+def _new_spec(old: LabelSpec, container: str, encoding: str, num_shards: int) -> LabelSpec:
+    # As a job would have written them that made this set at once.
+    form = {"format": container, "encoding": encoding, "shards": num_shards}
+    creation = old.creation | {name: value for name, value in form.items() if name in old.creation}
+    bounds = dict(old.bounds)
+    # What came from q8 lies on its steps, and goes back to them unchanged.
+    if (old.encoding, encoding) == ("f16", "q8") and not ENCODINGS["q8"].keys() <= bounds.keys():
+        for name, value in ENCODINGS[encoding].items():
+            bounds[name] = bounds.get(name, 0.0) + value
+    return replace(old, container=container, encoding=encoding, creation=creation, bounds=bounds)
+
+
+def _overlaps(shards: Sequence[ShardRecord], first: int, last: int) -> Iterator[tuple[int, slice]]:
+    """The shards that hold the samples [first, last), and which of their rows."""
+    for index, shard in enumerate(shards):
+        start, stop = max(first, shard.first), min(last, shard.first + shard.samples)
+        if start < stop:
+            yield index, slice(start - shard.first, stop - shard.first)

@@ -1,0 +1,134 @@
+"""One label set of several: shards of different jobs or teams, made with the same settings for different pictures.
+
+Shards are copied byte for byte and numbered anew, in the order in which the sets are given; the manifest is made anew.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stl_offline.errors import InputError, JoinError
+from stl_offline.files import sha256_parts
+from stl_offline.labels.keys import find_duplicates, hash_keys, some
+from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.manifest import Manifest
+from stl_offline.labels.parallel import each_shard
+from stl_offline.labels.spec import LabelSpec, differences
+from stl_offline.labels.writer import LabelSetWriter
+
+# What sets that are merged need not share: which pictures, and how the job was run.
+_OWN = ("source", "creation")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One shard of the merged set: whose it is, and what it holds."""
+
+    label_set: LabelSet
+    index: int
+    keys: bytes  # as JSON
+    hashes: np.ndarray
+    class_ids: np.ndarray
+    content_hashes: np.ndarray
+
+
+def merge(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int = 0, **options: object) -> Manifest:
+    """Write the label set ``out`` from the shards of others, in their order; goes on where a killed merge stopped.
+
+    Args:
+        label_sets: two or more; of one that was pulled in part, the shards that are here.
+        out: a new folder, or a URL that fsspec knows (``options`` go to it).
+        workers: shards in memory at a time; 0: one for each core.
+
+    Raises:
+        InputError: settings differ (which, and both values), or fewer than two sets.
+        JoinError: a key is there twice (how many, with examples).
+        FormatError: a set is damaged.
+        TargetError: ``out`` holds something else, or cannot be written.
+    """
+    if len(label_sets) < 2:
+        raise InputError(f"merging takes two label sets or more, got {len(label_sets)}")
+    for other in label_sets[1:]:
+        _check_settings(label_sets[0], other)
+    parts = _read_parts(label_sets, workers)
+    _check_keys(parts)
+    sizes = [len(part.hashes) for part in parts]
+    spec = replace(
+        label_sets[0].spec,
+        source={"samples": sum(sizes), "fingerprint": _fingerprint(label_sets[0].spec, parts)},
+        creation=_shared([each.spec.creation for each in label_sets]),
+    )
+    with LabelSetWriter(out, spec, sizes, options=options) as writer:
+        todo = writer.todo()
+
+        def copy(position: int) -> None:
+            part = parts[position]
+            writer.write_encoded(position, part.label_set.read_bytes(part.index, keep=False))
+
+        for _ in each_shard(copy, todo, f"→ {out}", workers=workers):
+            pass
+        return writer.finish()
+
+
+def _check_settings(first: LabelSet, other: LabelSet) -> None:
+    found = [line for line in differences(first.spec, other.spec) if line.split(" ")[0].split(".")[0] not in _OWN]
+    if not found:
+        return
+    form = [name for name in ("container", "encoding") if getattr(first.spec, name) != getattr(other.spec, name)]
+    advice = f"; `labels convert` changes the {' and the '.join(form)}" if form else ""
+    raise InputError(f"{first.place} and {other.place} cannot be merged: {'; '.join(found)}{advice}")
+
+
+def _read_parts(label_sets: Sequence[LabelSet], workers: int) -> list[_Part]:
+    def read(place: tuple[LabelSet, int]) -> _Part:
+        label_set, index = place
+        found = label_set.read_index(index)
+        return _Part(
+            label_set,
+            index,
+            keys=json.dumps(found.keys).encode(),
+            hashes=hash_keys(found.keys),
+            class_ids=found.class_ids.astype("<i8"),
+            content_hashes=found.content_hashes.astype("<u8"),
+        )
+
+    places = [(label_set, index) for label_set in label_sets for index in label_set.present]
+    return list(each_shard(read, places, "keys", workers=workers))
+
+
+def _check_keys(parts: list[_Part]) -> None:
+    twice = find_duplicates([part.hashes for part in parts], lambda position: json.loads(parts[position].keys))
+    if not twice.count:
+        return
+    named = [f"{key} in {_name(parts[first])} and {_name(parts[second])}" for key, first, second in twice.examples]
+    raise JoinError(
+        f"{twice.count:,} keys are in these label sets twice ({some(twice.count, named)}); merge sets of different "
+        "pictures, and each set once"
+    )
+
+
+def _name(part: _Part) -> str:
+    return f"{part.label_set.place}/{part.label_set.shards[part.index].name}"
+
+
+def _fingerprint(spec: LabelSpec, parts: list[_Part]) -> str:
+    """As of a .beton that held these pictures in this order, with the label set's class list."""
+    keys = b"[" + b", ".join(part.keys[1:-1] for part in parts) + b"]"
+    return sha256_parts(
+        json.dumps(spec.class_names).encode(),
+        keys,
+        b"".join(part.class_ids.tobytes() for part in parts),
+        b"".join(part.content_hashes.tobytes() for part in parts),
+    )
+
+
+def _shared(settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """The entries that all have, with the same value."""
+    first, *others = settings
+    return {
+        name: value for name, value in first.items() if all(name in other and other[name] == value for other in others)
+    }

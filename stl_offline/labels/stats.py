@@ -1,0 +1,154 @@
+"""What the labels of a set look like: how sure they are, how much they leave out, whether they agree with the class."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stl_offline.errors import InputError
+from stl_offline.labels.arrays import ShardArrays, probabilities
+from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.parallel import each_shard
+
+_BINS = 10
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts and means over the tokens of ``samples`` pictures (all of the set's, or those of the shards read).
+
+    histogram: tokens by confidence, (10,) counts of [0, 0.1) … [0.9, 1]; confidence, top_k_mass, residual: means;
+    mass_by_rank: the mean probability of the best class, the second, …; over_half: the share of tokens whose best
+    class has more than 0.5; agreement: the share of tokens whose best class is the picture's; agreement_top_k: whose
+    stored classes hold it; picture_agreement: the share of pictures whose tokens' most frequent best class is it;
+    classes_best, classes_stored: how many classes are some token's best, or stored at all; bytes_per_picture: of the
+    shards read, all told.
+    """
+
+    shards: int
+    samples: int
+    tokens: int
+    classes: int
+    top_k: int
+    histogram: tuple[int, ...]
+    confidence: float
+    top_k_mass: float
+    mass_by_rank: tuple[float, ...]
+    residual: float
+    over_half: float
+    agreement: float
+    agreement_top_k: float
+    picture_agreement: float
+    classes_best: int
+    classes_stored: int
+    bytes_per_picture: float
+
+
+def measure(label_set: LabelSet, *, shards: int | None = None, workers: int = 0) -> Stats:
+    """Statistics over all shards, or over ``shards`` of them, spread evenly over the set.
+
+    Raises:
+        InputError: fewer than one shard is asked for, or more than there are.
+        FormatError: a shard is damaged.
+    """
+    present = label_set.present
+    if shards is not None:
+        if not 1 <= shards <= len(present):
+            raise InputError(f"--shards asks for {shards} shards, the label set has {len(present)} here")
+        present = tuple(present[place * len(present) // shards] for place in range(shards))
+    total = _Sums(label_set.spec.num_classes, label_set.spec.top_k)
+
+    def read(index: int) -> _Sums:
+        return _Sums(label_set.spec.num_classes, label_set.spec.top_k).count(label_set.read_shard(index))
+
+    for part in each_shard(read, present, "stats", workers=workers):
+        total.add(part)
+    tokens = total.tokens
+    return Stats(
+        shards=len(present),
+        samples=total.samples,
+        tokens=tokens,
+        classes=label_set.spec.num_classes,
+        top_k=label_set.spec.top_k,
+        histogram=tuple(total.histogram.tolist()),
+        confidence=float(total.mass[0] / tokens),
+        top_k_mass=float(total.mass.sum() / tokens),
+        mass_by_rank=tuple((total.mass / tokens).tolist()),
+        residual=float(total.residual / tokens),
+        over_half=total.over_half / tokens,
+        agreement=total.agreeing / tokens,
+        agreement_top_k=total.agreeing_top_k / tokens,
+        picture_agreement=total.agreeing_pictures / total.samples,
+        classes_best=int(total.best.sum()),
+        classes_stored=int(total.stored.sum()),
+        bytes_per_picture=sum(label_set.shards[index].bytes for index in present) / total.samples,
+    )
+
+
+def table(stats: Stats) -> list[tuple[str, str]]:
+    """The statistics as lines of a name and a value."""
+    tokens = stats.tokens
+    lines = [
+        ("pictures", f"{stats.samples:,} in {stats.shards:,} shards, {stats.bytes_per_picture:,.0f} bytes each"),
+        ("tokens", f"{tokens:,}, the {stats.top_k} best of {stats.classes:,} classes"),
+        ("confidence", f"{stats.confidence:.4f} on average; {stats.over_half:.2%} of the tokens over 0.5"),
+        ("top-k mass", f"{stats.top_k_mass:.4f} ({', '.join(f'{mass:.4f}' for mass in stats.mass_by_rank)})"),
+        ("residual", f"{stats.residual:.4f} left to the classes that are not stored"),
+        ("classes seen", f"{stats.classes_best:,} as the best of a token, {stats.classes_stored:,} at all"),
+        (
+            "agreement",
+            f"{stats.agreement:.2%} of the tokens name the picture's class first, {stats.agreement_top_k:.2%} at all; "
+            f"{stats.picture_agreement:.2%} of the pictures do by most of their tokens",
+        ),
+    ]
+    most = max(stats.histogram)
+    for place, count in enumerate(stats.histogram):
+        bar = "█" * round(40 * count / most)
+        lines.append((f"{place / _BINS:.1f}–{(place + 1) / _BINS:.1f}", f"{count / tokens:7.2%} {bar}".rstrip()))
+    return lines
+
+
+class _Sums:
+    """Sums over tokens, which add up over shards."""
+
+    def __init__(self, classes: int, top_k: int) -> None:
+        self.samples = self.tokens = 0
+        self.histogram = np.zeros(_BINS, dtype=np.int64)
+        self.mass = np.zeros(top_k, dtype=np.float64)
+        self.residual = 0.0
+        self.over_half = self.agreeing = self.agreeing_top_k = self.agreeing_pictures = 0
+        self.best = np.zeros(classes, dtype=bool)
+        self.stored = np.zeros(classes, dtype=bool)
+
+    def count(self, arrays: ShardArrays) -> "_Sums":
+        n, k = len(arrays), arrays.class_ids.shape[-1]
+        ids = arrays.class_ids.reshape(n, -1, k)
+        mass = probabilities(arrays.logits, arrays.confidence).reshape(n, -1, k)
+        confidence = mass[..., 0]
+        own = arrays.class_id[:, None]
+        self.samples, self.tokens = n, confidence.size
+        bins = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
+        self.histogram = np.bincount(bins.ravel(), minlength=_BINS)
+        self.mass = mass.sum(axis=(0, 1), dtype=np.float64)
+        self.residual = float(np.maximum(0, 1 - mass.sum(-1)).sum(dtype=np.float64))
+        self.over_half = int((confidence > 0.5).sum())
+        self.agreeing = int((ids[..., 0] == own).sum())
+        self.agreeing_top_k = int((ids == own[..., None]).any(-1).sum())
+        self.best[np.unique(ids[..., 0])] = True
+        self.stored[np.unique(ids)] = True
+        for row, class_id in zip(ids[..., 0], arrays.class_id.tolist(), strict=True):
+            names, counts = np.unique(row, return_counts=True)
+            self.agreeing_pictures += int(names[counts.argmax()] == class_id)
+        return self
+
+    def add(self, other: "_Sums") -> None:
+        for name, value in vars(other).items():
+            if value is other.best or value is other.stored:
+                vars(self)[name] |= value
+            else:
+                vars(self)[name] += value
+
+
+def to_json(stats: Stats) -> dict[str, Any]:
+    """The statistics as a JSON object."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(stats).items()}

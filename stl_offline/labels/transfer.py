@@ -1,0 +1,205 @@
+"""Label sets on their way: from a folder to an object store and back, whole or some shards.
+
+Each file is compared with the manifest after its transfer, what is there already is not sent again, and the manifest
+comes last: a set that was interrupted is none yet, and the same command goes on with it.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stl_offline.errors import FormatError, InputError, TargetError
+from stl_offline.files import make_folder, remove_leftovers, sha256_bytes
+from stl_offline.labels.card import make_card
+from stl_offline.labels.folder import (
+    CARD,
+    MANIFEST,
+    PARTIAL,
+    PULL,
+    SOME_SHARDS,
+    parse_ranges,
+    present_bytes,
+    read_manifest,
+    read_present,
+)
+from stl_offline.labels.job import try_lock
+from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.manifest import Manifest, ShardRecord
+from stl_offline.labels.parallel import each_shard
+from stl_offline.labels.spec import differences
+from stl_offline.labels.storage import FolderStorage, Storage, open_storage
+
+_TRIES = 3
+_LARGEST_CARD = 1 << 20
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What went over: ``sent`` shards of ``sent_bytes`` bytes; ``kept`` were there already; ``present`` are now."""
+
+    sent: int
+    sent_bytes: int
+    kept: int
+    present: tuple[int, ...]
+    shards: int
+
+
+def push(label_set: LabelSet, place: str | Path, *, workers: int = 0, **options: object) -> Transfer:
+    """Copy a whole label set to a URL that fsspec knows (``options`` go to it), or to a folder.
+
+    Raises:
+        InputError: the set was pulled in part.
+        FormatError: a shard is damaged here; the others are sent, the manifest is not.
+        TargetError: another label set or something else lies there, or the store cannot be written.
+    """
+    if label_set.is_partial:
+        raise InputError(f"only some shards of {label_set.place} are here; push a whole label set")
+    target = open_storage(place, **options)
+    if isinstance(target, FolderStorage):
+        make_folder(target.local)
+    is_there = _look(target, label_set.manifest)
+
+    def send(index: int) -> int | FormatError:
+        shard = label_set.shards[index]
+        if _is_whole(target, shard):
+            return 0
+        try:
+            data = label_set.read_bytes(index, keep=False)
+        except FormatError as error:
+            return error
+        _write(target, shard.name, data)
+        return len(data)
+
+    sent = _collect(each_shard(send, range(len(label_set.shards)), f"→ {target.place}", workers=workers, transfer=True))
+    if not is_there:
+        _write(target, CARD, _card(label_set))
+        _write(target, MANIFEST, label_set.manifest.to_bytes())
+    return _transfer(sent, label_set, label_set.present)
+
+
+def pull(label_set: LabelSet, folder: str | Path, *, shards: str | None = None, workers: int = 0) -> Transfer:
+    """Copy a label set into a folder of this machine; with ``shards`` (``0-3,7``) only these.
+
+    A folder that holds some of the set's shards keeps them; those that are damaged are fetched again.
+
+    Raises:
+        InputError: shards that there are not.
+        FormatError: a shard is damaged at the source; the others are pulled.
+        TargetError: the folder holds another label set or something else, or cannot be written.
+    """
+    if "://" in str(folder):
+        raise InputError(f"labels are pulled into a folder of this machine, not to {folder}; `labels push` sends them")
+    manifest = label_set.manifest
+    wanted = set(label_set.present if shards is None else parse_ranges(shards, len(manifest.shards)))
+    target = FolderStorage(Path(folder))
+    # Before anything is made there: a folder that holds something else stays as it is.
+    _look(target, manifest)
+    make_folder(target.local / PARTIAL)
+    with _alone(target.local / PARTIAL / "pull.lock", target.place):
+        is_there = _look(target, manifest)
+        here = set(read_present(target, len(manifest.shards))) if is_there else set()
+        remove_leftovers(target.local)
+        if not is_there:
+            target.write(PULL, present_bytes(wanted))
+
+        def fetch(index: int) -> int | FormatError:
+            shard = manifest.shards[index]
+            if _is_whole(target, shard):
+                return 0
+            try:
+                data = label_set.read_bytes(index, keep=False)
+            except FormatError as error:
+                return error
+            target.write(shard.name, data)
+            return len(data)
+
+        todo = sorted(wanted | here)
+        sent = _collect(each_shard(fetch, todo, f"{label_set.place} → {folder}", workers=workers, transfer=True))
+        if len(todo) == len(manifest.shards):
+            target.remove(SOME_SHARDS)
+        else:
+            target.write(SOME_SHARDS, present_bytes(todo))
+        if not is_there:
+            target.write(CARD, _card(label_set))
+            target.write(MANIFEST, manifest.to_bytes())
+        target.remove(PARTIAL)
+    return _transfer(sent, label_set, tuple(todo))
+
+
+def _look(target: Storage, manifest: Manifest) -> bool:
+    """Whether this very label set lies there (True) or parts of it or nothing (False); raises TargetError otherwise."""
+    with contextlib.suppress(FileNotFoundError):
+        theirs = read_manifest(target)
+        if theirs == manifest:
+            return True
+        found = differences(manifest.spec, theirs.spec) or ["the shards' checksums differ"]
+        raise TargetError(
+            f"{target.place} holds another label set (yours and its): {'; '.join(found)}; choose another place"
+        )
+    own = {shard.name for shard in manifest.shards} | {CARD, SOME_SHARDS}
+    names = target.names()
+    if PARTIAL in names and target.size(f"{PARTIAL}/job.json") is not None:
+        raise TargetError(f"{target.place} holds a label set that a job has not finished; choose another place")
+    # A data set on a hub brings files of its own, all of them hidden.
+    foreign = [name for name in names if name not in own and not name.startswith(".")]
+    if foreign:
+        raise TargetError(
+            f"{target.place} is not empty and holds something else ({foreign[0]} lies there); choose another place"
+        )
+    return False
+
+
+def _is_whole(storage: Storage, shard: ShardRecord) -> bool:
+    """Whether a shard lies there as it should."""
+    if storage.size(shard.name) != shard.bytes:
+        return False
+    try:
+        return sha256_bytes(storage.read(shard.name, shard.bytes)) == shard.sha256
+    except FileNotFoundError:
+        return False
+
+
+def _write(target: Storage, name: str, data: bytes) -> None:
+    """Store a file and read it back: a store may have got other bytes than were sent."""
+    for _ in range(_TRIES):
+        target.write(name, data)
+        with contextlib.suppress(FileNotFoundError):
+            if target.read(name, len(data)) == data:
+                return
+    raise TargetError(f"{target.place}/{name} does not read back as it was written ({_TRIES} tries)")
+
+
+def _card(label_set: LabelSet) -> bytes:
+    """The set's card as its publisher may have edited it, or a new one."""
+    with contextlib.suppress(FileNotFoundError):
+        if (label_set.storage.size(CARD) or 0) <= _LARGEST_CARD:
+            return label_set.storage.read(CARD)
+    return make_card(label_set.manifest)
+
+
+def _collect(results: Iterable[int | FormatError]) -> list[int]:
+    """Bytes sent of each shard; raises the first damage once all others are through."""
+    done = list(results)
+    damaged = [error for error in done if isinstance(error, FormatError)]
+    if damaged:
+        more = f"; {len(damaged) - 1} more shards are damaged" if len(damaged) > 1 else ""
+        raise FormatError(f"{damaged[0]}{more}")
+    return done
+
+
+def _transfer(sent: Sequence[int], label_set: LabelSet, present: tuple[int, ...]) -> Transfer:
+    moved = [size for size in sent if size]
+    return Transfer(len(moved), sum(moved), len(sent) - len(moved), present, len(label_set.shards))
+
+
+@contextlib.contextmanager
+def _alone(path: Path, place: str) -> Iterator[None]:
+    held = try_lock(path)
+    if held is None:
+        raise TargetError(f"another pull is writing into {place}; wait for it or stop it")
+    try:
+        yield
+    finally:
+        os.close(held)

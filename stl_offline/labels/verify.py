@@ -1,0 +1,93 @@
+"""Looks for everything that is wrong with a label set, and names each fault."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from stl_offline.errors import FormatError, StlError
+from stl_offline.labels.arrays import ShardArrays
+from stl_offline.labels.folder import CARD, MANIFEST, PARTIAL, SOME_SHARDS
+from stl_offline.labels.keys import find_duplicates, hash_keys
+from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.manifest import ShardRecord
+from stl_offline.labels.parallel import each_shard
+
+_WHOLE = np.array([1, 0, 0, 0, 1, 0], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found: ``faults``, each a line that names the file; ``notes``: what is odd, but no fault."""
+
+    shards: int
+    samples: int
+    faults: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def verify(label_set: LabelSet, *, workers: int = 0, found: Callable[[str], None] = lambda line: None) -> Report:
+    """Read every shard that is here: size, checksum, every array and value, keys unique in the whole set.
+
+    Args:
+        workers: shards in work at a time; 0: one for each core.
+        found: told of each fault as it is found.
+
+    Raises:
+        InputError: the store cannot be reached.
+    """
+    faults: list[str] = []
+    hashes: list[np.ndarray] = []
+    whole: list[int] = []
+
+    def note(line: str) -> None:
+        faults.append(line)
+        found(line)
+
+    def read(index: int) -> tuple[list[str], np.ndarray | None]:
+        shard = label_set.shards[index]
+        try:
+            data = label_set.read_bytes(index)
+            arrays = label_set.decode(index, data)
+        except FormatError as error:
+            return [_without_place(label_set, shard, error)], None
+        return [f"{shard.name}: {line}" for line in _odd_values(label_set, arrays)], hash_keys(arrays.keys)
+
+    for index, (lines, own) in zip(
+        label_set.present, each_shard(read, label_set.present, "verify", workers=workers), strict=True
+    ):
+        for line in lines:
+            note(line)
+        if own is not None:
+            hashes.append(own)
+            whole.append(index)
+    twice = find_duplicates(hashes, lambda position: label_set.read_index(whole[position]).keys)
+    for key, first, second in twice.examples:
+        names = [label_set.shards[whole[position]].name for position in (first, second)]
+        note(f"{names[1]}: the key {key} is there twice, first in {names[0]}")
+    if twice.count > len(twice.examples):
+        note(f"{twice.count - len(twice.examples):,} more keys are there twice")
+    notes = []
+    if label_set.is_partial:
+        notes.append(f"{len(label_set.shards) - len(label_set.present):,} shards were not pulled, and not looked at")
+    known = {shard.name for shard in label_set.shards} | {MANIFEST, CARD, PARTIAL, SOME_SHARDS}
+    for name in label_set.storage.names():
+        if name not in known and not name.startswith(".git"):
+            notes.append(f"{name} lies there and does not belong to the label set")
+    samples = sum(label_set.shards[index].samples for index in label_set.present)
+    return Report(len(label_set.present), samples, tuple(faults), tuple(notes))
+
+
+def _without_place(label_set: LabelSet, shard: ShardRecord, error: StlError) -> str:
+    """The error's text after the shard's name, which stands first in every line."""
+    where = f"{label_set.place}/{shard.name}"
+    text = str(error).removeprefix("the shard ")
+    return f"{shard.name}: {text.removeprefix(where).lstrip(': ')}"
+
+
+def _odd_values(label_set: LabelSet, arrays: ShardArrays) -> list[str]:
+    """What each shard alone cannot know to be wrong."""
+    if label_set.spec.views["kind"] == "whole" and (arrays.views != _WHOLE).any():
+        row = int((arrays.views != _WHOLE).any(axis=(1, 2)).argmax())
+        return [f"the view of {arrays.keys[row]} is not the whole picture, as the manifest says it is"]
+    return []
