@@ -9,6 +9,7 @@ n: pictures; V: views of each; Gh, Gw: the token grid; k: classes kept for each 
 import concurrent.futures
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -21,8 +22,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from stl_offline.errors import FormatError, TargetError
-from stl_offline.files import atomic_write, cache_dir, canonical_json, make_folder, sha256_bytes
-from stl_offline.labels.arrays import ShardArrays, probabilities
+from stl_offline.files import atomic_write, cache_dir, canonical_json, make_folder
+from stl_offline.labels.cache_rows import place_shard
 from stl_offline.labels.join import JoinReport, check_class_names, join
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.spec import LabelSpec
@@ -31,8 +32,7 @@ from stl_offline.progress import progress_bar
 _VERSION = 1
 _INFO = "cache.json"
 _MOST_THREADS = 8
-# Samples that are computed at a time: their arrays stay in the processor's cache.
-_PART = 64
+_NAMED_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,11 +152,12 @@ def cache_name(
     label_set: LabelSet, keys: Sequence[str], content_hashes: np.ndarray, *, missing: str, allow_changed: bool
 ) -> str:
     """A name made of the content: label set, pictures in their order, policy."""
-    # Lengths stand before the keys, so that no two lists of keys run together to the same text.
-    listed = json.dumps([label_set.fingerprint, missing, bool(allow_changed), len(keys)]).encode()
-    listed += sha256_bytes(json.dumps(list(keys)).encode()).encode()
-    listed += np.asarray(content_hashes, dtype="<u8").tobytes()
-    return sha256_bytes(listed)[:32]
+    named = hashlib.sha256(json.dumps([label_set.fingerprint, missing, bool(allow_changed), len(keys)]).encode())
+    # As JSON, so that no two lists of keys run together to the same text; a part at a time, for millions of them.
+    for first in range(0, len(keys), _NAMED_AT_ONCE):
+        named.update(json.dumps(list(keys[first : first + _NAMED_AT_ONCE])).encode())
+    named.update(np.asarray(content_hashes, dtype="<u8").tobytes())
+    return named.hexdigest()[:32]
 
 
 def _layout(spec: LabelSpec, n: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -188,7 +189,7 @@ def _fill(folder: Path, label_set: LabelSet, report: JoinReport) -> None:
 
     def fill_from(index: int) -> int:
         samples = order[bounds[index] : bounds[index + 1]]
-        _scatter(arrays, samples, report.row[samples], label_set.read_shard(index))
+        place_shard(arrays, label_set, index, samples, report.row[samples])
         return len(samples)
 
     # Shards land in different rows, so threads do not meet; no more shards are in memory than threads.
@@ -202,24 +203,16 @@ def _fill(folder: Path, label_set: LabelSet, report: JoinReport) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    for array in arrays.values():
-        array.flush()
+    # On disk before it gets its name: after a power cut it would read as zeros. All files at the same time.
+    with concurrent.futures.ThreadPoolExecutor(len(arrays)) as pool:
+        list(pool.map(_sync, [folder / f"{name}.npy" for name in arrays]))
     info = {"version": _VERSION, "pictures": n, "spec": label_set.spec.to_json(), "report": str(report)}
     atomic_write(folder / _INFO, canonical_json(info))
 
 
-def _scatter(arrays: dict[str, np.ndarray], samples: np.ndarray, rows: np.ndarray, shard: ShardArrays) -> None:
-    """Labels of the shard's ``rows`` to the cache's rows ``samples``."""
-    # By row of the cache, a part at a time: written pages are written once, and what is computed stays small.
-    order = np.argsort(samples)
-    for start in range(0, len(order), _PART):
-        part = order[start : start + _PART]
-        to, of = samples[part], rows[part]
-        arrays["class_ids"][to] = shard.class_ids[of]
-        arrays["probabilities"][to] = probabilities(shard.logits[of], shard.confidence[of])
-        arrays["confidence"][to] = shard.confidence[of]
-        arrays["views"][to] = shard.views[of]
-        arrays["labelled"][to] = 1
+def _sync(file: Path) -> None:
+    with open(file, "r+b") as stream:
+        os.fdatasync(stream.fileno())
 
 
 def _remove(path: Path, folder: Path, name: str) -> None:

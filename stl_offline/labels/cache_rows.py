@@ -1,0 +1,136 @@
+"""From a label shard to rows of the token cache.
+
+n: samples of the shard; V: views; cells: V·Gh·Gw, the cells of all maps of a picture; k: classes of a cell; K: all.
+"""
+
+import numpy as np
+from numba import njit
+
+from stl_offline.errors import FormatError
+from stl_offline.labels import zarr_shard
+from stl_offline.labels.arrays import ShardArrays, probabilities
+from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.q8 import confidence_table, logit_table
+from stl_offline.labels.spec import LabelSpec
+
+# Samples that are computed at a time: their arrays stay in the processor's cache.
+_PART = 64
+_Q8 = ("views", "palette", "class_ranks", "confidence_steps", "logit_gaps")
+
+
+def place_shard(
+    cache: dict[str, np.ndarray], label_set: LabelSet, index: int, samples: np.ndarray, rows: np.ndarray
+) -> None:
+    """Put the labels of the shard's ``rows`` into the cache's rows ``samples``.
+
+    Raises:
+        FormatError: the shard is damaged.
+    """
+    data = label_set.read_bytes(index)
+    spec = label_set.spec
+    if spec.encoding == "q8" and spec.container == "zarr" and _place_q8(cache, data, spec, samples, rows):
+        return
+    _place_arrays(cache, label_set.decode(index, data), samples, rows)
+
+
+def _place_arrays(cache: dict[str, np.ndarray], shard: ShardArrays, samples: np.ndarray, rows: np.ndarray) -> None:
+    # By row of the cache, a part at a time: written pages are written once, and what is computed stays small.
+    order = np.argsort(samples)
+    for start in range(0, len(order), _PART):
+        part = order[start : start + _PART]
+        to, of = samples[part], rows[part]
+        cache["class_ids"][to] = shard.class_ids[of]
+        cache["probabilities"][to] = probabilities(shard.logits[of], shard.confidence[of])
+        cache["confidence"][to] = shard.confidence[of]
+        cache["views"][to] = shard.views[of]
+        cache["labelled"][to] = 1
+
+
+def _place_q8(
+    cache: dict[str, np.ndarray], data: bytes, spec: LabelSpec, samples: np.ndarray, rows: np.ndarray
+) -> bool:
+    """`_place_arrays` without the arrays in between; False where anything looks odd, for the long way to tell what."""
+    try:
+        stored = zarr_shard.read_stored(data, spec, _Q8)
+    except FormatError:
+        return False
+    ranks = stored["class_ranks"]
+    n, k = len(ranks), spec.top_k
+    cells = ranks[0].size // k
+    if rows.max() >= n or not _are_views(stored["views"]):
+        return False
+    target = np.full(n, -1, dtype=np.int64)
+    target[rows] = samples
+    gaps = stored["logit_gaps"].reshape(n, cells, k - 1) if k > 1 else np.empty((n, cells, 0), dtype=np.uint8)
+    logits = logit_table()
+    size = len(cache["labelled"])
+    whole = _place(
+        ranks.reshape(n, cells, k),
+        gaps,
+        stored["palette"],
+        stored["confidence_steps"].reshape(n, cells),
+        confidence_table().astype(np.float32),
+        # What the one definition of a probability makes of each logit that there can be, the best one being 0.
+        probabilities(np.stack([np.zeros_like(logits), logits], axis=-1), np.ones(len(logits)))[:, 1],
+        spec.num_classes,
+        target,
+        np.asarray(cache["class_ids"]).reshape(size, cells, k),
+        np.asarray(cache["probabilities"]).reshape(size, cells, k),
+        np.asarray(cache["confidence"]).reshape(size, cells),
+    )
+    if not whole:
+        return False
+    cache["views"][samples] = stored["views"][rows]
+    cache["labelled"][samples] = 1
+    return True
+
+
+def _are_views(views: np.ndarray) -> bool:
+    determinant = views[..., 0] * views[..., 4] - views[..., 1] * views[..., 3]
+    return bool(np.isfinite(views).all() and (determinant != 0).all())
+
+
+@njit(cache=True, nogil=True)
+def _place(ranks, gaps, palette, steps, confidences, shares, classes, target, class_ids, probabilities, confidence):
+    """Fill the cache's rows ``target`` (n), −1 for none. False where the shard is not as an encoder writes it."""
+    samples, cells, k = ranks.shape
+    listed = np.empty(cells * k, dtype=palette.dtype)
+    last_seen = np.full(classes, -1, dtype=np.int64)
+    at = 0
+    for sample in range(samples):
+        size = 0
+        for cell in range(cells):
+            for entry in range(k):
+                size = max(size, np.int64(ranks[sample, cell, entry]) + 1)
+        if size > cells * k or at + size > len(palette):
+            return False
+        running = np.int64(0)
+        for place in range(size):
+            # The sum wraps around in the palette's own dtype.
+            listed[place] = running + np.int64(palette[at + place])
+            running = np.int64(listed[place])
+            if running >= classes or last_seen[running] == sample:
+                return False
+            last_seen[running] = sample
+        at += size
+        row = target[sample]
+        if row < 0:
+            continue
+        for cell in range(cells):
+            best = confidences[steps[sample, cell]]
+            if best <= 0:
+                return False
+            confidence[row, cell] = best
+            total = 0
+            for entry in range(k):
+                rank = ranks[sample, cell, entry]
+                for earlier in range(entry):
+                    if ranks[sample, cell, earlier] == rank:
+                        return False
+                if entry:
+                    total += gaps[sample, cell, entry - 1]
+                    if total > 255:
+                        return False
+                class_ids[row, cell, entry] = listed[rank]
+                probabilities[row, cell, entry] = shares[total] * best
+    return at == len(palette)

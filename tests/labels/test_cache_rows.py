@@ -1,0 +1,102 @@
+"""Rows of the token cache from q8 shards, without the arrays in between: equal to the long way, to the bit."""
+
+import numpy as np
+import pytest
+
+from stl_offline.errors import FormatError
+from stl_offline.labels import cache_rows, zarr_shard
+from stl_offline.labels.cache import build_token_cache
+from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.writer import LabelSetWriter
+from tests.labels.synthetic import make_arrays, make_key, make_spec, write_set
+
+
+def forbidden(*_):
+    raise AssertionError("the long way was taken")
+
+
+@pytest.mark.parametrize(("classes", "top_k", "views"), [(7, 4, 1), (7, 1, 2), (300, 5, 1), (70_000, 3, 1)], ids=str)
+@pytest.mark.parametrize("count", [23, 9])
+def test_equal_to_the_label_maps(tmp_path, monkeypatch, classes, top_k, views, count):
+    grid = (3, 5) if classes < 1000 else (1, 2)
+    spec = make_spec(samples=23, classes=classes, grid=grid, top_k=top_k, view_count=views, encoding="q8")
+    write_set(tmp_path / "set", spec, 4)
+    label_set = open_label_set(tmp_path / "set")
+    hashes = make_arrays(spec).content_hash
+    order = np.random.default_rng(count).permutation(23)[:count]
+    keys = [make_key(position) for position in order]
+    monkeypatch.setattr(cache_rows, "_place_arrays", forbidden)
+    cache = build_token_cache(label_set, keys, hashes[order], spec.class_names, folder=tmp_path / "cache")
+    assert cache.labelled.all()
+    for sample, key in enumerate(keys):
+        labels = label_set[key]
+        np.testing.assert_array_equal(cache.class_ids[sample], labels.class_ids)
+        assert cache.class_ids.dtype == labels.class_ids.dtype
+        assert cache.probabilities[sample].tobytes() == labels.probabilities().tobytes()
+        assert cache.confidence[sample].tobytes() == labels.confidence.astype(np.float32).tobytes()
+        assert cache.views[sample].tobytes() == labels.views.tobytes()
+
+
+def rank_too_large(stored):
+    stored["class_ranks"][5, 0, 1, 2, 1] = 60
+
+
+def rank_twice(stored):
+    stored["class_ranks"][5, 0, 1, 2, 1] = stored["class_ranks"][5, 0, 1, 2, 0]
+
+
+def gaps_too_wide(stored):
+    stored["logit_gaps"][5, 0, 1, 2] = 200
+
+
+def class_too_large(stored):
+    stored["palette"][0] = 500
+
+
+def class_listed_twice(stored):
+    stored["palette"][1] = 0
+
+
+def palette_too_long(stored):
+    stored["palette"] = np.append(stored["palette"], stored["palette"][:1])
+
+
+def confidence_of_nothing(stored):
+    stored["confidence_steps"][5, 0, 1, 2] = 60_000
+
+
+def view_without_inverse(stored):
+    stored["views"][5, 0, 0] = 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        rank_too_large,
+        rank_twice,
+        gaps_too_wide,
+        class_too_large,
+        class_listed_twice,
+        palette_too_long,
+        confidence_of_nothing,
+        view_without_inverse,
+    ],
+)
+def test_a_shard_that_lies_under_a_right_checksum_is_refused(tmp_path, monkeypatch, damage):
+    spec = make_spec(samples=8, encoding="q8")
+    real = zarr_shard.to_stored
+
+    def damaged(arrays, spec):
+        stored = {name: values.copy() for name, values in real(arrays, spec).items()}
+        damage(stored)
+        return stored
+
+    monkeypatch.setattr(zarr_shard, "to_stored", damaged)
+    with LabelSetWriter(tmp_path / "set", spec, 1) as writer:
+        writer.write_shard(0, make_arrays(spec))
+        writer.finish()
+    label_set = open_label_set(tmp_path / "set")
+    keys = [make_key(position) for position in range(8)]
+    with pytest.raises(FormatError, match="labels-00000-of-00001"):
+        build_token_cache(label_set, keys, make_arrays(spec).content_hash, spec.class_names, folder=tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
