@@ -94,7 +94,7 @@ class TokenDraw(Operation):
         def token_draw(batch_indices, destinations, _metadata, _storage_state):
             draw_batch(
                 batch_indices,
-                self._tables,
+                *self._tables,
                 self._views,
                 self._choice,
                 self._numbers,
@@ -123,9 +123,26 @@ def _check_index(name: str, index: np.ndarray, samples: int, end: int) -> np.nda
     return index
 
 
+# Each table is an argument of its own, a tuple with one array a cache: numba's parallel loops take no nested tuples.
 @njit(cache=True, nogil=True)
-def _work(worker, ids, tables, views, choice, numbers, seed, epoch, scratch, out_ids, out_weights, counter):
-    class_ids, probabilities, confidence, map_views, labelled = tables
+def _work(
+    worker,
+    ids,
+    class_ids,
+    probabilities,
+    confidence,
+    map_views,
+    labelled,
+    views,
+    choice,
+    numbers,
+    seed,
+    epoch,
+    scratch,
+    out_ids,
+    out_weights,
+    counter,
+):
     crops, shown = views
     caches, maps = choice
     kind, ratio, uniform_residual, min_confidence, classes = numbers
@@ -171,11 +188,77 @@ def _work(worker, ids, tables, views, choice, numbers, seed, epoch, scratch, out
 
 
 @njit(cache=True, nogil=True)
-def _draw_batch(ids, tables, views, choice, numbers, seed, epoch, scratch, out_ids, out_weights, counter):
-    _work(0, ids, tables, views, choice, numbers, seed, epoch, scratch, out_ids, out_weights, counter)
+def _draw_batch(
+    ids,
+    class_ids,
+    probabilities,
+    confidence,
+    map_views,
+    labelled,
+    views,
+    choice,
+    numbers,
+    seed,
+    epoch,
+    scratch,
+    out_ids,
+    out_weights,
+    counter,
+):
+    _work(
+        0,
+        ids,
+        class_ids,
+        probabilities,
+        confidence,
+        map_views,
+        labelled,
+        views,
+        choice,
+        numbers,
+        seed,
+        epoch,
+        scratch,
+        out_ids,
+        out_weights,
+        counter,
+    )
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _draw_batch_parallel(ids, tables, views, choice, numbers, seed, epoch, scratch, out_ids, out_weights, counter):
+def _draw_batch_parallel(
+    ids,
+    class_ids,
+    probabilities,
+    confidence,
+    map_views,
+    labelled,
+    views,
+    choice,
+    numbers,
+    seed,
+    epoch,
+    scratch,
+    out_ids,
+    out_weights,
+    counter,
+):
     for worker in prange(len(scratch[0])):
-        _work(worker, ids, tables, views, choice, numbers, seed, epoch, scratch, out_ids, out_weights, counter)
+        _work(
+            worker,
+            ids,
+            class_ids,
+            probabilities,
+            confidence,
+            map_views,
+            labelled,
+            views,
+            choice,
+            numbers,
+            seed,
+            epoch,
+            scratch,
+            out_ids,
+            out_weights,
+            counter,
+        )
