@@ -1,11 +1,12 @@
 """Options that commands share. Their defaults come from `stl_offline.config`, where the settings are defined."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from stl_offline.config import AMP_MODES, INTERPOLATIONS, MIX_MODES, MachineConfig, TrainConfig
+from stl_offline.config import AMP_MODES, ERASE_MODES, INTERPOLATIONS, MIX_MODES, MachineConfig, TrainConfig
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -71,15 +72,24 @@ interpolation_option = option(
 )
 
 training_options = together(
+    option("--recipe", metavar="NAME|FILE", help="Settings in place of the defaults below.  [default: none]"),
+    option("--dry-run", is_flag=True, help="Only print settings, steps, time and memory; write nothing."),
     option("--data", required=True, metavar="SRC", help=f"Pictures to learn from: {SOURCE_HELP}."),
     option("--val", metavar="SRC", help="Pictures to measure on after each epoch.  [default: none]"),
     option("--out", required=True, metavar="RUN", help="Folder of the run: checkpoints, settings, a line an epoch."),
     option("--model", default=TrainConfig.model, metavar="NAME", help="A FAN variant, such as fan_tiny_8_p4_hybrid."),
     option("--img-size", default=TrainConfig.img_size, metavar="N", help="Side of the model's input in pixels."),
     option("--epochs", default=TrainConfig.epochs, metavar="N", help="Times through the data."),
-    option("--batch-size", default=TrainConfig.batch_size, metavar="N", help="Pictures a step."),
+    option("--batch-size", default=TrainConfig.batch_size, metavar="N", help="Pictures a batch and process."),
+    option("--accumulate", default=TrainConfig.accumulate, metavar="N", help="Batches that make one step."),
     option("--seed", default=TrainConfig.seed, metavar="N", help="Same seed, same crops, order and draws."),
     option("--lr", default=TrainConfig.lr, metavar="X", help="Largest learning rate; AdamW with a cosine to zero."),
+    option(
+        "--lr-batch",
+        default=TrainConfig.lr_batch,
+        metavar="N",
+        help="Pictures a step that --lr is for: it follows their real number; 0: --lr as it is.",
+    ),
     option("--warmup-epochs", default=TrainConfig.warmup_epochs, metavar="X", help="Epochs of rising learning rate."),
     option("--weight-decay", default=TrainConfig.weight_decay, metavar="X", help="AdamW's weight decay."),
     option("--clip-grad", default=TrainConfig.clip_grad, metavar="X", help="Largest norm of the gradient; 0: any."),
@@ -92,14 +102,46 @@ training_options = together(
     option("--mix-mode", default=TrainConfig.mix_mode, type=click.Choice(MIX_MODES), help="One mix for which unit."),
     option("--scale-min", default=TrainConfig.scale_min, metavar="X", help="Smallest share of the area in a crop."),
     option("--flip", default=TrainConfig.flip, metavar="X", help="Chance of a left-to-right flip."),
-    option("--color-jitter", default=TrainConfig.color_jitter, metavar="X", help="Strength; 0: off."),
+    option(
+        "--color-jitter",
+        default=TrainConfig.color_jitter,
+        type=float,
+        metavar="X",
+        help="Strength; 0: off.  [default: 0.4, with --auto-augment 0]",
+    ),
+    option("--auto-augment", metavar="NAME", help="timm's RandAugment, such as rand-m9-mstd0.5-inc1.  [default: none]"),
+    option("--random-erase", default=TrainConfig.random_erase, metavar="P", help="Chance of an erased box."),
+    option("--erase-mode", default=TrainConfig.erase_mode, type=click.Choice(ERASE_MODES), help="What fills it."),
     interpolation_option,
     amp_option,
     option("--compile/--no-compile", default=TrainConfig.compile, help="torch.compile the model."),
+    option("--channels-last/--no-channels-last", default=TrainConfig.channels_last, help="Memory layout of weights."),
+    option("--sync-bn/--no-sync-bn", default=TrainConfig.sync_bn, help="Batch norms over all processes' pictures."),
     option("--token-weight", default=TrainConfig.token_weight, metavar="X", help="Of the token loss; 0: none."),
+    option("--val-every", default=TrainConfig.val_every, metavar="N", help="Epochs between two measurements."),
+    option(
+        "--checkpoint-every",
+        default=TrainConfig.checkpoint_every,
+        metavar="SECONDS",
+        help="Time between stored states within an epoch: the most that a kill loses.",
+    ),
+    option(
+        "--checkpoint-steps",
+        default=TrainConfig.checkpoint_steps,
+        metavar="N",
+        help="Steps between them, beside the seconds; 0: seconds alone.",
+    ),
+    option("--log-every", default=TrainConfig.log_every, metavar="N", help="Steps between lines of steps.jsonl."),
+    option("--tensorboard/--no-tensorboard", default=TrainConfig.tensorboard, help="Write RUN/tensorboard, too."),
     option("--resume/--no-resume", default=TrainConfig.resume, help="Go on where the same command stopped."),
     option("--skip-broken", is_flag=True, default=TrainConfig.skip_broken, help="Leave out unreadable pictures."),
 )
+
+
+def said(ctx: click.Context) -> dict[str, Any]:
+    """The options that were said, on the command line or in the environment, by name: not the defaults."""
+    defaults = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    return {name: value for name, value in ctx.params.items() if ctx.get_parameter_source(name) not in defaults}
 
 
 def example(*lines: str) -> str:

@@ -2,9 +2,9 @@
 
 import click
 
-from stl_offline.cli.options import example, machine_options, option, training_options
-from stl_offline.cli.output import run_line
-from stl_offline.config import RESIDUALS, TOKEN_TARGETS, VIEW_MODES, StudentConfig
+from stl_offline.cli.options import NUMBERS, example, machine_options, option, said, training_options
+from stl_offline.cli.stages import train_or_look
+from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARGETS, VIEW_MODES, StudentConfig
 
 
 @click.command(
@@ -16,7 +16,25 @@ from stl_offline.config import RESIDUALS, TOKEN_TARGETS, VIEW_MODES, StudentConf
     )
 )
 @training_options
-@option("--labels", default=StudentConfig.labels, metavar="SET|none|online", help="Where token labels come from.")
+@option(
+    "--labels",
+    multiple=True,
+    default=[StudentConfig.labels],
+    metavar="SET|none|online",
+    help="Where token labels come from; several sets: say it once for each.",
+)
+@option(
+    "--labels-pick",
+    default=StudentConfig.labels_pick,
+    type=click.Choice(LABEL_PICKS),
+    help="Of several sets: the one that fits a crop's zoom, or one drawn.",
+)
+@option(
+    "--labels-share",
+    type=NUMBERS,
+    metavar="X,Y",
+    help="How often each set is drawn, in the order of --labels.  [default: equally]",
+)
 @option("--labeler", metavar="RUN|CKPT|timm:NAME", help="The labeler, with --labels online.")
 @option("--labeler-checkpoint", metavar="FILE", help="Weights for a labeler named timm:NAME.")
 @option(
@@ -43,10 +61,22 @@ from stl_offline.config import RESIDUALS, TOKEN_TARGETS, VIEW_MODES, StudentConf
 )
 @option("--min-confidence", default=StudentConfig.min_confidence, metavar="X", help="Leave tokens below it unlabelled.")
 @option(
+    "--erased-labels",
+    default=StudentConfig.erased_labels,
+    type=click.Choice(ERASED_LABELS),
+    help="Labels of cells that --random-erase hides.",
+)
+@option(
     "--missing",
     default=StudentConfig.missing,
     type=click.Choice(["error", "skip"]),
     help="Pictures without labels: stop, or train them without.",
+)
+@option(
+    "--key-prefix",
+    default=StudentConfig.key_prefix,
+    metavar="OLD=NEW",
+    help="Look pictures up whose keys start with OLD under NEW: 'train/=' leaves train/ out, '=train/' adds it.",
 )
 @option(
     "--allow-changed",
@@ -55,12 +85,11 @@ from stl_offline.config import RESIDUALS, TOKEN_TARGETS, VIEW_MODES, StudentConf
     help="Use labels of pictures whose content has changed since.",
 )
 @machine_options
-def train_student(**options: object) -> None:
+@click.pass_context
+def train_student(ctx: click.Context, **_: object) -> None:
     """Stage 2: train a model from class labels and token labels.
 
     The labels are joined by key, follow every crop and flip, and mix as the pixels mix.
+    Several processes: torchrun --nproc-per-node N -m stl_offline.cli train-student …
     """
-    config = StudentConfig(**options)
-    from stl_offline.training.student import train_student as train
-
-    click.echo(run_line("student", config.out, train(config)))
+    train_or_look("student", said(ctx))

@@ -14,6 +14,9 @@ TOKEN_TARGETS = ("gumbel", "soft", "argmax")
 RESIDUALS = ("ignore", "uniform")
 VIEW_MODES = ("auto", "random", "replay")
 MIX_MODES = ("batch", "pair", "elem")
+ERASE_MODES = ("const", "rand", "pixel")
+ERASED_LABELS = ("drop", "keep")
+LABEL_PICKS = ("auto", "zoom", "draw")
 INTERPOLATIONS = ("area", "bilinear", "bicubic")
 AMP_MODES = ("auto", "none", "bf16", "fp16")
 
@@ -48,7 +51,9 @@ class TrainConfig(MachineConfig):
     epochs: int = 24
     batch_size: int = 100
     seed: int = 0
+    accumulate: int = 1  # batches that make one step
     lr: float = 2e-3
+    lr_batch: int = 0  # pictures of a step that lr is for: it grows and shrinks with them; 0: lr as it is
     warmup_epochs: float = 2.0
     weight_decay: float = 0.05
     clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
@@ -61,11 +66,21 @@ class TrainConfig(MachineConfig):
     mix_mode: str = "batch"
     scale_min: float = 0.25  # smallest share of a picture's area that a random crop takes
     flip: float = 0.5
-    color_jitter: float = 0.4
+    color_jitter: float | None = None  # strength; None: 0.4, or 0 with auto_augment
+    auto_augment: str | None = None  # timm's string for RandAugment, such as rand-m9-mstd0.5-inc1
+    random_erase: float = 0.0  # chance that a box of a picture is erased
+    erase_mode: str = "pixel"
     interpolation: str = "area"  # how crops are resized, antialiased in any case
     amp: str = "auto"
     compile: bool = False
+    channels_last: bool = True  # memory layout of the model's weights
+    sync_bn: bool = False  # batch norms look at the pictures of all processes
     token_weight: float = 1.0  # weight of the token loss beside the class loss
+    val_every: int = 1  # epochs from one measurement on the validation pictures to the next
+    checkpoint_every: float = 300.0  # seconds between stored states within an epoch
+    checkpoint_steps: int = 0  # steps between them, beside the seconds; 0: seconds alone
+    log_every: int = 50  # steps from one line of steps.jsonl to the next
+    tensorboard: bool = False
     resume: bool = True  # go on where the same command stopped; else start anew
     skip_broken: bool = False
 
@@ -73,6 +88,11 @@ class TrainConfig(MachineConfig):
         _require(self.img_size > 0, f"img-size must be positive, got {self.img_size}")
         _require(self.epochs > 0, f"epochs must be at least 1, got {self.epochs}")
         _require(self.batch_size > 0, f"batch-size must be at least 1, got {self.batch_size}")
+        _require(self.accumulate > 0, f"accumulate must be at least 1, got {self.accumulate}")
+        _require(self.lr_batch >= 0, f"lr-batch must not be negative, got {self.lr_batch}")
+        _require(self.checkpoint_every >= 0, f"checkpoint-every must not be negative, got {self.checkpoint_every}")
+        _require(self.checkpoint_steps >= 0, f"checkpoint-steps must not be negative, got {self.checkpoint_steps}")
+        _require(self.log_every > 0, f"log-every must be at least 1, got {self.log_every}")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require(self.lr > 0 and math.isfinite(self.lr), f"lr must be positive, got {self.lr}")
         _require(self.warmup_epochs >= 0, f"warmup-epochs must not be negative, got {self.warmup_epochs}")
@@ -86,9 +106,13 @@ class TrainConfig(MachineConfig):
         _choose("mix-mode", self.mix_mode, MIX_MODES)
         _require(0 < self.scale_min <= 1, f"scale-min lies in (0, 1], got {self.scale_min}")
         _require(0 <= self.flip <= 1, f"flip lies in [0, 1], got {self.flip}")
-        _require(self.color_jitter >= 0, f"color-jitter must not be negative, got {self.color_jitter}")
+        jitter = self.color_jitter
+        _require(jitter is None or jitter >= 0, f"color-jitter must not be negative, got {jitter}")
+        _require(0 <= self.random_erase <= 1, f"random-erase lies in [0, 1], got {self.random_erase}")
+        _choose("erase-mode", self.erase_mode, ERASE_MODES)
         _choose("interpolation", self.interpolation, INTERPOLATIONS)
         _choose("amp", self.amp, AMP_MODES)
+        _require(self.val_every > 0, f"val-every must be at least 1, got {self.val_every}")
         _require(self.token_weight >= 0, f"token-weight must not be negative, got {self.token_weight}")
 
 
@@ -101,7 +125,9 @@ class LabelerConfig(TrainConfig):
 class StudentConfig(TrainConfig):
     """Stage 2: ``stl-offline train-student``."""
 
-    labels: str = "none"  # a label set, "none" or "online"
+    labels: str | tuple[str, ...] = "none"  # label sets, "none" or "online"
+    labels_pick: str = "auto"  # which of several sets a sample reads: by its crop's zoom, or drawn
+    labels_share: tuple[float, ...] | None = None  # how often each of several sets is drawn; None: equally often
     labeler: str | None = None  # the labeler's run or checkpoint, for labels = "online"
     labeler_checkpoint: str | None = None  # weights for a labeler named timm:NAME
     token_target: str = "gumbel"
@@ -110,11 +136,24 @@ class StudentConfig(TrainConfig):
     columns: int = 8  # classes kept for each token of a soft target
     sampling_ratio: int = 2
     min_confidence: float = 0.0
+    erased_labels: str = "drop"  # of erased cells: they weigh what is left to see of them, or stay
     missing: str = "error"
     allow_changed: bool = False
+    key_prefix: str = ""  # OLD=NEW: what the pictures' keys start with, and what the labels' have there
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(not self.key_prefix or self.key_prefix.count("=") == 1, "key-prefix is OLD=NEW, such as train/=")
+        sets = (self.labels,) if isinstance(self.labels, str) else tuple(self.labels)
+        object.__setattr__(self, "labels", sets)
+        _require(len(sets) > 0, "labels takes at least one label set, none or online")
+        _require(len(sets) == 1 or not {"none", "online"} & set(sets), "several --labels must all be label sets")
+        _choose("labels-pick", self.labels_pick, LABEL_PICKS)
+        if self.labels_share is not None:
+            _require(len(sets) > 1 and self.labels_pick != "zoom", "labels-share goes with several sets that are drawn")
+            fine = len(self.labels_share) == len(sets) and all(share > 0 for share in self.labels_share)
+            _require(fine, f"labels-share takes {len(sets)} positive numbers, got {self.labels_share}")
+        _choose("erased-labels", self.erased_labels, ERASED_LABELS)
         _choose("token-target", self.token_target, TOKEN_TARGETS)
         _choose("residual", self.residual, RESIDUALS)
         _choose("views", self.views, VIEW_MODES)
@@ -122,7 +161,7 @@ class StudentConfig(TrainConfig):
         _require(self.columns > 0, f"columns must be at least 1, got {self.columns}")
         _require(self.sampling_ratio > 0, f"sampling-ratio must be at least 1, got {self.sampling_ratio}")
         _require(0 <= self.min_confidence < 1, f"min-confidence lies in [0, 1), got {self.min_confidence}")
-        if self.labels == "online":
+        if sets == ("online",):
             _require(self.labeler is not None, "labels online need --labeler RUN|CKPT|timm:NAME")
             _require(self.views != "replay", "labels online have no stored views to replay; leave --views out")
         else:
@@ -245,7 +284,10 @@ class ReportConfig(MachineConfig):
 
 
 # What may differ between a command and the one that it continues.
-_FREE_ON_RESUME = {"device", "workers", "debug", "out", "resume"}
+_FREE_ON_RESUME = {
+    *("device", "workers", "debug", "out", "resume"),
+    *("val_every", "checkpoint_every", "checkpoint_steps", "log_every", "tensorboard"),
+}
 
 
 def settings(config: MachineConfig) -> dict[str, Any]:

@@ -48,8 +48,6 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast type, or None for float32. "auto" takes bf16 where the hardware multiplies it faster."""
     if name == "auto":
         return torch.bfloat16 if _bf16_is_fast(device) else None
-    if name == "fp16" and device.type == "cpu":
-        raise InputError("fp16 needs a GPU (its gradients need scaling); use --amp bf16 or none on a CPU")
     return AMP_TYPES.get(name)
 
 

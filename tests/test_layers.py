@@ -16,11 +16,11 @@ LAYERS = (
     ("geometry", "random"),
     ("views",),
     ("labels", "images"),
-    ("augment", "device", "distributed", "losses", "mixing", "models", "targets"),
+    ("augment", "device", "distributed", "losses", "mixing", "models", "recipes", "targets"),
     ("artifact", "loader"),
     ("labelers", "scoring"),
     ("dump", "training"),
-    ("evaluate", "reports"),
+    ("evaluate", "recompute", "reports"),
     ("demo",),
     ("cli",),
 )

@@ -2,8 +2,13 @@
 
 Every step's randomness comes from (seed, step), every view from (seed, epoch, sample), the order from (seed, epoch).
 So a run that goes on from a stored state takes the steps that it would have taken.
+
+A step's pictures come in one batch of ``accumulate · batch_size``, are augmented and mixed as one, and go through the
+model in ``accumulate`` parts. Each part's loss counts by its share of the whole step (`stl_offline.training.steps`),
+over all processes, so that neither parts nor processes change what is minimised.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,243 +16,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stl_offline.artifact import WEIGHTS_NAME, ModelDescription, save_model
+from stl_offline.artifact import ModelDescription
 from stl_offline.config import TrainConfig
-from stl_offline.device import pick_amp
-from stl_offline.distributed import World, sum_over_world, wait_for_world
+from stl_offline.distributed import World, add_up, failure_of_another, wait_for_world
 from stl_offline.errors import TrainingError
 from stl_offline.loader import Batch, TokenLoader
 from stl_offline.progress import progress_bar
 from stl_offline.scoring import Scores, evaluate_model
 from stl_offline.training.interrupt import StopRequest, stop_request
-from stl_offline.training.optimization import make_average, make_optimizer, make_schedule
+from stl_offline.training.optimization import learning_rate, make_average, make_optimizer, make_schedule
+from stl_offline.training.place import Clock, Progress
 from stl_offline.training.run_folder import RunFolder
+from stl_offline.training.steps import Objective, Share, StepInputs, StepRandom
+from stl_offline.training.sync_norm import share_statistics
+from stl_offline.training.watch import Means, RunWatch
 
-SAVE_SECONDS = 300.0  # between stored states within an epoch
-
-
-@dataclass(frozen=True)
-class StepRandom:
-    """The generators of one step: both are functions of (seed, rank, step) alone."""
-
-    numpy: np.random.Generator
-    torch: torch.Generator
-
-    @classmethod
-    def of(cls, seed: int, rank: int, step: int) -> "StepRandom":
-        numpy = np.random.Generator(np.random.Philox(key=[seed, rank << 40 | step]))
-        generator = torch.Generator().manual_seed(int(numpy.integers(2**62)))
-        return cls(numpy, generator)
-
-
-# A stage's loss: (model, batch, the step's generators) → named parts, of which "loss" is the sum to minimise.
-LossFunction = Callable[[nn.Module, Batch, StepRandom], dict[str, Tensor]]
 # What an epoch shows: epoch → arguments of TokenLoader.epoch (views, and which stored map to read).
 EpochPlan = Callable[[int], dict[str, Any]]
 
-
-class Trainer:
-    """One training run.
-
-    Args:
-        model: on its device.
-        loader: training batches.
-        loss: the stage's loss.
-        plan: what each epoch shows.
-        validation: a function that scores a model, or None.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: RunFolder,
-        model: nn.Module,
-        loader: TokenLoader,
-        loss: LossFunction,
-        plan: EpochPlan,
-        validation: "Validation | None",
-        description: ModelDescription,
-        device: torch.device,
-        world: World,
-    ) -> None:
-        self.config, self.folder, self.loader, self.loss, self.plan = config, folder, loader, loss, plan
-        self.validation, self.description, self.device, self.world = validation, description, device, world
-        self.model = model.to(device).to(memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(self.model, config)
-        self.schedule = make_schedule(self.optimizer, config, len(loader))
-        self.average = make_average(self.model, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=pick_amp(config.amp, device) is torch.float16)
-        self.step_model: nn.Module = self.model
-        if world.size > 1:
-            self.step_model = DistributedDataParallel(
-                self.model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True
-            )
-        if config.compile:
-            self.step_model = torch.compile(self.step_model)
-        self.epoch, self.batch, self.step, self.seconds = 0, 0, 0, 0.0
-        self.sums: dict[str, float] = {}
-        self.history: list[dict[str, Any]] = []
-
-    def fit(self, state: dict[str, Any] | None) -> dict[str, Any]:
-        """Train to the end (from ``state`` on) and return the summary.
-
-        Raises:
-            TrainingError: the loss is not finite.
-        """
-        if state is not None:
-            self._restore(state)
-        samples = len(self.loader.beton)
-        total = samples * self.config.epochs
-        done = min(total, samples * self.epoch + self.batch * self.config.batch_size * self.world.size)
-        with (
-            stop_request() as stop,
-            progress_bar(total, "training", initial=done, enabled=self.world.is_first) as bar,
-        ):
-            while self.epoch < self.config.epochs:
-                self._run_epoch(bar, stop)
-        return self._finish()
-
-    def _run_epoch(self, bar: Any, stop: StopRequest) -> None:
-        self.model.train()
-        bar.set_description(f"epoch {self.epoch + 1}/{self.config.epochs}")
-        started = saved = time.perf_counter()
-        waited = 0.0
-        batches = self.loader.epoch(self.epoch, start_batch=self.batch, **self.plan(self.epoch))
-        before = time.perf_counter()
-        for batch in batches:
-            waited += time.perf_counter() - before
-            parts = self._take_step(batch)
-            for name, value in parts.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value * len(batch.sample_ids)
-            self.sums["samples"] = self.sums.get("samples", 0.0) + len(batch.sample_ids)
-            self.batch += 1
-            bar.update(len(batch.sample_ids) * self.world.size)
-            bar.set_postfix(loss=f"{self.sums['loss'] / self.sums['samples']:.3f}", refresh=False)
-            now = time.perf_counter()
-            if stop.asked is not None or now - saved > SAVE_SECONDS:
-                self.seconds += now - started
-                started = saved = now
-                self._save_state()
-                stop.raise_if_asked()
-            before = time.perf_counter()
-        self.seconds += time.perf_counter() - started
-        self._end_epoch(bar, waited)
-        stop.raise_if_asked()
-
-    def _take_step(self, batch: Batch) -> dict[str, float]:
-        random = StepRandom.of(self.config.seed, self.world.rank, self.step)
-        # Dropout and drop path inside the model read torch's own generator: pinned to the step, too.
-        torch.manual_seed(random.torch.initial_seed())
-        self.schedule.step_update(self.step)
-        parts = self.loss(self.step_model, batch, random)
-        values = {name: float(value.detach()) for name, value in parts.items()}
-        if not np.isfinite(values["loss"]):
-            self._stop_on_loss(batch, values)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(parts["loss"]).backward()
-        if self.config.clip_grad:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.step += 1
-        if self.average is not None:
-            self.average.update(self.model, step=self.step)
-        return values
-
-    def _stop_on_loss(self, batch: Batch, values: dict[str, float]) -> None:
-        evidence = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "parts": {name: str(value) for name, value in values.items()},
-            "sample_ids": batch.sample_ids.tolist(),
-            "keys": [self.loader.beton.keys[sample] for sample in batch.sample_ids.tolist()],
-        }
-        path = self.folder.write_evidence("not-finite.json", evidence)
-        raise TrainingError(
-            f"the loss is {values['loss']} at epoch {self.epoch + 1}, step {self.step}; the batch's samples are in "
-            f"{path}. A smaller --lr, a longer --warmup-epochs or --clip-grad 1 often helps"
-        )
-
-    def _end_epoch(self, bar: Any, waited: float) -> None:
-        names = sorted(self.sums)
-        totals = torch.tensor([self.sums[name] for name in names], dtype=torch.float64)
-        sums = dict(zip(names, sum_over_world(totals.to(self._reduce_device()), self.world).tolist(), strict=True))
-        samples = sums.pop("samples")
-        entry: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
-        entry |= {name: value / samples for name, value in sums.items()}
-        entry |= {"seconds": self.seconds, "pictures_per_second": samples / self.seconds, "data_wait_seconds": waited}
-        if self.validation is not None:
-            scores = self.validation(self.best_model())
-            entry |= {"top1": scores.top1, "top5": scores.top5, "token_top1": scores.token_top1}
-            bar.set_postfix(loss=f"{entry['loss']:.3f}", top1=f"{scores.top1:.1%}")
-        self.history.append(entry)
-        self.epoch, self.batch, self.seconds, self.sums = self.epoch + 1, 0, 0.0, {}
-        if self.world.is_first:
-            # The state comes last: a run that dies in between repeats the end of this epoch, and loses nothing.
-            save_model(self.folder.path / WEIGHTS_NAME, self.best_model().state_dict(), self.description)
-            self.folder.write_log(self.history)
-        self._save_state()
-
-    def best_model(self) -> nn.Module:
-        """The averaged model where averaging is on, else the model itself."""
-        return self.model if self.average is None else self.average.module
-
-    def _reduce_device(self) -> torch.device:
-        return self.device if self.device.type == "cuda" else torch.device("cpu")
-
-    def _save_state(self) -> None:
-        if self.world.is_first:
-            self.folder.save_state(
-                {
-                    "epoch": self.epoch,
-                    "batch": self.batch,
-                    "step": self.step,
-                    "seconds": self.seconds,
-                    "sums": self.sums,
-                    "history": self.history,
-                    "model": unwrap_model(self.model).state_dict(),
-                    "average": None if self.average is None else self.average.module.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                }
-            )
-        wait_for_world(self.world)
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
-        self.seconds, self.sums, self.history = state["seconds"], state["sums"], state["history"]
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.module.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-
-    def _finish(self) -> dict[str, Any]:
-        last = self.history[-1]
-        summary = {
-            "epochs": self.epoch,
-            "steps": self.step,
-            "train_seconds": sum(entry["seconds"] for entry in self.history),
-            "loss": last["loss"],
-        }
-        if self.validation is not None:
-            summary |= {name: last[name] for name in ("top1", "top5", "token_top1")}
-            if self.average is not None:
-                summary["top1_not_averaged"] = self.validation(self.model).top1
-        if self.world.is_first:
-            self.folder.finish(summary)
-        wait_for_world(self.world)
-        return summary
+# What the processes tell each other in every step beside the losses.
+_FLAGS = ("not finite", "SIGINT", "SIGTERM", "save")
 
 
 @dataclass
 class Validation:
-    """Scores a model on the validation pictures."""
+    """Scores a model on the validation pictures; each process on its share of them."""
 
     loader: TokenLoader
     views: np.ndarray
@@ -257,3 +53,267 @@ class Validation:
 
     def __call__(self, model: nn.Module) -> Scores:
         return evaluate_model(model, self.loader, self.views, self.class_map, self.amp, self.world)
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        model: what is trained.
+        loader: gives batches of ``accumulate · batch_size``.
+        objective: the stage's inputs and losses.
+        plan: what each epoch shows.
+        validation: a function that scores a model, or None.
+        amp: the autocast type that the objective uses.
+        unused_parameters: whether the losses leave parameters without a gradient.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        model: nn.Module,
+        loader: TokenLoader,
+        objective: Objective,
+        plan: EpochPlan,
+        validation: Validation | None,
+        description: ModelDescription,
+        device: torch.device,
+        world: World,
+        amp: torch.dtype | None = None,
+        unused_parameters: bool = False,
+    ) -> None:
+        self.config, self.folder, self.loader, self.objective, self.plan = config, folder, loader, objective, plan
+        self.validation, self.description, self.device, self.world = validation, description, device, world
+        self.model = model.to(device)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        if config.sync_bn and world.size > 1:
+            share_statistics(self.model)
+        self.optimizer = make_optimizer(self.model, config, learning_rate(config, world.size))
+        self.schedule = make_schedule(self.optimizer, config, len(loader))
+        self.average = make_average(self.model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+        self.parallel: DistributedDataParallel | None = None
+        if world.size > 1:
+            self.parallel = DistributedDataParallel(
+                self.model,
+                device_ids=[device] if device.type == "cuda" else None,
+                find_unused_parameters=unused_parameters,
+                gradient_as_bucket_view=True,
+            )
+        self.step_model: nn.Module = self.parallel or self.model
+        if config.compile:
+            self.step_model = torch.compile(self.step_model)
+        self.at = Progress()
+        self.means = Means()
+        self.history: list[dict[str, Any]] = []
+        self.shown: StepInputs | None = None
+
+    def fit(self, state: dict[str, Any] | None) -> dict[str, Any]:
+        """Train to the end (from ``state`` on) and return the summary.
+
+        Raises:
+            TrainingError: the loss is not finite, or another process of this job has failed.
+        """
+        if state is not None:
+            self._restore(state)
+        samples = len(self.loader.beton)
+        total = samples * self.config.epochs
+        done = min(total, samples * self.at.epoch + self.at.batch * self.loader.batch_size * self.world.size)
+        with (
+            failure_of_another(self.world),
+            stop_request() as stop,
+            RunWatch(self.folder.path, self.config, self.at.step, enabled=self.world.is_first) as watch,
+            progress_bar(total, "training", initial=done, enabled=self.world.is_first) as bar,
+        ):
+            while self.at.epoch < self.config.epochs:
+                self._run_epoch(bar, stop, watch)
+            return self._finish()
+
+    def _run_epoch(self, bar: Any, stop: StopRequest, watch: RunWatch) -> None:
+        self.model.train()
+        bar.set_description(f"epoch {self.at.epoch + 1}/{self.config.epochs}")
+        clock = Clock(self.at)
+        saved = time.monotonic()
+        batches = self.loader.epoch(self.at.epoch, start_batch=self.at.batch, **self.plan(self.at.epoch))
+        clock.waits()
+        for batch in batches:
+            clock.works()
+            due = self._is_due(time.monotonic() - saved)
+            values, flags = self._take_step(batch, stop, due)
+            pictures = int(values.pop("pictures"))
+            self.means.add(values, pictures)
+            self.at.batch += 1
+            bar.update(pictures)
+            bar.set_postfix(loss=f"{self.means.all()['loss']:.3f}", refresh=False)
+            clock.tick()
+            watch.step(self.at, self.optimizer.param_groups[0]["lr"], values, pictures)
+            if flags["SIGINT"] or flags["SIGTERM"] or flags["save"]:
+                self._save_state()
+                saved = time.monotonic()
+                # Another process may have been asked, and not this one.
+                stop.ask(sigint=bool(flags["SIGINT"]), sigterm=bool(flags["SIGTERM"]))
+                stop.raise_if_asked()
+            clock.waits()
+        clock.tick()
+        self._end_epoch(bar, watch)
+        if self.world.size == 1:  # several stop together, after a step
+            stop.raise_if_asked()
+
+    def _is_due(self, seconds: float) -> bool:
+        """Whether this process would store the state after the next step."""
+        steps = self.config.checkpoint_steps
+        if steps and (self.at.step + 1) % steps == 0:
+            return True
+        return self.world.is_first and seconds > self.config.checkpoint_every
+
+    def _take_step(self, batch: Batch, stop: StopRequest, due: bool) -> tuple[dict[str, float], dict[str, float]]:
+        """One optimiser step; gives the step's means over all processes, and what they told each other."""
+        random = StepRandom.of(self.config.seed, self.world.rank, self.at.step)
+        # Dropout and drop path inside the model read torch's own generator: pinned to the step, too.
+        torch.manual_seed(random.torch.initial_seed())
+        self.schedule.step_update(self.at.step)
+        inputs = self.objective.inputs(batch, random)
+        totals = add_up(inputs.totals(), self.world)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._backward(inputs, totals)
+        asked = [float(stop.asked == number) for number in stop.SIGNALS]
+        told = torch.stack([*losses.values(), (~torch.isfinite(losses["loss"])).double()])
+        told = torch.cat([told, torch.tensor([*asked, float(due)], dtype=torch.float64, device=self.device)])
+        numbers = add_up(told, self.world).tolist()
+        values = {name: number / self.world.size for name, number in zip(losses, numbers, strict=False)}
+        flags = dict(zip(_FLAGS, numbers[len(losses) :], strict=True))
+        if flags["not finite"]:
+            self._stop_on_loss(batch, losses, values["loss"])
+        self.scaler.unscale_(self.optimizer)
+        if self.config.clip_grad:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+            values["gradient_norm"] = float(norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.at.step += 1
+        if self.average is not None:
+            self.average.update(self.model, step=self.at.step)
+        if self.config.tensorboard:
+            self.shown = next(inputs.parts(max(1, len(inputs) // RunWatch.PICTURES)))
+        return values | {"pictures": float(totals[0])}, flags
+
+    def _backward(self, inputs: StepInputs, totals: Tensor) -> dict[str, Tensor]:
+        """Gradients of a whole step, part by part; gives this process's sums of the losses, (,) float64 each."""
+        # As many parts in every process: batches may differ by one picture.
+        count = self.config.accumulate
+        if count > 1:
+            count = min(count, int(totals[0]) // self.world.size)
+        sums: dict[str, Tensor] = {}
+        for number, part in enumerate(inputs.parts(count), 1):
+            alone = self.parallel is not None and number < count
+            with self.parallel.no_sync() if alone else contextlib.nullcontext():
+                losses = self.objective.losses(self.step_model, part, Share.of(part, totals, self.world.size))
+                self.scaler.scale(losses["loss"]).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+        return sums
+
+    def _stop_on_loss(self, batch: Batch, losses: dict[str, Tensor], loss: float) -> None:
+        parts = {name: float(value) for name, value in losses.items()}
+        where = f"epoch {self.at.epoch + 1}, step {self.at.step}"
+        if np.isfinite(parts["loss"]):
+            raise TrainingError(f"the loss of another process of this job is not finite at {where}")
+        samples = batch.sample_ids.tolist()
+        evidence = {
+            "epoch": self.at.epoch + 1,
+            "step": self.at.step,
+            "rank": self.world.rank,
+            "parts": {name: str(value) for name, value in parts.items()},
+            "sample_ids": samples,
+            "keys": [self.loader.beton.keys[sample] for sample in samples],
+        }
+        name = "not-finite.json" if self.world.size == 1 else f"not-finite-rank{self.world.rank}.json"
+        path = self.folder.write_evidence(name, evidence)
+        raise TrainingError(
+            f"the loss is {loss} at {where}; the batch's sample ids and keys are in {path}. "
+            "A smaller --lr, a longer --warmup-epochs or --clip-grad 1 often helps"
+        )
+
+    def _end_epoch(self, bar: Any, watch: RunWatch) -> None:
+        at = self.at
+        entry: dict[str, Any] = {"epoch": at.epoch + 1, "step": at.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        entry |= self.means.all()
+        entry |= {"seconds": at.seconds, "pictures_per_second": self.means.pictures / max(at.seconds, 1e-9)}
+        entry |= {"cpu_seconds": at.cpu_seconds, "data_wait_seconds": at.waited}
+        last = at.epoch + 1 == self.config.epochs
+        best: nn.Module | None = None
+        if self.validation is not None and (last or (at.epoch + 1) % self.config.val_every == 0):
+            scores, best = self._measure()
+            entry |= scores
+            bar.set_postfix(loss=f"{entry['loss']:.3f}", top1=f"{entry['top1']:.1%}")
+        self.history.append(entry)
+        watch.epoch(entry, self.model, self.shown)
+        self.at = Progress(epoch=at.epoch + 1, step=at.step, best_top1=at.best_top1)
+        self.means = Means()
+        if self.world.is_first:
+            # The state comes last: a run that dies in between repeats the end of this epoch, and loses nothing.
+            self.folder.save_weights(self.averaged_model(), self.description)
+            if best is not None:
+                self.folder.save_weights(best, self.description, best=True)
+            self.folder.write_log(self.history)
+        self._save_state()
+
+    def _measure(self) -> tuple[dict[str, Any], nn.Module | None]:
+        """Scores of the averaged model, and of the plain one beside it; and whichever is the best so far, if any."""
+        models = {"": self.averaged_model()} | ({"model_": self.model} if self.average is not None else {})
+        entry: dict[str, Any] = {}
+        best = None
+        for prefix, model in models.items():
+            scores = self.validation(model)
+            entry |= {f"{prefix}{name}": getattr(scores, name) for name in ("top1", "top5", "token_top1")}
+            if scores.top1 > self.at.best_top1:
+                self.at.best_top1, best = scores.top1, model
+        return entry | {"best_top1": self.at.best_top1}, best
+
+    def averaged_model(self) -> nn.Module:
+        """The averaged model where averaging is on, else the model itself."""
+        return self.model if self.average is None else self.average.module
+
+    def _save_state(self) -> None:
+        if self.world.is_first:
+            self.folder.save_state(
+                {
+                    "at": vars(self.at),
+                    "means": self.means.state(),
+                    "history": self.history,
+                    "model": self.model.state_dict(),
+                    "average": None if self.average is None else self.average.module.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                }
+            )
+        wait_for_world(self.world)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.at, self.history = Progress(**state["at"]), state["history"]
+        self.means = Means.of(state["means"])
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def _finish(self) -> dict[str, Any]:
+        last = self.history[-1]
+        summary = {
+            "epochs": self.at.epoch,
+            "steps": self.at.step,
+            "train_seconds": sum(entry["seconds"] for entry in self.history),
+            "train_cpu_seconds": sum(entry["cpu_seconds"] for entry in self.history),
+            "loss": last["loss"],
+        }
+        if self.validation is not None:
+            summary |= {name: last[name] for name in ("top1", "top5", "token_top1", "best_top1")}
+            if self.average is not None:
+                summary["top1_not_averaged"] = last["model_top1"]
+        if self.world.is_first:
+            self.folder.finish(summary)
+        wait_for_world(self.world)
+        return summary

@@ -3,14 +3,25 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
+
+# One wish to stop may come twice: from the terminal to every process, and from torchrun to its own.
+_ONE_WISH_SECONDS = 2.0
 
 
 class StopRequest:
     """``asked`` turns to the signal's number once somebody wants the run to stop."""
 
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
     def __init__(self) -> None:
         self.asked: int | None = None
+
+    def ask(self, *, sigint: bool, sigterm: bool) -> None:
+        """Note that another process of the job was asked."""
+        if self.asked is None and (sigint or sigterm):
+            self.asked = signal.SIGINT if sigint else signal.SIGTERM
 
     def raise_if_asked(self) -> None:
         """End the program as the signal would have: KeyboardInterrupt, or exit code 143 for SIGTERM."""
@@ -22,18 +33,23 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM inside the block; a second signal ends the program at once."""
+    """Catch SIGINT and SIGTERM inside the block; a second signal, later than a moment, ends the program at once."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # signals reach the main thread only
         return
-    handled = (signal.SIGINT, signal.SIGTERM)
+    handled = request.SIGNALS
     before = {number: signal.getsignal(number) for number in handled}
+    first = 0.0
 
     def note(number: int, _frame: object) -> None:
-        request.asked = number
-        for each in handled:
-            signal.signal(each, before[each])
+        nonlocal first
+        if request.asked is None:
+            request.asked, first = number, time.monotonic()
+        elif time.monotonic() - first > _ONE_WISH_SECONDS:
+            for each in handled:
+                signal.signal(each, before[each])
+            signal.raise_signal(number)
 
     for number in handled:
         signal.signal(number, note)

@@ -12,25 +12,37 @@ MIN_LR = 1e-6
 WARMUP_LR = 1e-6
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def learning_rate(config: TrainConfig, processes: int) -> float:
+    """The largest learning rate: as set, or scaled from ``lr_batch`` pictures a step to those of all processes."""
+    if not config.lr_batch:
+        return config.lr
+    return config.lr * config.batch_size * config.accumulate * processes / config.lr_batch
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
     """AdamW; no decay for biases, norms and what the model's ``no_weight_decay`` names.
 
     Fused: one pass over all tensors, several times as fast as one tensor after the other for small models on CPUs.
     """
     fused = {"fused": True} if next(model.parameters()).device.type in ("cpu", "cuda") else {}
-    return timm.optim.create_optimizer_v2(model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay, **fused)
+    return timm.optim.create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=config.weight_decay, **fused)
+
+
+def warmup_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Steps of rising learning rate: as set, but a fifth of the run at most."""
+    return min(round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch // 5)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> CosineLRScheduler:
-    """Linear warm-up from 1e-6, then a cosine to 1e-6, step by step. The warm-up takes a fifth of the run at most."""
-    total = config.epochs * steps_per_epoch
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), total // 5)
+    """Linear warm-up from 1e-6, then a cosine to 1e-6, step by step."""
+    lr = optimizer.param_groups[0]["lr"]
+    warmup = warmup_steps(config, steps_per_epoch)
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(1, total - warmup),
-        lr_min=min(MIN_LR, config.lr),
+        t_initial=max(1, config.epochs * steps_per_epoch - warmup),
+        lr_min=min(MIN_LR, lr),
         warmup_t=warmup,
-        warmup_lr_init=min(WARMUP_LR, config.lr),
+        warmup_lr_init=min(WARMUP_LR, lr),
         warmup_prefix=True,
         t_in_epochs=False,
     )

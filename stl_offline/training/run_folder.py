@@ -1,8 +1,9 @@
 """A run's folder: it describes itself, and the same command goes on where it stopped.
 
 - ``config.json``: all settings, versions, what the data were.
-- ``log.jsonl``: one JSON line for each epoch.
+- ``log.jsonl``: one JSON line for each epoch; ``steps.jsonl``: one every few steps.
 - ``weights.safetensors``: the averaged weights (the plain ones where averaging is off) after the last whole epoch.
+- ``best.safetensors``: those with the best top-1 so far on the validation pictures, averaged or plain.
 - ``state.pt``: all that is needed to go on; removed when the run is complete.
 - ``summary.json``: the result, written last.
 """
@@ -15,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from stl_offline.artifact import WEIGHTS_NAME, ModelDescription, save_model
 from stl_offline.config import differences
 from stl_offline.errors import FormatError, InputError
 from stl_offline.files import atomic_path, atomic_write, canonical_json, make_folder, remove_leftovers
+
+BEST_NAME = "best.safetensors"
 
 _PACKAGES = ("stl-offline", "torch", "torchvision", "timm", "ffcv", "numpy", "numba")
 
@@ -64,8 +69,10 @@ class RunFolder:
         if self.path.is_dir() and any(self.path.iterdir()) and not config_path.is_file():
             raise InputError(f"{self.path} is not empty and holds no run; choose another --out")
         make_folder(self.path)
-        for name in ("summary.json", "state.pt", "log.jsonl", "weights.safetensors"):
+        for name in ("summary.json", "state.pt", "log.jsonl", "steps.jsonl", WEIGHTS_NAME, BEST_NAME):
             (self.path / name).unlink(missing_ok=True)
+        for path in [*self.path.glob("tensorboard/events.*"), *self.path.glob("not-finite*.json")]:
+            path.unlink()
         atomic_write(config_path, canonical_json(self._config))
         return None
 
@@ -81,6 +88,10 @@ class RunFolder:
         """Write all that is needed to go on, whole or not at all."""
         with atomic_path(self.path / "state.pt") as temporary:
             torch.save(state, temporary)
+
+    def save_weights(self, model: nn.Module, description: ModelDescription, *, best: bool = False) -> None:
+        """Write a model's weights as the last ones, or as the best."""
+        save_model(self.path / (BEST_NAME if best else WEIGHTS_NAME), model.state_dict(), description)
 
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """One JSON line for each epoch so far. The file is rewritten whole, so a resumed run repeats no line."""

@@ -9,19 +9,20 @@ import torch
 from torch import nn
 
 from stl_offline.artifact import ModelDescription
-from stl_offline.augment import color_jitter
+from stl_offline.augment import Augmentation, RandAugment, RandomErase
 from stl_offline.config import TrainConfig, settings
 from stl_offline.device import pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, join_world
 from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
-from stl_offline.loader import TokenLoader
-from stl_offline.mixing import MixSettings
+from stl_offline.loader import Batch, TokenLoader
+from stl_offline.mixing import Mix, MixSettings, draw_mix
 from stl_offline.models import Fan
 from stl_offline.scoring import match_classes
-from stl_offline.training.engine import StepRandom, Validation
+from stl_offline.training.engine import EpochPlan, Trainer, Validation
 from stl_offline.training.run_folder import RunFolder
+from stl_offline.training.steps import Objective, StepRandom
 from stl_offline.views import CropSettings, center_views, draw_views
 
 # Paths may change between a command and its repetition; what they hold may not, and is compared by fingerprint.
@@ -40,6 +41,7 @@ class Stage:
     val: Beton | None
     model: nn.Module
     description: ModelDescription
+    augmentation: Augmentation
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -54,8 +56,13 @@ class Stage:
         config = self.config
         return MixSettings(config.mixup, config.cutmix, config.mix_prob, mode=config.mix_mode)
 
-    def jitter(self, images: torch.Tensor, random: StepRandom) -> torch.Tensor:
-        return color_jitter(images, self.config.color_jitter, self.mean, self.std, random.torch)
+    def augment(self, batch: Batch) -> torch.Tensor:
+        """The batch's pictures as the model sees them, but for mixing: (B, 3, H, W)."""
+        return self.augmentation(batch.images, batch.warps, batch.epoch, batch.sample_ids.cpu().numpy())
+
+    def random_plan(self, epoch: int) -> dict[str, Any]:
+        """An epoch of fresh random crops: arguments of `TokenLoader.epoch`."""
+        return {"views": self.random_views(epoch), "warps": self.augmentation.warps(epoch, len(self.train))}
 
     def random_views(self, epoch: int) -> np.ndarray:
         """Fresh random crops of every picture: (n, 6)."""
@@ -63,12 +70,52 @@ class Stage:
         samples = np.arange(len(self.train))
         return draw_views(self.config.seed, epoch, samples, self.train.heights, self.train.widths, crops)
 
+    def draw_mix(self, images: torch.Tensor, random: StepRandom) -> Mix | None:
+        """How this step's pictures are mixed; None where mixing is off."""
+        return draw_mix(len(images), *images.shape[2:], self.mix, random.numpy) if self.mix.enabled else None
+
+    def run(
+        self,
+        objective: Objective,
+        plan: EpochPlan,
+        labels: dict[str, Any] | None = None,
+        tokens: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Train, or go on, or find that all is done; gives the summary.
+
+        Args:
+            objective, plan: the stage's.
+            labels: what the labels are, by content; tokens: the loader's arguments for them.
+        """
+        folder = self.run_folder(**labels or {})
+        complete = folder.summary() if self.config.resume else None
+        if complete is not None:
+            return complete
+        loader = self.train_loader(**tokens or {})
+        state = folder.open(resume=self.config.resume, write=self.world.is_first)
+        trainer = Trainer(
+            self.config,
+            folder,
+            self.model,
+            loader,
+            objective,
+            plan,
+            self.validation(),
+            self.description,
+            self.device,
+            self.world,
+            self.amp,
+            unused_parameters=labels is not None and labels["kind"] == "none",
+        )
+        return trainer.fit(state)
+
     def train_loader(self, **tokens: Any) -> TokenLoader:
+        """Batches of a whole step's pictures of this process."""
         side = self.config.img_size
         return TokenLoader(
             self.train,
             (side, side),
-            self.config.batch_size,
+            self.config.batch_size * self.config.accumulate,
             workers=pick_workers(self.config.workers),
             seed=self.config.seed,
             device=self.device,
@@ -122,10 +169,20 @@ def prepare(config: TrainConfig, stage: str) -> Stage:
     Raises:
         InputError: a model that is no FAN, or an input size that its stem does not divide.
     """
+    if config.auto_augment:
+        RandAugment.parse(config.auto_augment)  # before the pictures are packed
+    token_model_name(config.model)
     device = pick_device(config.device)
     world = join_world(device)
     train = ensure_beton(config.data, skip_broken=config.skip_broken)
     val = ensure_beton(config.val, skip_broken=config.skip_broken) if config.val else None
+    return build_stage(config, stage, train, val, device, world)
+
+
+def build_stage(
+    config: TrainConfig, stage: str, train: Beton, val: Beton | None, device: torch.device, world: World
+) -> Stage:
+    """The stage for pictures that are opened already. Raises as `prepare`."""
     description = ModelDescription(
         token_model_name(config.model),
         train.class_names,
@@ -141,7 +198,29 @@ def prepare(config: TrainConfig, stage: str) -> Stage:
         img_size=config.img_size,
         drop_path_rate=config.drop_path,
     )
-    return Stage(config, device, pick_amp(config.amp, device), world, train, val, model, description)
+    augmentation = make_augmentation(config, model.pretrained_cfg)
+    return Stage(config, device, pick_amp(config.amp, device), world, train, val, model, description, augmentation)
+
+
+def make_augmentation(config: TrainConfig, normalisation: dict[str, Any]) -> Augmentation:
+    """What the settings ask for; ``normalisation`` names mean and std.
+
+    Raises:
+        InputError: auto_augment is not one of timm's strings for RandAugment.
+    """
+    auto = RandAugment.parse(config.auto_augment) if config.auto_augment else None
+    jitter = config.color_jitter
+    if jitter is None:
+        jitter = 0.0 if auto else 0.4
+    return Augmentation(
+        auto=auto,
+        jitter=jitter,
+        erase=RandomErase(config.random_erase, config.erase_mode) if config.random_erase else None,
+        mean=normalisation["mean"],
+        std=normalisation["std"],
+        size=(config.img_size, config.img_size),
+        seed=config.seed,
+    )
 
 
 def token_model_name(name: str) -> str:

@@ -11,9 +11,9 @@ import torch
 from stl_offline.artifact import load_model, read_description
 from stl_offline.config import LabelerConfig
 from stl_offline.errors import InputError, JoinError, TrainingError
-from stl_offline.training import engine
-from stl_offline.training import labeler as labeler_module
-from stl_offline.training.labeler import train_labeler
+from stl_offline.images.pack import ensure_beton
+from stl_offline.loader.order import shuffled
+from stl_offline.training.labeler import LabelerObjective, train_labeler
 
 
 def weights(run):
@@ -59,7 +59,7 @@ def test_stopped_anywhere_it_ends_with_the_same_weights(quick, tmp_path, monkeyp
     whole = tmp_path / "whole"
     train_labeler(LabelerConfig(**config | {"out": str(whole)}))
     steps = 0
-    original = labeler_module.labeler_step
+    original = LabelerObjective.losses
 
     def step_and_stop(*arguments):
         nonlocal steps
@@ -68,12 +68,12 @@ def test_stopped_anywhere_it_ends_with_the_same_weights(quick, tmp_path, monkeyp
             signal.raise_signal(signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(labeler_module, "labeler_step", step_and_stop)
+    monkeypatch.setattr(LabelerObjective, "losses", step_and_stop)
     with pytest.raises(SystemExit) as stopped:
         train_labeler(LabelerConfig(**config))
     assert stopped.value.code == 143
     assert steps == stop_at
-    monkeypatch.setattr(labeler_module, "labeler_step", original)
+    monkeypatch.setattr(LabelerObjective, "losses", original)
     train_labeler(LabelerConfig(**config))
     assert same_weights(whole, config["out"])
     lines = (Path(config["out"]) / "log.jsonl").read_text().splitlines()
@@ -96,12 +96,25 @@ def test_a_folder_of_something_else_is_left_alone(quick):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(quick, monkeypatch):
-    monkeypatch.setattr(engine.np, "isfinite", lambda value: False)
-    with pytest.raises(TrainingError, match="the loss is"):
+    """The third step's loss is NaN: its samples are kept, and the weights stay those of the step before."""
+    original = LabelerObjective.losses
+    calls = 0
+
+    def fail_in_the_third_step(*arguments):
+        nonlocal calls
+        calls += 1
+        losses = original(*arguments)
+        return losses | {"loss": losses["loss"] * float("nan")} if calls == 3 else losses
+
+    monkeypatch.setattr(LabelerObjective, "losses", fail_in_the_third_step)
+    with pytest.raises(TrainingError, match=r"the loss is nan at epoch 1, step 2; .*not-finite\.json"):
         train_labeler(LabelerConfig(**quick))
     evidence = json.loads((Path(quick["out"]) / "not-finite.json").read_text())
-    assert len(evidence["keys"]) == 20
-    assert len(set(evidence["sample_ids"])) == 20
+    beton = ensure_beton(quick["data"])
+    third = shuffled(quick["seed"], 0, len(beton))[40:]
+    assert evidence["sample_ids"] == third.tolist()
+    assert evidence["keys"] == [beton.keys[sample] for sample in third]
+    assert not (Path(quick["out"]) / "state.pt").exists()
 
 
 def test_validation_of_other_classes_is_refused(quick, tmp_path, make_stripes):

@@ -1,0 +1,249 @@
+"""``--dry-run``: what a run would be and take, found out without writing anything.
+
+B: pictures of a batch.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stl_offline.config import StudentConfig, TrainConfig
+from stl_offline.device import autocast, pick_device
+from stl_offline.distributed import join_world, leave_world
+from stl_offline.images.beton import Beton
+from stl_offline.images.pack import find_packed
+from stl_offline.images.sample import pack_sample
+from stl_offline.labelers import find_labeler
+from stl_offline.labels.label_set import open_label_set
+from stl_offline.losses import soft_cross_entropy, token_cross_entropy
+from stl_offline.scoring import match_classes
+from stl_offline.training.optimization import learning_rate, make_average, make_optimizer, warmup_steps
+from stl_offline.training.setup import Stage, build_stage
+
+# A step is measured on as many pictures as go in about this time; one step before it, and as many more as fit.
+_SECONDS = 8.0
+_STEPS = 3
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would be.
+
+    settings: resolved, by name; pictures, validation_pictures: of the data; parameters: of the model; tokens: its grid;
+    step_pictures: of all processes in a step; steps, epoch_steps, warmup: counts; lr: the largest; picture_seconds: of
+    one process, measured on ``measured`` pictures a step; seconds: of all training steps; memory: bytes of one process
+    (weights, gradients, optimiser, average, what backward needs of a batch; CUDA's peak where there is a GPU).
+    """
+
+    settings: dict[str, Any]
+    processes: int
+    pictures: int
+    validation_pictures: int
+    parameters: int
+    tokens: tuple[int, int]
+    step_pictures: int
+    epoch_steps: int
+    steps: int
+    warmup: int
+    lr: float
+    picture_seconds: float
+    measured: int
+    seconds: float
+    memory: int
+    is_first: bool = True
+
+    def lines(self) -> list[str]:
+        """What is printed."""
+        width = max(len(name) for name in self.settings)
+        rate = self.processes / self.picture_seconds
+        return [
+            *(f"{name:<{width}}  {_shown(value)}" for name, value in self.settings.items()),
+            "",
+            f"data        {self.pictures:,} pictures to learn from, {self.validation_pictures:,} to measure on",
+            f"model       {self.parameters:,} parameters, {self.tokens[0]}×{self.tokens[1]} tokens",
+            f"processes   {self.processes}",
+            f"step        {self.step_pictures:,} pictures, learning rate up to {self.lr:g}",
+            f"steps       {self.steps:,} ({self.epoch_steps:,} an epoch, the first {self.warmup:,} of them warm-up)",
+            f"speed       {rate:,.1f} pictures a second, loading and measuring not counted (from steps of "
+            f"{self.measured} pictures)",
+            f"time        {_duration(self.seconds)} of training steps",
+            f"memory      {self.memory / _GIB:.2f} GiB a process, libraries and loading not counted",
+            "nothing was written",
+        ]
+
+
+def dry_run(config: TrainConfig, stage_name: str) -> DryRun:
+    """Build what a run would use and take a few of its steps on made-up pictures.
+
+    Raises:
+        StlError: what the run itself would raise before its first step; labels are opened, but not joined.
+    """
+    with tempfile.TemporaryDirectory(prefix="stl-offline-") as folder:
+        try:
+            device = pick_device(config.device)
+            world = join_world(device)
+            train, pictures = _look(config.data, folder, config)
+            val, val_pictures = _look(config.val, folder, config) if config.val else (None, 0)
+            stage = build_stage(config, stage_name, train, val, device, world)
+            if val is not None:
+                match_classes(val, train.class_names, "the training pictures")
+            return _measure(stage, pictures, val_pictures)
+        finally:
+            leave_world()
+
+
+def _look(spec: str, folder: str, config: TrainConfig) -> tuple[Beton, int]:
+    """The packed pictures, or two of those that are not packed yet, and how many there are."""
+    packed = find_packed(spec, skip_broken=config.skip_broken)
+    if packed is not None:
+        return packed, len(packed)
+    return pack_sample(spec, 2, folder, skip_broken=config.skip_broken)
+
+
+def _measure(stage: Stage, pictures: int, val_pictures: int) -> DryRun:
+    config, world = stage.config, stage.world
+    model = stage.model.to(stage.device).train()
+    lr = learning_rate(config, world.size)
+    stepper = _Stepper(stage, model, lr)
+    batch, seconds = stepper.choose_batch()
+    taken = max(1, min(_STEPS, round(_SECONDS / seconds)))
+    seconds = min([seconds, *(stepper.take(batch) for _ in range(taken))])
+    step_pictures = config.batch_size * config.accumulate * world.size
+    epoch_steps = -(-pictures // step_pictures)
+    each = seconds / batch
+    return DryRun(
+        settings=dataclasses.asdict(config),
+        processes=world.size,
+        pictures=pictures,
+        validation_pictures=val_pictures,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        tokens=tuple(model.grid_size(config.img_size, config.img_size)),
+        step_pictures=step_pictures,
+        epoch_steps=epoch_steps,
+        steps=epoch_steps * config.epochs,
+        warmup=warmup_steps(config, epoch_steps),
+        lr=lr,
+        picture_seconds=each,
+        measured=batch,
+        seconds=each * pictures / world.size * config.epochs,
+        memory=stepper.memory(batch),
+        is_first=world.is_first,
+    )
+
+
+class _Stepper:
+    """Takes training steps on made-up pictures and labels of any batch size."""
+
+    def __init__(self, stage: Stage, model: nn.Module, lr: float) -> None:
+        self.stage, self.model = stage, model
+        self.optimizer = make_optimizer(model, stage.config, lr)
+        self.average = make_average(model, stage.config)
+        self.generator = torch.Generator().manual_seed(stage.config.seed)
+        self.labeler = None
+        self.columns = 0
+        config = stage.config
+        if isinstance(config, StudentConfig) and config.labels != ("none",):
+            self.columns = config.columns if config.token_target == "soft" else 1
+            if config.labels == ("online",):
+                named = find_labeler(config.labeler, config.labeler_checkpoint, config.img_size)
+                self.labeler = named.model.to(stage.device)
+            else:
+                for place in config.labels:
+                    open_label_set(place)
+        self.saved = 0
+
+    def choose_batch(self) -> tuple[int, float]:
+        """The largest batch whose step takes no longer than it should, up to the run's own; and its seconds."""
+        batch, seconds = 1, self.take(1)
+        seconds = self.take(1)
+        while batch < self.stage.config.batch_size and seconds < _SECONDS / 4:
+            batch = min(batch * 2, self.stage.config.batch_size)
+            seconds = self.take(batch)
+        return batch, seconds
+
+    def take(self, batch: int) -> float:
+        """One step; its seconds."""
+        stage, device = self.stage, self.stage.device
+        side, classes = stage.config.img_size, len(stage.train.class_names)
+        images = torch.randn(batch, 3, side, side, generator=self.generator)
+        images = images.to(device).to(memory_format=torch.channels_last)
+        targets = torch.full((batch, classes), 1 / classes, device=device)
+        counted = _SavedBytes(self.model.parameters())
+        self._wait()
+        started = time.perf_counter()
+        if self.labeler is not None:
+            with torch.inference_mode():
+                self.labeler(images)
+        with counted, autocast(device, stage.amp):
+            class_logits, token_logits = self.model(images)
+            loss = soft_cross_entropy(class_logits, targets) + self._token_loss(token_logits, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model)
+        self._wait()
+        self.saved = max(counted.bytes // batch, 1)
+        return time.perf_counter() - started
+
+    def memory(self, batch: int) -> int:
+        """Bytes of one process at the run's own batch size."""
+        device, own = self.stage.device, self.stage.config.batch_size
+        if device.type == "cuda" and batch == own:
+            return torch.cuda.max_memory_allocated(device)
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        copies = 4 + (self.average is not None)  # weights, gradients, AdamW's two moments, the average
+        return weights * copies + self.saved * own
+
+    def _token_loss(self, token_logits: Tensor, targets: Tensor) -> Tensor:
+        if self.columns == 0:
+            return soft_cross_entropy(token_logits.float().mean(dim=1), targets)
+        shape = (*token_logits.shape[:2], self.columns)
+        ids = torch.zeros(shape, dtype=torch.int64, device=token_logits.device)
+        weights = torch.full(shape, 1 / self.columns, device=token_logits.device)
+        return token_cross_entropy(token_logits, ids, weights, self.stage.config.smoothing)
+
+    def _wait(self) -> None:
+        if self.stage.device.type == "cuda":
+            torch.cuda.synchronize(self.stage.device)
+
+
+class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what the code inside keeps for backward, each piece of memory once; the model's own weights aside."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.bytes = 0
+        self.seen = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        super().__init__(self._count, lambda tensor: tensor)
+
+    def __enter__(self) -> "_SavedBytes":
+        super().__enter__()
+        return self
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ", ".join(str(each) for each in value)
+    return "–" if value is None else str(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

@@ -1,0 +1,105 @@
+"""What one optimiser step is made of: its random numbers, its inputs, its losses.
+
+B: pictures of a step in this process; N: tokens; K: classes; m: classes listed for a token.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stl_offline.loader import Batch
+
+
+@dataclass(frozen=True)
+class StepRandom:
+    """The generators of one step: both are functions of (seed, rank, step) alone."""
+
+    numpy: np.random.Generator
+    torch: torch.Generator
+
+    @classmethod
+    def of(cls, seed: int, rank: int, step: int) -> "StepRandom":
+        numpy = np.random.Generator(np.random.Philox(key=[seed, rank << 40 | step]))
+        generator = torch.Generator().manual_seed(int(numpy.integers(2**62)))
+        return cls(numpy, generator)
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """All that a step learns from, augmented and mixed.
+
+    images: (B, 3, H, W); class_targets: (B, K), rows sum to 1; token_ids: int64 (B, N, m) and token_weights: float32
+    (B, N, m) as in `stl_offline.losses.token_cross_entropy`, or both None.
+    """
+
+    images: Tensor
+    class_targets: Tensor
+    token_ids: Tensor | None = None
+    token_weights: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def parts(self, count: int) -> Iterator["StepInputs"]:
+        """The same in ``count`` nearly equal parts; fewer where there are fewer pictures."""
+        fields = (self.images, self.class_targets, self.token_ids, self.token_weights)
+        cut = [[None] * count if field is None else torch.tensor_split(field, count) for field in fields]
+        return (StepInputs(*part) for part in zip(*cut, strict=True) if len(part[0]))
+
+    def totals(self) -> Tensor:
+        """(2,) float64: pictures, and labelled mass (pictures where there are no token labels)."""
+        mass = len(self) if self.token_weights is None else self.token_weights.sum(dtype=torch.float64)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.images.device)
+        totals[0], totals[1] = len(self), mass
+        return totals
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a part's means count in the whole step's: by pictures, and by labelled mass. Two scalars on the device.
+
+    Times the number of processes, since gradients are averaged over these: so the sum over parts and the mean over
+    processes is the mean over all pictures, or over all labelled mass, however they lie.
+    """
+
+    pictures: Tensor
+    mass: Tensor
+
+    @classmethod
+    def of(cls, part: StepInputs, totals: Tensor, processes: int) -> "Share":
+        shares = processes * part.totals() / totals.clamp(min=torch.finfo(torch.float64).tiny)
+        return cls(*shares.float())
+
+
+class Objective(Protocol):
+    """What a stage does in a step."""
+
+    def inputs(self, batch: Batch, random: StepRandom) -> StepInputs:
+        """Labels, augmentation and mixing of a whole step's pictures."""
+        ...
+
+    def losses(self, model: nn.Module, inputs: StepInputs, share: Share) -> dict[str, Tensor]:
+        """Named parts of the loss, each times its share; "loss" is their sum and what is minimised. What else is
+        there is shown, and has no gradient."""
+        ...
+
+
+@torch.no_grad()
+def token_scores(token_logits_BNK: Tensor, ids_BNm: Tensor, weights_BNm: Tensor, share: Share) -> dict[str, Tensor]:
+    """How a student's tokens do, times their shares.
+
+    token_accuracy: of the labelled mass, what lies on the class that the student finds likeliest; confidence: the
+    probability of that class, mean over all tokens; labelled: weight that a token's labels have, mean over all tokens.
+    """
+    logits = token_logits_BNK.float()
+    best = logits.max(dim=-1)
+    hits = (weights_BNm * (ids_BNm == best.indices[..., None])).sum()
+    return {
+        "token_accuracy": hits / weights_BNm.sum().clamp(min=torch.finfo(torch.float32).tiny) * share.mass,
+        "confidence": (best.values - logits.logsumexp(dim=-1)).exp().mean() * share.pictures,
+        "labelled": weights_BNm.sum(dim=-1).mean() * share.pictures,
+    }

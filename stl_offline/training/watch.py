@@ -1,0 +1,172 @@
+"""What can be seen of a run while it trains: a line of JSON every few steps, TensorBoard's scalars and pictures.
+
+B: pictures; N: tokens on a grid (h, w); K: classes.
+"""
+
+import importlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stl_offline.config import TrainConfig
+from stl_offline.errors import MissingExtraError
+from stl_offline.files import atomic_write
+from stl_offline.training.steps import StepInputs
+
+STEPS_NAME = "steps.jsonl"
+BOARD_NAME = "tensorboard"
+_GOLDEN = 0.618033988749895  # hues a golden section apart stay distinct at any count
+
+
+class Means:
+    """Running means, weighted by pictures."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = {}
+        self.pictures = 0
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Means":
+        means = cls()
+        means.sums, means.pictures = state["sums"], state["pictures"]
+        return means
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": self.sums, "pictures": self.pictures}
+
+    def add(self, values: dict[str, float], pictures: int) -> None:
+        self.pictures += pictures
+        for name, value in values.items():
+            if math.isfinite(value):  # a gradient that fp16 could not hold is scaled anew, and no mean's business
+                total = self.sums.setdefault(name, [0.0, 0.0])
+                total[0] += value * pictures
+                total[1] += pictures
+
+    def all(self) -> dict[str, float]:
+        """Every name's mean so far."""
+        return {name: value / weight for name, (value, weight) in self.sums.items()}
+
+
+class RunWatch:
+    """Writes ``steps.jsonl`` every ``log_every`` steps, and TensorBoard's files where these are asked for.
+
+    A run that goes on from an earlier step leaves out what was written after it.
+
+    Raises:
+        MissingExtraError: TensorBoard is asked for and not installed.
+    """
+
+    PICTURES = 8  # shown of an epoch
+
+    def __init__(self, folder: Path, config: TrainConfig, step: int, *, enabled: bool) -> None:
+        self.config, self.enabled = config, enabled
+        self.path = folder / STEPS_NAME
+        self.board = None
+        self.since, self.pictures, self.waited = time.perf_counter(), 0, 0.0
+        if enabled:
+            _cut_after(self.path, step)
+            if config.tensorboard:
+                self.board = _summary_writer()(str(folder / BOARD_NAME), purge_step=step + 1)
+
+    def __enter__(self) -> "RunWatch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def step(self, at: Any, lr: float, values: dict[str, float], pictures: int) -> None:
+        """Called after every step; writes after every ``log_every``-th."""
+        self.pictures += pictures
+        if not self.enabled or at.step % self.config.log_every:
+            return
+        now = time.perf_counter()
+        # An epoch's waiting starts from zero again.
+        waited = at.waited - self.waited if at.waited >= self.waited else at.waited
+        shown = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = {"epoch": at.epoch + 1, "step": at.step, "lr": lr} | shown
+        line |= {"pictures_per_second": self.pictures / (now - self.since), "data_wait_seconds": waited}
+        self.since, self.pictures, self.waited = now, 0, at.waited
+        with open(self.path, "a") as stream:
+            stream.write(json.dumps(line, sort_keys=True) + "\n")
+        self._scalars("step", line, at.step)
+
+    def epoch(self, entry: dict[str, Any], model: nn.Module, shown: StepInputs | None) -> None:
+        """Called at an epoch's end with its line of the log, and the pictures of its last step."""
+        if self.board is None:
+            return
+        self._scalars("epoch", entry, entry["epoch"])
+        if shown is not None:
+            for name, picture in picture_rows(model, shown, self.PICTURES).items():
+                self.board.add_image(name, picture, entry["epoch"])
+        self.board.flush()
+
+    def _scalars(self, group: str, line: dict[str, Any], step: int) -> None:
+        if self.board is not None:
+            for name, value in line.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{group}/{name}", value, step)
+
+
+def _summary_writer() -> type:
+    try:
+        return importlib.import_module("torch.utils.tensorboard").SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError(
+            "--tensorboard needs the extra [report]: pip install 'stl-offline[report]'; or --no-tensorboard"
+        ) from error
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Leave out the lines of steps that will be taken again, and a last line that was cut off."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            fine = json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            fine = False
+        if fine:
+            kept.append(line + "\n")
+    atomic_write(path, "".join(kept).encode())
+
+
+@torch.no_grad()
+def picture_rows(model: nn.Module, inputs: StepInputs, most: int) -> dict[str, Tensor]:
+    """Some pictures side by side, their label maps, what the model's tokens say of them: uint8 (3, H, B·W) each.
+
+    A class has one colour everywhere. Labels are as bright as their weight, predictions as their probability.
+    """
+    images = inputs.images[:most]
+    mean, std = (
+        torch.tensor(model.pretrained_cfg[name], device=images.device)[:, None, None] for name in ("mean", "std")
+    )
+    was_training = model.training
+    logits = model.eval()(images)[1].float()
+    model.train(was_training)
+    sure, predicted = logits.softmax(dim=-1).max(dim=-1)
+    size = images.shape[2:]
+    grid = model.grid_size(*size)
+    rows = {"pictures": (images.float() * std + mean).clamp(0, 1)}
+    if inputs.token_ids is not None:
+        weights, best = inputs.token_weights[:most].max(dim=-1)
+        ids = inputs.token_ids[:most].gather(-1, best[..., None])[..., 0]
+        rows["labels"] = _map_picture(ids, weights * (ids >= 0), grid, size)
+    rows["predictions"] = _map_picture(predicted, sure, grid, size)
+    return {name: (torch.cat(list(row), dim=2) * 255).round().byte().cpu() for name, row in rows.items()}
+
+
+def _map_picture(ids_BN: Tensor, brightness_BN: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Class maps as colours: (B, 3, H, W) in [0, 1]."""
+    hue = ids_BN.clamp(min=0) * _GOLDEN % 1.0
+    # A wheel of colours: three raised cosines a third of a turn apart.
+    turns = torch.stack([hue, hue - 1 / 3, hue + 1 / 3], dim=1)
+    colours = (0.5 + 0.5 * torch.cos(2 * math.pi * turns)) * brightness_BN[:, None].float().clamp(0, 1)
+    return F.interpolate(colours.unflatten(2, grid), size=size, mode="nearest")

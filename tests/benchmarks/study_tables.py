@@ -1,0 +1,203 @@
+"""The study's tables and plots, from whatever results a folder holds."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from study_corruptions import KINDS
+from study_plan import ARMS, MAIN_ARMS, SETS, Study, read_result
+
+DASH = "–"
+LABELS = {
+    "none": "no labels",
+    "online": "online: the labeler in every step",
+    "whole": "dumped, one map of the whole picture (k = 5, gumbel, ignore)",
+    "views": "dumped, as many crops as epochs, replayed",
+    "zoom": "dumped, two map sizes picked by zoom",
+    "whole-128": "dumped, one map at twice the size",
+    "views-4": "dumped, 4 crops, replayed in turn",
+    "whole-soft": "whole picture, soft targets",
+    "whole-argmax": "whole picture, argmax targets",
+    "whole-uniform": "whole picture, residual spread evenly",
+    "whole-k1": "whole picture, k = 1",
+    "whole-k20": "whole picture, k = 20: all classes",
+}
+
+
+def write_report(folder: Path, study: Study, out: Path) -> None:
+    """Write ``study.md``, ``study-curves.png`` and ``study-corruptions.png``."""
+    runs = {arm: _results(folder, arm, study.seeds) for arm in ARMS}
+    runs = {arm: results for arm, results in runs.items() if results}
+    labeler = read_result(folder, "labeler")
+    parts = [
+        _accuracy(runs, labeler, folder, study),
+        _differences(runs),
+        _corruptions(runs, labeler),
+        _sets(folder),
+        _agreement(folder),
+        _boxes(folder),
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "study.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    if runs:
+        _plot_curves(runs, labeler, out / "study-curves.png")
+        _plot_corruptions(runs, out / "study-corruptions.png")
+
+
+def _results(folder: Path, arm: str, seeds: int) -> list[dict[str, Any]]:
+    found = (read_result(folder, f"{arm}-seed{seed}") for seed in range(seeds))
+    return [result for result in found if result is not None]
+
+
+def corrupted_mean(result: dict[str, Any]) -> float:
+    """Top-1 over all kinds and severities."""
+    return float(np.mean(list(result["corrupted"]["kinds"].values())))
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation in per cent; the mean alone of a single value."""
+    mean = f"{100 * np.mean(values):.1f}"
+    return f"{mean} ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else mean
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _accuracy(runs: dict[str, list[dict]], labeler: dict | None, folder: Path, study: Study) -> str:
+    head = ["", "seeds", "top-1 %", "not averaged %", "corrupted %", "retention %", "CPU s an epoch", "label bytes"]
+    rows = [_accuracy_row("the labeler itself", [labeler], "", study)] if labeler else []
+    for arm, results in runs.items():
+        labels = ARMS[arm]["labels"]
+        names = () if isinstance(labels, str) else labels
+        sizes = [read_result(folder, f"labels-{name}") for name in names]
+        size = f"{sum(each['bytes'] for each in sizes if each):,}" if sizes else DASH
+        rows.append(_accuracy_row(LABELS[arm], results, size, study))
+    return _table(head, rows) if rows else ""
+
+
+def _accuracy_row(label: str, results: list[dict], size: str, study: Study) -> list[str]:
+    retention = [corrupted_mean(result) / result["corrupted"]["clean"] for result in results]
+    epoch = np.mean([result["train_cpu_seconds"] / study.epochs for result in results])
+    plain = [result["top1_not_averaged"] for result in results if "top1_not_averaged" in result]
+    return [
+        label,
+        str(len(results)),
+        spread([result["top1"] for result in results]),
+        spread(plain) if plain else DASH,
+        spread([corrupted_mean(result) for result in results]),
+        spread(retention),
+        f"{epoch:.0f}",
+        size,
+    ]
+
+
+def _differences(runs: dict[str, list[dict]]) -> str:
+    """Main arms against no labels and against online: mean difference and its standard error over seeds."""
+    rows = []
+    for arm, other in (
+        ("online", "none"),
+        ("whole", "none"),
+        ("views", "none"),
+        ("whole", "online"),
+        ("views", "online"),
+    ):
+        if arm not in runs or other not in runs:
+            continue
+        cells = [f"{arm} − {other}"]
+        for value in (lambda result: result["top1"], corrupted_mean):
+            cells.append(_difference(runs[arm], runs[other], value))
+        rows.append(cells)
+    return _table(["points", "top-1", "corrupted"], rows) if rows else ""
+
+
+def _difference(ours: list[dict], theirs: list[dict], value: Callable[[dict], float]) -> str:
+    first, second = ([100 * value(result) for result in results] for results in (ours, theirs))
+    mean = np.mean(first) - np.mean(second)
+    if min(len(first), len(second)) < 2:
+        return f"{mean:+.1f}"
+    error = math.sqrt(np.var(first, ddof=1) / len(first) + np.var(second, ddof=1) / len(second))
+    return f"{mean:+.1f} (standard error {error:.1f})"
+
+
+def _corruptions(runs: dict[str, list[dict]], labeler: dict | None) -> str:
+    columns = {"labeler": [labeler]} if labeler else {}
+    columns |= {arm: runs[arm] for arm in MAIN_ARMS if arm in runs}
+    rows = []
+    for family, kinds in KINDS.items():
+        for kind in kinds:
+            means = [
+                [np.mean(result["corrupted"]["kinds"][kind]) for result in results] for results in columns.values()
+            ]
+            rows.append([f"{family}: {kind}", *map(spread, means)])
+    return _table(["top-1 %, mean of severities", *columns], rows) if columns else ""
+
+
+def _sets(folder: Path) -> str:
+    rows = []
+    for name in SETS:
+        result = read_result(folder, f"labels-{name}")
+        if result:
+            each = result["bytes"] / result["samples"]
+            rows.append([name, f"{result['bytes']:,}", f"{each:,.0f}", f"{result['cpu_seconds']:,.0f}"])
+    return _table(["label set", "bytes", "bytes a picture", "CPU s"], rows) if rows else ""
+
+
+def _agreement(folder: Path) -> str:
+    rows = []
+    for name in (*SETS, "zoom"):
+        result = read_result(folder, f"agreement-{name}")
+        if result:
+            small = result["small"] or {"top1": math.nan, "kl": math.nan}
+            cells = [100 * result["top1"], result["kl"], 100 * small["top1"], small["kl"]]
+            rows.append([name, *(f"{cell:.{digits}f}" for cell, digits in zip(cells, (1, 3, 1, 3), strict=True))])
+    head = ["dumped against online", "same best class %", "KL, nats", "crops < half the area: same %", "KL, nats"]
+    return _table(head, rows) if rows else ""
+
+
+def _boxes(folder: Path) -> str:
+    result = read_result(folder, "boxes")
+    if result is None:
+        return ""
+    rows = [
+        [name, *(f"{100 * found[part]:.1f}" for part in ("inside", "outside", "box_share"))]
+        for name, found in result["sets"].items()
+    ]
+    return _table(["confident tokens of the picture's class", "inside %", "outside %", "area of the boxes %"], rows)
+
+
+def _plot_curves(runs: dict[str, list[dict]], labeler: dict | None, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    shown = {arm: runs[arm] for arm in MAIN_ARMS if arm in runs} | ({"labeler": [labeler]} if labeler else {})
+    for arm, results in shown.items():
+        for axis, field in zip(axes, ("top1", "class_loss"), strict=True):
+            for number, result in enumerate(results):
+                points = [(entry["epoch"], entry[field]) for entry in result["history"] if entry.get(field) is not None]
+                label = arm if number == 0 else None
+                color = f"C{list(shown).index(arm)}"
+                axis.plot(*zip(*points, strict=True), marker="." if field == "top1" else "", color=color, label=label)
+    axes[0].set(xlabel="epoch", ylabel="validation top-1")
+    axes[1].set(xlabel="epoch", ylabel="training loss of the class head")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _plot_corruptions(runs: dict[str, list[dict]], path: Path) -> None:
+    shown = {arm: runs[arm] for arm in MAIN_ARMS if arm in runs}
+    kinds = [kind for family in KINDS.values() for kind in family]
+    figure, axis = plt.subplots(figsize=(11, 4), layout="constrained")
+    width = 0.8 / max(1, len(shown))
+    for number, (arm, results) in enumerate(shown.items()):
+        values = np.array([[100 * np.mean(result["corrupted"]["kinds"][kind]) for kind in kinds] for result in results])
+        bars = values.std(axis=0, ddof=1) if len(values) > 1 else None
+        axis.bar(np.arange(len(kinds)) + number * width, values.mean(axis=0), width, yerr=bars, label=arm)
+    axis.set_xticks(np.arange(len(kinds)) + 0.4 - width / 2, [kind.replace(" ", "\n", 1) for kind in kinds])
+    axis.set(ylabel="top-1 %, mean of severities")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,104 @@
+"""The study's plan, its running of tasks side by side, and its arithmetic; the study itself is run by hand."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.source_tree import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def study():
+    """The study's modules, which import each other as scripts do."""
+    pytest.importorskip("kornia")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPOSITORY / "tests" / "benchmarks"))
+        import study
+        import study_plan
+        import study_tables
+
+        yield study, study_plan, study_tables
+
+
+@pytest.fixture
+def settings(study):
+    return study[1].Study("train", "val", "boxes", epochs=4, seeds=3, batch_size=10, corrupted_pictures=10)
+
+
+def test_every_need_comes_before_what_needs_it(study, settings):
+    tasks = study[1].make_tasks(settings)
+    names = [task.name for task in tasks]
+    assert len(set(names)) == len(names)
+    for number, task in enumerate(tasks):
+        assert set(task.needs) <= set(names[:number]), task.name
+    for arm in ("none", "online", "whole", "views"):
+        assert {f"{arm}-seed{seed}" for seed in range(3)} <= set(names)
+    assert sum(task.kind == "student" for task in tasks) == 12 + len(study[1].OTHER_ARMS)
+
+
+def test_what_is_wanted_brings_what_it_needs(study, settings):
+    tasks = study[1].make_tasks(settings)
+    names = [task.name for task in study[0]._wanted(tasks, "views-seed1,boxes")]
+    assert names == ["corrupted", "labeler", "labels-whole", "labels-whole-128", "labels-views", "views-seed1", "boxes"]
+
+
+def test_tasks_run_as_their_needs_allow_and_go_on_where_they_stopped(study, tmp_path, monkeypatch, capsys):
+    runner, plan, _ = study
+    (tmp_path / "results").mkdir()
+    tasks = [plan.Task("a", "x"), plan.Task("b", "x", ("a",)), plan.Task("bad", "x"), plan.Task("c", "x", ("bad",))]
+    started = []
+
+    def start(task, folder):
+        started.append(task.name)
+        assert all((folder / "results" / f"{need}.json").exists() for need in task.needs)
+        write = f"open({str(folder / 'results' / task.name) + '.json'!r}, 'w').write('{{}}')"
+        return subprocess.Popen([sys.executable, "-S", "-c", "raise SystemExit(3)" if task.name == "bad" else write])
+
+    monkeypatch.setattr(runner, "_start", start)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
+    assert runner.run_all(tasks, tmp_path, jobs=2) == 1
+    assert sorted(started) == ["a", "b", "bad"]
+    said = capsys.readouterr().out
+    assert "FAILED (3)" in said
+    assert "not run: c" in said
+    assert runner.run_all(tasks[:2], tmp_path, jobs=2) == 0
+    assert sorted(started) == ["a", "b", "bad"]
+
+
+def result(top1, kinds, clean):
+    return {
+        "top1": top1,
+        "top1_not_averaged": top1,
+        "train_cpu_seconds": 80.0,
+        "corrupted": {"clean": clean, "kinds": kinds},
+        "history": [{"epoch": 1, "class_loss": 2.0, "top1": 0.1}, {"epoch": 2, "class_loss": 1.0, "top1": top1}],
+    }
+
+
+def test_tables_hold_means_spreads_and_differences(study, settings, tmp_path):
+    _, plan, tables = study
+    kinds = {kind: [0.2, 0.4, 0.3] for family in tables.KINDS.values() for kind in family}
+    (tmp_path / "results").mkdir()
+    for arm, values in {"none": (0.5, 0.6, 0.7), "views": (0.65, 0.75, 0.7)}.items():
+        for seed, value in enumerate(values):
+            path = plan.result_path(tmp_path, f"{arm}-seed{seed}")
+            path.write_text(json.dumps(result(value, kinds, 0.6)))
+    tables.write_report(tmp_path, settings, tmp_path / "out")
+    text = (tmp_path / "out" / "study.md").read_text()
+    assert "| no labels | 3 | 60.0 ± 10.0 | 60.0 ± 10.0 | 30.0 ± 0.0 | 50.0 ± 0.0 | 20 | – |" in text
+    # √(0.1² / 3 + 0.05² / 3) = 6.5 points
+    assert "| views − none | +10.0 (standard error 6.5) | +0.0 (standard error 0.0) |" in text
+    assert (tmp_path / "out" / "study-curves.png").stat().st_size > 5000
+    assert (tmp_path / "out" / "study-corruptions.png").stat().st_size > 5000
+
+
+def test_cells_in_a_box(study):
+    from study_measures import _cells_inside
+
+    cells = _cells_inside([0, 8, 15, 19], 64, (4, 8))  # 16 wide, rows 8 to 19; cells of 16 × 8 pixels
+    assert cells.shape == (4, 8)
+    assert cells[0].tolist() == [0.5, 0.5, 0, 0, 0, 0, 0, 0]
+    assert cells[1].tolist() == [0.25, 0.25, 0, 0, 0, 0, 0, 0]
+    assert cells[2:].sum() == 0

@@ -1,0 +1,100 @@
+"""Recipes: the published settings, what wins over what, and mistakes in one line."""
+
+import pytest
+
+from stl_offline.cli.main import main
+from stl_offline.config import LabelerConfig, StudentConfig
+from stl_offline.errors import InputError
+from stl_offline.models import VARIANTS
+from stl_offline.recipes import recipe_names, resolve
+from stl_offline.training.optimization import learning_rate
+
+PLACES = {"data": "pictures", "out": "run"}
+
+# The STL recipe: learning rate, global batch, warm-up epochs, drop path.
+PUBLISHED = {
+    "fan-tiny": (2e-3, 1024, 5, 0.05),
+    "fan-small": (2e-3, 1024, 5, 0.25),
+    "fan-base": (4e-3, 2048, 10, 0.35),
+    "fan-large": (4e-3, 2048, 10, 0.45),
+}
+
+
+@pytest.mark.parametrize("kind", [LabelerConfig, StudentConfig])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_settings(name, kind):
+    config = resolve(kind, name, PLACES)
+    assert (config.lr, config.lr_batch, config.warmup_epochs, config.drop_path) == PUBLISHED[name]
+    assert (config.epochs, config.weight_decay, config.ema_decay, config.smoothing) == (350, 0.05, 0.99992, 0.1)
+    assert (config.mixup, config.cutmix, config.random_erase, config.erase_mode) == (0.8, 1.0, 0.3, "pixel")
+    assert (config.auto_augment, config.img_size, config.token_weight) == ("rand-m9-mstd0.5-inc1", 224, 1.0)
+    assert config.model in VARIANTS
+    assert config.model.startswith(name.replace("-", "_"))
+
+
+def test_every_recipe_is_listed():
+    assert recipe_names() == ("fan-base", "fan-large", "fan-micro", "fan-small", "fan-tiny")
+    micro = resolve(StudentConfig, "fan-micro", PLACES)
+    assert (micro.model, micro.img_size, micro.mixup, micro.lr_batch) == ("fan_micro_4_p8", 64, 0.0, 0)
+
+
+def test_the_learning_rate_follows_the_pictures_of_a_step():
+    def rate(processes, **given):
+        return learning_rate(resolve(LabelerConfig, "fan-base", PLACES | given), processes)
+
+    assert rate(16) == pytest.approx(4e-3)  # 16 × 128 = 2048
+    assert rate(8) == pytest.approx(2e-3)
+    assert rate(4, accumulate=4) == pytest.approx(4e-3)
+    assert rate(4, batch_size=64) == pytest.approx(5e-4)
+    assert rate(4, lr=1e-3) == 1e-3  # said by the user: as it is
+    assert rate(4, lr=1e-3, lr_batch=512) == pytest.approx(1e-3)
+
+
+def test_what_is_said_wins_over_the_recipe_and_that_over_the_defaults():
+    config = resolve(StudentConfig, "fan-small", PLACES | {"epochs": 3, "mixup": 0.0})
+    assert (config.epochs, config.mixup, config.cutmix) == (3, 0.0, 1.0)
+    assert config.flip == StudentConfig.flip
+    assert resolve(StudentConfig, None, PLACES) == StudentConfig(**PLACES)
+
+
+def test_a_file_with_parts_for_each_stage(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("epochs: 7\nlr: 2e-3\nlabeler: {drop_path: 0.2}\nstudent:\n  residual: uniform\n")
+    assert resolve(LabelerConfig, str(path), PLACES).drop_path == 0.2
+    student = resolve(StudentConfig, str(path), PLACES)
+    assert (student.epochs, student.lr, student.drop_path, student.residual) == (7, 0.002, 0.0, "uniform")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "no setting 'epoch'; the nearest is 'epochs'"),
+        ("labeler: {dropout_path: 0.1}", "labeler: there is no setting 'dropout_path'; the nearest is 'drop_path'"),
+        ("student: {token_targets: soft}", "the nearest is 'token_target'"),
+        ("residual: uniform", "there is no setting 'residual'"),  # a student's, said for both
+        ("epochs: many", "epochs takes a whole number, got 'many'"),
+        ("epochs: 2.5", "epochs takes a whole number, got 2.5"),
+        ("compile: 1", "compile takes true or false, got 1"),
+        ("lr: fast", "lr takes a number, got 'fast'"),
+        ("epochs: 0", "epochs must be at least 1"),
+        ("out: runs/x", "'out' is not for recipes"),
+        ("- epochs", "no list of settings"),
+        ("epochs: [", "is not YAML"),
+        ("student: 3", "student holds settings of that stage"),
+    ],
+)
+def test_mistakes(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        resolve(StudentConfig, str(path), PLACES)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_name_on_the_command_line(capsys, tmp_path):
+    code = main(["train-labeler", "--recipe", "fan-tinny", "--data", str(tmp_path), "--out", str(tmp_path / "run")])
+    assert code == 1
+    error = capsys.readouterr().err
+    assert "did you mean 'fan-tiny'?" in error
+    assert error.count("\n") == 1

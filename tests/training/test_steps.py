@@ -1,0 +1,182 @@
+"""What a step is: the same in parts, in half precision, with a limit on the gradient; and what is shown of it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from stl_offline.artifact import load_model
+from stl_offline.config import EvaluateConfig, LabelerConfig, StudentConfig
+from stl_offline.evaluate import evaluate
+from stl_offline.training import engine
+from stl_offline.training.labeler import train_labeler
+from stl_offline.training.optimization import make_optimizer
+from stl_offline.training.steps import Share, StepInputs, token_scores
+from stl_offline.training.student import train_student
+
+
+def log(run):
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+def without_batch_statistics(model):
+    """Batch norms as they are in evaluation: their statistics depend on what is in a batch, by their very nature."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train = lambda mode=True, module=module: module
+            module.training = False
+
+
+@pytest.fixture
+def fixed_norms(monkeypatch):
+    original = engine.Trainer.__init__
+
+    def build(self, config, folder, model, *arguments, **more):
+        without_batch_statistics(model)
+        original(self, config, folder, model, *arguments, **more)
+
+    monkeypatch.setattr(engine.Trainer, "__init__", build)
+
+
+def test_accumulated_batches_are_one_larger_batch(quick, tmp_path, fixed_norms):
+    """Mixing, jitter, odd last batches and all; 45 pictures: steps of 20, 20 and 5, the last in parts of 2, 1, 1, 1."""
+    config = quick | {"mixup": 0.8, "cutmix": 1.0}
+    train_labeler(LabelerConfig(**config))
+    parts = LabelerConfig(**config | {"batch_size": 5, "accumulate": 4, "out": str(tmp_path / "parts")})
+    train_labeler(parts)
+    for whole, found in zip(log(quick["out"]), log(parts.out), strict=True):
+        for name in ("loss", "class_loss", "token_loss", "confidence"):
+            assert found[name] == pytest.approx(whole[name], rel=5e-4), name
+
+
+def test_shares_add_up_whatever_the_parts():
+    """Class losses by pictures, token losses by labelled mass: the sum over parts is the mean over all."""
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.rand(7, 4, 2, generator=generator)
+    weights[5:] = 0  # a part without labels
+    inputs = StepInputs(torch.zeros(7, 3, 8, 8), torch.zeros(7, 5), torch.zeros(7, 4, 2, dtype=torch.long), weights)
+    values = torch.rand(7, generator=generator)
+    by_pictures = by_mass = torch.zeros(())
+    row = 0
+    for part in inputs.parts(3):
+        rows = values[row : row + len(part)]
+        row += len(part)
+        share = Share.of(part, inputs.totals(), 1)
+        mass = part.token_weights.sum(dim=(1, 2))
+        by_pictures = by_pictures + rows.mean() * share.pictures
+        by_mass = by_mass + (rows * mass).sum() / mass.sum().clamp(min=1e-30) * share.mass
+    assert row == 7
+    torch.testing.assert_close(by_pictures, values.mean())
+    mass = weights.sum(dim=(1, 2))
+    torch.testing.assert_close(by_mass, (values * mass).sum() / mass.sum())
+    assert [len(part) for part in StepInputs(torch.zeros(2, 3, 8, 8), torch.zeros(2, 5)).parts(4)] == [1, 1]
+
+
+def test_token_scores_by_hand():
+    logits = torch.log(torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]]))
+    ids = torch.tensor([[[0, 1], [1, -1]]])
+    weights = torch.tensor([[[0.6, 0.2], [0.5, 0.0]]])
+    one = torch.ones(())
+    scores = token_scores(logits, ids, weights, Share(one, one))
+    assert float(scores["token_accuracy"]) == pytest.approx(0.6 / 1.3)
+    assert float(scores["confidence"]) == pytest.approx(0.65)
+    assert float(scores["labelled"]) == pytest.approx(0.65)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_learns_as_float32_does(quick, tmp_path, amp):
+    train_labeler(LabelerConfig(**quick | {"epochs": 3}))
+    half = LabelerConfig(**quick | {"epochs": 3, "amp": amp, "clip_grad": 1.0, "out": str(tmp_path / amp)})
+    summary = train_labeler(half)
+    assert summary["loss"] == pytest.approx(log(quick["out"])[-1]["loss"], rel=0.05)
+    assert log(half.out)[-1]["gradient_norm"] > 0
+
+
+def test_no_step_is_longer_than_the_limit(quick, monkeypatch):
+    """What reaches the optimiser, and what is said of it."""
+    norms = []
+
+    def make(model, config, lr):
+        optimizer = make_optimizer(model, config, lr)
+        original = optimizer.step
+
+        def step(*arguments, **more):
+            squares = [parameter.grad.square().sum() for parameter in model.parameters() if parameter.grad is not None]
+            norms.append(float(torch.stack(squares).sum().sqrt()))
+            return original(*arguments, **more)
+
+        optimizer.step = step
+        return optimizer
+
+    monkeypatch.setattr(engine, "make_optimizer", make)
+    train_labeler(LabelerConfig(**quick | {"clip_grad": 0.05}))
+    assert len(norms) == 6
+    assert max(norms) <= 0.05 * 1.001
+    assert max(norms) > 0.049
+    assert log(quick["out"])[0]["gradient_norm"] > 0.05
+
+
+def test_last_and_best_weights_are_timms(quick):
+    summary = train_labeler(LabelerConfig(**quick | {"epochs": 4, "ema_decay": 0.9}))
+    entries = log(quick["out"])
+    assert all(0 <= entry["model_top1"] <= 1 for entry in entries)
+    shown = [max(entry["top1"], entry["model_top1"]) for entry in entries]
+    assert summary["best_top1"] == max(shown)
+    assert [entry["best_top1"] for entry in entries] == [max(shown[: number + 1]) for number in range(4)]
+    assert summary["top1_not_averaged"] == entries[-1]["model_top1"]
+    for name, expected in (("weights", summary["top1"]), ("best", summary["best_top1"])):
+        path = Path(quick["out"]) / f"{name}.safetensors"
+        scores = evaluate(EvaluateConfig(data=quick["val"], checkpoint=str(path), device="cpu", workers=1))
+        assert scores["top1"] == pytest.approx(expected)
+        model = timm.create_model("fan_micro_4_p8_token", num_classes=3, img_size=32, checkpoint_path=path)
+        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        for ours, timms in zip(load_model(path)[0].eval()(images), model.eval()(images), strict=True):
+            assert torch.equal(ours, timms)
+
+
+def test_validation_every_few_epochs(quick):
+    train_labeler(LabelerConfig(**quick | {"epochs": 5, "val_every": 2}))
+    assert ["top1" in entry for entry in log(quick["out"])] == [False, True, False, True, True]
+
+
+def test_tensorboard_shows_scalars_and_pictures(quick):
+    """Read back with TensorBoard's own reader; a run that is repeated in part has every step once."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = StudentConfig(**quick | {"tensorboard": True, "log_every": 2})
+    train_student(config)
+    steps = [json.loads(line) for line in (Path(quick["out"]) / "steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [2, 4, 6]
+    assert {"loss", "class_loss", "lr", "pictures_per_second", "data_wait_seconds"} <= steps[0].keys()
+    events = reader.EventAccumulator(str(Path(quick["out"]) / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("step/loss")] == [2, 4, 6]
+    assert [event.value for event in events.Scalars("epoch/top1")] == pytest.approx(
+        [entry["top1"] for entry in log(quick["out"])]
+    )
+    pictures = events.Images("predictions")
+    assert [event.step for event in pictures] == [1, 2]
+    assert (pictures[0].height, pictures[0].width) == (32, 32 * min(8, 5))
+
+
+def test_a_model_that_is_compiled_learns_the_same(quick, tmp_path, monkeypatch):
+    """Compiling itself takes minutes of a processor: that the compiled model is the one that steps is what is shown."""
+    compiled = []
+
+    def compile_nothing(model):
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr(engine.torch, "compile", compile_nothing)
+    config = LabelerConfig(**quick | {"epochs": 1})
+    train_labeler(config)
+    train_labeler(replace(config, compile=True, out=str(tmp_path / "compiled")))
+    assert len(compiled) == 1
+    ours, theirs = (
+        safetensors.torch.load_file(Path(run) / "weights.safetensors") for run in (config.out, tmp_path / "compiled")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
