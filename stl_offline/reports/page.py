@@ -13,12 +13,13 @@ _LOADER = PackageLoader("stl_offline.reports", "templates")
 _ENVIRONMENT = Environment(
     loader=_LOADER, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-_SCRIPT, _STYLE, _THEME = "page.js", "page.css", "theme.js"
+_STYLE, _THEME = "page.css", "theme.js"
+_SCRIPTS = ("page.js", "tokens.js", "filters.js")  # one script on the page, in this order
 
 
 def render_page(template: str, **values: Any) -> bytes:
     """A page of a template; every value is escaped where it is written."""
-    scripts = {"script": _source(_SCRIPT), "theme": _source(_THEME)}
+    scripts = {"script": "\n".join(map(_source, _SCRIPTS)), "theme": _source(_THEME)}
     policy = (
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src "
         f"{' '.join(_digest(text) for text in scripts.values())}; base-uri 'none'; form-action 'none'"
