@@ -22,6 +22,7 @@ from stl_offline.loader.threads import torch_threads_kept
 from stl_offline.views import CropSettings, draw_views
 
 # isort: split
+from ffcv.fields.basics import IntDecoder
 from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
 from ffcv.loader import Loader, OrderOption
 
@@ -43,7 +44,7 @@ def stock(beton, side: int, scale: tuple[float, float], workers: int):
             batches_ahead=2,
             pipelines={
                 "image": [RandomResizedCropRGBImageDecoder((side, side), scale=scale)],
-                "class_id": None,
+                "class_id": [IntDecoder()],
                 "key_hash": None,
                 "content_hash": None,
             },
@@ -52,7 +53,7 @@ def stock(beton, side: int, scale: tuple[float, float], workers: int):
 
     def run(_: int) -> int:
         with torch_threads_kept():
-            return sum(len(to_device.images(pixels)) for (pixels,) in loader)
+            return sum(len(to_device.images(pixels)) for pixels, _ in loader)
 
     return run
 
