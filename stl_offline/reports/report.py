@@ -164,10 +164,13 @@ def _labels(run: Run, sets: Sequence[LabelSet]) -> dict[str, str]:
         if run.stage == "labeler":
             return {"labels": "none: a labeler learns from class labels, its tokens from their mean"}
         return {"labels": "none: the token head was not trained, and what its tokens say means nothing"}
-    facts = {name: str(value) for name, value in labels.items()}
-    for label_set in sets:
-        if label_set.fingerprint in facts.values():
-            facts = {"label set": label_set.place} | facts | label_set_facts(label_set)
+    facts = {name: str(value) for name, value in labels.items() if not name.startswith("fingerprint")}
+    fingerprints = labels.get("fingerprints") or [labels.get("fingerprint")]
+    for position, fingerprint in enumerate(fingerprints, 1):
+        prefix = f"set {position}: " if len(fingerprints) > 1 else ""
+        known = next((each for each in sets if each.fingerprint == fingerprint), None)
+        said = {"label set": known.place} | label_set_facts(known) if known else {"fingerprint": str(fingerprint)}
+        facts |= {prefix + name: text for name, text in said.items() if fingerprint}
     return facts
 
 

@@ -58,6 +58,16 @@ def test_runs_side_by_side(make_run, labels, label_set, tmp_path):
     assert "Examples None: --data SRC" in text
 
 
+def test_a_run_that_learned_from_two_label_sets(make_run, labels, label_set, tmp_path):
+    dumped = {"labels": {"kind": "dumped", "fingerprints": ["a" * 64, label_set.fingerprint]}}
+    out = tmp_path / "report.html"
+    run = make_run("two", data=dumped)
+    report_runs(ReportConfig(runs=(str(run),), labels=(str(labels),), out=str(out)))
+    text = text_of(out)
+    assert f"set 1: fingerprint {'a' * 64}" in text
+    assert "set 2: labeler synthetic (Apache-2.0)" in text
+
+
 def test_one_run_shows_all_its_settings(make_run, tmp_path):
     out = tmp_path / "report.html"
     report_runs(ReportConfig(runs=(str(make_run("one")),), out=str(out)))
