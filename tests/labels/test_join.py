@@ -9,6 +9,7 @@ from stl_offline.errors import InputError, JoinError
 from stl_offline.labels import keys as keys_module
 from stl_offline.labels.join import join
 from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.mismatch import rename_keys
 from stl_offline.labels.writer import LabelSetWriter
 from tests.labels.synthetic import make_arrays, make_key, make_spec, write_set
 
@@ -66,6 +67,96 @@ def test_a_renamed_root_matches_nothing_and_says_so(label_set):
     for missing in ("error", "skip"):
         with pytest.raises(JoinError, match="0 of 20 pictures have labels.*another root folder"):
             join(label_set, keys, HASHES, SPEC.class_names, missing=missing)
+
+
+# Another team's pictures: what each case says.
+
+
+def refusal(label_set, keys, hashes, **policy):
+    with pytest.raises(JoinError) as caught:
+        join(label_set, keys, hashes, SPEC.class_names, **policy)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_another_order(label_set):
+    order = np.random.default_rng(1).permutation(20)
+    report = join(label_set, [KEYS[place] for place in order], HASHES[order], SPEC.class_names)
+    assert str(report) == "20 of 20 pictures have labels"
+
+
+def test_a_subset(label_set):
+    report = join(label_set, KEYS[5:9], HASHES[5:9], SPEC.class_names)
+    assert str(report) == f"4 of 4 pictures have labels; 16 labels without a picture ({', '.join(KEYS[:3])}, …)"
+
+
+def test_extra_pictures(label_set):
+    hashes = np.r_[HASHES, np.array([7], np.uint64)]
+    text = refusal(label_set, [*KEYS, "new/cat.jpg"], hashes)
+    assert "20 of 21 pictures have labels; 1 pictures without labels (new/cat.jpg). --missing skip" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (lambda key: f"train/{key}", "train/="),
+        (lambda key: f"data/imagenet/{key}", "data/imagenet/="),
+    ],
+)
+def test_a_renamed_root(label_set, change, rule):
+    keys = [change(key) for key in KEYS]
+    for hashes in (HASHES, HASHES + np.uint64(1)):  # and compressed anew
+        text = refusal(label_set, keys, hashes)
+        assert "0 of 20 pictures have labels" in text
+        assert f"--key-prefix {rule} finds 20 of 20" in text
+    assert "20 of the pictures without labels have the content of labels" in refusal(label_set, keys, HASHES)
+    renamed = rename_keys(keys, rule)
+    assert join(label_set, renamed, HASHES, SPEC.class_names).matched == 20
+
+
+def test_a_root_that_only_the_labels_have(tmp_path):
+    with LabelSetWriter(tmp_path, SPEC, 2) as writer:
+        for index in range(2):
+            arrays = make_arrays(SPEC, *writer.shard_range(index))
+            arrays.keys[:] = [f"train/{key}" for key in arrays.keys]
+            writer.write_shard(index, arrays)
+        writer.finish()
+    label_set = open_label_set(tmp_path)
+    assert "they start with 'train/' there and lack it here; --key-prefix =train/ finds 20 of 20" in refusal(
+        label_set, KEYS, HASHES
+    )
+    text = refusal(label_set, [f"val/{key}" for key in KEYS], HASHES)
+    assert "they start with 'val/' here and 'train/' there; --key-prefix val/=train/ finds 20 of 20" in text
+
+
+def test_recompressed_pictures(label_set):
+    text = refusal(label_set, KEYS, HASHES + np.uint64(1))
+    assert "20 of 20 pictures have labels; 20 pictures changed since they were labelled" in text
+    assert "were all of them compressed anew, or resized? --allow-changed uses the labels nevertheless" in text
+
+
+def test_pictures_of_another_format(label_set):
+    keys = [key.replace(".JPEG", ".webp") for key in KEYS]
+    text = refusal(label_set, keys, HASHES + np.uint64(1))
+    assert f"keys differ by the file's ending ({keys[0]} here, {KEYS[0]} there): 20 of 20 pictures" in text
+
+
+def test_another_data_set(label_set):
+    text = refusal(label_set, [f"{place}.png" for place in range(20)], HASHES + np.uint64(1))
+    assert "not one picture has a label; is this another data set" in text
+    assert "keys differ" not in text and "content of labels" not in text
+
+
+@pytest.mark.parametrize("text", ["train/", "a=b=c"])
+def test_key_prefixes_that_are_none(text):
+    with pytest.raises(InputError, match="a key prefix is OLD=NEW"):
+        rename_keys(KEYS, text)
+
+
+def test_keys_are_renamed():
+    assert rename_keys(["a/b", "c/a/b", "a"], "a/=") == ["b", "c/a/b", "a"]
+    assert rename_keys(["a/b", "x"], "=n/") == ["n/a/b", "n/x"]
+    assert rename_keys(["a"], "") == ["a"]
 
 
 def test_many_are_counted_and_three_are_named(label_set):
