@@ -1,0 +1,131 @@
+"""Reading recipes: YAML files of training settings, those of this package (beside this module) or anybody's.
+
+A recipe names settings of `stl_offline.config.TrainConfig` and its kin; what stands under ``labeler`` or ``student`` is
+for that stage alone. Settings given beside the recipe win, the recipe wins over the defaults.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from stl_offline.config import LabelerConfig, StudentConfig, TrainConfig
+from stl_offline.errors import InputError
+
+FOLDER = Path(__file__).parent
+SUFFIX = ".yaml"
+
+C = TypeVar("C", bound=TrainConfig)
+
+_STAGES: dict[str, type[TrainConfig]] = {"labeler": LabelerConfig, "student": StudentConfig}
+# What belongs to one place, not to a way of training.
+_PLACES = {"data", "val", "out", "device", "workers", "debug", "resume"}
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The package's own recipes."""
+    return tuple(sorted(path.stem for path in FOLDER.glob(f"*{SUFFIX}")))
+
+
+def resolve(kind: type[C], recipe: str | None, given: dict[str, Any]) -> C:
+    """The settings of a run: ``given``, else the recipe's, else the defaults.
+
+    Args:
+        kind: `LabelerConfig` or `StudentConfig`.
+        recipe: a name of the package's own, a path of a YAML file, or None.
+        given: what the user said, by field. An ``lr`` alone is taken as it is, not for the recipe's ``lr_batch``.
+
+    Raises:
+        InputError: no such recipe, a key that is no setting, a value of another type or out of its range.
+    """
+    settings = read_recipe(kind, recipe) if recipe is not None else {}
+    if "lr" in given and "lr_batch" not in given:
+        settings.pop("lr_batch", None)
+    return kind(**settings | given)
+
+
+def read_recipe(kind: type[TrainConfig], recipe: str) -> dict[str, Any]:
+    """A recipe's settings for one stage, checked.
+
+    Raises:
+        InputError: as `resolve`.
+    """
+    path = _find(recipe)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"the recipe {path} is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"the recipe {path} is no list of settings, such as 'epochs: 100'")
+    # Both stages' parts are checked: a mistake is found by whichever stage comes first.
+    parts = {stage: content.pop(stage, None) or {} for stage in _STAGES}
+    checked = {}
+    for stage, part in parts.items():
+        if not isinstance(part, dict):
+            raise InputError(f"the recipe {path}: {stage} holds settings of that stage, got {part!r}")
+        fields = _fields(_STAGES[stage])
+        checked[stage] = {name: _check(name, value, fields, f"{path}, {stage}") for name, value in part.items()}
+    shared = _fields(TrainConfig)
+    common = {name: _check(name, value, shared, str(path)) for name, value in content.items()}
+    return common | next(checked[stage] for stage, each in _STAGES.items() if issubclass(kind, each))
+
+
+def _find(recipe: str) -> Path:
+    names = recipe_names()
+    if recipe in names:
+        return FOLDER / f"{recipe}{SUFFIX}"
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(recipe, names, 1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise InputError(f"there is no recipe {recipe!r}; {hint}There are {', '.join(names)}, and files by their path")
+
+
+def _fields(kind: type[TrainConfig]) -> dict[str, Any]:
+    """Settings that a recipe may name, with their types."""
+    hints = typing.get_type_hints(kind)
+    return {each.name: hints[each.name] for each in dataclasses.fields(kind) if each.name not in _PLACES}
+
+
+def _check(name: Any, value: Any, fields: dict[str, Any], where: str) -> Any:
+    """The value as its field's type; raises `InputError` where that cannot be."""
+    if name not in fields:
+        if name in _PLACES:
+            raise InputError(f"{where}: {name!r} is not for recipes; give --{name} with the command")
+        close = difflib.get_close_matches(str(name), [*fields, *_STAGES], 1, cutoff=0.0)
+        raise InputError(f"{where}: there is no setting {name!r}; the nearest is {close[0]!r}")
+    hint = fields[name]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in kinds:
+        if kind is types.NoneType and value is None:
+            return None
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if kind is float and (number := _number(value)) is not None:
+            return number
+        if kind is str and isinstance(value, str):
+            return value
+        if typing.get_origin(kind) is tuple and isinstance(value, list):
+            return tuple(value)
+    wanted = " or ".join(_WORDS.get(kind, "a list") for kind in kinds if kind is not types.NoneType)
+    raise InputError(f"{where}: {name} takes {wanted}, got {value!r}")
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+
+
+def _number(value: Any) -> float | None:
+    """A number; YAML takes 2e-3 (without a point) for a word."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
