@@ -1,4 +1,4 @@
-"""torch.compile and ONNX (by way of torch.export) take the models and their inference forms."""
+"""torch.compile, torch.export (with dynamic shapes) and ONNX take the models and their inference forms."""
 
 import pytest
 import timm
@@ -10,7 +10,9 @@ from tests.models.test_fan_numbers import randomise
 
 
 def build(name, form):
-    model = randomise(timm.create_model(name, num_classes=5), seed=2)
+    """A model of one block (and one in each stage of a hybrid's stem), which is enough for every kind of layer."""
+    stem = {"hybrid_depths": (1, 1)} if "hybrid" in name else {}
+    model = randomise(timm.create_model(name, num_classes=5, depth=1, **stem), seed=2)
     return inference_form(model) if form else model
 
 
@@ -31,6 +33,27 @@ def test_compile_without_graph_breaks(name, form):
     with torch.inference_mode():
         expected = model(images)
         compare(torch.compile(model, backend="aot_eager", fullgraph=True)(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "form"),
+    [
+        ("fan_micro_4_p8_token", 8, False),
+        ("fan_micro_4_p8_token", 8, True),
+        ("fan_tiny_8_p4_hybrid_token", 16, True),
+    ],
+)
+def test_export_with_dynamic_shapes(name, stride, form):
+    model = build(name, form)
+    rows, columns = torch.export.Dim("rows", min=2, max=32), torch.export.Dim("columns", min=2, max=32)
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64), 2: stride * rows, 3: stride * columns},)
+    with torch.no_grad():
+        example = (picture(2, 2 * stride, 3 * stride),)
+        program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
+        # Other programs read what is exported: it may hold no operator that only this package knows.
+        assert not any("stl_offline" in str(node.target) for node in program.graph.nodes)
+        images = picture(3, 5 * stride, 4 * stride)
+        compare(program.module()(images), model(images))
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
