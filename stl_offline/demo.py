@@ -42,8 +42,8 @@ class Foreground:
 def run_demo(
     out: str | Path,
     *,
-    train: int = 1800,
-    val: int = 400,
+    train: int = 1500,
+    val: int = 300,
     epochs: int = 5,
     shards: int = 4,
     seed: int = 0,
