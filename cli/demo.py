@@ -7,7 +7,7 @@ from stl_offline.cli.options import example, machine_options, option
 
 @click.command(epilog=example("stl-offline demo --out runs/demo"))
 @option("--out", default="runs/demo", metavar="DIR", help="Folder for everything that the demo makes.")
-@option("--train", default=1500, metavar="N", help="Training pictures to draw.")
+@option("--train", default=1600, metavar="N", help="Training pictures to draw.")
 @option("--val", default=300, metavar="N", help="Validation pictures to draw.")
 @option("--epochs", default=5, metavar="N", help="Of each training stage.")
 @option("--shards", default=4, metavar="N", help="Files of the label set.")

@@ -42,7 +42,7 @@ class Foreground:
 def run_demo(
     out: str | Path,
     *,
-    train: int = 1500,
+    train: int = 1600,
     val: int = 300,
     epochs: int = 5,
     shards: int = 4,
@@ -66,7 +66,7 @@ def run_demo(
         "model": MODEL,
         "img_size": SIZE,
         "epochs": epochs,
-        "batch_size": 25,
+        "batch_size": 20,
         "lr": 1e-3,
         "scale_min": 0.4,
         "seed": seed,
