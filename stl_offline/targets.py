@@ -15,6 +15,7 @@ means nothing.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -26,8 +27,6 @@ from stl_offline.random import STREAM_TOKEN, random_bits, unit_interval
 
 KINDS = ("gumbel", "soft", "argmax")
 RESIDUALS = ("ignore", "uniform")
-
-_GUMBEL, _SOFT, _ARGMAX = range(3)
 
 
 @dataclass(frozen=True)
@@ -75,17 +74,6 @@ class TokenTargets:
         return self.m + (self.residual == "uniform")
 
 
-def target_numbers(targets: TokenTargets, num_classes: int) -> tuple:
-    """The settings as the numbers that `token_targets_into` takes after the window."""
-    return (
-        KINDS.index(targets.kind),
-        targets.sampling_ratio,
-        targets.residual == "uniform",
-        np.float32(targets.min_confidence),
-        num_classes,
-    )
-
-
 def token_targets(
     targets: TokenTargets,
     class_ids: np.ndarray,
@@ -114,96 +102,49 @@ def token_targets(
     """
     ids = np.empty((targets.tokens, targets.columns), dtype=np.int32)
     weights = np.empty((targets.tokens, targets.columns), dtype=np.float32)
-    token_targets_into(
-        np.ascontiguousarray(class_ids),
-        np.ascontiguousarray(probabilities, dtype=np.float32),
-        np.ascontiguousarray(confidence, dtype=np.float32),
-        np.asarray(relative_view, dtype=np.float64).ravel(),
-        tuple(float(edge) for edge in window),
-        *target_numbers(targets, num_classes),
-        np.uint64(seed % 2**64),
-        np.uint64(epoch),
-        np.uint64(sample_id),
-        np.zeros(num_classes, dtype=np.float32),
-        np.empty(num_classes, dtype=np.int32),
-        np.empty((*targets.grid, targets.kept), dtype=np.int32),
-        np.empty((*targets.grid, targets.kept), dtype=np.float32),
-        np.empty(targets.grid, dtype=np.float32),
-        ids.reshape(*targets.grid, targets.columns),
-        weights.reshape(*targets.grid, targets.columns),
-    )
-    return ids, weights
-
-
-@njit(cache=True, nogil=True)
-def token_targets_into(
-    class_ids,
-    probabilities,
-    confidence,
-    relative,
-    window,
-    kind,
-    s,
-    uniform_residual,
-    min_confidence,
-    num_classes,
-    seed,
-    epoch,
-    sample_id,
-    scratch,
-    touched,
-    aligned_ids,
-    aligned_probabilities,
-    covered,
-    out_ids,
-    out_weights,
-):
-    """`token_targets` without checks or allocation, for compiled pipelines.
-
-    relative: (6,) float64; window: four floats, what can be seen of the map; scratch: (K,) float32, zeros on entry and
-    on return; touched: (K,) int32; aligned_ids, aligned_probabilities: (h, w, kept) and covered: (h, w), any content
-    ("gumbel" leaves them alone); out_ids, out_weights: (h, w, columns).
-    """
-    if kind == _GUMBEL:
-        _draw_classes(
+    # Writable arrays all have one type in compiled code, so that what is compiled here serves the loader, too.
+    class_ids = np.require(class_ids, requirements="CW")
+    probabilities = np.require(probabilities, np.float32, "CW")
+    relative = np.array(relative_view, dtype=np.float64).ravel()
+    window = tuple(float(edge) for edge in window)
+    out_ids = ids.reshape(*targets.grid, targets.columns)
+    out_weights = weights.reshape(*targets.grid, targets.columns)
+    if targets.kind == "gumbel":
+        draw_classes_into(
             class_ids,
             probabilities,
             relative,
             window,
-            s,
-            uniform_residual,
+            targets.sampling_ratio,
+            targets.residual == "uniform",
             num_classes,
-            seed,
-            epoch,
-            sample_id,
+            np.uint64(seed % 2**64),
+            np.uint64(epoch),
+            np.uint64(sample_id),
             out_ids,
             out_weights,
         )
     else:
-        roi_align_topk_into(
+        align_classes_into(
             class_ids,
             probabilities,
-            relative[0],
-            relative[1],
-            relative[2],
-            relative[3],
-            relative[4],
-            relative[5],
+            relative,
             window,
-            s,
-            scratch,
-            touched,
-            aligned_ids,
-            aligned_probabilities,
-            covered,
+            targets.sampling_ratio,
+            targets.residual == "uniform",
+            targets.kind == "argmax",
+            AlignScratch.make(targets, num_classes),
+            out_ids,
+            out_weights,
         )
-        _take_aligned(aligned_ids, aligned_probabilities, covered, kind, uniform_residual, out_ids, out_weights)
-    if min_confidence > 0:
-        _drop_unsure(confidence, relative, min_confidence, out_ids, out_weights)
+    if targets.min_confidence > 0:
+        confidence = np.require(confidence, np.float32, "CW")
+        drop_unsure(confidence, relative, np.float32(targets.min_confidence), out_ids, out_weights)
+    return ids, weights
 
 
 @njit(cache=True, nogil=True)
-def _draw_classes(
+def draw_classes_into(
     class_ids,
     probabilities,
     relative,
@@ -217,6 +158,10 @@ def _draw_classes(
     out_ids,
     out_weights,
 ):
+    """`token_targets` of kind "gumbel" without checks or allocation, for compiled pipelines.
+
+    relative: (6,) float64; window: four floats, what can be seen of the map; out_ids, out_weights: (h, w, 1).
+    """
     map_rows, map_columns, stored = class_ids.shape
     rows, columns = out_ids.shape[:2]
     same = (
@@ -265,28 +210,78 @@ def _draw_classes(
                     out_weights[row, column, 0] = 1.0
 
 
+class AlignScratch(NamedTuple):
+    """Memory of `align_classes_into`.
+
+    sums: (K,) float32, zeros on entry and on return; touched: (K,) int32; ids, probabilities: (h, w, kept) and covered:
+    (h, w), any content.
+    """
+
+    sums: np.ndarray
+    touched: np.ndarray
+    ids: np.ndarray
+    probabilities: np.ndarray
+    covered: np.ndarray
+
+    @classmethod
+    def make(cls, targets: TokenTargets, num_classes: int) -> "AlignScratch":
+        return cls(
+            np.zeros(num_classes, dtype=np.float32),
+            np.empty(num_classes, dtype=np.int32),
+            np.empty((*targets.grid, targets.kept), dtype=np.int32),
+            np.empty((*targets.grid, targets.kept), dtype=np.float32),
+            np.empty(targets.grid, dtype=np.float32),
+        )
+
+
 @njit(cache=True, nogil=True)
-def _take_aligned(aligned_ids, aligned_probabilities, covered, kind, uniform_residual, out_ids, out_weights):
-    rows, columns, kept = aligned_ids.shape
+def align_classes_into(
+    class_ids, probabilities, relative, window, s, uniform_residual, best_only, scratch, out_ids, out_weights
+):
+    """`token_targets` of the kinds "soft" and, with ``best_only``, "argmax", for compiled pipelines.
+
+    relative: (6,) float64; window: four floats, what can be seen of the map; scratch: an `AlignScratch`; out_ids,
+    out_weights: (h, w, columns).
+    """
+    roi_align_topk_into(
+        class_ids,
+        probabilities,
+        relative[0],
+        relative[1],
+        relative[2],
+        relative[3],
+        relative[4],
+        relative[5],
+        window,
+        s,
+        scratch.sums,
+        scratch.touched,
+        scratch.ids,
+        scratch.probabilities,
+        scratch.covered,
+    )
+    rows, columns, kept = scratch.ids.shape
     for row in range(rows):
         for column in range(columns):
-            if kind == _ARGMAX:
-                best = aligned_ids[row, column, 0]
+            covered = scratch.covered[row, column]
+            if best_only:
+                best = scratch.ids[row, column, 0]
                 out_ids[row, column, 0] = best
-                out_weights[row, column, 0] = covered[row, column] if best >= 0 else 0.0
+                out_weights[row, column, 0] = covered if best >= 0 else 0.0
                 continue
             total = 0.0
             for entry in range(kept):
-                out_ids[row, column, entry] = aligned_ids[row, column, entry]
-                out_weights[row, column, entry] = aligned_probabilities[row, column, entry]
-                total += aligned_probabilities[row, column, entry]
+                out_ids[row, column, entry] = scratch.ids[row, column, entry]
+                out_weights[row, column, entry] = scratch.probabilities[row, column, entry]
+                total += scratch.probabilities[row, column, entry]
             if uniform_residual:
                 out_ids[row, column, kept] = -1
-                out_weights[row, column, kept] = max(covered[row, column] - total, 0.0)
+                out_weights[row, column, kept] = max(covered - total, 0.0)
 
 
 @njit(cache=True, nogil=True)
-def _drop_unsure(confidence, relative, min_confidence, out_ids, out_weights):
+def drop_unsure(confidence, relative, min_confidence, out_ids, out_weights):
+    """Take the target from each token whose nearest cell of the map is less confident than ``min_confidence``."""
     map_rows, map_columns = confidence.shape
     rows, columns = out_ids.shape[:2]
     for row in range(rows):
@@ -298,5 +293,6 @@ def _drop_unsure(confidence, relative, min_confidence, out_ids, out_weights):
             at_column = min(max(int(x * map_columns), 0), map_columns - 1)
             at_row = min(max(int(y * map_rows), 0), map_rows - 1)
             if confidence[at_row, at_column] < min_confidence:
-                out_ids[row, column] = -1
-                out_weights[row, column] = 0.0
+                for entry in range(out_ids.shape[2]):
+                    out_ids[row, column, entry] = -1
+                    out_weights[row, column, entry] = 0.0

@@ -146,7 +146,8 @@ def roi_align_topk_into(
     share = 1.0 / (s * s)
     for row in range(rows):
         for column in range(columns):
-            count = 0
+            # Of the type that it keeps: for a plain 0 numba compiles what takes it once more.
+            count = np.int64(0)
             covered = 0
             for i in range(s):
                 v = (row + (i + 0.5) / s) / rows
@@ -193,7 +194,7 @@ def _align_crop(
     )
     for row in range(rows):
         for column in range(columns):
-            count = 0
+            count = np.int64(0)
             for i in range(row_counts[row]):
                 for j in range(column_counts[column]):
                     weight = row_weights[row, i] * column_weights[column, j]
@@ -249,7 +250,7 @@ def _axis_weights(scale, shift, start, end, s, outputs, cells):
 def _copy_cell(ids, probabilities, out_ids, out_probabilities):
     """The first m entries as they are stored; a stable sort, in case that they are not by descending probability."""
     kept = len(out_ids)
-    filled = 0
+    filled = np.int64(0)
     for entry in range(len(ids)):
         probability = probabilities[entry]
         place = filled

@@ -3,6 +3,7 @@
 n: samples; V: stored maps of each; Gh, Gw: a map's grid; k: its classes; K: classes; h, w: the student's grid.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,16 +11,28 @@ import numpy as np
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
-from numba import njit, prange
+from numba import carray, cfunc
+from numba.core.ccallback import CFunc
 
 from stl_offline.errors import InputError
 from stl_offline.labels.cache import TokenCache
 from stl_offline.labels.relative import relative_view_into, window_of
+from stl_offline.loader.compiled_work import WORK_SIGNATURE, pointer, run_work
 from stl_offline.loader.native import next_item
-from stl_offline.targets import TokenTargets, target_numbers, token_targets_into
+from stl_offline.targets import AlignScratch, TokenTargets, align_classes_into, draw_classes_into, drop_unsure
 
-# Code is compiled for a number of caches, which takes long: up to this many share theirs, the first one filling up.
-_CACHES_COMPILED = 4
+# The addresses of a cache's arrays, and their shape (n, V, Gh, Gw, k) without n.
+_TABLES = ("class_ids", "probabilities", "confidence", "views", "labelled")
+_CACHE = np.dtype([(name, np.int64) for name in (*_TABLES, "maps", "rows", "columns", "stored")])
+# A batch: the addresses of arrays, sides of their shapes, and the settings of the targets.
+_SCRATCH = ("sums", "touched", "aligned_ids", "aligned_probabilities", "covered")
+_ARRAYS = ("caches", *("crops", "shown", "cache_index", "map_index"), *("ids", "out_ids", "out_weights", "counter"))
+_SIDES = ("batch", "samples", "cache_count", "workers", "classes", "rows", "columns", "kept", "targets")
+_JOB = np.dtype(
+    [(name, np.int64) for name in (*_ARRAYS, *_SCRATCH, *_SIDES, "ratio")]
+    + [("uniform_residual", np.bool_), ("best_only", np.bool_)]
+    + [("min_confidence", np.float32), ("seed", np.uint64), ("epoch", np.uint64)]
+)
 
 
 class TokenDraw(Operation):
@@ -35,26 +48,31 @@ class TokenDraw(Operation):
     def __init__(self, targets: TokenTargets, caches: Sequence[TokenCache], workers: int, seed: int) -> None:
         super().__init__()
         self.targets = targets
-        padded = [*caches, *(caches[:1] * (-len(caches) % _CACHES_COMPILED))]
-        self._tables = tuple(
-            tuple(_plain(getattr(cache, name)) for cache in padded)
-            for name in ("class_ids", "probabilities", "confidence", "views", "labelled")
-        )
-        classes = caches[0].num_classes
-        self._numbers = target_numbers(targets, classes)
-        self._seed = np.uint64(seed % 2**64)
-        self._epoch = np.uint64(0)
+        id_type = np.result_type(*(cache.class_ids for cache in caches))
+        self._work = _work(id_type.type, targets.kind == "gumbel", targets.min_confidence > 0)
+        self._workers = workers
         self._maps = np.array([cache.views.shape[1] for cache in caches])
-        self._views: tuple[np.ndarray, np.ndarray] | None = None
-        self._choice: tuple[np.ndarray, np.ndarray] | None = None
-        # One of each for every worker, as `token_targets_into` wants them.
-        self._scratch = (
-            np.zeros((workers, classes), dtype=np.float32),
-            np.zeros((workers, classes), dtype=np.int32),
-            np.zeros((workers, *targets.grid, targets.kept), dtype=np.int32),
-            np.zeros((workers, *targets.grid, targets.kept), dtype=np.float32),
-            np.zeros((workers, *targets.grid), dtype=np.float32),
-        )
+        types = dict(zip(_TABLES, (id_type, np.float32, np.float32, np.float32, np.uint8), strict=True))
+        # Compiled code knows arrays by their addresses alone, so they are kept here.
+        self._tables = [
+            {name: np.ascontiguousarray(getattr(cache, name), types[name]) for name in _TABLES} for cache in caches
+        ]
+        table = np.zeros(len(caches), dtype=_CACHE)
+        for row, arrays in zip(table, self._tables, strict=True):
+            _point_at(row, **arrays)
+            row["maps"], row["rows"], row["columns"], row["stored"] = arrays["class_ids"].shape[1:]
+        scratch = [AlignScratch.make(targets, caches[0].num_classes) for _ in range(workers)]
+        self._shared = {"caches": table}
+        for name, of_workers in zip(_SCRATCH, zip(*scratch, strict=True), strict=True):
+            self._shared[name] = np.stack(of_workers)
+        self._epoch: dict[str, np.ndarray] = {}
+        job = self._job = np.zeros(1, dtype=_JOB)
+        _point_at(job, **self._shared)
+        job["cache_count"], job["workers"], job["classes"] = len(caches), workers, caches[0].num_classes
+        job["rows"], job["columns"] = targets.grid
+        job["kept"], job["targets"], job["ratio"] = targets.kept, targets.columns, targets.sampling_ratio
+        job["uniform_residual"], job["best_only"] = targets.residual == "uniform", targets.kind == "argmax"
+        job["min_confidence"], job["seed"] = targets.min_confidence, seed % 2**64
 
     def set_epoch(
         self,
@@ -81,7 +99,10 @@ class TokenDraw(Operation):
         chosen = _check_index("map_index", zeros if map_index is None else map_index, samples, int(maps.max()))
         if (chosen >= maps[caches]).any():
             raise InputError(f"map_index names a map that its cache does not hold; they hold {maps.tolist()}")
-        self._views, self._choice, self._epoch = (crops, views), (caches, chosen), np.uint64(epoch)
+        crops, shown = (np.ascontiguousarray(array, np.float32) for array in (crops, views))
+        self._epoch = {"crops": crops, "shown": shown, "cache_index": caches, "map_index": chosen}
+        _point_at(self._job, **self._epoch)
+        self._job["samples"], self._job["epoch"] = samples, epoch
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, AllocationQuery]]:
         shape = (*self.targets.grid, self.targets.columns)
@@ -89,31 +110,21 @@ class TokenDraw(Operation):
         return replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("i4")), queries
 
     def generate_code(self) -> Callable:
-        draw_batch = _draw_batch_parallel if len(self._scratch[0]) > 1 else _draw_batch
-
         def token_draw(batch_indices, destinations, _metadata, _storage_state):
-            draw_batch(
-                batch_indices,
-                *self._tables,
-                self._views,
-                self._choice,
-                self._numbers,
-                self._seed,
-                self._epoch,
-                self._scratch,
-                *destinations,
-                np.zeros(1, dtype=np.int64),
-            )
+            ids = np.ascontiguousarray(batch_indices, np.int64)
+            counter = np.zeros(1, dtype=np.int64)
+            job = self._job.copy()
+            _point_at(job, ids=ids, counter=counter, out_ids=destinations[0], out_weights=destinations[1])
+            job["batch"] = len(ids)
+            run_work(self._work, job, self._workers)
             return destinations
 
         return token_draw
 
 
-def _plain(table: np.ndarray) -> np.ndarray:
-    # Over a cache's mapped memory, as numba has no type for memory maps; read-only, so that all have the same type.
-    table = np.asarray(table).view()
-    table.flags.writeable = False
-    return table
+def _point_at(record: np.ndarray, **arrays: np.ndarray) -> None:
+    for name, array in arrays.items():
+        record[name] = array.ctypes.data
 
 
 def _check_index(name: str, index: np.ndarray, samples: int, end: int) -> np.ndarray:
@@ -123,142 +134,86 @@ def _check_index(name: str, index: np.ndarray, samples: int, end: int) -> np.nda
     return index
 
 
-# Each table is an argument of its own, a tuple with one array a cache: numba's parallel loops take no nested tuples.
-@njit(cache=True, nogil=True)
-def _work(
-    worker,
-    ids,
-    class_ids,
-    probabilities,
-    confidence,
-    map_views,
-    labelled,
-    views,
-    choice,
-    numbers,
-    seed,
-    epoch,
-    scratch,
-    out_ids,
-    out_weights,
-    counter,
-):
-    crops, shown = views
-    caches, maps = choice
-    kind, ratio, uniform_residual, min_confidence, classes = numbers
-    sums, touched, aligned_ids, aligned_probabilities, covered = scratch
-    relative = np.empty(6, dtype=np.float64)
-    while True:
-        place = next_item(counter)
-        if place >= len(ids):
-            break
-        sample = ids[place]
-        cache = caches[sample]
-        if labelled[cache][sample] == 0:
-            out_ids[place] = -1
-            out_weights[place] = 0.0
-            continue
-        chosen = maps[sample]
-        map_view = map_views[cache][sample, chosen]
-        relative_view_into(map_view, crops[sample], relative)
-        window = window_of(relative)
-        relative_view_into(map_view, shown[sample], relative)
-        token_targets_into(
-            class_ids[cache][sample, chosen],
-            probabilities[cache][sample, chosen],
-            confidence[cache][sample, chosen],
-            relative,
-            window,
-            kind,
-            ratio,
-            uniform_residual,
-            min_confidence,
-            classes,
-            seed,
-            epoch,
-            np.uint64(sample),
-            sums[worker],
-            touched[worker],
-            aligned_ids[worker],
-            aligned_probabilities[worker],
-            covered[worker],
-            out_ids[place],
-            out_weights[place],
-        )
+@functools.cache
+def _work(id_type: type, draws: bool, drops: bool) -> CFunc:
+    """The compiled work on a `_JOB`; what a kind of targets does not need is not compiled.
 
+    id_type: of class ids; draws: targets are drawn, not aligned; drops: tokens need some confidence.
+    """
 
-@njit(cache=True, nogil=True)
-def _draw_batch(
-    ids,
-    class_ids,
-    probabilities,
-    confidence,
-    map_views,
-    labelled,
-    views,
-    choice,
-    numbers,
-    seed,
-    epoch,
-    scratch,
-    out_ids,
-    out_weights,
-    counter,
-):
-    _work(
-        0,
-        ids,
-        class_ids,
-        probabilities,
-        confidence,
-        map_views,
-        labelled,
-        views,
-        choice,
-        numbers,
-        seed,
-        epoch,
-        scratch,
-        out_ids,
-        out_weights,
-        counter,
-    )
+    @cfunc(WORK_SIGNATURE, cache=True)
+    def work(worker, record):
+        job = carray(record, 1, _JOB)[0]
+        grid = (job.rows, job.columns)
+        ids = carray(pointer(job.ids), job.batch, np.int64)
+        caches = carray(pointer(job.caches), job.cache_count, _CACHE)
+        crops = carray(pointer(job.crops), (job.samples, 6), np.float32)
+        shown = carray(pointer(job.shown), (job.samples, 6), np.float32)
+        cache_index = carray(pointer(job.cache_index), job.samples, np.int64)
+        map_index = carray(pointer(job.map_index), job.samples, np.int64)
+        all_ids = carray(pointer(job.out_ids), (job.batch, *grid, job.targets), np.int32)
+        all_weights = carray(pointer(job.out_weights), (job.batch, *grid, job.targets), np.float32)
+        counter = carray(pointer(job.counter), 1, np.int64)
+        relative = np.empty(6, dtype=np.float64)
+        while True:
+            place = next_item(counter)
+            if place >= job.batch:
+                break
+            sample = ids[place]
+            out_ids = all_ids[place]
+            out_weights = all_weights[place]
+            cache = caches[cache_index[sample]]
+            if carray(pointer(cache.labelled), job.samples, np.uint8)[sample] == 0:
+                out_ids[:] = -1
+                out_weights[:] = 0.0
+                continue
+            # The number of this map among all that the cache holds.
+            number = sample * cache.maps + map_index[sample]
+            maps = job.samples * cache.maps
+            shape = (maps, cache.rows, cache.columns, cache.stored)
+            class_ids = carray(pointer(cache.class_ids), shape, id_type)[number]
+            probabilities = carray(pointer(cache.probabilities), shape, np.float32)[number]
+            map_view = carray(pointer(cache.views), (maps, 6), np.float32)[number]
+            relative_view_into(map_view, crops[sample], relative)
+            window = window_of(relative)
+            relative_view_into(map_view, shown[sample], relative)
+            if draws:
+                draw_classes_into(
+                    class_ids,
+                    probabilities,
+                    relative,
+                    window,
+                    job.ratio,
+                    job.uniform_residual,
+                    job.classes,
+                    job.seed,
+                    job.epoch,
+                    np.uint64(sample),
+                    out_ids,
+                    out_weights,
+                )
+            else:
+                scratch = AlignScratch(
+                    carray(pointer(job.sums), (job.workers, job.classes), np.float32)[worker],
+                    carray(pointer(job.touched), (job.workers, job.classes), np.int32)[worker],
+                    carray(pointer(job.aligned_ids), (job.workers, *grid, job.kept), np.int32)[worker],
+                    carray(pointer(job.aligned_probabilities), (job.workers, *grid, job.kept), np.float32)[worker],
+                    carray(pointer(job.covered), (job.workers, *grid), np.float32)[worker],
+                )
+                align_classes_into(
+                    class_ids,
+                    probabilities,
+                    relative,
+                    window,
+                    job.ratio,
+                    job.uniform_residual,
+                    job.best_only,
+                    scratch,
+                    out_ids,
+                    out_weights,
+                )
+            if drops:
+                confidence = carray(pointer(cache.confidence), shape[:3], np.float32)[number]
+                drop_unsure(confidence, relative, job.min_confidence, out_ids, out_weights)
 
-
-@njit(cache=True, nogil=True, parallel=True)
-def _draw_batch_parallel(
-    ids,
-    class_ids,
-    probabilities,
-    confidence,
-    map_views,
-    labelled,
-    views,
-    choice,
-    numbers,
-    seed,
-    epoch,
-    scratch,
-    out_ids,
-    out_weights,
-    counter,
-):
-    for worker in prange(len(scratch[0])):
-        _work(
-            worker,
-            ids,
-            class_ids,
-            probabilities,
-            confidence,
-            map_views,
-            labelled,
-            views,
-            choice,
-            numbers,
-            seed,
-            epoch,
-            scratch,
-            out_ids,
-            out_weights,
-            counter,
-        )
+    return work
