@@ -34,7 +34,8 @@ PACKAGES = {
     "hf": ("huggingface_hub", "hf"),
 }
 
-# Mistakes, here or in a store's client: another try would end as the first.
+# Another try would end as the first: what a store's client does not offer (NotImplementedError) or cannot load
+# (ImportError), and mistakes, here or in the client.
 _HOPELESS = (TypeError, AttributeError, NotImplementedError, ImportError)
 
 

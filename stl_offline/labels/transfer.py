@@ -6,7 +6,7 @@ comes last: a set that was interrupted is none yet, and the same command goes on
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,15 +62,7 @@ def push(label_set: LabelSet, place: str | Path, *, workers: int = 0, **options:
     is_there = _look(target, label_set.manifest)
 
     def send(index: int) -> int | FormatError:
-        shard = label_set.shards[index]
-        if _is_whole(target, shard):
-            return 0
-        try:
-            data = label_set.read_bytes(index, keep=False)
-        except FormatError as error:
-            return error
-        _write(target, shard.name, data)
-        return len(data)
+        return _copy_shard(label_set, index, target, lambda name, data: _write(target, name, data))
 
     sent = _collect(each_shard(send, range(len(label_set.shards)), f"→ {target.place}", workers=workers, transfer=True))
     if not is_there:
@@ -105,15 +97,7 @@ def pull(label_set: LabelSet, folder: str | Path, *, shards: str | None = None, 
             target.write(PULL, present_bytes(wanted))
 
         def fetch(index: int) -> int | FormatError:
-            shard = manifest.shards[index]
-            if _is_whole(target, shard):
-                return 0
-            try:
-                data = label_set.read_bytes(index, keep=False)
-            except FormatError as error:
-                return error
-            target.write(shard.name, data)
-            return len(data)
+            return _copy_shard(label_set, index, target, target.write)
 
         todo = sorted(wanted | here)
         sent = _collect(each_shard(fetch, todo, f"{label_set.place} → {folder}", workers=workers, transfer=True))
@@ -159,6 +143,21 @@ def _is_whole(storage: Storage, shard: ShardRecord) -> bool:
         return sha256_bytes(storage.read(shard.name, shard.bytes)) == shard.sha256
     except FileNotFoundError:
         return False
+
+
+def _copy_shard(
+    label_set: LabelSet, index: int, target: Storage, write: Callable[[str, bytes], None]
+) -> int | FormatError:
+    """Bytes that were copied, 0 where the shard lies there as it should; or what is wrong with it at its source."""
+    shard = label_set.shards[index]
+    if _is_whole(target, shard):
+        return 0
+    try:
+        data = label_set.read_bytes(index, keep=False)
+    except FormatError as error:
+        return error
+    write(shard.name, data)
+    return len(data)
 
 
 def _write(target: Storage, name: str, data: bytes) -> None:

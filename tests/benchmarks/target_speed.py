@@ -16,7 +16,7 @@ import tracemalloc
 import numpy as np
 import torch
 from loader_speed import random_cache
-from torch.profiler import ProfilerActivity, profile
+from torch_peak import torch_peak_mib
 from torchvision.ops import roi_align
 
 from stl_offline.device import keep_freed_memory
@@ -49,18 +49,6 @@ class Sparse:
     def __call__(self) -> tuple[np.ndarray, np.ndarray]:
         places = (np.empty(self._shape, dtype=np.int32), np.empty(self._shape, dtype=np.float32))
         return self._run(self._ids, places, None, None)
-
-
-def dense_peak(run) -> float:
-    """MiB that torch holds at most."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    held = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most / 2**20
 
 
 def sparse_peak(make) -> float:
@@ -114,7 +102,7 @@ def main() -> None:
             pairs = [(seconds(dense), seconds(run)) for _ in range(options.pairs)]
             slow, quick = (statistics.median(times) for times in zip(*pairs, strict=True))
             faster = statistics.median(a / b for a, b in pairs)
-            large, small = dense_peak(dense), sparse_peak(lambda kind=kind: Sparse(cache, views, kind, 5))  # noqa: B023
+            large, small = torch_peak_mib(dense), sparse_peak(lambda kind=kind: Sparse(cache, views, kind, 5))  # noqa: B023
             print(
                 f"| {kind} | {side}×{side} | {slow * 1e3:.1f} | {quick * 1e3:.2f} | {faster:.0f} | {large:.1f} | "
                 f"{small:.2f} | {large / small:.0f} |",

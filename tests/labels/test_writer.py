@@ -211,20 +211,6 @@ def test_processes_of_one_job_share_the_work(tmp_path, encoded, undisturbed):
         assert files(path) == undisturbed
 
 
-def test_a_claimed_shard_is_nobody_elses(tmp_path, encoded):
-    with (
-        LabelSetWriter(tmp_path, SPEC, SHARDS, job="shared") as first,
-        LabelSetWriter(tmp_path, SPEC, SHARDS, job="shared") as second,
-    ):
-        assert first.claim(0) and not second.claim(0)
-        assert second.claim(1)
-        first.write_encoded(0, encoded[0])
-        assert not second.claim(0), "it is done"
-        first.__exit__(None, None, None)
-        assert not second.claim(0)
-        assert second.claim(2)
-
-
 def test_shards_that_do_not_fit_are_refused(tmp_path):
     for count in (0, 14):
         with pytest.raises(InputError, match="between 1 and the 13 samples"):
