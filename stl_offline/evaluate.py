@@ -9,8 +9,7 @@ from stl_offline.artifact import load_model
 from stl_offline.config import EvaluateConfig
 from stl_offline.device import pick_amp, pick_device, pick_workers
 from stl_offline.images.pack import ensure_beton
-from stl_offline.loader import TokenLoader
-from stl_offline.scoring import evaluate_model, match_classes
+from stl_offline.scoring import evaluate_model, match_classes, scoring_loader
 from stl_offline.views import center_views
 
 
@@ -21,18 +20,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     beton = ensure_beton(config.data)
     class_map = match_classes(beton, description.class_names, config.checkpoint)
     model = model.to(device).to(memory_format=torch.channels_last)
-    side = config.img_size or description.img_size
-    loader = TokenLoader(
+    loader = scoring_loader(
+        model,
+        description,
         beton,
-        (side, side),
-        config.batch_size,
-        workers=pick_workers(config.workers),
-        seed=0,
         device=device,
-        mean=model.pretrained_cfg["mean"],
-        std=model.pretrained_cfg["std"],
-        shuffle=False,
-        interpolation=description.interpolation,
+        batch_size=config.batch_size,
+        workers=pick_workers(config.workers),
+        side=config.img_size,
     )
     views = center_views(beton.heights, beton.widths, config.crop_pct)
     return asdict(evaluate_model(model, loader, views, class_map, pick_amp(config.amp, device)))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from stl_offline.artifact import ModelDescription
 from stl_offline.device import autocast
 from stl_offline.distributed import World, sum_over_world
 from stl_offline.errors import JoinError
@@ -24,6 +25,32 @@ class Scores:
     top1: float
     top5: float
     token_top1: float | None
+
+
+def scoring_loader(
+    model: nn.Module,
+    description: ModelDescription,
+    beton: Beton,
+    *,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    side: int = 0,
+) -> TokenLoader:
+    """All pictures in their order, as a trained model takes them; side 0: of the pixels that it was trained on."""
+    side = side or description.img_size
+    return TokenLoader(
+        beton,
+        (side, side),
+        batch_size,
+        workers=workers,
+        seed=0,
+        device=device,
+        mean=model.pretrained_cfg["mean"],
+        std=model.pretrained_cfg["std"],
+        shuffle=False,
+        interpolation=description.interpolation,
+    )
 
 
 @torch.inference_mode()

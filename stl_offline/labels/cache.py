@@ -178,14 +178,27 @@ def _bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
 
 def _fill(folder: Path, label_set: LabelSet, report: JoinReport) -> None:
     n = len(report.shard)
+    arrays = _make_arrays(folder, label_set.spec, n)
+    _place_shards(arrays, label_set, report)
+    # On disk before it gets its name: after a power cut it would read as zeros.
+    _sync_files([folder / f"{name}.npy" for name in arrays])
+    info = {"version": _VERSION, "pictures": n, "spec": label_set.spec.to_json(), "report": str(report)}
+    atomic_write(folder / _INFO, canonical_json(info))
+
+
+def _make_arrays(folder: Path, spec: LabelSpec, n: int) -> dict[str, np.memmap]:
     arrays = {}
-    for name, (dtype, shape) in _layout(label_set.spec, n).items():
+    for name, (dtype, shape) in _layout(spec, n).items():
         file = folder / f"{name}.npy"
         arrays[name] = open_memmap(file, mode="w+", dtype=dtype, shape=shape)
         # A memory map on a full disk kills the process when it is written to; so the space is taken first.
         with open(file, "r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)
         _map_pages(arrays[name])
+    return arrays
+
+
+def _place_shards(arrays: dict[str, np.memmap], label_set: LabelSet, report: JoinReport) -> None:
     order = np.argsort(report.shard, kind="stable")
     bounds = np.searchsorted(report.shard[order], np.arange(len(label_set.shards) + 1))
     needed = [index for index in range(len(label_set.shards)) if bounds[index] < bounds[index + 1]]
@@ -206,11 +219,6 @@ def _fill(folder: Path, label_set: LabelSet, report: JoinReport) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    # On disk before it gets its name: after a power cut it would read as zeros. All files at the same time.
-    with concurrent.futures.ThreadPoolExecutor(len(arrays)) as pool:
-        list(pool.map(_sync, [folder / f"{name}.npy" for name in arrays]))
-    info = {"version": _VERSION, "pictures": n, "spec": label_set.spec.to_json(), "report": str(report)}
-    atomic_write(folder / _INFO, canonical_json(info))
 
 
 def _map_pages(array: np.memmap) -> None:
@@ -224,6 +232,12 @@ def _map_pages(array: np.memmap) -> None:
     if 0 < array.nbytes <= physical // 8:
         with contextlib.suppress(OSError):
             array._mmap.madvise(_MADV_POPULATE_WRITE)
+
+
+def _sync_files(files: Sequence[Path]) -> None:
+    """Have all files on the disk, all at the same time."""
+    with concurrent.futures.ThreadPoolExecutor(len(files)) as pool:
+        list(pool.map(_sync, files))
 
 
 def _sync(file: Path) -> None:

@@ -15,11 +15,10 @@ from stl_offline.errors import InputError
 from stl_offline.geometry import View
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
-from stl_offline.loader import TokenLoader
 from stl_offline.reports.pixels import see_through
 from stl_offline.reports.runs import Run
 from stl_offline.reports.scenes import TokenMap
-from stl_offline.scoring import match_classes
+from stl_offline.scoring import match_classes, scoring_loader
 from stl_offline.views import center_views
 
 TOP_K = 5
@@ -105,18 +104,7 @@ def _predict_one(
     class_map = match_classes(beton, description.class_names, str(run.path))
     model = model.to(device).to(memory_format=torch.channels_last).eval()
     side = description.img_size
-    loader = TokenLoader(
-        beton,
-        (side, side),
-        BATCH,
-        workers=pick_workers(workers),
-        seed=0,
-        device=device,
-        mean=model.pretrained_cfg["mean"],
-        std=model.pretrained_cfg["std"],
-        shuffle=False,
-        interpolation=description.interpolation,
-    )
+    loader = scoring_loader(model, description, beton, device=device, batch_size=BATCH, workers=pick_workers(workers))
     k = min(TOP_K, len(description.class_names))
     classes, confidences, token_ids, token_probabilities = [], [], [], []
     grid = None

@@ -4,22 +4,47 @@
 
 ``--labels`` is a real label set (`tests/benchmarks/real_labeler.py` makes one); a larger one with its statistics is
 made of it first (q8, zarr). Then the cache is filled for its pictures in their order and in a random one, from the join
-of the keys to the cache on disk.
+of the keys to the cache on disk. The parts are timed within the same fills: joining; taking the space on the disk and
+mapping it; filling rows from shards; and having all of it on the disk.
 """
 
 import argparse
 import cProfile
 import pstats
 import shutil
+import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
-from stl_offline.labels.cache import build_token_cache
-from stl_offline.labels.join import join
+from stl_offline.labels import cache as token_cache
 from tests.benchmarks.memory import PeakMemory
 from tests.benchmarks.resampled import key, make_set
+
+PARTS = {"join": "join", "space": "_make_arrays", "filling": "_place_shards", "disk": "_sync_files"}
+
+
+@contextmanager
+def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
+    """Put into ``seconds`` what each part of a fill takes while the context lasts."""
+
+    def timed(part, function):
+        def call(*arguments, **named):
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                seconds[part] = time.perf_counter() - started
+
+        return call
+
+    functions = {name: timed(part, getattr(token_cache, name)) for part, name in PARTS.items()}
+    with mock.patch.multiple(token_cache, **functions):
+        yield
 
 
 def main() -> None:
@@ -30,44 +55,52 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=25)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--as-touched", action="store_true", help="map pages as they are touched, not at once")
     options = parser.parse_args()
-    out = Path(options.out)
-    label_set = make_set(options.labels, out / f"labels-{options.pictures}", options.pictures, options.shards)
+    out, n = Path(options.out), options.pictures
+    if options.as_touched:
+        token_cache._map_pages = lambda array: None
+    label_set = make_set(options.labels, out / f"labels-{n}", n, options.shards)
     size = sum(shard.bytes for shard in label_set.shards)
     print(f"{len(label_set):,} pictures in {options.shards} shards, {size / len(label_set):,.0f} bytes each")
     names = label_set.spec.class_names
-    keys = [key(position) for position in range(options.pictures)]
-    hashes = np.arange(options.pictures, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    print("| order of the pictures | pictures/s | of them the join alone | CPU µs a picture | most memory MiB |")
-    print("|---|---|---|---|---|")
+    keys = [key(position) for position in range(n)]
+    hashes = np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    print(
+        "| order of the pictures | pictures/s | filling alone, pictures/s | "
+        + " | ".join(f"{part} s" for part in PARTS),
+        end="",
+    )
+    print(" | CPU µs a picture | most memory MiB |\n|---|---|---|" + "---|" * (len(PARTS) + 2))
     for name, order in (
-        ("the label set's", np.arange(options.pictures)),
-        ("random", np.random.default_rng(0).permutation(options.pictures)),
+        ("the label set's", np.arange(n)),
+        ("random", np.random.default_rng(0).permutation(n)),
     ):
         theirs = [keys[position] for position in order.tolist()]
         results = []
-        for _ in range(options.repeats + 1):
+        profile = cProfile.Profile()
+        for repeat in range(options.repeats + 1):
             shutil.rmtree(out / "cache", ignore_errors=True)
-            started = time.perf_counter()
-            join(label_set, theirs, hashes[order], names)
-            joined = time.perf_counter() - started
-            profile = cProfile.Profile()
-            if options.profile:
+            parts: dict[str, float] = {}
+            if options.profile and repeat:
                 profile.enable()
-            started, cpu = time.perf_counter(), time.process_time()
-            with PeakMemory() as peak:
-                cache = build_token_cache(label_set, theirs, hashes[order], names, folder=out / "cache")
-            results.append((time.perf_counter() - started, joined, time.process_time() - cpu, peak.mib))
+            with PeakMemory() as peak, timed_parts(parts):
+                started, cpu = time.perf_counter(), time.process_time()
+                cache = token_cache.build_token_cache(label_set, theirs, hashes[order], names, folder=out / "cache")
+                parts |= {"all": time.perf_counter() - started, "cpu": time.process_time() - cpu}
             profile.disable()
+            results.append(parts | {"memory": peak.mib})
             del cache
         if options.profile:
             pstats.Stats(profile).sort_stats("tottime").print_stats(15)
         # The first fill loads compiled code.
-        seconds, joined, cpu, memory = sorted(results[1:])[len(results[1:]) // 2]
-        n = options.pictures
-        print(f"| {name} | {n / seconds:,.0f} | {n / joined:,.0f} | {1e6 * cpu / n:.1f} | {memory:,.0f} |")
+        middle = {part: statistics.median(result[part] for result in results[1:]) for part in results[0]}
+        rates = [n / result["all"] for result in results[1:]], [n / result["filling"] for result in results[1:]]
+        cells = [f"{statistics.median(rate):,.0f} ({min(rate):,.0f} to {max(rate):,.0f})" for rate in rates]
+        cells += [f"{middle[part]:.2f}" for part in PARTS]
+        print(f"| {name} | {' | '.join(cells)} | {1e6 * middle['cpu'] / n:.1f} | {middle['memory']:,.0f} |")
     started = time.perf_counter()
-    build_token_cache(label_set, theirs, hashes[order], names, folder=out / "cache")
+    token_cache.build_token_cache(label_set, theirs, hashes[order], names, folder=out / "cache")
     print(f"opened again in {time.perf_counter() - started:.2f} s")
 
 

@@ -60,7 +60,7 @@ def test_measuring_resizes_as_training_did(chain, stripes, monkeypatch):
         asked.append(settings["interpolation"])
         return original(*arguments, **settings)
 
-    monkeypatch.setattr("stl_offline.evaluate.TokenLoader", noted)
+    monkeypatch.setattr("stl_offline.scoring.TokenLoader", noted)
     evaluate(EvaluateConfig(data=str(stripes[1]), checkpoint=str(chain[0] / "labeler"), workers=1, device="cpu"))
     assert asked == ["bicubic"]
 
