@@ -18,16 +18,9 @@ from stl_offline.config import INTERPOLATIONS
 from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
 from stl_offline.loader.native import Decompressors, next_item
-from stl_offline.loader.planes import NOTES_INTS, read_jpeg, read_pixels, read_rgb, scratch_bytes
-from stl_offline.loader.resample import (
-    BILINEAR,
-    filter_weights,
-    resample_row,
-    through_shrinking,
-    through_upsampling,
-    write_row,
-)
-from stl_offline.loader.small import resize_pixels, suits
+from stl_offline.loader.planes import NOTES_INTS, read_planes, read_rgb, scratch_bytes
+from stl_offline.loader.resample import BILINEAR
+from stl_offline.loader.resize import line_floats, resize_pixels, resize_planes
 
 # For the manifests of label sets: other decoders, or whole decodes, give slightly other pixels.
 DECODER = "libjpeg-turbo at a DCT scale"
@@ -35,7 +28,8 @@ DECODER = "libjpeg-turbo at a DCT scale"
 # whether they were found to be those of the source.
 _POINTER, _SIZE, _HEIGHT, _WIDTH, _RAW, _SOUND = range(6)
 _PAGE_BYTES = 4096
-_SLACK = 64
+# What planes save grows with the picture, what they cost with the output; below so many times its pixels they lose.
+_FEW_TIMES = 3
 
 
 class ViewCrop(Operation):
@@ -63,7 +57,7 @@ class ViewCrop(Operation):
         self._scratch = np.empty((workers, -(-needed // _PAGE_BYTES) * _PAGE_BYTES), dtype=np.uint8)
         # Zeros, because weights of zero are multiplied with whatever lies behind a line's end.
         widest = int(self._table[:, _WIDTH].max(initial=1))
-        self._lines = np.zeros((workers, 2 * widest + 3 * image_size[1] + _SLACK), dtype=np.float32)
+        self._lines = np.zeros((workers, line_floats(widest, image_size[1])), dtype=np.float32)
         self._decompressors = Decompressors(workers)
         self._notes = np.zeros((workers, NOTES_INTS), dtype=np.int64)
         self._broken = np.zeros(1, dtype=np.int64)
@@ -156,75 +150,31 @@ def choose_shrink(kind, box_height, box_width, height, width):
 
 
 @njit(cache=True, nogil=True)
-def resize_planes(planes, box, sizes, shrink, across, down, is_rgb, mirrored, kind, lines, target):
-    """Resize a box of three planes to fill ``target``, uint8 (H, W, 3).
-
-    planes: uint8 (h, w) each, of a picture of ``sizes`` (rows, columns), all ``shrink`` times smaller, the second
-    and third also ``down`` and ``across`` times; box: (top, left, height, width) in pixels of the picture, floats;
-    kind: the filter's number; lines: float32 scratch.
-    """
-    rows, columns = target.shape[0], target.shape[1]
-    result = lines[: 3 * columns].reshape((3, columns))
-    line = lines[3 * columns :]
-    tops, down_weights = filter_weights(kind, box[0], box[2], rows, sizes[0])
-    lefts, across_weights = filter_weights(kind, box[1], box[3], columns, sizes[1])
-    colour_tops, colour_down = _stored_weights(tops, down_weights, sizes[0], down, shrink)
-    colour_lefts, colour_across = _stored_weights(lefts, across_weights, sizes[1], across, shrink)
-    tops, down_weights = _stored_weights(tops, down_weights, sizes[0], 1, shrink)
-    lefts, across_weights = _stored_weights(lefts, across_weights, sizes[1], 1, shrink)
-    for row in range(rows):
-        resample_row(planes[0], tops[row], down_weights[row], lefts, across_weights, line, result[0])
-        for number in (1, 2):
-            resample_row(
-                planes[number], colour_tops[row], colour_down[row], colour_lefts, colour_across, line, result[number]
-            )
-        write_row(result, is_rgb, mirrored, target[row])
-
-
-@njit(cache=True, nogil=True)
-def _stored_weights(firsts, weights, pixels, factor, shrink):
-    """Weights on a picture's ``pixels`` → weights on what is stored of them."""
-    if factor > 1:
-        pixels = -(-pixels // factor)
-        firsts, weights = through_upsampling(firsts, weights, factor, pixels)
-    if shrink > 1:
-        firsts, weights = through_shrinking(firsts, weights, shrink, -(-pixels // shrink))
-    return firsts, weights
-
-
-@njit(cache=True, nogil=True)
 def _decode_sample(data, picture, view, kind, target, scratch, lines, handle, notes):
     height, width = picture[_HEIGHT], picture[_WIDTH]
-    top, bottom, left, right, mirrored = pixel_box(view, height, width)
-    box_height, box_width = bottom - top, right - left
-    box = (np.float64(top), np.float64(left), np.float64(box_height), np.float64(box_width))
-    size = 3 * height * width
     rows, columns = target.shape[0], target.shape[1]
+    size = 3 * height * width
+    top, bottom, left, right, mirrored = pixel_box(view, height, width)
+    pixels = scratch[:size]
     if picture[_RAW]:
         if data.size < size:
             return False
-        if suits(kind, box_height, box_width, 0, rows, columns):
-            resize_pixels(data[:size].reshape((height, width, 3)), top, bottom, left, right, mirrored, target)
-            return True
-        planes = read_pixels(data, width, top, bottom, left, right, scratch)
-        box = (0.0, 0.0, box[2], box[3])
-        resize_planes(planes, box, (box_height, box_width), 1, 1, 1, True, mirrored, kind, lines, target)
-        return True
-    if suits(kind, box_height, box_width, height * width, rows, columns):
-        pixels = scratch[:size].reshape((height, width, 3))
-        if not read_rgb(handle, data, pixels, notes):
+        pixels = data[:size]
+    else:
+        shrink = choose_shrink(kind, bottom - top, right - left, rows, columns)
+        if shrink > 0 and height * width >= _FEW_TIMES * rows * columns:
+            sound = picture[_SOUND] != 0
+            status, planes, across, down = read_planes(
+                handle, data, height, width, bottom, shrink, sound, scratch, notes
+            )
+            if status == 0:
+                box = (np.float64(top), np.float64(left), np.float64(bottom - top), np.float64(right - left))
+                resize_planes(planes, box, (height, width), shrink, across, down, mirrored, kind, lines, target)
+            if status <= 0:
+                return status == 0
+        if not read_rgb(handle, data, pixels.reshape((height, width, 3)), notes):
             return False
-        resize_pixels(pixels, top, bottom, left, right, mirrored, target)
-        return True
-    shrink = choose_shrink(kind, box_height, box_width, rows, columns)
-    status, planes, across, down = read_jpeg(
-        handle, data, height, width, bottom, shrink, picture[_SOUND] != 0, scratch, notes
-    )
-    if status < 0:
-        return False
-    if status == 1:
-        shrink = 1
-    resize_planes(planes, box, (height, width), shrink, across, down, status == 1, mirrored, kind, lines, target)
+    resize_pixels(pixels.reshape((height, width, 3)), top, bottom, left, right, mirrored, kind, lines, target)
     return True
 
 

@@ -22,7 +22,6 @@ TJFLAG_ACCURATEDCT = 4096
 
 # FFCV's own extension is linked against libturbojpeg, so looking a name up in it finds TurboJPEG's functions too.
 _SYMBOLS = {
-    "stl_offline_resize": _ffcv_library.resize,
     "stl_offline_tj_header": _ffcv_library.tjDecompressHeader3,
     "stl_offline_tj_decompress": _ffcv_library.tjDecompress2,
     "stl_offline_tj_planes": _ffcv_library.tjDecompressToYUVPlanes,
@@ -33,8 +32,6 @@ for _name, _function in _SYMBOLS.items():
 
 _int, _long, _ulong = types.int32, types.int64, types.uint64
 
-# resize(unused, source, rows, columns, first row, end row, first column, end column, target, rows, columns): area.
-resize_area = types.ExternalFunction("stl_offline_resize", types.void(*[_long] * 11))
 # tjDecompressHeader3(handle, jpeg, bytes, &width, &height, &subsampling, &colour space) → 0 or −1.
 tj_header = types.ExternalFunction("stl_offline_tj_header", _int(_long, _long, _ulong, _long, _long, _long, _long))
 # tjDecompress2(handle, jpeg, bytes, target, width, pitch, height, pixel format, flags) → 0 or −1.
@@ -59,6 +56,39 @@ def _atomic_add(typing_context, address, amount):
 def next_item(counter):
     """Take the next number from ``counter``, int64 (1,), shared by threads: each item goes to whoever is free."""
     return _atomic_add(np.int64(counter.ctypes.data), np.int64(1))
+
+
+_FLOAT, _LANES = ir.FloatType(), ir.VectorType(ir.FloatType(), 4)
+
+
+@intrinsic(prefer_literal=True)
+def blend_pixels(typing_context, source, weights, target, taps, onto):
+    """Write the weighted sum of the ``taps`` pixels at ``source``, or add it, to the one at ``target``; all addresses.
+
+    A pixel is three float32; taps, onto (whether to add): constants. As a loop in Python over the colours it would be
+    compiled to one number at a time. Here it is four: the fourth, which belongs to the next pixel, is made too, and
+    overwritten when that pixel's turn comes.
+    """
+
+    def generate(context, builder, signature, arguments):
+        def memory(address, offset, kind):
+            moved = builder.add(address, ir.Constant(ir.IntType(64), offset))
+            return builder.inttoptr(moved, kind.as_pointer())
+
+        nothing = ir.Constant(_LANES, ir.Undefined)
+        first = ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4)
+        result = memory(arguments[2], 0, _LANES)
+        total = builder.load(result, align=4) if onto.literal_value else None
+        for tap in range(taps.literal_value):
+            pixel = builder.load(memory(arguments[0], 12 * tap, _LANES), align=4)
+            weight = builder.load(memory(arguments[1], 4 * tap, _FLOAT), align=4)
+            one = builder.insert_element(nothing, weight, ir.Constant(ir.IntType(32), 0))
+            product = builder.fmul(pixel, builder.shuffle_vector(one, nothing, first))
+            total = product if total is None else builder.fadd(total, product)
+        builder.store(total, result, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, taps, onto), generate
 
 
 class Decompressors:

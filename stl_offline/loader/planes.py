@@ -29,21 +29,21 @@ _DOWN = np.array([1, 1, 2, 0, 2, 1])
 
 
 def scratch_bytes(height: int, width: int, stored: int) -> int:
-    """What `read_jpeg` may need for a picture of this size that takes ``stored`` bytes."""
-    return 6 * (height + 4) * (width + 4) + stored
+    """What `read_planes` and `read_rgb` may need for a picture of this size that takes ``stored`` bytes."""
+    return 3 * (height + 4) * (width + 4) + stored
 
 
 @njit(cache=True, nogil=True)
-def read_jpeg(handle, data, height, width, bottom, shrink, may_cut, scratch, notes):
-    """Decode a JPEG into planes at 1/``shrink`` of its size.
+def read_planes(handle, data, height, width, bottom, shrink, may_cut, scratch, notes):
+    """Decode a JPEG into planes of brightness and colours at 1/``shrink`` of its size.
 
-    data: uint8, the file; height, width: what it must have; shrink: 1, 2, 4 or 8, or 0 for red, green and blue to the
-    bit as Pillow has them; may_cut: the bytes are known to be sound, so that nothing below the rows above ``bottom``
-    needs to be looked at; scratch: uint8, `scratch_bytes`; notes: int64 (`NOTES_INTS`,).
+    data: uint8, the file; height, width: what it must have; shrink: 1, 2, 4 or 8; may_cut: the bytes are known to be
+    sound, so that nothing below the rows above ``bottom`` needs to be looked at; scratch: uint8, `scratch_bytes`;
+    notes: int64 (`NOTES_INTS`,).
 
-    Returns (status, planes, across, down): status 0: planes of brightness and colours, the latter ``across`` and
-    ``down`` times smaller; 1: red, green and blue at full size, whatever ``shrink``; −1: damaged, or of another size.
-    planes: three uint8 (h, w) in ``scratch``, perhaps a little larger than the picture, perhaps with fewer rows.
+    Returns (status, planes, across, down): status 0: planes, those of the colours ``across`` and ``down`` times
+    smaller; 1: nothing, because it is stored in another way, for `read_rgb`; −1: damaged, or of another size. planes:
+    three uint8 (h, w) in ``scratch``, perhaps a little larger than the picture, perhaps with fewer rows.
     """
     at = notes.ctypes.data
     nothing = scratch[:0].reshape((0, 0))
@@ -51,10 +51,10 @@ def read_jpeg(handle, data, height, width, bottom, shrink, may_cut, scratch, not
         return -1, (nothing, nothing, nothing), 1, 1
     subsampling, colour_space = notes[2], notes[3]
     across = down = 0
-    if shrink > 0 and colour_space == TJCS_YCBCR and 0 <= subsampling < len(_ACROSS):
+    if colour_space == TJCS_YCBCR and 0 <= subsampling < len(_ACROSS):
         across, down = _ACROSS[subsampling], _DOWN[subsampling]
     if across == 0:
-        return _read_interleaved(handle, data, height, width, scratch)
+        return 1, (nothing, nothing, nothing), 1, 1
     # Enlarging colours and reading between shrunk pixels look at the next row of both. Blocks are decoded whole.
     needed = bottom + 2 * down * shrink
     rows_kept = -(-needed // (8 * down)) * 8 * down
@@ -111,20 +111,34 @@ def keep_rows(data, rows, copy):
 
 
 @njit(cache=True, nogil=True)
-def _read_interleaved(handle, data, height, width, scratch):
-    """The long way: TurboJPEG makes red, green and blue of any kind of JPEG."""
-    size = 3 * height * width
-    pixels = scratch[size : 2 * size]
-    sound = _decompress(handle, data, pixels, height, width)
-    planes = read_pixels(pixels, width, 0, height, 0, width, scratch)
-    return (1 if sound else -1), planes, 1, 1
+def read_rgb(handle, data, pixels, notes):
+    """Decode a JPEG of any kind into ``pixels``, uint8 (H, W, 3); False if it is damaged or of another size.
+
+    Red, green and blue are to the bit those of Pillow.
+    """
+    height, width = pixels.shape[0], pixels.shape[1]
+    # TurboJPEG reads the whole head to tell the size, and again to decode: a thirtieth of a small picture's time.
+    if frame_size(data) != (height, width) and not _read_head(handle, data, height, width, notes):
+        return False
+    source, target = data.ctypes.data, pixels.ctypes.data
+    # −1 also for mere warnings, after which libjpeg has painted something over the damage. Packed JPEGs have none.
+    return tj_decompress(handle, source, data.size, target, width, 3 * width, height, TJPF_RGB, TJFLAG_ACCURATEDCT) == 0
 
 
 @njit(cache=True, nogil=True)
-def read_rgb(handle, data, pixels, notes):
-    """Decode a JPEG into ``pixels``, uint8 (H, W, 3), of any content; False if it is damaged or of another size."""
-    height, width = pixels.shape[0], pixels.shape[1]
-    return _read_head(handle, data, height, width, notes) and _decompress(handle, data, pixels, height, width)
+def frame_size(data):
+    """(rows, columns) as a JPEG's frame header has them; zeros where a look at the segments before it does not lead."""
+    place = 2
+    while place + 9 <= data.size and data[place] == 0xFF:
+        marker = data[place + 1]
+        # 0xC4, 0xC8 and 0xCC are Huffman tables, reserved, and settings of arithmetic coding.
+        if 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:
+            return np.int64(data[place + 5]) * 256 + data[place + 6], np.int64(data[place + 7]) * 256 + data[place + 8]
+        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or marker == 0xFF:
+            # No length follows, or pixels do, or a fill byte.
+            break
+        place += 2 + np.int64(data[place + 2]) * 256 + data[place + 3]
+    return np.int64(0), np.int64(0)
 
 
 @njit(cache=True, nogil=True)
@@ -136,26 +150,3 @@ def _read_head(handle, data, height, width, notes):
     if tj_header(handle, data.ctypes.data, data.size, at, at + 8, at + 16, at + 24) != 0:
         return False
     return notes[0] == width and notes[1] == height
-
-
-@njit(cache=True, nogil=True)
-def _decompress(handle, data, pixels, height, width):
-    source, target = data.ctypes.data, pixels.ctypes.data
-    # −1 also for mere warnings, after which libjpeg has painted something over the damage. Packed JPEGs have none.
-    return tj_decompress(handle, source, data.size, target, width, 3 * width, height, TJPF_RGB, TJFLAG_ACCURATEDCT) == 0
-
-
-@njit(cache=True, nogil=True)
-def read_pixels(pixels, width, top, bottom, left, right, scratch):
-    """A box of stored pixels, uint8 (H · W · 3,), as three planes in ``scratch``."""
-    h, w = bottom - top, right - left
-    red = scratch[: h * w].reshape((h, w))
-    green = scratch[h * w : 2 * h * w].reshape((h, w))
-    blue = scratch[2 * h * w : 3 * h * w].reshape((h, w))
-    for row in range(h):
-        line = pixels[3 * ((top + row) * width + left) : 3 * ((top + row) * width + right)]
-        for column in range(w):
-            red[row, column] = line[3 * column]
-            green[row, column] = line[3 * column + 1]
-            blue[row, column] = line[3 * column + 2]
-    return red, green, blue

@@ -20,7 +20,7 @@ from stl_offline.device import keep_freed_memory
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader.batch import ToDevice
 from stl_offline.loader.decode import ViewCrop, choose_shrink, pixel_box
-from stl_offline.loader.planes import NOTES_INTS, read_jpeg, scratch_bytes
+from stl_offline.loader.planes import NOTES_INTS, read_planes, scratch_bytes
 from stl_offline.losses import token_cross_entropy
 from stl_offline.views import CropSettings, draw_views
 
@@ -52,9 +52,9 @@ class Pictures:
             if beton.raw[sample]:
                 continue
             top, bottom, left, right, _ = pixel_box(views[sample], height, width)
-            shrink = choose_shrink(0, bottom - top, right - left, self.side, self.side)
+            shrink = max(choose_shrink(0, bottom - top, right - left, self.side, self.side), 1)
             data = self.bytes[start : start + int(beton.sizes[sample])]
-            read_jpeg(handle, data, height, width, bottom, shrink, True, self.scratch, self.notes)
+            read_planes(handle, data, height, width, bottom, shrink, True, self.scratch, self.notes)
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ from torchvision.transforms import InterpolationMode
 from stl_offline.config import INTERPOLATIONS
 from stl_offline.images.beton import BetonWriter, open_beton
 from stl_offline.images.encode import encode_image
-from stl_offline.loader.decode import choose_shrink, resize_planes
+from stl_offline.loader.decode import choose_shrink
+from stl_offline.loader.resize import line_floats, resize_pixels, resize_planes
 from stl_offline.views import whole_views
 from tests.loader.test_pixels import by_area, shown
 
@@ -32,29 +33,74 @@ def expected(pixels, size, interpolation):
 def resized(pixels, box, size, interpolation, mirrored=False):
     """A box (top, left, height, width) of uint8 (H, W, 3) by our filters: uint8 (h, w, 3)."""
     target = np.zeros((*size, 3), dtype=np.uint8)
-    planes = tuple(np.ascontiguousarray(pixels[..., channel]) for channel in range(3))
-    lines = np.zeros(2 * pixels.shape[1] + 3 * size[1] + 64, dtype=np.float32)
+    lines = np.zeros(line_floats(pixels.shape[1], size[1]), dtype=np.float32)
+    top, left, height, width = box
     kind = INTERPOLATIONS.index(interpolation)
-    box = tuple(np.float64(number) for number in box)
-    resize_planes(planes, box, pixels.shape[:2], 1, 1, 1, True, mirrored, kind, lines, target)
+    resize_pixels(pixels, top, top + height, left, left + width, mirrored, kind, lines, target)
     return target
 
 
+def resized_planes(planes, box, size, interpolation, mirrored=False):
+    """The same of three planes of Y, Cb and Cr, all of one size."""
+    target = np.zeros((*size, 3), dtype=np.uint8)
+    lines = np.zeros(line_floats(planes[0].shape[1], size[1]), dtype=np.float32)
+    box = tuple(np.float64(number) for number in box)
+    kind = INTERPOLATIONS.index(interpolation)
+    resize_planes(planes, box, planes[0].shape, 1, 1, 1, mirrored, kind, lines, target)
+    return target
+
+
+def as_red_green_blue(ycc):
+    """JFIF 1.02, section 7: float (…, 3) → float (…, 3) within 0 … 255."""
+    y, cb, cr = ycc[..., 0], ycc[..., 1] - 128, ycc[..., 2] - 128
+    return np.stack([y + 1.402 * cr, y - 0.34414 * cb - 0.71414 * cr, y + 1.772 * cb], axis=-1).clip(0, 255)
+
+
 sides = st.integers(1, 40)
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    shape=st.tuples(sides, sides), size=st.tuples(sides, sides), kind=st.sampled_from(INTERPOLATIONS), data=st.data()
+)
+def test_filters_are_those_of_torchvision_and_opencv(shape, size, kind, data):
+    top, left = (data.draw(st.integers(0, side - 1)) for side in shape)
+    height, width = (data.draw(st.integers(1, side - start)) for side, start in zip(shape, (top, left), strict=True))
+    mirrored = data.draw(st.booleans())
+    pixels = np.random.default_rng(sum(shape)).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    ours = resized(pixels, (top, left, height, width), size, kind, mirrored)
+    theirs = expected(np.ascontiguousarray(pixels[top : top + height, left : left + width]), size, kind)
+    assert np.abs(ours.astype(float) - (theirs[:, ::-1] if mirrored else theirs)).max() <= 0.51
 
 
 @settings(deadline=None, max_examples=60)
 @given(
     shape=st.tuples(sides, sides), size=st.tuples(sides, sides), kind=st.sampled_from(INTERPOLATIONS), data=st.data()
 )
-def test_filters_are_those_of_torchvision_and_opencv(shape, size, kind, data):
+def test_planes_are_filtered_before_they_are_turned_to_colours(shape, size, kind, data):
     top, left = (data.draw(st.integers(0, side - 1)) for side in shape)
     height, width = shape[0] - top, shape[1] - left
     mirrored = data.draw(st.booleans())
-    pixels = np.random.default_rng(sum(shape)).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    ours = resized(pixels, (top, left, height, width), size, kind, mirrored)
-    theirs = expected(np.ascontiguousarray(pixels[top:, left:]), size, kind)
+    # Colours near grey: where none is clipped, filters and the change of colours may be swapped.
+    pixels = np.random.default_rng(sum(shape)).integers((90, 110, 110), (170, 146, 146), (*shape, 3), dtype=np.uint8)
+    planes = tuple(np.ascontiguousarray(pixels[..., channel]) for channel in range(3))
+    ours = resized_planes(planes, (top, left, height, width), size, kind, mirrored)
+    theirs = as_red_green_blue(expected(np.ascontiguousarray(pixels[top:, left:]), size, kind))
     assert np.abs(ours.astype(float) - (theirs[:, ::-1] if mirrored else theirs)).max() <= 0.51
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (2, 3)])
+def test_the_smallest_boxes_and_the_longest_filters(interpolation, shape):
+    # One pixel out of a large box takes a filter as long as the box, and every output of a one-pixel box is that pixel.
+    pixels = np.random.default_rng(5).integers(0, 256, (61, 47, 3), dtype=np.uint8)
+    for box in ((0, 0, 61, 47), (60, 46, 1, 1), (13, 0, 1, 47), (0, 46, 61, 1)):
+        top, left, height, width = box
+        cut = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+        for mirrored in (False, True):
+            ours = resized(pixels, box, shape, interpolation, mirrored).astype(float)
+            theirs = expected(cut, shape, interpolation)
+            assert np.abs(ours - (theirs[:, ::-1] if mirrored else theirs)).max() <= 0.51
 
 
 def large_picture(number):
