@@ -63,6 +63,7 @@ class ViewCrop(Operation):
         self._broken = np.zeros(1, dtype=np.int64)
         self._content_hashes = beton.content_hashes
         self._read_before = beton.raw.copy()
+        self._unread = int(np.count_nonzero(~self._read_before))
         self._views: np.ndarray | None = None
 
     def set_views(self, views: np.ndarray) -> None:
@@ -82,11 +83,14 @@ class ViewCrop(Operation):
         After a batch, when the bytes are in memory. Those that packing had to encode are always decoded whole, since
         a warning of the decoder is the only sign of damage there.
         """
+        if not self._unread:
+            return
         for sample in ids[~self._read_before[ids]].tolist():
             start = self._table[sample, _POINTER]
             data = storage[start : start + self._table[sample, _SIZE]]
             self._table[sample, _SOUND] = xxhash.xxh3_64_intdigest(data) == self._content_hashes[sample]
             self._read_before[sample] = True
+            self._unread -= 1
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         query = AllocationQuery((*self.image_size, 3), np.dtype("u1"))
@@ -98,10 +102,12 @@ class ViewCrop(Operation):
 
         def view_crop(batch_indices, destination, _metadata, storage_state):
             counter = np.zeros(1, dtype=np.int64)
+            # Without its class, np.memmap, which numba takes long to recognise.
+            storage = np.asarray(storage_state[0])
             decode_batch(
                 batch_indices,
                 destination,
-                storage_state[0],
+                storage,
                 self._table,
                 self._views,
                 self._scratch,
@@ -112,7 +118,7 @@ class ViewCrop(Operation):
                 counter,
                 handles,
             )
-            self._look_at_bytes(batch_indices, storage_state[0])
+            self._look_at_bytes(batch_indices, storage)
             return destination
 
         return view_crop

@@ -75,15 +75,15 @@ def blend_pixels(typing_context, source, weights, target, taps, onto):
             moved = builder.add(address, ir.Constant(ir.IntType(64), offset))
             return builder.inttoptr(moved, kind.as_pointer())
 
-        nothing = ir.Constant(_LANES, ir.Undefined)
-        first = ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4)
         result = memory(arguments[2], 0, _LANES)
         total = builder.load(result, align=4) if onto.literal_value else None
+        # All weights by one load: loads are what this waits for.
+        kind = ir.VectorType(_FLOAT, taps.literal_value)
+        all_weights = builder.load(memory(arguments[1], 0, kind), align=4)
         for tap in range(taps.literal_value):
             pixel = builder.load(memory(arguments[0], 12 * tap, _LANES), align=4)
-            weight = builder.load(memory(arguments[1], 4 * tap, _FLOAT), align=4)
-            one = builder.insert_element(nothing, weight, ir.Constant(ir.IntType(32), 0))
-            product = builder.fmul(pixel, builder.shuffle_vector(one, nothing, first))
+            places = ir.Constant(ir.VectorType(ir.IntType(32), 4), [tap] * 4)
+            product = builder.fmul(pixel, builder.shuffle_vector(all_weights, ir.Constant(kind, ir.Undefined), places))
             total = product if total is None else builder.fadd(total, product)
         builder.store(total, result, align=4)
         return context.get_dummy_value()

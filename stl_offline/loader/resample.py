@@ -25,12 +25,13 @@ _EPSILON = 1e-6  # of a pixel: boxes are computed from float32 views
 def filter_weights(kind, start, length, outputs, pixels):
     """Weights along one axis for the box [start, start + length) of ``pixels`` source pixels.
 
-    Returns ``firsts`` int64 (outputs,) and ``weights`` float32 (outputs, t): output i is the sum over j of
-    ``weights[i, j]`` · source[``firsts[i]`` + j]. t is a multiple of four; rows are padded with zeros, also beyond
-    the last source pixel.
+    Returns ``firsts`` int64 (outputs,), ``weights`` float32 (outputs, t) and ``used``: output i is the sum over j of
+    ``weights[i, j]`` · source[``firsts[i]`` + j]. t is a multiple of four; no row has more than ``used`` weights, the
+    others are zeros, also beyond the last source pixel.
     """
     scale = length / outputs
     wide = max(scale, 1.0)
+    narrow = 1.0 / wide
     reach = scale / 2 if kind == AREA else wide * (1.0 if kind == BILINEAR else 2.0)
     taps = int(np.ceil(2 * reach)) + (1 if kind == AREA else 0)
     lowest = int(np.floor(start + _EPSILON))
@@ -54,12 +55,13 @@ def filter_weights(kind, start, length, outputs, pixels):
             if kind == AREA:
                 weight = min(pixel + 1.0, centre + reach) - max(pixel, centre - reach)
             else:
-                weight = _kernel(kind, (pixel + 0.5 - centre) / wide)
+                weight = _kernel(kind, (pixel + 0.5 - centre) * narrow)
             weights[output, tap] = weight
             total += weight
         if total > 0:
+            share = np.float32(1.0 / total)
             for tap in range(end - first):
-                weights[output, tap] /= np.float32(total)
+                weights[output, tap] *= share
         else:
             weights[output, 0] = 1.0
         firsts[output] = first

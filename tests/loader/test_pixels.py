@@ -7,7 +7,10 @@ import torch
 
 from stl_offline.errors import InputError
 from stl_offline.geometry import View
+from stl_offline.images.beton import BetonWriter, open_beton
+from stl_offline.images.encode import encode_image
 from stl_offline.loader.decode import pixel_box
+from stl_offline.loader.planes import frame_size
 from stl_offline.views import whole_views
 
 
@@ -70,6 +73,32 @@ def test_random_crops_are_cut_and_resized_by_area(load, beton, decoded, views, w
         assert error.max() <= (1 if beton.raw[sample] else 3.5)
         assert error.mean() < 0.5
     assert 0 < flips < len(beton)
+
+
+def test_the_size_in_a_frame_header_is_pillows(beton, decoded):
+    jpegs = [sample for sample in range(len(beton)) if not beton.raw[sample]]
+    assert len(jpegs) > 10
+    for sample in jpegs:
+        data = np.frombuffer(beton.stored_bytes(sample), dtype=np.uint8)
+        assert frame_size(data) == decoded[sample].shape[:2]
+        # What it does not understand is left to libjpeg: nothing, another start, a fill byte before a mark.
+        odd = (data[:3], np.zeros_like(data), np.insert(data, 2, 0xFF))
+        assert {frame_size(each) for each in odd} == {(0, 0)}
+
+
+def test_a_picture_with_fill_bytes_before_its_marks_is_read(load, tmp_path):
+    picture = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (40, 52, 3), dtype=np.uint8), (9, 9), 3)
+    jpeg = cv2.imencode(".jpg", picture)[1]
+    path = tmp_path / "filled.beton"
+    with open(path, "wb") as stream:
+        writer = BetonWriter(stream, 1)
+        image = encode_image(np.insert(jpeg, 2, 0xFF).tobytes())
+        assert image.as_is
+        writer.add("filled", 0, image)
+        writer.finish(("one",), {"kind": "test"})
+    filled = open_beton(path)
+    pixels = shown(load(filled, image_size=(40, 52)), whole_views(1))[0]
+    np.testing.assert_array_equal(pixels, cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[..., ::-1])
 
 
 def test_replayed_views_show_the_same_pixels(load, views):
