@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lite0 import MEAN, STD, lite0_dump
 
-from stl_offline.config import DumpConfig
 from stl_offline.dump import dump_labels
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.cache import TokenCache, build_token_cache
@@ -28,7 +28,6 @@ from stl_offline.loader import TokenLoader
 from stl_offline.targets import TokenTargets
 from stl_offline.training.label_choice import ChooseByZoom
 
-MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 CROP_SIDE, GRID, LISTED, CLASSES = 448, (14, 14), 64, 1000
 SIDES = (448, 544, 640, 768, 896)
 
@@ -46,21 +45,10 @@ def take_some(source: Path, target: Path, count: int) -> None:
 def labels_of(beton, data: Path, weights: str, out: Path, side: int, views: int = 0, flip: float = 0.0) -> TokenCache:
     """The token cache of whole pictures (views 0) or of crops, labelled at one input side."""
     folder = out / (f"crops-{side}-flip-{flip}" if views else f"whole-{side}")
+    crops = {"views": views, "flip": flip} if views else {}
     dump_labels(
-        DumpConfig(
-            data=str(data),
-            labeler="timm:tf_efficientnet_lite0",
-            labeler_checkpoint=weights,
-            labeler_by_order=True,
-            labeler_mean=MEAN,
-            labeler_std=STD,
-            img_size=side,
-            batch_size=8,
-            shards=4,
-            top_k=LISTED,
-            workers=1,
-            out=str(folder),
-            **({"views": views, "flip": flip} if views else {}),
+        lite0_dump(
+            str(data), weights, str(folder), img_size=side, batch_size=8, shards=4, top_k=LISTED, workers=1, **crops
         )
     )
     label_set = open_label_set(folder)
