@@ -20,7 +20,7 @@ from stl_offline.images.beton import Beton
 from stl_offline.loader.native import Decompressors, next_item
 from stl_offline.loader.planes import NOTES_INTS, read_planes, read_rgb, scratch_bytes
 from stl_offline.loader.resample import BILINEAR
-from stl_offline.loader.resize import line_floats, resize_pixels, resize_planes
+from stl_offline.loader.resize import line_floats, make_filters, resize_pixels, resize_planes
 
 # For the manifests of label sets: other decoders, or whole decodes, give slightly other pixels.
 DECODER = "libjpeg-turbo at a DCT scale"
@@ -49,7 +49,7 @@ class ViewCrop(Operation):
         if interpolation not in INTERPOLATIONS:
             raise InputError(f"the interpolation is one of {', '.join(INTERPOLATIONS)}; got {interpolation!r}")
         self.image_size = image_size
-        self._filter = INTERPOLATIONS.index(interpolation)
+        self._filters = make_filters(INTERPOLATIONS.index(interpolation), *image_size)
         columns = (beton.pointers, beton.sizes, beton.heights, beton.widths, beton.raw, np.zeros(len(beton)))
         self._table = np.stack([np.asarray(column, dtype=np.int64) for column in columns], axis=1)
         needed = max(scratch_bytes(*numbers) for numbers in self._table[:, [_HEIGHT, _WIDTH, _SIZE]].tolist())
@@ -113,7 +113,7 @@ class ViewCrop(Operation):
                 self._scratch,
                 self._lines,
                 self._notes,
-                self._filter,
+                self._filters,
                 self._broken,
                 counter,
                 handles,
@@ -156,10 +156,11 @@ def choose_shrink(kind, box_height, box_width, height, width):
 
 
 @njit(cache=True, nogil=True)
-def _decode_sample(data, picture, view, kind, target, scratch, lines, handle, notes):
+def _decode_sample(data, picture, view, filters, target, scratch, lines, handle, notes):
     height, width = picture[_HEIGHT], picture[_WIDTH]
     rows, columns = target.shape[0], target.shape[1]
     size = 3 * height * width
+    kind = filters[0]
     top, bottom, left, right, mirrored = pixel_box(view, height, width)
     pixels = scratch[:size]
     if picture[_RAW]:
@@ -180,12 +181,12 @@ def _decode_sample(data, picture, view, kind, target, scratch, lines, handle, no
                 return status == 0
         if not read_rgb(handle, data, pixels.reshape((height, width, 3)), notes):
             return False
-    resize_pixels(pixels.reshape((height, width, 3)), top, bottom, left, right, mirrored, kind, lines, target)
+    resize_pixels(pixels.reshape((height, width, 3)), top, bottom, left, right, mirrored, filters, lines, target)
     return True
 
 
 @njit(cache=True, nogil=True)
-def _work(ids, destination, storage, table, views, scratch, lines, notes, kind, broken, counter, handle):
+def _work(ids, destination, storage, table, views, scratch, lines, notes, filters, broken, counter, handle):
     # Pictures differ in size by a hundred times, so each worker takes the next one when it is free.
     while True:
         place = next_item(counter)
@@ -196,19 +197,19 @@ def _work(ids, destination, storage, table, views, scratch, lines, notes, kind, 
         # A slice never reaches past the file's end, whatever the table says.
         data = storage[picture[_POINTER] : picture[_POINTER] + picture[_SIZE]]
         target = destination[place]
-        if not _decode_sample(data, picture, views[sample], kind, target, scratch, lines, handle, notes):
+        if not _decode_sample(data, picture, views[sample], filters, target, scratch, lines, handle, notes):
             target[:] = 0
             broken[0] = sample + 1
 
 
 @njit(cache=True, nogil=True)
-def _decode_batch(ids, destination, storage, table, views, scratch, lines, notes, kind, broken, counter, handles):
-    _work(ids, destination, storage, table, views, scratch[0], lines[0], notes[0], kind, broken, counter, handles[0])
+def _decode_batch(ids, destination, storage, table, views, scratch, lines, notes, filters, broken, counter, handles):
+    _work(ids, destination, storage, table, views, scratch[0], lines[0], notes[0], filters, broken, counter, handles[0])
 
 
 @njit(cache=True, nogil=True, parallel=True)
 def _decode_batch_parallel(
-    ids, destination, storage, table, views, scratch, lines, notes, kind, broken, counter, handles
+    ids, destination, storage, table, views, scratch, lines, notes, filters, broken, counter, handles
 ):
     for worker in prange(len(handles)):
         _work(
@@ -220,7 +221,7 @@ def _decode_batch_parallel(
             scratch[worker],
             lines[worker],
             notes[worker],
-            kind,
+            filters,
             broken,
             counter,
             handles[worker],

@@ -19,6 +19,9 @@ from stl_offline.config import INTERPOLATIONS
 
 AREA, BILINEAR, _BICUBIC = range(len(INTERPOLATIONS))
 _EPSILON = 1e-6  # of a pixel: boxes are computed from float32 views
+# Weights are kept for boxes of at most so many pixels: larger pictures take so long that theirs cost nothing.
+_LONGEST_KEPT = 256
+_ENLARGING_TAPS = 4
 
 
 @njit(cache=True, nogil=True)
@@ -67,6 +70,30 @@ def filter_weights(kind, start, length, outputs, pixels):
         firsts[output] = first
         used = max(used, end - first)
     return firsts, weights, used
+
+
+@njit(cache=True, nogil=True)
+def enlarging_weights(kind, outputs):
+    """What `filter_weights` gives for whole pixels that are no more than the outputs, ahead of time.
+
+    Returns firsts int64 (L, outputs), weights float32 (L, outputs, 4) and used int64 (L,), by the box's length from 0
+    to L − 1; 0 is no box.
+    """
+    lengths = min(outputs, _LONGEST_KEPT) + 1
+    firsts = np.zeros((lengths, outputs), dtype=np.int64)
+    weights = np.zeros((lengths, outputs, _ENLARGING_TAPS), dtype=np.float32)
+    used = np.ones(lengths, dtype=np.int64)
+    for length in range(1, lengths):
+        firsts[length], weights[length], used[length] = filter_weights(kind, 0.0, float(length), outputs, length)
+    return firsts, weights, used
+
+
+@njit(cache=True, nogil=True)
+def kept_weights(kind, length, outputs, firsts, weights, used):
+    """`filter_weights` for ``length`` whole pixels, from the tables of `enlarging_weights` if they have it."""
+    if length < len(used):
+        return firsts[length], weights[length], used[length]
+    return filter_weights(kind, 0.0, float(length), outputs, length)
 
 
 @njit(cache=True, nogil=True)

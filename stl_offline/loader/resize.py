@@ -13,7 +13,13 @@ from stl_offline.loader.lines import (
     to_bytes,
     weighted_rows,
 )
-from stl_offline.loader.resample import filter_weights, through_shrinking, through_upsampling
+from stl_offline.loader.resample import (
+    enlarging_weights,
+    filter_weights,
+    kept_weights,
+    through_shrinking,
+    through_upsampling,
+)
 
 
 def line_floats(width: int, output_width: int) -> int:
@@ -21,17 +27,24 @@ def line_floats(width: int, output_width: int) -> int:
     return 3 * output_width + 8 * (width + 8) + LINE_SLACK
 
 
+def make_filters(kind: int, height: int, width: int) -> tuple:
+    """What resizing to H × W by a filter takes: its number, and weights along either axis that are known beforehand."""
+    down = enlarging_weights(kind, height)
+    return kind, *down, *(down if width == height else enlarging_weights(kind, width))
+
+
 @njit(cache=True, nogil=True)
-def resize_pixels(pixels, top, bottom, left, right, mirrored, kind, lines, target):
+def resize_pixels(pixels, top, bottom, left, right, mirrored, filters, lines, target):
     """Resize rows top:bottom and columns left:right of red, green and blue to fill ``target``.
 
-    pixels: uint8 (h, w, 3); kind: the filter's number; lines: float32 (`line_floats`,), finite; target: uint8
+    pixels: uint8 (h, w, 3); filters: of `make_filters`; lines: float32 (`line_floats`,), finite; target: uint8
     (H, W, 3).
     """
     rows, columns = target.shape[0], target.shape[1]
     height, width = bottom - top, right - left
-    tops, down, _ = filter_weights(kind, 0.0, height, rows, height)
-    lefts, across, used = filter_weights(kind, 0.0, width, columns, width)
+    kind = filters[0]
+    tops, down, _ = kept_weights(kind, height, rows, filters[1], filters[2], filters[3])
+    lefts, across, used = kept_weights(kind, width, columns, filters[4], filters[5], filters[6])
     box = pixels.reshape((pixels.shape[0], 3 * pixels.shape[1]))[top:bottom, 3 * left : 3 * right]
     written = target.reshape((rows, 3 * columns))
     result = lines[: 3 * columns]

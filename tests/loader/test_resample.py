@@ -16,7 +16,7 @@ from stl_offline.config import INTERPOLATIONS
 from stl_offline.images.beton import BetonWriter, open_beton
 from stl_offline.images.encode import encode_image
 from stl_offline.loader.decode import choose_shrink
-from stl_offline.loader.resize import line_floats, resize_pixels, resize_planes
+from stl_offline.loader.resize import line_floats, make_filters, resize_pixels, resize_planes
 from stl_offline.views import whole_views
 from tests.loader.test_pixels import by_area, shown
 
@@ -36,7 +36,8 @@ def resized(pixels, box, size, interpolation, mirrored=False):
     lines = np.zeros(line_floats(pixels.shape[1], size[1]), dtype=np.float32)
     top, left, height, width = box
     kind = INTERPOLATIONS.index(interpolation)
-    resize_pixels(pixels, top, top + height, left, left + width, mirrored, kind, lines, target)
+    filters = make_filters(kind, *target.shape[:2])
+    resize_pixels(pixels, top, top + height, left, left + width, mirrored, filters, lines, target)
     return target
 
 
