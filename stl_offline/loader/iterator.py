@@ -38,7 +38,9 @@ class EpochThread(EpochIterator):
         self.check = check
         self.slots = loader.batches_ahead + 2
         self.output_queue: queue.Queue = queue.Queue(loader.batches_ahead)
-        self.terminate_event = threading.Event()
+        # No Event: its lock, left behind by a signal that raises within set(), would stop the next set() for ever, and
+        # that may be __del__'s.
+        self.ended = False
         self.memory_context = loader.memory_manager.schedule_epoch(batches)
         self.memory_context.__enter__()
         self.storage_state = self.memory_context.state
@@ -63,7 +65,7 @@ class EpochThread(EpochIterator):
             self._hand_out(error)
 
     def _hand_out(self, item: Any) -> bool:
-        while not self.terminate_event.is_set():
+        while not self.ended:
             try:
                 self.output_queue.put(item, timeout=_POLL_SECONDS)
                 return True
@@ -78,7 +80,7 @@ class EpochThread(EpochIterator):
             StlError: what the loading thread raised, or `TrainingError` if it died without a word or was stopped.
         """
         while True:
-            if self.terminate_event.is_set():
+            if self.ended:
                 raise TrainingError("this epoch was ended, perhaps by a later one of the same loader: one at a time")
             try:
                 item = self.output_queue.get(timeout=_POLL_SECONDS)
@@ -95,7 +97,7 @@ class EpochThread(EpochIterator):
 
     def close(self) -> None:
         """Stop the thread and wait until it has."""
-        self.terminate_event.set()
+        self.ended = True
         if self.is_alive() and self is not threading.current_thread():
             self.join(_CLOSE_SECONDS)
             if self.is_alive():
@@ -103,7 +105,7 @@ class EpochThread(EpochIterator):
 
     def __del__(self) -> None:
         # FFCV's would close a thread that may never have started.
-        self.terminate_event.set()
+        self.ended = True
 
 
 class Epoch(Iterator):
@@ -148,4 +150,4 @@ class Epoch(Iterator):
     def __del__(self) -> None:
         # Not close(): the interpreter may be going down, and waiting here could be forever.
         if getattr(self, "_thread", None) is not None:
-            self._thread.terminate_event.set()
+            self._thread.ended = True

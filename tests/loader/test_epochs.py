@@ -1,5 +1,6 @@
 """Epochs: every sample once, odd sizes, going on in the middle, several loaders, ends before the end."""
 
+import contextlib
 import gc
 import threading
 import time
@@ -111,6 +112,24 @@ def test_leaving_early_leaves_no_thread(load, views):
     while loading_threads() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not loading_threads()
+
+
+def test_letting_an_epoch_go_waits_for_no_lock(load, views):
+    """A signal that raises while a lock is taken leaves it taken; what runs at the interpreter's end must not wait."""
+    epoch = load().epoch(0, views)
+    thread = epoch._thread
+    locks = [thread.output_queue.mutex, *(each._cond for each in vars(thread).values() if hasattr(each, "_cond"))]
+    with contextlib.ExitStack() as held:
+        for lock in locks:
+            held.enter_context(lock)
+        ends = threading.Timer(0, lambda: (epoch.__del__(), thread.__del__()))
+        ends.daemon = True
+        ends.start()
+        ends.join(10)
+        assert not ends.is_alive()
+    assert thread.ended
+    epoch.close()
+    assert not thread.is_alive()
 
 
 def test_an_epoch_ends_by_itself(load, views):
