@@ -7,7 +7,8 @@ Filters, each along one axis, s source pixels to an output pixel:
   Pillow's and torchvision's ``antialias=True``; nothing outside the box is looked at.
 
 A JPEG's colours are mostly stored at half its size. libjpeg first enlarges them (its "fancy upsampling" is a triangle,
-too), then filters; here both steps become one table of weights, so the enlarged planes are never made.
+too), then filters; down the columns both steps become one table of weights here, so the enlarged planes are never made
+(along a row colours are enlarged as they stand, `stl_offline.loader.lines`).
 
 H, W: the output's size; t: weights of an output pixel.
 """
