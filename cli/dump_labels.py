@@ -2,9 +2,9 @@
 
 import click
 
-from stl_offline.cli.options import NUMBERS, SOURCE_HELP, example, interpolation_option, machine_options, option
+from stl_offline.cli.options import NUMBERS, SOURCE_HELP, example, machine_options, option
 from stl_offline.cli.output import dump_line, estimate_lines, result_json
-from stl_offline.config import AMP_MODES, DumpConfig
+from stl_offline.config import AMP_MODES, INTERPOLATIONS, DumpConfig
 
 
 @click.command(
@@ -20,7 +20,12 @@ from stl_offline.config import AMP_MODES, DumpConfig
 @option("--labeler-mean", type=NUMBERS, metavar="R,G,B", help="Normalisation, where not as timm notes for NAME.")
 @option("--labeler-std", type=NUMBERS, metavar="R,G,B", help="Likewise.")
 @option("--out", required=True, metavar="SET", help="Folder of the label set.")
-@option("--shards", default=DumpConfig.shards, metavar="N", help="Files that the set is cut into; 0: as suits.")
+@option(
+    "--shards",
+    default=DumpConfig.shards,
+    metavar="N",
+    help="Files that the set is cut into, each by one process; 0: of some 4,000 pictures.",
+)
 @option("--top-k", default=DumpConfig.top_k, metavar="K", help="Classes stored for each token.")
 @option("--views", default=DumpConfig.views, metavar="V", help="Random crops of each picture; 0: one map of the whole.")
 @option("--img-size", default=DumpConfig.img_size, metavar="N", help="Side of the labeler's input; 0: as trained.")
@@ -28,7 +33,12 @@ from stl_offline.config import AMP_MODES, DumpConfig
 @option("--seed", default=DumpConfig.seed, metavar="N", help="Of the random crops.")
 @option("--scale-min", default=DumpConfig.scale_min, metavar="X", help="Smallest share of the area in a random crop.")
 @option("--flip", default=DumpConfig.flip, metavar="X", help="Chance that a random crop is flipped.")
-@interpolation_option
+@option(
+    "--interpolation",
+    default=DumpConfig.interpolation,
+    type=click.Choice(["auto", *INTERPOLATIONS]),
+    help="How pictures are resized; auto: as the labeler's run did, area for timm:NAME.",
+)
 @option("--format", default=DumpConfig.format, metavar="NAME", help="Container of the shards: zarr or webdataset.")
 @option(
     "--encoding", default=DumpConfig.encoding, metavar="NAME", help="Of the logits: f16 as they are, or q8, compact."

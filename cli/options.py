@@ -56,7 +56,7 @@ debug_option = option(
 
 machine_options = together(
     option("--device", default=MachineConfig.device, metavar="NAME", help="auto, cpu, cuda, cuda:1 …"),
-    option("--workers", default=MachineConfig.workers, metavar="N", help="Loading threads; 0: one for each core."),
+    option("--workers", default=MachineConfig.workers, metavar="N", help="Loading threads of a process; 0: its share of the cores."),
     debug_option,
 )
 
@@ -83,14 +83,19 @@ training_options = together(
     option("--batch-size", default=TrainConfig.batch_size, metavar="N", help="Pictures a batch and process."),
     option("--accumulate", default=TrainConfig.accumulate, metavar="N", help="Batches that make one step."),
     option("--seed", default=TrainConfig.seed, metavar="N", help="Same seed, same crops, order and draws."),
-    option("--lr", default=TrainConfig.lr, metavar="X", help="Largest learning rate; AdamW with a cosine to zero."),
+    option("--lr", default=TrainConfig.lr, metavar="X", help="Largest learning rate; AdamW with a cosine to 1e-6."),
     option(
         "--lr-batch",
         default=TrainConfig.lr_batch,
         metavar="N",
         help="Pictures a step that --lr is for: it follows their real number; 0: --lr as it is.",
     ),
-    option("--warmup-epochs", default=TrainConfig.warmup_epochs, metavar="X", help="Epochs of rising learning rate."),
+    option(
+        "--warmup-epochs",
+        default=TrainConfig.warmup_epochs,
+        metavar="X",
+        help="Epochs of rising learning rate; at most a fifth of the run.",
+    ),
     option("--weight-decay", default=TrainConfig.weight_decay, metavar="X", help="AdamW's weight decay."),
     option("--clip-grad", default=TrainConfig.clip_grad, metavar="X", help="Largest norm of the gradient; 0: any."),
     option("--ema-decay", default=TrainConfig.ema_decay, metavar="X", help="Of the averaged weights; 0: none kept."),

@@ -35,7 +35,7 @@ class MachineConfig:
     """Where a command runs. None of it changes what comes out, beyond rounding."""
 
     device: str = "auto"  # "auto" takes a GPU where there is one
-    workers: int = 0  # loading threads; 0: one for each core
+    workers: int = 0  # loading threads of a process; 0: one for each core, shared by a machine's processes
     debug: bool = False
 
 
@@ -187,7 +187,7 @@ class DumpConfig(MachineConfig):
     seed: int = 0
     scale_min: float = 0.25
     flip: float = 0.5
-    interpolation: str = "area"
+    interpolation: str = "auto"  # as the labeler's run resized its pictures; area for timm:NAME
     format: str = "zarr"
     encoding: str = "f16"
     amp: str = "none"
@@ -206,7 +206,7 @@ class DumpConfig(MachineConfig):
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require(0 < self.scale_min <= 1, f"scale-min lies in (0, 1], got {self.scale_min}")
         _require(0 <= self.flip <= 1, f"flip lies in [0, 1], got {self.flip}")
-        _choose("interpolation", self.interpolation, INTERPOLATIONS)
+        _choose("interpolation", self.interpolation, ("auto", *INTERPOLATIONS))
         _choose("amp", self.amp, AMP_MODES)
 
 

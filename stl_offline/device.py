@@ -69,7 +69,7 @@ def _bf16_is_fast(device: torch.device) -> bool:
 
 
 def pick_workers(asked: int) -> int:
-    """Loading threads: as asked, or one for each core that this process may use."""
+    """Loading threads of this process: as asked, or one for each core, shared out among torchrun's on this machine."""
     if asked < 0:
         raise InputError(f"workers must not be negative, got {asked}; 0 takes one for each core")
-    return asked or len(os.sched_getaffinity(0))
+    return asked or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -21,6 +21,7 @@ class NamedLabeler:
     weights_sha256: str
     class_names: tuple[str, ...]
     img_size: int
+    interpolation: str = "area"  # how its run resized pictures
 
 
 def find_labeler(
@@ -52,7 +53,8 @@ def find_labeler(
     model, description = load_model(spec)
     side = img_size or description.img_size
     labeler = TokenLabeler(model, name=description.model, img_size=side)
-    return NamedLabeler(labeler, description.model, weights_sha256(spec), description.class_names, side)
+    weights, seen = weights_sha256(spec), description.interpolation
+    return NamedLabeler(labeler, description.model, weights, description.class_names, side, seen)
 
 
 def _timm_side(name: str) -> int:

@@ -4,6 +4,7 @@ B: batch, N: tokens on a grid (Gh, Gw), K: classes, k: classes kept, V: views of
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -46,6 +47,9 @@ class Labelling:
             mean=config.labeler_mean,
             std=config.labeler_std,
         )
+        if config.interpolation == "auto":
+            # The set records what this came to.
+            self.config = config = replace(config, interpolation=self.named.interpolation)
         self.num_shards = config.shards or pick_shards(len(beton))
         self.spec = _make_spec(config, self.named, beton)
         self.class_map = match_classes(beton, self.named.class_names, f"the labeler {config.labeler}")

@@ -116,6 +116,9 @@ class DumpedLabels(TokenSource):
         if stage.world.is_first:
             warn_of_other_pixels(label_sets, config.interpolation)
         self.replays = [_is_replayed(label_set, config.views) for label_set in label_sets]
+        if stage.world.is_first:
+            replayed = [each for each, replay in zip(label_sets, self.replays, strict=True) if replay]
+            warn_of_other_crops(replayed, config.scale_min, config.flip)
         self.choice = choose_between(label_sets, config.labels_pick, config.labels_share, config.seed)
         self.caches = tuple(_join(label_set, stage, config, len(label_sets) > 1) for label_set in label_sets)
         self.labelled = np.stack([np.asarray(cache.labelled) > 0 for cache in self.caches])
@@ -178,6 +181,19 @@ def warn_of_other_pixels(label_sets: Sequence[LabelSet], interpolation: str) -> 
             print(
                 f"warning: {label_set.place} was labelled on pictures resized by {theirs[0]} (decoder {theirs[1]}); "
                 f"this student sees them resized by {ours[0]} (decoder {ours[1]})",
+                file=sys.stderr,
+            )
+
+
+def warn_of_other_crops(label_sets: Sequence[LabelSet], scale_min: float, flip: float) -> None:
+    """Say so, in one line a set, where a student replays crops of another distribution than its settings name."""
+    for label_set in label_sets:
+        crops = label_set.spec.views
+        if (crops["scale"], crops["flip"]) != ([scale_min, 1.0], flip):
+            print(
+                f"warning: {label_set.place} holds crops of {crops['scale']} of the area, flipped with chance "
+                f"{crops['flip']}; this student replays them: its --scale-min {scale_min:g} and --flip {flip:g} "
+                "change nothing",
                 file=sys.stderr,
             )
 

@@ -35,7 +35,8 @@ def chain(stripes, tmp_path_factory):
         )
     )
     labeler, out = str(folder / "labeler"), str(folder / "labels")
-    dump = DumpConfig(data=data, labeler=labeler, out=out, shards=1, top_k=2, interpolation="bicubic", **MACHINE)
+    # A dump resizes as its labeler's run did, without being told.
+    dump = DumpConfig(data=data, labeler=labeler, out=out, shards=1, top_k=2, **MACHINE)
     dump_labels(dump)
     return folder, dump
 
@@ -44,6 +45,7 @@ def test_the_manifest_and_the_weights_say_it(chain, tmp_path):
     folder, dump = chain
     seen = open_label_set(dump.out).spec.preprocessing
     assert (seen["interpolation"], seen["decoder"]) == ("bicubic", DECODER)
+    assert open_label_set(dump.out).spec.creation["interpolation"] == "bicubic"
     assert read_description(folder / "labeler").interpolation == "bicubic"
     by_area = replace(dump, out=str(tmp_path / "area"), interpolation="area")
     dump_labels(by_area)

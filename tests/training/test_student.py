@@ -15,8 +15,10 @@ from stl_offline.evaluate import evaluate
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.loader import TokenLoader
+from stl_offline.training.label_sources import open_labels
 from stl_offline.training.labeler import train_labeler
 from stl_offline.training.online import online_targets
+from stl_offline.training.setup import prepare
 from stl_offline.training.student import train_student
 
 
@@ -39,6 +41,17 @@ def labelled(stripes, tmp_path_factory):
     dump_labels(dump)
     dump_labels(replace(dump, out=str(folder / "views"), views=3))
     return folder, dump
+
+
+@pytest.mark.parametrize(("changes", "told"), [({}, 0), ({"scale_min": 0.08}, 1), ({"flip": 0.0}, 1)])
+def test_a_student_that_replays_crops_is_told_which_settings_have_no_say(quick, labelled, capsys, changes, told):
+    for labels, lines in (("whole", 0), ("views", told)):
+        config = StudentConfig(**quick | {"labels": str(labelled[0] / labels)} | changes)
+        capsys.readouterr()
+        open_labels(config, prepare(config, "student"))
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+        assert len(said) == lines
+        assert all("[0.25, 1.0]" in line and "change nothing" in line for line in said)
 
 
 @pytest.mark.parametrize("target", ["gumbel", "soft", "argmax"])
