@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -72,6 +72,16 @@ def run(command: Callable[[], Any], session: Session) -> int:
             line += "; run with --debug for the traceback"
         print(" ".join(line.split()), file=sys.stderr)
         return code
+
+
+def end_process(code: int) -> NoReturn:
+    """End the process with a command's exit code; at once where threads of a group that it could not leave hold it."""
+    group = sys.modules.get("stl_offline.distributed")
+    if group is not None and group.must_end_hard():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def describe(error: BaseException) -> tuple[str, int]:

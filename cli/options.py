@@ -56,7 +56,12 @@ debug_option = option(
 
 machine_options = together(
     option("--device", default=MachineConfig.device, metavar="NAME", help="auto, cpu, cuda, cuda:1 …"),
-    option("--workers", default=MachineConfig.workers, metavar="N", help="Loading threads of a process; 0: its share of the cores."),
+    option(
+        "--workers",
+        default=MachineConfig.workers,
+        metavar="N",
+        help="Loading threads of a process; 0: its share of the cores.",
+    ),
     debug_option,
 )
 

@@ -26,6 +26,16 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def _require_seed(seed: int) -> None:
+    _require(0 <= seed < 1 << 63, f"seed lies in [0, 2^63), got {seed}")
+
+
+def _require_finite(config: "MachineConfig") -> None:
+    for name, value in dataclasses.asdict(config).items():
+        fine = not isinstance(value, float) or math.isfinite(value)
+        _require(fine, f"{name.replace('_', '-')} takes a finite number, got {value}")
+
+
 def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
     _require(value in choices, f"{name} is one of {', '.join(choices)}, got {value!r}")
 
@@ -89,12 +99,15 @@ class TrainConfig(MachineConfig):
         _require(self.epochs > 0, f"epochs must be at least 1, got {self.epochs}")
         _require(self.batch_size > 0, f"batch-size must be at least 1, got {self.batch_size}")
         _require(self.accumulate > 0, f"accumulate must be at least 1, got {self.accumulate}")
+        if self.auto_augment == "none":  # what a command says to leave out a recipe's
+            object.__setattr__(self, "auto_augment", None)
+        _require_finite(self)
         _require(self.lr_batch >= 0, f"lr-batch must not be negative, got {self.lr_batch}")
         _require(self.checkpoint_every >= 0, f"checkpoint-every must not be negative, got {self.checkpoint_every}")
         _require(self.checkpoint_steps >= 0, f"checkpoint-steps must not be negative, got {self.checkpoint_steps}")
         _require(self.log_every > 0, f"log-every must be at least 1, got {self.log_every}")
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
-        _require(self.lr > 0 and math.isfinite(self.lr), f"lr must be positive, got {self.lr}")
+        _require_seed(self.seed)
+        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
         _require(self.warmup_epochs >= 0, f"warmup-epochs must not be negative, got {self.warmup_epochs}")
         _require(self.weight_decay >= 0, f"weight-decay must not be negative, got {self.weight_decay}")
         _require(self.clip_grad >= 0, f"clip-grad must not be negative, got {self.clip_grad}")
@@ -203,7 +216,7 @@ class DumpConfig(MachineConfig):
         _require(self.views >= 0, f"views must not be negative, got {self.views}")
         _require(self.img_size >= 0, f"img-size must not be negative, got {self.img_size}")
         _require(self.batch_size > 0, f"batch-size must be at least 1, got {self.batch_size}")
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require_seed(self.seed)
         _require(0 < self.scale_min <= 1, f"scale-min lies in (0, 1], got {self.scale_min}")
         _require(0 <= self.flip <= 1, f"flip lies in [0, 1], got {self.flip}")
         _choose("interpolation", self.interpolation, ("auto", *INTERPOLATIONS))

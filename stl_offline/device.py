@@ -15,12 +15,17 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" takes the first GPU where there is one; else any name torch knows ("cpu", "cuda:1", "mps").
+    """ "auto" takes a GPU where there is one; else "cpu", "cuda" or, in a job of one process, "cuda:1".
 
-    Under torchrun each process takes the GPU of its local rank.
+    Under torchrun each process takes the GPU of its local rank. A GPU becomes the current one: streams and events are
+    its own.
     """
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif name.startswith("cuda") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"{name} would be every process's; leave --device out: each takes the GPU of its local rank")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -29,6 +34,8 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"the device {name!r} cannot be used here ({reason}); try --device auto or cpu") from error
     if device.type == "cpu":
         keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

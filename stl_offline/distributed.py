@@ -50,8 +50,6 @@ def join_world(device: torch.device, backend: str | None = None) -> World:
     if size == 1:
         return World()
     if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         backend = backend or ("nccl" if device.type == "cuda" else "gloo")
         with _plain_signals():
             # nccl has no other sign of a dead process than its time limit, so that one stays as it is.
@@ -59,10 +57,35 @@ def join_world(device: torch.device, backend: str | None = None) -> World:
     return World(dist.get_rank(), size)
 
 
-def leave_world() -> None:
-    """Leave the group, so that the processes end without a warning."""
+@contextlib.contextmanager
+def leaving_world() -> Iterator[None]:
+    """Leave the group at the block's end, so that the processes end without a warning.
+
+    After a failure over nccl there is no leaving: that waits for the other processes, and they for this one. Then the
+    process has to end without it (`must_end_hard`).
+    """
+    try:
+        yield
+    except BaseException:
+        if dist.is_initialized() and dist.get_backend() != "nccl":
+            dist.destroy_process_group()
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def must_end_hard() -> bool:
+    """Whether this process failed in a group that it could not leave, whose threads would hold up its end."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def agree(values: torch.Tensor, world: World) -> bool:
+    """Whether these numbers are the same in every process of the job."""
+    if world.size == 1:
+        return True
+    both = torch.cat([values, -values])
+    _wait(dist.all_reduce(both, dist.ReduceOp.MAX, async_op=True))
+    return torch.equal(both, torch.cat([values, -values]))
 
 
 def sum_over_world(values: torch.Tensor, world: World) -> torch.Tensor:

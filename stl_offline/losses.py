@@ -74,12 +74,12 @@ class _SparseCrossEntropy(torch.autograd.Function):
         total = logits_BNK.new_zeros((), dtype=torch.float32)
         gradient_TK = None
         if ctx.needs_input_grad[0]:
-            gradient_TK = logits_BNK.new_empty(len(mass_T), classes)
-        in_place = gradient_TK is not None and gradient_TK.dtype == torch.float32
+            # Float32 whatever the logits are: half precision has no numbers as small as these, before they are scaled.
+            gradient_TK = logits_BNK.new_empty(len(mass_T), classes, dtype=torch.float32)
         for pictures, tokens, rows in _chunks(logits_BNK):
             # Where the logits are part of a larger tensor, a chunk at a time is copied, not all of them.
             part_tK = logits_BNK[pictures, tokens].reshape(-1, classes).float()
-            p_tK = torch.softmax(part_tK, dim=1, out=gradient_TK[rows] if in_place else None)
+            p_tK = torch.softmax(part_tK, dim=1, out=None if gradient_TK is None else gradient_TK[rows])
             # log Σ exp(z) = max(z) − log(max p): the exponentials are taken once, not twice.
             logsumexp_t = part_tK.amax(dim=1) - p_tK.amax(dim=1).log()
             total += torch.dot(mass_T[rows], logsumexp_t)
@@ -91,9 +91,8 @@ class _SparseCrossEntropy(torch.autograd.Function):
                 if has_even:
                     p_tK.sub_(even_T[rows, None])
                 p_tK.scatter_add_(1, safe_ids_Tm[rows], -listed_Tm[rows])
-                if not in_place:
-                    gradient_TK[rows] = p_tK
         ctx.gradient_BNK = None if gradient_TK is None else gradient_TK.view(logits_BNK.shape)
+        ctx.dtype = logits_BNK.dtype
         return total
 
     @staticmethod
@@ -102,8 +101,8 @@ class _SparseCrossEntropy(torch.autograd.Function):
             raise RuntimeError("token_cross_entropy keeps its gradient for one backward; call it again for another")
         gradient_BNK, ctx.gradient_BNK = ctx.gradient_BNK, None
         if factor.device.type != "cpu" or factor.item() != 1.0:
-            gradient_BNK.mul_(factor.to(gradient_BNK.dtype))
-        return gradient_BNK, None, None, None
+            gradient_BNK.mul_(factor)
+        return gradient_BNK.to(ctx.dtype), None, None, None
 
 
 def _chunks(logits_BNK: Tensor) -> Iterator[tuple[slice, slice, slice]]:

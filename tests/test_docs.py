@@ -1,7 +1,7 @@
 """The documentation is right: its Python runs, its commands exist with the options they are given, its links lead on.
 
 Python blocks of a page run in their order and share their names. They run in a folder that holds what the pages speak
-of: pictures/train, pictures/val, train.beton, val.beton and labels (a label set of pictures/train).
+of: pictures/train, pictures/val, train.beton, val.beton, labels (a label set of pictures/train) and runs/student.
 """
 
 import dataclasses
@@ -32,10 +32,14 @@ def relative(page: Path) -> str:
 @pytest.fixture(scope="session")
 def documented_folder(tmp_path_factory) -> Path:
     """The folder that the pages' Python runs in."""
+    import timm
+
+    from stl_offline.artifact import WEIGHTS_NAME, ModelDescription, save_model
     from stl_offline.images.beton import open_beton
     from stl_offline.images.pack import pack
     from stl_offline.images.shapes import write_shapes
     from stl_offline.labels.writer import LabelSetWriter
+    from stl_offline.models import Fan  # noqa: F401  registers the models
 
     folder = tmp_path_factory.mktemp("documented")
     write_shapes(folder / "pictures", train=20, val=10)
@@ -61,6 +65,11 @@ def documented_folder(tmp_path_factory) -> Path:
             )
             writer.write_shard(shard, arrays)
         writer.finish()
+    name = "fan_micro_4_p8_token"
+    model = timm.create_model(name, num_classes=len(beton.class_names))
+    run = folder / "runs" / "student"
+    run.mkdir(parents=True)
+    save_model(run / WEIGHTS_NAME, model.state_dict(), ModelDescription(name, beton.class_names, 64, "student"))
     return folder
 
 

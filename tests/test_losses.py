@@ -112,6 +112,22 @@ def test_low_precision_logits_are_worked_on_in_float32(dtype):
     torch.testing.assert_close(loss, token_cross_entropy(logits.detach().float(), ids, weights))
 
 
+def test_gradients_too_small_for_half_precision_come_through_the_loss_scale():
+    """Of 1,000 classes and 1,568 tokens: a probability of 1e-4 over these is less than float16 holds."""
+    generator = torch.Generator().manual_seed(1)
+    logits = (3 * torch.randn(8, 196, 1000, generator=generator)).half().requires_grad_()
+    ids, weights = torch.randint(0, 1000, (8, 196, 1), generator=generator), torch.ones(8, 196, 1)
+    scale = 65536.0
+    (token_cross_entropy(logits, ids, weights) * scale).backward()
+    exact = logits.detach().float().requires_grad_()
+    token_cross_entropy(exact, ids, weights).backward()
+    assert torch.isfinite(logits.grad).all()
+    assert float((logits.grad.float() / scale - exact.grad).norm() / exact.grad.norm()) < 1e-3
+    others = exact.grad > 0  # all but the labels' own, which are large
+    lost = (logits.grad[others] == 0).float().mean()
+    assert float(lost) < 0.01
+
+
 def test_many_classes_take_no_memory_of_their_size():
     # 21,841 classes: beside logits and gradient nothing may grow with tokens · classes.
     logits = torch.randn(2, 96, 21_841, generator=torch.Generator().manual_seed(0), requires_grad=True)

@@ -67,6 +67,17 @@ def test_tasks_run_as_their_needs_allow_and_go_on_where_they_stopped(study, tmp_
     assert sorted(started) == ["a", "b", "bad"]
 
 
+def test_a_task_that_went_on_does_not_say_how_long_it_took(study, settings, tmp_path, monkeypatch):
+    _, plan, tables = study
+    monkeypatch.setitem(plan._DO, "dump", lambda *_: {"bytes": 1000, "samples": 10})
+    task = plan.Task("labels-whole", "dump")
+    plan.run_task(settings, tmp_path, task)
+    assert plan.read_result(tmp_path, "labels-whole")["cpu_seconds"] >= 0
+    assert tables._sets(tmp_path).endswith("| whole | 1,000 | 100 | 0 |")
+    plan.run_task(settings, tmp_path, task)
+    assert tables._sets(tmp_path).endswith("| whole | 1,000 | 100 | – |")
+
+
 def result(top1, kinds, clean):
     return {
         "top1": top1,

@@ -10,7 +10,7 @@ import torch
 
 from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
-from stl_offline.distributed import World, join_world, leave_world, sum_over_world
+from stl_offline.distributed import World, join_world, leaving_world, sum_over_world
 from stl_offline.dump.job import free_bytes
 from stl_offline.dump.labelling import Labelling, pick_shards
 from stl_offline.errors import InputError
@@ -65,7 +65,7 @@ def estimate_dump(config: DumpConfig) -> DumpEstimate:
     """
     device = pick_device(config.device)
     world = join_world(device, "gloo")
-    try:
+    with leaving_world():
         packed = find_packed(config.data, skip_broken=config.skip_broken)
         if packed is not None:
             return _measure(config, packed, len(packed), 0.0, device, world)
@@ -75,8 +75,6 @@ def estimate_dump(config: DumpConfig) -> DumpEstimate:
             beton, pictures = pack_sample(config.data, most, folder, skip_broken=config.skip_broken)
             seconds = (time.perf_counter() - started) / len(beton) * pictures / len(os.sched_getaffinity(0))
             return _measure(config, beton, pictures, seconds, device, world)
-    finally:
-        leave_world()
 
 
 def _measure(

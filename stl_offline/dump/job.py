@@ -16,7 +16,7 @@ import torch
 
 from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
-from stl_offline.distributed import World, join_world, leave_world, sum_over_world, told_by_first, wait_for_world
+from stl_offline.distributed import World, join_world, leaving_world, sum_over_world, told_by_first, wait_for_world
 from stl_offline.dump.labelling import Labelling
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.spec import LabelSpec
@@ -48,7 +48,7 @@ def dump_labels(config: DumpConfig) -> DumpReport:
     device = pick_device(config.device)
     # Only words and counts go between the processes, so gloo serves on GPUs, too.
     world = join_world(device, "gloo")
-    try:
+    with leaving_world():
         labelling = Labelling(config, ensure_beton(config.data, skip_broken=config.skip_broken), device)
         started = time.perf_counter()
         with _open_together(config.out, labelling.spec, labelling.num_shards, world) as (writer, shards):
@@ -61,8 +61,6 @@ def dump_labels(config: DumpConfig) -> DumpReport:
             size = told_by_first(size if world.is_first else None, world)
         seconds = time.perf_counter() - started
         return DumpReport(str(config.out), len(labelling.beton), labelled, seconds, size, world.is_first)
-    finally:
-        leave_world()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 
 from stl_offline.errors import InputError
 from stl_offline.models.blocks import ClassBlock, FanBlock
-from stl_offline.models.layers import FourierPositions, check_divisible, recomputed
+from stl_offline.models.layers import FourierPositions, FullPrecisionLinear, check_divisible, recomputed
 from stl_offline.models.stems import ConvStem, HybridStem
 
 POOLS = ("token", "avg", "")
@@ -96,7 +96,7 @@ class Fan(nn.Module):
     def _new_head(self, device=None, dtype=None) -> nn.Module:
         if self.num_classes == 0:
             return nn.Identity()
-        return nn.Linear(self.num_features, self.num_classes, device=device, dtype=dtype)
+        return FullPrecisionLinear(self.num_features, self.num_classes, device=device, dtype=dtype)
 
     def init_weights(self) -> None:
         """Initialise as the released code does: linear truncated normal 0.02, convolutions in blocks by fan-out."""

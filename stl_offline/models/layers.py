@@ -118,6 +118,17 @@ class PointwiseConv(nn.Conv2d):
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
+class FullPrecisionLinear(nn.Linear):
+    """A linear layer that autocast leaves in its own precision: a head, whose gradients are small numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Symbolic tracing has stand-ins for tensors, and no autocast.
+        if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 def depthwise(channels: int, kernel: int, device=None, dtype=None) -> nn.Conv2d:
     """Depthwise convolution with bias that keeps the grid."""
     return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, device=device, dtype=dtype)

@@ -113,7 +113,10 @@ def _check(name: Any, value: Any, fields: dict[str, Any], where: str) -> Any:
         if kind is str and isinstance(value, str):
             return value
         if typing.get_origin(kind) is tuple and isinstance(value, list):
-            return tuple(value)
+            numbers = typing.get_args(kind)[0] is float
+            each = [_number(part) if numbers else part for part in value]
+            if all(isinstance(part, float if numbers else str) for part in each):
+                return tuple(each)
     wanted = " or ".join(_WORDS.get(kind, "a list") for kind in kinds if kind is not types.NoneType)
     raise InputError(f"{where}: {name} takes {wanted}, got {value!r}")
 

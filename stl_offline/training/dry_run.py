@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stl_offline.config import StudentConfig, TrainConfig
 from stl_offline.device import autocast, pick_device
-from stl_offline.distributed import join_world, leave_world
+from stl_offline.distributed import join_world, leaving_world
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import find_packed
 from stl_offline.images.sample import pack_sample
@@ -71,10 +71,10 @@ class DryRun:
             f"processes   {self.processes}",
             f"step        {self.step_pictures:,} pictures, learning rate up to {self.lr:g}",
             f"steps       {self.steps:,} ({self.epoch_steps:,} an epoch, the first {self.warmup:,} of them warm-up)",
-            f"speed       {rate:,.1f} pictures a second, loading and measuring not counted (from steps of "
+            f"speed       {rate:,.1f} pictures a second, loading, augmentation and measuring not counted (steps of "
             f"{self.measured} pictures)",
             f"time        {_duration(self.seconds)} of training steps",
-            f"memory      {self.memory / _GIB:.2f} GiB a process, libraries and loading not counted",
+            f"memory      {self.memory / _GIB:.2f} GiB a process, libraries, loading and an online labeler not counted",
             "nothing was written",
         ]
 
@@ -85,18 +85,15 @@ def dry_run(config: TrainConfig, stage_name: str) -> DryRun:
     Raises:
         StlError: what the run itself would raise before its first step; labels are opened, but not joined.
     """
-    with tempfile.TemporaryDirectory(prefix="stl-offline-") as folder:
-        try:
-            device = pick_device(config.device)
-            world = join_world(device)
-            train, pictures = _look(config.data, folder, config)
-            val, val_pictures = _look(config.val, folder, config) if config.val else (None, 0)
-            stage = build_stage(config, stage_name, train, val, device, world)
-            if val is not None:
-                match_classes(val, train.class_names, "the training pictures")
-            return _measure(stage, pictures, val_pictures)
-        finally:
-            leave_world()
+    with tempfile.TemporaryDirectory(prefix="stl-offline-") as folder, leaving_world():
+        device = pick_device(config.device)
+        world = join_world(device)
+        train, pictures = _look(config.data, folder, config)
+        val, val_pictures = _look(config.val, folder, config) if config.val else (None, 0)
+        stage = build_stage(config, stage_name, train, val, device, world)
+        if val is not None:
+            match_classes(val, train.class_names, "the training pictures")
+        return _measure(stage, pictures, val_pictures)
 
 
 def _look(spec: str, folder: str, config: TrainConfig) -> tuple[Beton, int]:

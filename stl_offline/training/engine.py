@@ -9,6 +9,7 @@ over all processes, so that neither parts nor processes change what is minimised
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stl_offline.artifact import ModelDescription
 from stl_offline.config import TrainConfig
-from stl_offline.distributed import World, add_up, failure_of_another, wait_for_world
+from stl_offline.distributed import World, add_up, agree, wait_for_world
 from stl_offline.errors import TrainingError
 from stl_offline.loader import Batch, TokenLoader
 from stl_offline.progress import progress_bar
@@ -65,7 +67,7 @@ class Trainer:
         plan: what each epoch shows.
         validation: a function that scores a model, or None.
         amp: the autocast type that the objective uses.
-        unused_parameters: whether the losses leave parameters without a gradient.
+        unused_parameters: whether the losses leave parameters, those of the token head, without a gradient.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, config, len(loader))
         self.average = make_average(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+        self.unused_parameters = unused_parameters
         self.parallel: DistributedDataParallel | None = None
         if world.size > 1:
             self.parallel = DistributedDataParallel(
@@ -110,21 +113,19 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.shown: StepInputs | None = None
 
-    def fit(self, state: dict[str, Any] | None) -> dict[str, Any]:
-        """Train to the end (from ``state`` on) and return the summary.
+    def fit(self) -> dict[str, Any]:
+        """Train to the end (after `restore`, from there on) and return the summary.
 
         Raises:
-            TrainingError: the loss is not finite, or another process of this job has failed.
+            TrainingError: a loss or gradient is not finite, or another process of this job has failed.
         """
-        if state is not None:
-            self._restore(state)
+        self._check_together()
         samples = len(self.loader.beton)
         total = samples * self.config.epochs
         done = min(total, samples * self.at.epoch + self.at.batch * self.loader.batch_size * self.world.size)
         with (
-            failure_of_another(self.world),
             stop_request() as stop,
-            RunWatch(self.folder.path, self.config, self.at.step, enabled=self.world.is_first) as watch,
+            RunWatch(self.folder.path, self.config, self.at, enabled=self.world.is_first) as watch,
             progress_bar(total, "training", initial=done, enabled=self.world.is_first) as bar,
         ):
             while self.at.epoch < self.config.epochs:
@@ -133,6 +134,7 @@ class Trainer:
 
     def _run_epoch(self, bar: Any, stop: StopRequest, watch: RunWatch) -> None:
         self.model.train()
+        watch.starts_epoch(self.at)
         bar.set_description(f"epoch {self.at.epoch + 1}/{self.config.epochs}")
         clock = Clock(self.at)
         saved = time.monotonic()
@@ -185,11 +187,13 @@ class Trainer:
         values = {name: number / self.world.size for name, number in zip(losses, numbers, strict=False)}
         flags = dict(zip(_FLAGS, numbers[len(losses) :], strict=True))
         if flags["not finite"]:
-            self._stop_on_loss(batch, losses, values["loss"])
+            self._stop(batch, losses, f"loss is {values['loss']}")
         self.scaler.unscale_(self.optimizer)
-        if self.config.clip_grad:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-            values["gradient_norm"] = float(norm)
+        # The same in all processes, whose gradients are means over all of them.
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
+        values["gradient_norm"] = float(norm)
+        if not (math.isfinite(values["gradient_norm"]) or self.scaler.is_enabled()):
+            self._stop(batch, losses, f"gradient's norm is {values['gradient_norm']}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.at.step += 1
@@ -215,10 +219,11 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
         return sums
 
-    def _stop_on_loss(self, batch: Batch, losses: dict[str, Tensor], loss: float) -> None:
+    def _stop(self, batch: Batch, losses: dict[str, Tensor], what: str) -> None:
+        """Stop before numbers that are not finite reach the weights, and keep what led to them."""
         parts = {name: float(value) for name, value in losses.items()}
         where = f"epoch {self.at.epoch + 1}, step {self.at.step}"
-        if np.isfinite(parts["loss"]):
+        if what.startswith("loss") and math.isfinite(parts["loss"]):
             raise TrainingError(f"the loss of another process of this job is not finite at {where}")
         samples = batch.sample_ids.tolist()
         evidence = {
@@ -232,7 +237,7 @@ class Trainer:
         name = "not-finite.json" if self.world.size == 1 else f"not-finite-rank{self.world.rank}.json"
         path = self.folder.write_evidence(name, evidence)
         raise TrainingError(
-            f"the loss is {loss} at {where}; the batch's sample ids and keys are in {path}. "
+            f"the {what} at {where}; the batch's sample ids and keys are in {path}. "
             "A smaller --lr, a longer --warmup-epochs or --clip-grad 1 often helps"
         )
 
@@ -242,6 +247,7 @@ class Trainer:
         entry |= self.means.all()
         entry |= {"seconds": at.seconds, "pictures_per_second": self.means.pictures / max(at.seconds, 1e-9)}
         entry |= {"cpu_seconds": at.cpu_seconds, "data_wait_seconds": at.waited}
+        self._average_statistics()
         last = at.epoch + 1 == self.config.epochs
         best: nn.Module | None = None
         if self.validation is not None and (last or (at.epoch + 1) % self.config.val_every == 0):
@@ -267,10 +273,21 @@ class Trainer:
         best = None
         for prefix, model in models.items():
             scores = self.validation(model)
-            entry |= {f"{prefix}{name}": getattr(scores, name) for name in ("top1", "top5", "token_top1")}
+            tokens = None if self.unused_parameters else scores.token_top1  # of a head that has learned
+            entry |= {f"{prefix}top1": scores.top1, f"{prefix}top5": scores.top5, f"{prefix}token_top1": tokens}
             if scores.top1 > self.at.best_top1:
                 self.at.best_top1, best = scores.top1, model
         return entry | {"best_top1": self.at.best_top1}, best
+
+    def _average_statistics(self) -> None:
+        """One set of batch norms' means and variances: all processes measure the model that the first one saves.
+
+        DistributedDataParallel hands out the first one's before a step, and never those of the averaged model.
+        """
+        if self.world.size > 1:
+            for model in (self.model, self.average):
+                if model is not None:
+                    distribute_bn(model, self.world.size, reduce=True)
 
     def averaged_model(self) -> nn.Module:
         """The averaged model where averaging is on, else the model itself."""
@@ -291,7 +308,8 @@ class Trainer:
             )
         wait_for_world(self.world)
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a stored state."""
         self.at, self.history = Progress(**state["at"]), state["history"]
         self.means = Means.of(state["means"])
         self.model.load_state_dict(state["model"])
@@ -299,6 +317,15 @@ class Trainer:
             self.average.module.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+    def _check_together(self) -> None:
+        """Every process goes on from the same place: one that does not see the run's folder would start anew."""
+        place = [self.at.epoch, self.at.batch, self.at.step]
+        if not agree(torch.tensor(place, dtype=torch.float64, device=self.device), self.world):
+            raise TrainingError(
+                f"the processes of this job find different states in {self.folder.path} (this one: step {place[2]}); "
+                "give a folder that all of them share, or --no-resume"
+            )
 
     def _finish(self) -> dict[str, Any]:
         last = self.history[-1]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stl_offline.augment import visible_share, warp_images
 from stl_offline.config import StudentConfig
+from stl_offline.device import autocast
 from stl_offline.errors import InputError, JoinError
 from stl_offline.labelers import NamedLabeler, find_labeler
 from stl_offline.labels.cache import TokenCache, build_token_cache
@@ -94,9 +95,10 @@ class OnlineLabels(TokenSource):
         config = self.config
         images = batch.images if batch.warps is None else warp_images(batch.images, batch.warps)
         images = _renormalise(images, self.stage, self.labeler)
-        ids, weights = online_targets(
-            self.labeler, images, config.token_target, config.columns, config.residual, random.torch
-        )
+        with autocast(self.stage.device, self.stage.amp):
+            ids, weights = online_targets(
+                self.labeler, images, config.token_target, config.columns, config.residual, random.torch
+            )
         if batch.warps is not None:
             seen = visible_share(batch.warps, self.grid, config.sampling_ratio)
             weights = weights * seen.to(weights.device)[..., None]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stl_offline.config import LabelerConfig
 from stl_offline.device import autocast
-from stl_offline.distributed import leave_world
+from stl_offline.distributed import leaving_world
 from stl_offline.loader import Batch
 from stl_offline.losses import soft_cross_entropy
 from stl_offline.mixing import mix_class_targets, mix_images
@@ -24,11 +24,9 @@ def train_labeler(config: LabelerConfig) -> dict[str, Any]:
     Raises:
         StlError: bad input, or a loss that is not finite.
     """
-    try:
+    with leaving_world():
         stage = prepare(config, "labeler")
         return stage.run(LabelerObjective(stage), stage.random_plan)
-    finally:
-        leave_world()
 
 
 class LabelerObjective:

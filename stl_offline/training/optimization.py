@@ -49,7 +49,11 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_p
 
 
 def make_average(model: nn.Module, config: TrainConfig) -> ModelEmaV3 | None:
-    """Exponential moving average of the weights. Its decay warms up, so that short runs average too."""
+    """Exponential moving average of the weights.
+
+    Its decay warms up as 1 − 9 / (9 + step), so that short runs average, too: over the last ninth of the steps so far,
+    until that is what the decay itself averages over (0.99992: after 112,500 steps).
+    """
     if not config.ema_decay:
         return None
-    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
+    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0)

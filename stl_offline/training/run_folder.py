@@ -8,10 +8,12 @@
 - ``summary.json``: the result, written last.
 """
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
-import pickle
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from stl_offline.errors import FormatError, InputError
 from stl_offline.files import atomic_path, atomic_write, canonical_json, make_folder, remove_leftovers
 
 BEST_NAME = "best.safetensors"
+LOCK_NAME = ".lock"
+# What a stored state holds.
+STATE = {"at", "means", "history", "model", "average", "optimizer", "scaler"}
 
 _PACKAGES = ("stl-offline", "torch", "torchvision", "timm", "ffcv", "numpy", "numba")
 
@@ -56,6 +61,25 @@ class RunFolder:
         self.path = Path(path)
         self._config = {"stage": stage, "settings": settings, "data": data, "versions": versions()}
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other jobs out of the folder; the kernel frees it however this process ends.
+
+        Raises:
+            InputError: another job is training there. On another machine it may not be seen.
+        """
+        make_folder(self.path)
+        with open(self.path / LOCK_NAME, "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another job is training in {self.path}; wait for it, stop it, or choose another --out"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+            yield
+
     def open(self, *, resume: bool, write: bool) -> dict[str, Any] | None:
         """Check or make the folder; give back the stored state to go on from, or None for a new start."""
         config_path = self.path / "config.json"
@@ -66,7 +90,8 @@ class RunFolder:
             return self._load_state()
         if not write:
             return None
-        if self.path.is_dir() and any(self.path.iterdir()) and not config_path.is_file():
+        foreign = [path for path in self.path.glob("*") if not path.name.startswith(".")] if self.path.is_dir() else []
+        if foreign and not config_path.is_file():
             raise InputError(f"{self.path} is not empty and holds no run; choose another --out")
         make_folder(self.path)
         for name in ("summary.json", "state.pt", "log.jsonl", "steps.jsonl", WEIGHTS_NAME, BEST_NAME):
@@ -82,7 +107,7 @@ class RunFolder:
         if not path.is_file() or not (self.path / "config.json").is_file():
             return None
         self._check_same(self.path / "config.json")
-        return json.loads(path.read_bytes())
+        return _read_object(path)
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write all that is needed to go on, whole or not at all."""
@@ -109,10 +134,7 @@ class RunFolder:
         (self.path / "state.pt").unlink(missing_ok=True)
 
     def _check_same(self, config_path: Path) -> None:
-        try:
-            stored = json.loads(config_path.read_bytes())
-        except json.JSONDecodeError as error:
-            raise FormatError(f"{config_path} is damaged ({error}); choose another --out or --no-resume") from error
+        stored = _read_object(config_path)
         changed = []
         for part in ("settings", "data"):
             changed += differences(stored.get(part, {}), json.loads(canonical_json(self._config[part])))
@@ -129,6 +151,22 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise FormatError(f"{path} is damaged ({error}); start anew with --no-resume") from error
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes make torch's unpickler raise anything
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            missing = STATE - state.keys() if isinstance(state, dict) else STATE
+            if not missing:
+                return state
+            reason = f"{', '.join(sorted(missing))} missing"
+        raise FormatError(f"{path} is damaged ({reason}); start anew with --no-resume")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise FormatError(f"{path} is damaged ({error}); choose another --out or --no-resume") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{path} is damaged (no JSON object); choose another --out or --no-resume")
+    return found

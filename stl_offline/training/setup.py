@@ -1,5 +1,6 @@
 """What both stages need before the first step: pictures, model, loaders, checks."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from stl_offline.artifact import ModelDescription
 from stl_offline.augment import Augmentation, RandAugment, RandomErase
 from stl_offline.config import TrainConfig, settings
 from stl_offline.device import pick_amp, pick_device, pick_workers
-from stl_offline.distributed import World, join_world
+from stl_offline.distributed import World, failure_of_another, join_world
 from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
@@ -23,6 +24,7 @@ from stl_offline.scoring import match_classes
 from stl_offline.training.engine import EpochPlan, Trainer, Validation
 from stl_offline.training.run_folder import RunFolder
 from stl_offline.training.steps import Objective, StepRandom
+from stl_offline.training.watch import summary_writer
 from stl_offline.views import CropSettings, center_views, draw_views
 
 # Paths may change between a command and its repetition; what they hold may not, and is compared by fingerprint.
@@ -92,22 +94,26 @@ class Stage:
         if complete is not None:
             return complete
         loader = self.train_loader(**tokens or {})
-        state = folder.open(resume=self.config.resume, write=self.world.is_first)
-        trainer = Trainer(
-            self.config,
-            folder,
-            self.model,
-            loader,
-            objective,
-            plan,
-            self.validation(),
-            self.description,
-            self.device,
-            self.world,
-            self.amp,
-            unused_parameters=labels is not None and labels["kind"] == "none",
-        )
-        return trainer.fit(state)
+        with folder.held() if self.world.is_first else contextlib.nullcontext(), failure_of_another(self.world):
+            state = folder.open(resume=self.config.resume, write=self.world.is_first)
+            trainer = Trainer(
+                self.config,
+                folder,
+                self.model,
+                loader,
+                objective,
+                plan,
+                self.validation(),
+                self.description,
+                self.device,
+                self.world,
+                self.amp,
+                unused_parameters=labels is not None and labels["kind"] == "none",
+            )
+            if state is not None:
+                trainer.restore(state)
+            del state  # as large as the model, its average and the optimiser
+            return trainer.fit()
 
     def train_loader(self, **tokens: Any) -> TokenLoader:
         """Batches of a whole step's pictures of this process."""
@@ -171,6 +177,8 @@ def prepare(config: TrainConfig, stage: str) -> Stage:
     """
     if config.auto_augment:
         RandAugment.parse(config.auto_augment)  # before the pictures are packed
+    if config.tensorboard:
+        summary_writer()
     token_model_name(config.model)
     device = pick_device(config.device)
     world = join_world(device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stl_offline.config import StudentConfig
 from stl_offline.device import autocast
-from stl_offline.distributed import leave_world
+from stl_offline.distributed import leaving_world
 from stl_offline.loader import Batch
 from stl_offline.losses import soft_cross_entropy, token_cross_entropy
 from stl_offline.mixing import mix_class_targets, mix_images, mix_token_targets
@@ -25,12 +25,10 @@ def train_student(config: StudentConfig) -> dict[str, Any]:
     Raises:
         StlError: bad input, labels that do not belong to the pictures, or a loss that is not finite.
     """
-    try:
+    with leaving_world():
         stage = prepare(config, "student")
         source = open_labels(config, stage)
         return stage.run(StudentObjective(stage, source), source.plan, source.identity(), source.loader_arguments())
-    finally:
-        leave_world()
 
 
 class StudentObjective:

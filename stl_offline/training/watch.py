@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stl_offline.config import TrainConfig
 from stl_offline.errors import MissingExtraError
 from stl_offline.files import atomic_write
+from stl_offline.training.place import Progress
 from stl_offline.training.steps import StepInputs
 
 STEPS_NAME = "steps.jsonl"
@@ -64,15 +65,15 @@ class RunWatch:
 
     PICTURES = 8  # shown of an epoch
 
-    def __init__(self, folder: Path, config: TrainConfig, step: int, *, enabled: bool) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, at: Progress, *, enabled: bool) -> None:
         self.config, self.enabled = config, enabled
         self.path = folder / STEPS_NAME
         self.board = None
-        self.since, self.pictures, self.waited = time.perf_counter(), 0, 0.0
+        self.starts_epoch(at)
         if enabled:
-            _cut_after(self.path, step)
+            _cut_after(self.path, at.step)
             if config.tensorboard:
-                self.board = _summary_writer()(str(folder / BOARD_NAME), purge_step=step + 1)
+                self.board = summary_writer()(str(folder / BOARD_NAME), purge_step=at.step + 1)
 
     def __enter__(self) -> "RunWatch":
         return self
@@ -81,17 +82,22 @@ class RunWatch:
         if self.board is not None:
             self.board.close()
 
-    def step(self, at: Any, lr: float, values: dict[str, float], pictures: int) -> None:
+    def starts_epoch(self, at: Progress) -> None:
+        """Count from here: neither what lies between two epochs nor what an earlier process did is a step's."""
+        self.since, self.pictures, self.waited = time.perf_counter(), 0, at.waited
+
+    def step(self, at: Progress, lr: float, values: dict[str, float], pictures: int) -> None:
         """Called after every step; writes after every ``log_every``-th."""
         self.pictures += pictures
         if not self.enabled or at.step % self.config.log_every:
             return
         now = time.perf_counter()
-        # An epoch's waiting starts from zero again.
-        waited = at.waited - self.waited if at.waited >= self.waited else at.waited
         shown = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = {"epoch": at.epoch + 1, "step": at.step, "lr": lr} | shown
-        line |= {"pictures_per_second": self.pictures / (now - self.since), "data_wait_seconds": waited}
+        line |= {
+            "pictures_per_second": self.pictures / (now - self.since),
+            "data_wait_seconds": at.waited - self.waited,
+        }
         self.since, self.pictures, self.waited = now, 0, at.waited
         with open(self.path, "a") as stream:
             stream.write(json.dumps(line, sort_keys=True) + "\n")
@@ -114,7 +120,8 @@ class RunWatch:
                     self.board.add_scalar(f"{group}/{name}", value, step)
 
 
-def _summary_writer() -> type:
+def summary_writer() -> type:
+    """TensorBoard's writer; `MissingExtraError` where it is not installed."""
     try:
         return importlib.import_module("torch.utils.tensorboard").SummaryWriter
     except ImportError as error:

@@ -95,9 +95,14 @@ def make_tasks(study: Study) -> list[Task]:
 
 def run_task(study: Study, folder: Path, task: Task) -> None:
     """Do one task and keep its result; every part of it goes on where an earlier process was stopped."""
+    begun = folder / "begun" / task.name
+    goes_on = begun.exists()
+    atomic_write(begun, b"")
     started, cpu_started = time.perf_counter(), time.process_time()
     result = _DO[task.kind](study, folder, task)
-    result |= {"wall_seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
+    seconds = {"wall_seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
+    # What an earlier process did is not counted here; a run's own log counts all of its steps.
+    result |= dict.fromkeys(seconds) if goes_on else seconds
     atomic_write(result_path(folder, task.name), canonical_json(result))
 
 

@@ -143,7 +143,8 @@ def _sets(folder: Path) -> str:
         result = read_result(folder, f"labels-{name}")
         if result:
             each = result["bytes"] / result["samples"]
-            rows.append([name, f"{result['bytes']:,}", f"{each:,.0f}", f"{result['cpu_seconds']:,.0f}"])
+            seconds = DASH if result["cpu_seconds"] is None else f"{result['cpu_seconds']:,.0f}"
+            rows.append([name, f"{result['bytes']:,}", f"{each:,.0f}", seconds])
     return _table(["label set", "bytes", "bytes a picture", "CPU s"], rows) if rows else ""
 
 

@@ -87,6 +87,9 @@ class TestMistakes:
     def test_settings_that_cannot_be(self, capsys, tmp_path, stripes):
         assert "epochs" in self.train(capsys, tmp_path, stripes[0], "--epochs", "0")
         assert "device" in self.train(capsys, tmp_path, stripes[0], "--device", "toaster")
+        assert "seed" in self.train(capsys, tmp_path, stripes[0], "--seed", 1 << 64)
+        assert "clip-grad" in self.train(capsys, tmp_path, stripes[0], "--clip-grad", "inf")
+        assert "warmup-epochs" in self.train(capsys, tmp_path, stripes[0], "--warmup-epochs", "nan")
 
     def test_a_target_that_cannot_be_written(self, capsys, tmp_path, stripes):
         (tmp_path / "file").write_text("")

@@ -79,5 +79,5 @@ def test_a_student_that_sees_other_pixels_is_told_so(chain, tmp_path, capsys, in
 
 
 def test_an_unknown_one_is_refused():
-    with pytest.raises(InputError, match="interpolation is one of area, bilinear, bicubic, got 'nearest'"):
+    with pytest.raises(InputError, match="interpolation is one of auto, area, bilinear, bicubic, got 'nearest'"):
         DumpConfig(data="x", labeler="y", out="z", interpolation="nearest")

@@ -1,6 +1,7 @@
 """Stage 1: it learns, describes itself, goes on where it stopped, and stops where it must."""
 
 import json
+import pickle
 import signal
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import torch
 
 from stl_offline.artifact import load_model, read_description
 from stl_offline.config import LabelerConfig
-from stl_offline.errors import InputError, JoinError, TrainingError
+from stl_offline.errors import FormatError, InputError, JoinError, TrainingError
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader.order import shuffled
 from stl_offline.training.labeler import LabelerObjective, train_labeler
+from stl_offline.training.setup import prepare
 
 
 def weights(run):
@@ -115,6 +117,65 @@ def test_a_loss_that_is_not_finite_stops_the_run(quick, monkeypatch):
     assert evidence["sample_ids"] == third.tolist()
     assert evidence["keys"] == [beton.keys[sample] for sample in third]
     assert not (Path(quick["out"]) / "state.pt").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(quick, monkeypatch):
+    """Of a loss that is finite: √0 adds nothing, but its slope is infinite."""
+    original = LabelerObjective.losses
+    calls = 0
+
+    def fail_in_the_third_step(*arguments):
+        nonlocal calls
+        calls += 1
+        losses = original(*arguments)
+        return losses | {"loss": losses["loss"] + (losses["loss"] * 0).sqrt()} if calls == 3 else losses
+
+    monkeypatch.setattr(LabelerObjective, "losses", fail_in_the_third_step)
+    with pytest.raises(TrainingError, match=r"the gradient's norm is nan at epoch 1, step 2; .*not-finite\.json"):
+        train_labeler(LabelerConfig(**quick))
+    evidence = json.loads((Path(quick["out"]) / "not-finite.json").read_text())
+    beton = ensure_beton(quick["data"])
+    assert evidence["sample_ids"] == shuffled(quick["seed"], 0, len(beton))[40:].tolist()
+    assert not (Path(quick["out"]) / "weights.safetensors").exists()
+
+
+def test_a_folder_that_another_job_trains_in_is_refused(quick):
+    config = LabelerConfig(**quick)
+    with (
+        prepare(config, "labeler").run_folder().held(),
+        pytest.raises(InputError, match="another job is training in .*run; wait for it"),
+    ):
+        train_labeler(config)
+    assert train_labeler(config)["epochs"] == 2
+
+
+def test_a_start_that_was_killed_at_once_is_no_foreign_folder(quick):
+    Path(quick["out"]).mkdir()
+    (Path(quick["out"]) / ".config.json.1234.abcd.tmp").write_text("{")
+    assert train_labeler(LabelerConfig(**quick | {"epochs": 1}))["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"[]"),
+        ("summary.json", b'{"epochs": 2'),
+        ("state.pt", b"PK\3\4 and no more"),
+        ("state.pt", pickle.dumps({"at": 1})),
+        ("state.pt", None),
+    ],
+)
+def test_a_damaged_run_says_so(quick, name, content):
+    train_labeler(LabelerConfig(**quick))
+    path = Path(quick["out"]) / name
+    if name == "state.pt":
+        (Path(quick["out"]) / "summary.json").unlink()
+    if content is None:
+        torch.save({"at": {}, "model": {}}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(FormatError, match=rf"{name} is damaged .*--no-resume"):
+        train_labeler(LabelerConfig(**quick))
 
 
 def test_validation_of_other_classes_is_refused(quick, tmp_path, make_stripes):

@@ -9,8 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from stl_offline.config import DumpConfig, LabelerConfig, StudentConfig
+from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, StudentConfig
 from stl_offline.dump import dump_labels
+from stl_offline.evaluate import evaluate
 from stl_offline.training.labeler import train_labeler
 from stl_offline.training.student import train_student
 from tests.training.torchrun import torchrun
@@ -55,6 +56,20 @@ def test_two_processes_learn_as_one_with_their_joint_batch(quick, labels, tmp_pa
         assert together["top1"] == pytest.approx(alone["top1"], abs=1.01 / 18)
 
 
+def test_what_is_measured_is_what_is_saved(quick, labels, tmp_path):
+    """Without --sync-bn each process's batch norms, and averages of them, have seen other pictures."""
+    words = command(quick, labels, tmp_path / "run", "--batch-size", 5)
+    words.remove("--sync-bn")
+    job = torchrun(*words)
+    said, _ = job.communicate(timeout=200)
+    assert job.returncode == 0, said
+    (entry,) = log(tmp_path / "run")[-1:]
+    scores = evaluate(
+        EvaluateConfig(data=quick["val"], checkpoint=str(tmp_path / "run"), batch_size=9, workers=1, device="cpu")
+    )
+    assert (scores["top1"], scores["token_top1"]) == (entry["top1"], entry["token_top1"])
+
+
 def test_one_that_fails_ends_all(quick, labels, tmp_path):
     started = time.monotonic()
     job = torchrun(*command(quick, labels, tmp_path / "run", "--batch-size", 5), module="tests.training.torchrun")
@@ -82,6 +97,10 @@ def test_a_job_that_is_asked_to_stop_goes_on_to_the_same_weights(quick, labels, 
     job.communicate(timeout=200)
     assert job.returncode != 0
     assert (tmp_path / "stopped" / "state.pt").exists()
+    blind = torchrun(*command(quick, labels, tmp_path / "stopped", *more), module="tests.training.torchrun", blind=True)
+    said, _ = blind.communicate(timeout=200)
+    assert blind.returncode != 0
+    assert "the processes of this job find different states" in said
     again = torchrun(*command(quick, labels, tmp_path / "stopped", *more))
     said, _ = again.communicate(timeout=300)
     assert again.returncode == 0, said

@@ -1,13 +1,14 @@
 """Recipes: the published settings, what wins over what, and mistakes in one line."""
 
 import pytest
+from torch import nn
 
 from stl_offline.cli.main import main
 from stl_offline.config import LabelerConfig, StudentConfig
 from stl_offline.errors import InputError
 from stl_offline.models import VARIANTS
 from stl_offline.recipes import recipe_names, resolve
-from stl_offline.training.optimization import learning_rate
+from stl_offline.training.optimization import learning_rate, make_average
 
 PLACES = {"data": "pictures", "out": "run"}
 
@@ -98,3 +99,17 @@ def test_an_unknown_name_on_the_command_line(capsys, tmp_path):
     error = capsys.readouterr().err
     assert "did you mean 'fan-tiny'?" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_averages_reach_the_recipes_decay(name):
+    """ImageNet's 1,281,167 pictures; and a short run averages over a ninth of its steps."""
+    config = resolve(LabelerConfig, name, PLACES)
+    average = make_average(nn.Linear(1, 1), config)
+    steps = config.epochs * (1_281_167 // config.lr_batch)
+    assert average.get_decay(steps) == average.get_decay(112_500 * 2) == 0.99992
+    assert average.get_decay(1 + 900) == pytest.approx(1 - 9 / 909)
+
+
+def test_a_recipes_augmentation_can_be_left_out():
+    assert resolve(LabelerConfig, "fan-tiny", PLACES | {"auto_augment": "none"}).auto_augment is None

@@ -16,8 +16,10 @@ from stl_offline.evaluate import evaluate
 from stl_offline.training import engine
 from stl_offline.training.labeler import train_labeler
 from stl_offline.training.optimization import make_optimizer
+from stl_offline.training.place import Progress
 from stl_offline.training.steps import Share, StepInputs, token_scores
 from stl_offline.training.student import train_student
+from stl_offline.training.watch import RunWatch
 
 
 def log(run):
@@ -161,6 +163,33 @@ def test_tensorboard_shows_scalars_and_pictures(quick):
     pictures = events.Images("predictions")
     assert [event.step for event in pictures] == [1, 2]
     assert (pictures[0].height, pictures[0].width) == (32, 32 * min(8, 5))
+
+
+def test_lines_count_from_where_an_epoch_starts(tmp_path):
+    """Neither the waiting before a kill nor what lies between two epochs is the next line's."""
+    at = Progress(epoch=1, batch=7, step=20, waited=50.0)
+    with RunWatch(tmp_path, LabelerConfig(data="x", out="y", log_every=3), at, enabled=True) as watch:
+        watch.starts_epoch(at)
+        for step in (21, 22, 23, 24):
+            at.step, at.waited = step, at.waited + 1.0
+            watch.step(at, 0.1, {"loss": 1.0}, 10)
+        at = Progress(epoch=2, step=24)
+        watch.starts_epoch(at)
+        at.step, at.waited = 27, 0.25
+        watch.step(at, 0.1, {"loss": float("nan")}, 10)
+    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [line["data_wait_seconds"] for line in lines] == [1.0, 3.0, 0.25]
+    assert [line["step"] for line in lines] == [21, 24, 27]
+    assert lines[2]["loss"] is None
+
+
+def test_heads_stay_in_float32_under_autocast():
+    model = timm.create_model("fan_micro_4_p8_token", num_classes=5, img_size=32)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(images)
+    assert [logits.dtype for logits in found] == [torch.float32] * 2
+    assert [logits.dtype for logits in model.bfloat16()(images.bfloat16())] == [torch.bfloat16] * 2
 
 
 def test_a_model_that_is_compiled_learns_the_same(quick, tmp_path, monkeypatch):

@@ -82,6 +82,7 @@ def test_no_labels_train_the_same_model(quick):
     entry = json.loads((Path(quick["out"]) / "log.jsonl").read_text().splitlines()[-1])
     assert entry["loss"] == entry["class_loss"]
     assert "token_loss" not in entry
+    assert entry["token_top1"] is None  # of a head that nothing taught
 
 
 def test_online_draws_follow_the_labelers_softmax():
