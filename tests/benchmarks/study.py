@@ -7,7 +7,8 @@
 It trains a labeler, dumps its labels in several ways, trains a student from each (fan_micro_4_p8, 64 px) and scores
 them on clean and on corrupted validation pictures. ``--jobs`` tasks run side by side, each a process with one thread.
 Every task's result is kept; stopped in any way, the same command goes on where it stopped. ``--only`` runs the tasks
-whose names match, and what these need. The second form writes the tables and plots of what is there.
+whose names match, and what these need. The second form writes the tables and plots of what is there, and
+its raw results.
 """
 
 import argparse

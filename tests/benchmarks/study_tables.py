@@ -1,7 +1,9 @@
 """The study's tables and plots, from whatever results a folder holds."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ LABELS = {
 
 
 def write_report(folder: Path, study: Study, out: Path) -> None:
-    """Write ``study.md``, ``study-curves.png`` and ``study-corruptions.png``."""
+    """Write ``study.md``, ``study-curves.png``, ``study-corruptions.png``; and ``study.json``, all results behind them."""
     runs = {arm: _results(folder, arm, study.seeds) for arm in ARMS}
     runs = {arm: results for arm, results in runs.items() if results}
     labeler = read_result(folder, "labeler")
@@ -42,9 +44,21 @@ def write_report(folder: Path, study: Study, out: Path) -> None:
     ]
     out.mkdir(parents=True, exist_ok=True)
     (out / "study.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    results = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
+    settings = {name: value for name, value in asdict(study).items() if name not in ("train", "val", "boxes")}
+    (out / "study.json").write_text(json.dumps({"settings": settings, "results": _rounded(results)}, sort_keys=True))
     if runs:
         _plot_curves(runs, labeler, out / "study-curves.png")
         _plot_corruptions(runs, out / "study-corruptions.png")
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to five digits, which is more than they mean."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _results(folder: Path, arm: str, seeds: int) -> list[dict[str, Any]]:
