@@ -30,7 +30,7 @@ LABELS = {
 
 
 def write_report(folder: Path, study: Study, out: Path) -> None:
-    """Write ``study.md``, ``study-curves.png``, ``study-corruptions.png``; and ``study.json``, all results behind them."""
+    """Write ``study.md``, ``study-curves.png``, ``study-corruptions.png`` and ``study.json``: all results."""
     runs = {arm: _results(folder, arm, study.seeds) for arm in ARMS}
     runs = {arm: results for arm, results in runs.items() if results}
     labeler = read_result(folder, "labeler")
