@@ -118,12 +118,17 @@ class PointwiseConv(nn.Conv2d):
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
+def _is_autocast(x: torch.Tensor) -> bool:
+    # Symbolic tracing has stand-ins for tensors; the meta device knows no autocast.
+    device = x.device.type if isinstance(x, torch.Tensor) else "meta"
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 class FullPrecisionLinear(nn.Linear):
     """A linear layer that autocast leaves in its own precision: a head, whose gradients are small numbers."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Symbolic tracing has stand-ins for tensors, and no autocast.
-        if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
+        if not _is_autocast(x):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))
