@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from stl_offline.config import StudentConfig
-from stl_offline.distributed import leave_world
 from stl_offline.loader import TokenLoader
 from stl_offline.training import setup
 from stl_offline.training.student import train_student
@@ -53,7 +52,6 @@ def main() -> None:
     setup.TokenLoader = NotedLoader
     epochs = train(pictures, labels, str(Path(folder) / "run"), 4)
     (Path(folder) / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(epochs))
-    leave_world()
 
 
 if __name__ == "__main__":
