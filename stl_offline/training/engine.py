@@ -187,6 +187,8 @@ class Trainer:
         values = {name: number / self.world.size for name, number in zip(losses, numbers, strict=False)}
         flags = dict(zip(_FLAGS, numbers[len(losses) :], strict=True))
         if flags["not finite"]:
+            if torch.isfinite(losses["loss"]):
+                raise TrainingError(f"the loss of another process of this job is not finite at {self._where()}")
             self._stop(batch, losses, f"loss is {values['loss']}")
         self.scaler.unscale_(self.optimizer)
         # The same in all processes, whose gradients are means over all of them.
@@ -222,9 +224,6 @@ class Trainer:
     def _stop(self, batch: Batch, losses: dict[str, Tensor], what: str) -> None:
         """Stop before numbers that are not finite reach the weights, and keep what led to them."""
         parts = {name: float(value) for name, value in losses.items()}
-        where = f"epoch {self.at.epoch + 1}, step {self.at.step}"
-        if what.startswith("loss") and math.isfinite(parts["loss"]):
-            raise TrainingError(f"the loss of another process of this job is not finite at {where}")
         samples = batch.sample_ids.tolist()
         evidence = {
             "epoch": self.at.epoch + 1,
@@ -237,9 +236,12 @@ class Trainer:
         name = "not-finite.json" if self.world.size == 1 else f"not-finite-rank{self.world.rank}.json"
         path = self.folder.write_evidence(name, evidence)
         raise TrainingError(
-            f"the {what} at {where}; the batch's sample ids and keys are in {path}. "
+            f"the {what} at {self._where()}; the batch's sample ids and keys are in {path}. "
             "A smaller --lr, a longer --warmup-epochs or --clip-grad 1 often helps"
         )
+
+    def _where(self) -> str:
+        return f"epoch {self.at.epoch + 1}, step {self.at.step}"
 
     def _end_epoch(self, bar: Any, watch: RunWatch) -> None:
         at = self.at
