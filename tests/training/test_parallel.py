@@ -72,7 +72,7 @@ def test_what_is_measured_is_what_is_saved(quick, labels, tmp_path):
 
 def test_one_that_fails_ends_all(quick, labels, tmp_path):
     started = time.monotonic()
-    job = torchrun(*command(quick, labels, tmp_path / "run", "--batch-size", 5), module="tests.training.torchrun")
+    job = torchrun(*command(quick, labels, tmp_path / "run", "--batch-size", 5), fault="memory")
     said, _ = job.communicate(timeout=200)
     assert job.returncode != 0
     assert "out of memory" in said
@@ -80,6 +80,18 @@ def test_one_that_fails_ends_all(quick, labels, tmp_path):
     assert "another process of this job has failed" in said or "interrupted" in said
     assert time.monotonic() - started < 150
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(quick, labels, tmp_path):
+    run = tmp_path / "run"
+    job = torchrun(*command(quick, labels, run, "--batch-size", 5), fault="nan")
+    said, _ = job.communicate(timeout=200)
+    assert job.returncode != 0
+    assert "the loss is nan at epoch 1, step 2" in said
+    evidence = json.loads((run / "not-finite-rank1.json").read_text())
+    assert len(evidence["sample_ids"]) == 5
+    assert not (run / "not-finite-rank0.json").exists()
+    assert not (run / "weights.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -97,7 +109,7 @@ def test_a_job_that_is_asked_to_stop_goes_on_to_the_same_weights(quick, labels, 
     job.communicate(timeout=200)
     assert job.returncode != 0
     assert (tmp_path / "stopped" / "state.pt").exists()
-    blind = torchrun(*command(quick, labels, tmp_path / "stopped", *more), module="tests.training.torchrun", blind=True)
+    blind = torchrun(*command(quick, labels, tmp_path / "stopped", *more), fault="blind")
     said, _ = blind.communicate(timeout=200)
     assert blind.returncode != 0
     assert "the processes of this job find different states" in said

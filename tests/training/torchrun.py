@@ -1,36 +1,46 @@
-"""Start a training command as torchrun does, in real processes; and a job whose second process fails at a step, or does
-not see the run's folder."""
+"""Start a training command as torchrun does, in real processes; and jobs whose second process has a fault."""
 
 import os
 import subprocess
 import sys
+from typing import Literal
 
 from stl_offline.cli.main import main
 from stl_offline.training.engine import Trainer
 from stl_offline.training.run_folder import RunFolder
+from stl_offline.training.student import StudentObjective
 
-BLIND = "STL_OFFLINE_TEST_BLIND"
+FAULT = "STL_OFFLINE_TEST_FAULT"
 
 
-def torchrun(
-    *arguments: object, module: str = "stl_offline.cli", processes: int = 2, blind: bool = False
-) -> subprocess.Popen:
-    """Start ``torchrun --nproc-per-node N -m MODULE ARGUMENTS…``. ``blind``: of this module, without a fault."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({BLIND: "1"} if blind else {})
+def torchrun(*arguments: object, fault: Literal["memory", "nan", "blind"] | None = None) -> subprocess.Popen:
+    """Start ``torchrun --nproc-per-node 2 -m stl_offline.cli ARGUMENTS…``, or the same through this module's faults.
+
+    fault: the second process fails for want of memory at its third step (memory), has a loss there that is not a number
+        (nan), or does not see the run's folder (blind).
+    """
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    module = "tests.training.torchrun" if fault else "stl_offline.cli"
     return subprocess.Popen(
         [*start, "-m", module, *map(str, arguments)],
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", FAULT: fault or ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def fail_at_the_third_step(self, *arguments):
+def want_memory(self, *arguments):
     if self.world.rank == 1 and self.at.step == 2:
         raise MemoryError("no memory is left on this one")
-    return original(self, *arguments)
+    return take_step(self, *arguments)
+
+
+def lose_the_loss(self, model, inputs, share):
+    found = losses(self, model, inputs, share)
+    lose_the_loss.calls += 1
+    spoilt = os.environ["RANK"] == "1" and lose_the_loss.calls == 3
+    return found | {"loss": found["loss"] * float("nan")} if spoilt else found
 
 
 def open_nothing(self, *, resume, write):
@@ -38,8 +48,12 @@ def open_nothing(self, *, resume, write):
 
 
 if __name__ == "__main__":
-    if BLIND in os.environ:
-        open_folder, RunFolder.open = RunFolder.open, open_nothing
-    else:
-        original, Trainer._take_step = Trainer._take_step, fail_at_the_third_step
+    match os.environ[FAULT]:
+        case "memory":
+            take_step, Trainer._take_step = Trainer._take_step, want_memory
+        case "nan":
+            lose_the_loss.calls = 0
+            losses, StudentObjective.losses = StudentObjective.losses, lose_the_loss
+        case "blind":
+            open_folder, RunFolder.open = RunFolder.open, open_nothing
     sys.exit(main(sys.argv[1:]))
