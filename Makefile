@@ -12,7 +12,7 @@ DEMO_OUT ?= runs/demo
 
 help:
 	@echo "make demo         train, label, train again on an embedded data set, and show what happened (5 minutes)"
-	@echo "make test         check style and run every test (10 minutes)"
+	@echo "make test         check style and run the tests (10 minutes; PYTEST_ARGS='-m slow': the slow ones)"
 	@echo "make venv         set up only; .venv/bin/stl-offline then works"
 	@echo "make format       bring the code into the project's style"
 	@echo "make constraints  write the versions in .venv to .ci/constraints.txt"

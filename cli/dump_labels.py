@@ -24,7 +24,7 @@ from stl_offline.config import AMP_MODES, INTERPOLATIONS, DumpConfig
     "--shards",
     default=DumpConfig.shards,
     metavar="N",
-    help="Files that the set is cut into, each by one process; 0: of some 4,000 pictures.",
+    help="Files that the set is cut into, each by one process; 0: of 512 to 4,096 pictures, by their number.",
 )
 @option("--top-k", default=DumpConfig.top_k, metavar="K", help="Classes stored for each token.")
 @option("--views", default=DumpConfig.views, metavar="V", help="Random crops of each picture; 0: one map of the whole.")
@@ -44,7 +44,7 @@ from stl_offline.config import AMP_MODES, INTERPOLATIONS, DumpConfig
     "--encoding", default=DumpConfig.encoding, metavar="NAME", help="Of the logits: f16 as they are, or q8, compact."
 )
 @option("--amp", default=DumpConfig.amp, type=click.Choice(AMP_MODES), help="Half precision in the trunk.")
-@option("--licence", default=DumpConfig.licence, metavar="TEXT", help="Of the labeler's weights, for the manifest.")
+@option("--licence", default=DumpConfig.licence, metavar="TEXT", help="Of the labeler's weights, for the set's card.")
 @option("--skip-broken", is_flag=True, default=DumpConfig.skip_broken, help="Leave out unreadable pictures.")
 @option("--estimate", is_flag=True, help="Only say what it would cost: label a few pictures, write nothing.")
 @option("--json", "as_json", is_flag=True, help="Print what was done, or the estimate, as JSON.")

@@ -5,10 +5,11 @@ A command's module is loaded when the command is called, and the library behind 
 """
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
-from stl_offline.cli.failures import Session, run
+from stl_offline.cli.failures import Session, end_process, run
 from stl_offline.cli.lazy import lazy_group
 
 # In the order in which the data goes: name → (module:attribute, one line of help).
@@ -52,3 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     session = Session()
     return run(lambda: group.main(arguments, prog_name="stl-offline", obj=session, standalone_mode=False), session)
+
+
+def command_line() -> NoReturn:
+    """The command ``stl-offline``: `main`, and the end of its process."""
+    end_process(main())

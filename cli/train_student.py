@@ -27,7 +27,7 @@ from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARG
     "--labels-pick",
     default=StudentConfig.labels_pick,
     type=click.Choice(LABEL_PICKS),
-    help="Of several sets: the one that fits a crop's zoom, or one drawn.",
+    help="Of several sets: the one that fits a crop's zoom, or one drawn; auto: zoom for sizes of whole pictures.",
 )
 @option(
     "--labels-share",
@@ -41,19 +41,19 @@ from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARG
     "--token-target",
     default=StudentConfig.token_target,
     type=click.Choice(TOKEN_TARGETS),
-    help="One class drawn for each token, the distribution, or its best class.",
+    help="gumbel: one class drawn for each token; soft: the distribution; argmax: its best class.",
 )
 @option(
     "--residual",
     default=StudentConfig.residual,
     type=click.Choice(RESIDUALS),
-    help="Mass outside the stored classes: no label, or spread over all classes.",
+    help="Mass outside the stored classes: no label, or spread over all classes (gumbel, soft).",
 )
 @option(
     "--views",
     default=StudentConfig.views,
     type=click.Choice(VIEW_MODES),
-    help="The crops that the labeler saw, new ones, or whichever the set has.",
+    help="auto: replay a set's crops, or draw new ones over whole pictures; random, replay: insist on one.",
 )
 @option("--columns", default=StudentConfig.columns, metavar="N", help="Classes kept for a token of a soft target.")
 @option(

@@ -15,7 +15,7 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" takes a GPU where there is one; else "cpu", "cuda" or, in a job of one process, "cuda:1".
+    """ "auto" takes a GPU where there is one; else "cpu", "cuda" or, for the only process of a machine, "cuda:1".
 
     Under torchrun each process takes the GPU of its local rank. A GPU becomes the current one: streams and events are
     its own.
@@ -24,7 +24,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    elif name.startswith("cuda") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    elif name.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise InputError(f"{name} would be every process's; leave --device out: each takes the GPU of its local rank")
     try:
         device = torch.device(name)

@@ -1,8 +1,9 @@
 """One process or many: the little of torch.distributed that training and dumping need.
 
-Under ``torchrun`` every process finds its rank in the environment; without it there is one process. Nothing here waits
-forever: a process that dies closes its connections, which ends the waiting of the others with an error; a signal to a
-process that waits ends it, too.
+Under ``torchrun`` every process finds its rank in the environment; without it there is one process. Over gloo nothing
+here waits forever: a process that dies closes its connections, which ends the waiting of the others with an error; so
+does a signal to a process that waits. Over nccl a process that waits for a dead one hears neither, and it is torchrun
+that ends it.
 """
 
 import contextlib
@@ -24,7 +25,6 @@ from stl_offline.errors import TrainingError
 _POLL_SECONDS = 0.02
 # A process with little to do may wait for the others as long as the work takes.
 _LONG = timedelta(days=30)
-_ANOTHER_FAILED = "another process of this job has failed; its own message says why"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def failure_of_another(world: World) -> Iterator[None]:
     except RuntimeError as error:
         lost = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
         if world.size > 1 and lost and not isinstance(error, TrainingError):
-            raise TrainingError(_ANOTHER_FAILED) from error
+            raise _another_failed(error) from error
         raise
 
 
@@ -151,7 +151,13 @@ def _wait(work: dist.Work) -> None:
     try:
         work.wait()
     except RuntimeError as error:
-        raise TrainingError(_ANOTHER_FAILED) from error
+        raise _another_failed(error) from error
+
+
+def _another_failed(error: RuntimeError) -> TrainingError:
+    # Where the processes cannot talk at all, none of them has a better message than torch's.
+    reason = " ".join(str(error).split())
+    return TrainingError(f"another process of this job has failed, and says why; or it was not reached: {reason[:400]}")
 
 
 @contextlib.contextmanager

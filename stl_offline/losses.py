@@ -41,8 +41,8 @@ def token_cross_entropy(
         token_weights_BNm: (B, N, m) float32, not negative.
 
     Returns:
-        A float32 scalar. No dense target is made, and backward makes the gradient of the logits and nothing else of
-        that size.
+        A float32 scalar. No dense target is made, and backward makes the gradient of the logits, in float32, and
+        nothing else of that size but, for logits of another type, its copy in theirs.
     """
     return _SparseCrossEntropy.apply(
         token_logits_BNK,

@@ -14,13 +14,13 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     for name in ("auto", "cuda"):
         assert pick_device(name) == torch.device("cuda:3")
     with pytest.raises(InputError, match="cuda:1 would be every process's; leave --device out"):
         pick_device("cuda:1")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert pick_device("cuda:1") == torch.device("cuda:1")
     assert asked == [torch.device("cuda:3")] * 2 + [torch.device("cuda:1")]
 

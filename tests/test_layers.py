@@ -27,7 +27,7 @@ LAYERS = (
 LAYER_OF = {name: number for number, row in enumerate(LAYERS) for name in row}
 
 # What a team with a training loop of its own uses: it must load where only the core is installed.
-LIGHT = ("errors", "config", "files", "progress", "geometry", "random", "views", "labels", "cli")
+LIGHT = ("errors", "config", "files", "progress", "geometry", "random", "views", "labels", "targets", "cli")
 HEAVY = ("torch", "torchvision", "ffcv", "timm", "cv2", "PIL", "safetensors", "matplotlib", "jinja2")
 
 # The name that is imported → the distribution that setup.cfg asks for, where they differ.

@@ -101,7 +101,7 @@ def test_tables_hold_means_spreads_and_differences(study, settings, tmp_path):
     assert "| no labels | 3 | 60.0 ± 10.0 | 60.0 ± 10.0 | 30.0 ± 0.0 | 50.0 ± 0.0 | 20 | – |" in text
     # √(0.1² / 3 + 0.05² / 3) = 6.5 points
     assert "| views − none | +10.0 (standard error 6.5) | +0.0 (standard error 0.0) |" in text
-    kept = json.loads((tmp_path / "out" / "study.json").read_text())
+    kept = json.loads((tmp_path / "out" / "study-results.json").read_text())
     assert kept["settings"]["epochs"] == 4
     assert kept["results"]["views-seed1"]["top1"] == 0.75
     assert (tmp_path / "out" / "study-curves.png").stat().st_size > 5000

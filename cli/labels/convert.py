@@ -16,7 +16,7 @@ from stl_offline.cli.options import example, machine_options, option
 @click.argument("out", metavar="OUT")
 @option("--format", "container", metavar="NAME", help="Container: zarr or webdataset.  [default: as it is]")
 @option("--encoding", metavar="NAME", help="f16, or q8, which is compact.  [default: as it is]")
-@option("--shards", type=int, metavar="N", help="Files of the new set.  [default: as it is]")
+@option("--shards", type=int, metavar="COUNT", help="Files of the new set.  [default: as it is]")
 @machine_options
 def convert(
     path: str, out: str, container: str | None, encoding: str | None, shards: int | None, workers: int, **_: object

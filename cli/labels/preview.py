@@ -40,7 +40,7 @@ def preview(**options: object) -> None:
     """Look at labels: a page and PNGs with their classes, confidence, draws, and what a student's crop makes of them.
 
     The page is one file that needs nothing else: pointing at a token, or going there with the keys, shows its most
-    probable classes. Only the shards that hold the chosen labels are read.
+    probable classes. Only the shards that hold the chosen labels are read (with --key, the keys of all shards).
     """
     config = PreviewConfig(**options)
     from stl_offline.reports.preview import preview_labels

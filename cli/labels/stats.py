@@ -11,7 +11,7 @@ from stl_offline.cli.options import example, machine_options, option
     epilog=example("stl-offline labels stats labels", "stl-offline labels stats labels --shards 4 --json"),
 )
 @click.argument("path", metavar="SET")
-@option("--shards", type=int, metavar="N", help="Read only N shards, spread over the set.  [default: all]")
+@option("--shards", type=int, metavar="COUNT", help="Read only so many shards, spread over the set.  [default: all]")
 @option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @machine_options
 def stats(path: str, shards: int | None, as_json: bool, workers: int, **_: object) -> None:

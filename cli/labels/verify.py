@@ -31,8 +31,9 @@ LEAST_AGREEMENT = 0.99
 def verify(path: str, recompute: int, tolerance: float, workers: int, **options: Any) -> None:
     """Read every shard: sizes, checksums, every value, keys unique in the whole set.
 
-    Every fault is a line; the exit code is 1 where there is one. --recompute also runs the labeler again on a sample,
-    under the views that the set holds, and compares (this needs the extra [train]).
+    Every fault is a line; the exit code is 1 where there is one. A store's shards are fetched anew. --recompute also
+    runs the labeler again on a sample, under the views that the set holds, and compares: probabilities within the
+    bounds of the encoding and --tolerance, and 99 % of the tokens with the same class (this needs the extra [train]).
     """
     if recompute and not (options["labeler"] and options["data"]):
         raise click.UsageError("--recompute needs --labeler and --data")

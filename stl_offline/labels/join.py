@@ -141,7 +141,9 @@ def check_class_names(labels: tuple[str, ...], pictures: tuple[str, ...]) -> Non
     if labels == pictures:
         return
     absent = sorted(set(pictures) - set(labels))
+    advice = "pack the pictures with the label set's class list (`stl-offline pack SRC DEST --classes LABELS`)"
     if absent:
+        advice = "leave these out"
         how = f"{len(absent)} of the pictures' classes are not in it ({some(len(absent), absent[:_EXAMPLES])})"
     elif len(labels) != len(pictures):
         absent = sorted(set(labels) - set(pictures))
@@ -151,7 +153,7 @@ def check_class_names(labels: tuple[str, ...], pictures: tuple[str, ...]) -> Non
         how = f"the order differs: class {place} is {labels[place]!r} there and {pictures[place]!r} here"
     raise JoinError(
         f"the label set has another class list ({len(labels)} classes, the pictures have {len(pictures)}): {how}; "
-        "pack the pictures with the label set's class list, or label them again"
+        f"{advice}, or label the pictures again"
     )
 
 

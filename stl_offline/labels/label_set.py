@@ -116,8 +116,10 @@ class LabelSet:
             raise FormatError(f"the label set {self.place} holds {len(self) - len(places)} keys twice")
         return places
 
-    def read_bytes(self, index: int, *, keep: bool = True) -> bytes:
+    def read_bytes(self, index: int, *, keep: bool = True, fresh: bool = False) -> bytes:
         """The bytes of shard ``index``, compared with its record. A store's shard is kept on this machine (``keep``).
+
+        fresh: read the store's own, whatever is kept.
 
         Raises:
             FormatError: the file is missing, has another size or another SHA-256 than the manifest says.
@@ -125,7 +127,7 @@ class LabelSet:
         """
         shard = self.shards[index]
         kept = self._kept(shard)
-        if kept is not None:
+        if kept is not None and not fresh:
             with contextlib.suppress(OSError):
                 data = kept.read_bytes()
                 if sha256_bytes(data) == shard.sha256:

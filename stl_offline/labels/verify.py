@@ -29,6 +29,8 @@ class Report:
 def verify(label_set: LabelSet, *, workers: int = 0, found: Callable[[str], None] = lambda line: None) -> Report:
     """Read every shard that is here: size, checksum, every array and value, keys unique in the whole set.
 
+    Of a store's set: what lies in the store, not what is kept of it on this machine.
+
     Args:
         workers: shards in work at a time; 0: one for each core.
         found: told of each fault as it is found.
@@ -47,7 +49,7 @@ def verify(label_set: LabelSet, *, workers: int = 0, found: Callable[[str], None
     def read(index: int) -> tuple[list[str], np.ndarray | None]:
         shard = label_set.shards[index]
         try:
-            data = label_set.read_bytes(index)
+            data = label_set.read_bytes(index, fresh=True)
             arrays = label_set.decode(index, data)
         except FormatError as error:
             return [_without_place(label_set, shard, error)], None

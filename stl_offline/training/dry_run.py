@@ -24,7 +24,7 @@ from stl_offline.labels.label_set import open_label_set
 from stl_offline.losses import soft_cross_entropy, token_cross_entropy
 from stl_offline.scoring import match_classes
 from stl_offline.training.optimization import learning_rate, make_average, make_optimizer, warmup_steps
-from stl_offline.training.setup import Stage, build_stage
+from stl_offline.training.setup import Stage, build_stage, check_early
 
 # A step is measured on as many pictures as go in about this time; one step before it, and as many more as fit.
 _SECONDS = 8.0
@@ -39,7 +39,8 @@ class DryRun:
     settings: resolved, by name; pictures, validation_pictures: of the data; parameters: of the model; tokens: its grid;
     step_pictures: of all processes in a step; steps, epoch_steps, warmup: counts; lr: the largest; picture_seconds: of
     one process, measured on ``measured`` pictures a step; seconds: of all training steps; memory: bytes of one process
-    (weights, gradients, optimiser, average, what backward needs of a batch; CUDA's peak where there is a GPU).
+    (weights, gradients, optimiser, average, an online labeler's weights, what backward needs of a batch; on a GPU with
+    the run's own batch, CUDA's peak).
     """
 
     settings: dict[str, Any]
@@ -63,6 +64,7 @@ class DryRun:
         """What is printed."""
         width = max(len(name) for name in self.settings)
         rate = self.processes / self.picture_seconds
+        exchange = ", what processes tell each other" if self.processes > 1 else ""
         return [
             *(f"{name:<{width}}  {_shown(value)}" for name, value in self.settings.items()),
             "",
@@ -71,10 +73,10 @@ class DryRun:
             f"processes   {self.processes}",
             f"step        {self.step_pictures:,} pictures, learning rate up to {self.lr:g}",
             f"steps       {self.steps:,} ({self.epoch_steps:,} an epoch, the first {self.warmup:,} of them warm-up)",
-            f"speed       {rate:,.1f} pictures a second, loading, augmentation and measuring not counted (steps of "
-            f"{self.measured} pictures)",
+            f"speed       {rate:,.1f} pictures a second (loading, augmentation, measuring{exchange} not counted; in "
+            f"steps of {self.measured} pictures)",
             f"time        {_duration(self.seconds)} of training steps",
-            f"memory      {self.memory / _GIB:.2f} GiB a process, libraries, loading and an online labeler not counted",
+            f"memory      {self.memory / _GIB:.2f} GiB a process, libraries and loading not counted",
             "nothing was written",
         ]
 
@@ -85,6 +87,7 @@ def dry_run(config: TrainConfig, stage_name: str) -> DryRun:
     Raises:
         StlError: what the run itself would raise before its first step; labels are opened, but not joined.
     """
+    check_early(config)
     with tempfile.TemporaryDirectory(prefix="stl-offline-") as folder, leaving_world():
         device = pick_device(config.device)
         world = join_world(device)
@@ -176,7 +179,7 @@ class _Stepper:
         self._wait()
         started = time.perf_counter()
         if self.labeler is not None:
-            with torch.inference_mode():
+            with torch.inference_mode(), autocast(device, stage.amp):
                 self.labeler(images)
         with counted, autocast(device, stage.amp):
             class_logits, token_logits = self.model(images)
@@ -195,9 +198,8 @@ class _Stepper:
         device, own = self.stage.device, self.stage.config.batch_size
         if device.type == "cuda" and batch == own:
             return torch.cuda.max_memory_allocated(device)
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         copies = 4 + (self.average is not None)  # weights, gradients, AdamW's two moments, the average
-        return weights * copies + self.saved * own
+        return _bytes(self.model) * copies + (_bytes(self.labeler) if self.labeler else 0) + self.saved * own
 
     def _token_loss(self, token_logits: Tensor, targets: Tensor) -> Tensor:
         if self.columns == 0:
@@ -230,6 +232,10 @@ class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
             self.seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return tensor
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _shown(value: Any) -> str:

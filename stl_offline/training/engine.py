@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stl_offline.artifact import ModelDescription
 from stl_offline.config import TrainConfig
-from stl_offline.distributed import World, add_up, agree, wait_for_world
+from stl_offline.distributed import World, add_up, wait_for_world
 from stl_offline.errors import TrainingError
 from stl_offline.loader import Batch, TokenLoader
 from stl_offline.progress import progress_bar
@@ -32,6 +32,7 @@ from stl_offline.training.interrupt import StopRequest, stop_request
 from stl_offline.training.optimization import learning_rate, make_average, make_optimizer, make_schedule
 from stl_offline.training.place import Clock, Progress
 from stl_offline.training.run_folder import RunFolder
+from stl_offline.training.same_run import check_together
 from stl_offline.training.steps import Objective, Share, StepInputs, StepRandom
 from stl_offline.training.sync_norm import share_statistics
 from stl_offline.training.watch import Means, RunWatch
@@ -117,9 +118,10 @@ class Trainer:
         """Train to the end (after `restore`, from there on) and return the summary.
 
         Raises:
-            TrainingError: a loss or gradient is not finite, or another process of this job has failed.
+            TrainingError: a loss or gradient is not finite, another process of this job has failed, or the processes
+                differ in what they train.
         """
-        self._check_together()
+        check_together(self.folder, self.at, self.device, self.world)
         samples = len(self.loader.beton)
         total = samples * self.config.epochs
         done = min(total, samples * self.at.epoch + self.at.batch * self.loader.batch_size * self.world.size)
@@ -194,7 +196,7 @@ class Trainer:
         # The same in all processes, whose gradients are means over all of them.
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
         values["gradient_norm"] = float(norm)
-        if not (math.isfinite(values["gradient_norm"]) or self.scaler.is_enabled()):
+        if not (math.isfinite(values["gradient_norm"]) or self._may_shrink()):
             self._stop(batch, losses, f"gradient's norm is {values['gradient_norm']}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -240,6 +242,10 @@ class Trainer:
             "A smaller --lr, a longer --warmup-epochs or --clip-grad 1 often helps"
         )
 
+    def _may_shrink(self) -> bool:
+        """Whether a smaller loss scale may make the gradient finite. One that is not finite at a scale of 1 is lost."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+
     def _where(self) -> str:
         return f"epoch {self.at.epoch + 1}, step {self.at.step}"
 
@@ -284,7 +290,8 @@ class Trainer:
     def _average_statistics(self) -> None:
         """One set of batch norms' means and variances: all processes measure the model that the first one saves.
 
-        DistributedDataParallel hands out the first one's before a step, and never those of the averaged model.
+        DistributedDataParallel hands out the first one's before each step, so that the others' differ by one step's; of
+        the averaged model it knows nothing.
         """
         if self.world.size > 1:
             for model in (self.model, self.average):
@@ -319,15 +326,6 @@ class Trainer:
             self.average.module.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-
-    def _check_together(self) -> None:
-        """Every process goes on from the same place: one that does not see the run's folder would start anew."""
-        place = [self.at.epoch, self.at.batch, self.at.step]
-        if not agree(torch.tensor(place, dtype=torch.float64, device=self.device), self.world):
-            raise TrainingError(
-                f"the processes of this job find different states in {self.folder.path} (this one: step {place[2]}); "
-                "give a folder that all of them share, or --no-resume"
-            )
 
     def _finish(self) -> dict[str, Any]:
         last = self.history[-1]

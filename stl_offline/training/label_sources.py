@@ -97,7 +97,13 @@ class OnlineLabels(TokenSource):
         images = _renormalise(images, self.stage, self.labeler)
         with autocast(self.stage.device, self.stage.amp):
             ids, weights = online_targets(
-                self.labeler, images, config.token_target, config.columns, config.residual, random.torch
+                self.labeler,
+                images,
+                config.token_target,
+                config.columns,
+                config.residual,
+                random.torch,
+                config.min_confidence,
             )
         if batch.warps is not None:
             seen = visible_share(batch.warps, self.grid, config.sampling_ratio)
@@ -194,8 +200,8 @@ def warn_of_other_crops(label_sets: Sequence[LabelSet], scale_min: float, flip: 
         if (crops["scale"], crops["flip"]) != ([scale_min, 1.0], flip):
             print(
                 f"warning: {label_set.place} holds crops of {crops['scale']} of the area, flipped with chance "
-                f"{crops['flip']}; this student replays them: its --scale-min {scale_min:g} and --flip {flip:g} "
-                "change nothing",
+                f"{crops['flip']}, and this student replays them: its --scale-min {scale_min:g} and --flip {flip:g} "
+                "have no say in pictures that read this set",
                 file=sys.stderr,
             )
 

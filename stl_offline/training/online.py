@@ -17,7 +17,13 @@ class Labeler(Protocol):
 
 @torch.no_grad()
 def online_targets(
-    labeler: Labeler, images: Tensor, kind: str, columns: int, residual: str, generator: torch.Generator
+    labeler: Labeler,
+    images: Tensor,
+    kind: str,
+    columns: int,
+    residual: str,
+    generator: torch.Generator,
+    min_confidence: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Token targets straight from the labeler's logits: ids and weights (B, N, m).
 
@@ -26,18 +32,27 @@ def online_targets(
         kind: "gumbel" (one class drawn from each token's softmax: the hard Gumbel-softmax at tau 1), "soft" (the
             ``columns`` best classes; the rest by ``residual``) or "argmax".
         generator: on the CPU.
+        min_confidence: tokens whose likeliest class is less probable weigh nothing.
     """
-    logits = labeler(images)[1].float()
+    probabilities = labeler(images)[1].float().softmax(dim=-1)
+    ids, weights = _targets(probabilities, kind, columns, residual, generator)
+    if min_confidence > 0:
+        weights = weights * (probabilities.amax(dim=-1, keepdim=True) >= min_confidence)
+    return ids, weights
+
+
+def _targets(
+    probabilities: Tensor, kind: str, columns: int, residual: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     if kind == "argmax":
-        ids = logits.argmax(dim=-1, keepdim=True)
+        ids = probabilities.argmax(dim=-1, keepdim=True)
         return ids, torch.ones_like(ids, dtype=torch.float32)
-    probabilities = logits.softmax(dim=-1)
     if kind == "gumbel":
         # Inverse transform sampling: one uniform number a token, distributed as argmax(logits + Gumbel noise).
-        uniform = torch.rand(logits.shape[:2], generator=generator).to(logits.device)[..., None]
+        uniform = torch.rand(probabilities.shape[:2], generator=generator).to(probabilities.device)[..., None]
         ids = torch.searchsorted(probabilities.cumsum(dim=-1), uniform, right=True)
-        return ids.clamp(max=logits.shape[-1] - 1), torch.ones_like(ids, dtype=torch.float32)
-    weights, ids = probabilities.topk(min(columns, logits.shape[-1]), dim=-1)
+        return ids.clamp(max=probabilities.shape[-1] - 1), torch.ones_like(ids, dtype=torch.float32)
+    weights, ids = probabilities.topk(min(columns, probabilities.shape[-1]), dim=-1)
     if residual == "uniform":
         rest = (1 - weights.sum(dim=-1, keepdim=True)).clamp(min=0)
         weights = torch.cat([weights, rest], dim=-1)

@@ -1,6 +1,6 @@
 """A run's folder: it describes itself, and the same command goes on where it stopped.
 
-- ``config.json``: all settings, versions, what the data were.
+- ``config.json``: the settings that shape the result, versions, what the data were.
 - ``log.jsonl``: one JSON line for each epoch; ``steps.jsonl``: one every few steps.
 - ``weights.safetensors``: the averaged weights (the plain ones where averaging is off) after the last whole epoch.
 - ``best.safetensors``: those with the best top-1 so far on the validation pictures, averaged or plain.
@@ -23,7 +23,7 @@ from torch import nn
 from stl_offline.artifact import WEIGHTS_NAME, ModelDescription, save_model
 from stl_offline.config import differences
 from stl_offline.errors import FormatError, InputError
-from stl_offline.files import atomic_path, atomic_write, canonical_json, make_folder, remove_leftovers
+from stl_offline.files import atomic_path, atomic_write, canonical_json, make_folder, remove_leftovers, sha256_bytes
 
 BEST_NAME = "best.safetensors"
 LOCK_NAME = ".lock"
@@ -66,8 +66,12 @@ class RunFolder:
         """Keep other jobs out of the folder; the kernel frees it however this process ends.
 
         Raises:
-            InputError: another job is training there. On another machine it may not be seen.
+            InputError: another job is training there (on another machine it may not be seen), or it holds no run.
         """
+        if self.path.is_dir() and not (self.path / "config.json").is_file():
+            foreign = [path for path in self.path.iterdir() if not path.name.startswith(".")]
+            if foreign:
+                raise InputError(f"{self.path} is not empty and holds no run; choose another --out")
         make_folder(self.path)
         with open(self.path / LOCK_NAME, "a") as lock:
             try:
@@ -80,20 +84,24 @@ class RunFolder:
                 pass
             yield
 
+    @property
+    def digest(self) -> int:
+        """48 bits that differ where settings, pictures or labels do."""
+        shaped = {name: value for name, value in self._config.items() if name != "versions"}
+        return int(sha256_bytes(canonical_json(shaped))[:12], 16)
+
     def open(self, *, resume: bool, write: bool) -> dict[str, Any] | None:
-        """Check or make the folder; give back the stored state to go on from, or None for a new start."""
+        """Check the folder or begin a run in it; give back the stored state to go on from, or None for a new start."""
         config_path = self.path / "config.json"
         if config_path.is_file() and resume:
             self._check_same(config_path)
             if write:
+                if (self.path / "summary.json").exists():  # it was not there before the folder was held
+                    raise InputError(f"the run in {self.path} has just been finished by another job")
                 remove_leftovers(self.path)
             return self._load_state()
         if not write:
             return None
-        foreign = [path for path in self.path.glob("*") if not path.name.startswith(".")] if self.path.is_dir() else []
-        if foreign and not config_path.is_file():
-            raise InputError(f"{self.path} is not empty and holds no run; choose another --out")
-        make_folder(self.path)
         for name in ("summary.json", "state.pt", "log.jsonl", "steps.jsonl", WEIGHTS_NAME, BEST_NAME):
             (self.path / name).unlink(missing_ok=True)
         for path in [*self.path.glob("tensorboard/events.*"), *self.path.glob("not-finite*.json")]:
@@ -152,6 +160,8 @@ class RunFolder:
             return None
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except (MemoryError, OSError):  # not the file's fault: deleting it would not help
+            raise
         except Exception as error:  # damaged bytes make torch's unpickler raise anything
             reason = f"{type(error).__name__}: {error}"
         else:

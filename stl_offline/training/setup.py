@@ -94,6 +94,7 @@ class Stage:
         if complete is not None:
             return complete
         loader = self.train_loader(**tokens or {})
+        validation = self.validation()
         with folder.held() if self.world.is_first else contextlib.nullcontext(), failure_of_another(self.world):
             state = folder.open(resume=self.config.resume, write=self.world.is_first)
             trainer = Trainer(
@@ -103,7 +104,7 @@ class Stage:
                 loader,
                 objective,
                 plan,
-                self.validation(),
+                validation,
                 self.description,
                 self.device,
                 self.world,
@@ -175,16 +176,21 @@ def prepare(config: TrainConfig, stage: str) -> Stage:
     Raises:
         InputError: a model that is no FAN, or an input size that its stem does not divide.
     """
-    if config.auto_augment:
-        RandAugment.parse(config.auto_augment)  # before the pictures are packed
-    if config.tensorboard:
-        summary_writer()
-    token_model_name(config.model)
+    check_early(config)
     device = pick_device(config.device)
     world = join_world(device)
     train = ensure_beton(config.data, skip_broken=config.skip_broken)
     val = ensure_beton(config.val, skip_broken=config.skip_broken) if config.val else None
     return build_stage(config, stage, train, val, device, world)
+
+
+def check_early(config: TrainConfig) -> None:
+    """What can be known before pictures are packed. Raises as `prepare`, and `MissingExtraError`."""
+    if config.auto_augment:
+        RandAugment.parse(config.auto_augment)
+    if config.tensorboard:
+        summary_writer()
+    token_model_name(config.model)
 
 
 def build_stage(

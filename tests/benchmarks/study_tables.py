@@ -30,7 +30,7 @@ LABELS = {
 
 
 def write_report(folder: Path, study: Study, out: Path) -> None:
-    """Write ``study.md``, ``study-curves.png``, ``study-corruptions.png`` and ``study.json``: all results."""
+    """Write ``study.md``, ``study-curves.png``, ``study-corruptions.png`` and ``study-results.json``: all of it."""
     runs = {arm: _results(folder, arm, study.seeds) for arm in ARMS}
     runs = {arm: results for arm, results in runs.items() if results}
     labeler = read_result(folder, "labeler")
@@ -46,7 +46,8 @@ def write_report(folder: Path, study: Study, out: Path) -> None:
     (out / "study.md").write_text("\n\n".join(part for part in parts if part) + "\n")
     results = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
     settings = {name: value for name, value in asdict(study).items() if name not in ("train", "val", "boxes")}
-    (out / "study.json").write_text(json.dumps({"settings": settings, "results": _rounded(results)}, sort_keys=True))
+    kept = {"settings": settings, "results": _rounded(results)}
+    (out / "study-results.json").write_text(json.dumps(kept, sort_keys=True))
     if runs:
         _plot_curves(runs, labeler, out / "study-curves.png")
         _plot_corruptions(runs, out / "study-corruptions.png")

@@ -13,6 +13,7 @@ from stl_offline.labels import storage, transfer
 from stl_offline.labels.cache import build_token_cache
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.transfer import pull, push
+from stl_offline.labels.verify import verify
 from tests.labels.crash import files
 from tests.labels.synthetic import make_arrays, make_key, make_spec, write_set
 
@@ -90,6 +91,7 @@ def test_shards_of_a_store_are_fetched_once(local, s3, tmp_path):
         filesystem.rm(f"{root}/{name}")
     labels = open_label_set(place)
     assert labels.read_shard(3).equals(open_label_set(local).read_shard(3))
+    assert [line.count("missing") for line in verify(labels).faults] == [1] * SHARDS  # it asks the store
     kept[0].write_bytes(b"rotten")  # what is kept is compared each time, too
     with pytest.raises(FormatError, match="missing"):
         for index in range(SHARDS):

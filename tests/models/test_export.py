@@ -35,6 +35,23 @@ def test_compile_without_graph_breaks(name, form):
         compare(torch.compile(model, backend="aot_eager", fullgraph=True)(images), expected)
 
 
+def test_compile_without_graph_breaks_under_autocast():
+    """As a step does: the trunk in bf16, heads in float32, with gradients."""
+    torch.compiler.reset()
+    model = build("fan_micro_4_p8_token", False)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    images = picture(2, 32, 48)
+    gradients = []
+    for each in (model, compiled):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = each(images)
+        assert [output.dtype for output in outputs] == [torch.float32] * 2
+        model.zero_grad()
+        sum(output.square().mean() for output in outputs).backward()
+        gradients.append(model.aux_head.weight.grad.clone())
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "stride", "form"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from stl_offline.cli.main import main
+from stl_offline.images.beton import open_beton
 from stl_offline.labels.label_set import open_label_set
 
 SMALL = ["--img-size", "32", "--epochs", "1", "--batch-size", "15", "--workers", "1", "--device", "cpu", "--seed", "1"]
@@ -51,6 +53,20 @@ def test_from_pictures_to_a_student(stripes, tmp_path, capsys):
     scores = json.loads(out)
     assert scores["samples"] == 18
     assert 0 <= scores["top1"] <= scores["top5"] == 1
+
+    # Pictures of some of the label set's classes.
+    some = shutil.copytree(data, tmp_path / "some", ignore=shutil.ignore_patterns("horizontal"))
+    train = ["train-student", "--labels", labels, *SMALL]
+    error = fails(capsys, *train, "--data", some, "--out", tmp_path / "refused")
+    assert "1 of its classes are not among the pictures' ('horizontal'); pack the pictures with the label" in error
+    assert "--classes LABELS" in error
+    assert call(capsys, "pack", some, tmp_path / "some.beton", "--classes", labels)[0] == 0
+    assert call(capsys, *train, "--data", tmp_path / "some.beton", "--out", tmp_path / "of-some")[0] == 0
+    (tmp_path / "names.txt").write_text("vertical\nsideways\n\ndiagonal\n")
+    assert call(capsys, "pack", some, tmp_path / "named.beton", "--classes", tmp_path / "names.txt")[0] == 0
+    assert open_beton(tmp_path / "named.beton").class_names == ("vertical", "sideways", "diagonal")
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe")
+    assert "is not UTF-8 text" in fails(capsys, "pack", some, tmp_path / "x.beton", "--classes", tmp_path / "names.txt")
 
 
 class TestMistakes:

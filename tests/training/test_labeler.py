@@ -15,6 +15,7 @@ from stl_offline.errors import FormatError, InputError, JoinError, TrainingError
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader.order import shuffled
 from stl_offline.training.labeler import LabelerObjective, train_labeler
+from stl_offline.training.run_folder import RunFolder
 from stl_offline.training.setup import prepare
 
 
@@ -94,16 +95,27 @@ def test_a_folder_of_something_else_is_left_alone(quick):
     (Path(quick["out"]) / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="not empty"):
         train_labeler(LabelerConfig(**quick))
+    assert [path.name for path in Path(quick["out"]).iterdir()] == ["thesis.tex"]
     assert (Path(quick["out"]) / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_new_start_that_fails_leaves_the_old_run_alone(quick, make_stripes, tmp_path):
+    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+    before = {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()}
+    other = make_stripes(tmp_path / "other", 2, 3)
+    (other / "vertical").rename(other / "checks")
+    with pytest.raises(JoinError, match="checks"):
+        train_labeler(LabelerConfig(**quick | {"val": str(other), "resume": False}))
+    assert {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()} == before
+
+
+def with_infinite_slope(loss):
+    return loss + (loss * 0).sqrt()  # √0 adds nothing
 
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
-    [
-        (lambda loss: loss * float("nan"), "the loss is nan"),
-        # √0 adds nothing to the loss, but its slope is infinite.
-        (lambda loss: loss + (loss * 0).sqrt(), "the gradient's norm is nan"),
-    ],
+    [(lambda loss: loss * float("nan"), "the loss is nan"), (with_infinite_slope, "the gradient's norm is nan")],
     ids=["loss", "gradient"],
 )
 def test_what_is_not_finite_stops_the_run_before_the_weights(quick, monkeypatch, spoil, said):
@@ -127,6 +139,42 @@ def test_what_is_not_finite_stops_the_run_before_the_weights(quick, monkeypatch,
     assert evidence["keys"] == [beton.keys[sample] for sample in third]
     assert not (Path(quick["out"]) / "state.pt").exists()
     assert not (Path(quick["out"]) / "weights.safetensors").exists()
+
+
+def test_a_gradient_that_no_loss_scale_makes_finite_stops_the_run(quick, monkeypatch):
+    """fp16 leaves steps out and halves the scale, from 2¹⁶ to below 1."""
+    original = LabelerObjective.losses
+
+    def spoil(*arguments):
+        losses = original(*arguments)
+        return losses | {"loss": with_infinite_slope(losses["loss"])}
+
+    monkeypatch.setattr(LabelerObjective, "losses", spoil)
+    with pytest.raises(TrainingError, match=r"the gradient's norm is nan at epoch 6, step 17; "):
+        train_labeler(LabelerConfig(**quick | {"epochs": 10, "amp": "fp16"}))
+
+
+def test_a_run_that_another_job_finished_meanwhile_is_not_begun_anew(quick, monkeypatch):
+    config = LabelerConfig(**quick | {"epochs": 1})
+    train_labeler(config)
+    before = {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "summary", lambda _: None)  # as it was when this job looked
+        with pytest.raises(InputError, match="has just been finished by another job"):
+            train_labeler(config)
+    assert {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()} == before
+
+
+def test_a_state_that_does_not_fit_in_memory_is_not_called_damaged(quick, monkeypatch):
+    def load(*_, **__):
+        raise MemoryError
+
+    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+    (Path(quick["out"]) / "summary.json").unlink()
+    (Path(quick["out"]) / "state.pt").write_bytes(b"large")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError):
+        train_labeler(LabelerConfig(**quick | {"epochs": 1}))
 
 
 def test_a_folder_that_another_job_trains_in_is_refused(quick):

@@ -60,7 +60,7 @@ def test_what_is_measured_is_what_is_saved(quick, labels, tmp_path):
     """Without --sync-bn each process's batch norms, and averages of them, have seen other pictures."""
     words = command(quick, labels, tmp_path / "run", "--batch-size", 5)
     words.remove("--sync-bn")
-    job = torchrun(*words)
+    job = torchrun(*words, fault="other")
     said, _ = job.communicate(timeout=200)
     assert job.returncode == 0, said
     (entry,) = log(tmp_path / "run")[-1:]
@@ -80,6 +80,14 @@ def test_one_that_fails_ends_all(quick, labels, tmp_path):
     assert "another process of this job has failed" in said or "interrupted" in said
     assert time.monotonic() - started < 150
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_processes_with_other_settings_stop(quick, labels, tmp_path):
+    job = torchrun(*command(quick, labels, tmp_path / "run", "--batch-size", 5), fault="settings")
+    said, _ = job.communicate(timeout=200)
+    assert job.returncode != 0
+    assert "the processes of this job have other settings, pictures or labels than each other" in said
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(quick, labels, tmp_path):

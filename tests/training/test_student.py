@@ -51,7 +51,7 @@ def test_a_student_that_replays_crops_is_told_which_settings_have_no_say(quick, 
         open_labels(config, prepare(config, "student"))
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
         assert len(said) == lines
-        assert all("[0.25, 1.0]" in line and "change nothing" in line for line in said)
+        assert all("[0.25, 1.0]" in line and "have no say" in line for line in said)
 
 
 @pytest.mark.parametrize("target", ["gumbel", "soft", "argmax"])
@@ -77,6 +77,20 @@ def test_the_labeler_can_run_in_every_step(quick, labelled, target):
     assert summary["epochs"] == 2
 
 
+def test_the_labeler_in_a_step_runs_in_the_steps_precision(quick, labelled, monkeypatch):
+    found = []
+
+    def look(labeler, *arguments):
+        logits = labeler(arguments[0])[1]
+        found.append((torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None, logits.dtype))
+        return online_targets(labeler, *arguments)
+
+    monkeypatch.setattr("stl_offline.training.label_sources.online_targets", look)
+    labeler = str(labelled[0] / "labeler")
+    train_student(StudentConfig(labels="online", labeler=labeler, amp="bf16", **quick | {"epochs": 1}))
+    assert set(found) == {(torch.bfloat16, torch.float32)}
+
+
 def test_no_labels_train_the_same_model(quick):
     train_student(StudentConfig(labels="none", **quick))
     entry = json.loads((Path(quick["out"]) / "log.jsonl").read_text().splitlines()[-1])
@@ -94,6 +108,27 @@ def test_online_draws_follow_the_labelers_softmax():
     expected = logits[0, 0].softmax(dim=0) * 20_000
     assert float(((counts - expected) ** 2 / expected).sum()) < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
     assert torch.equal(weights, torch.ones(1, 20_000, 1))
+
+
+@pytest.mark.parametrize(("kind", "m"), [("gumbel", 1), ("argmax", 1), ("soft", 3)])
+def test_online_labels_of_unsure_tokens_weigh_nothing(kind, m):
+    probabilities = torch.tensor([[[0.6, 0.3, 0.1], [0.35, 0.4, 0.25]], [[0.1, 0.1, 0.8], [0.34, 0.33, 0.33]]])
+    found = [
+        online_targets(
+            lambda images: (None, probabilities.log()),
+            torch.zeros(2, 3, 8, 8),
+            kind,
+            2,
+            "uniform",
+            torch.Generator().manual_seed(1),
+            least,
+        )
+        for least in (0.0, 0.5)
+    ]
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1].shape == (2, 2, m)
+    torch.testing.assert_close(found[0][1].sum(dim=-1), torch.ones(2, 2))
+    torch.testing.assert_close(found[1][1].sum(dim=-1), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
 
 
 def test_a_dump_holds_what_the_labeler_says(labelled, stripes):

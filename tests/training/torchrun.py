@@ -5,7 +5,10 @@ import subprocess
 import sys
 from typing import Literal
 
+import torch
+
 from stl_offline.cli.main import main
+from stl_offline.distributed import agree
 from stl_offline.training.engine import Trainer
 from stl_offline.training.run_folder import RunFolder
 from stl_offline.training.student import StudentObjective
@@ -13,11 +16,14 @@ from stl_offline.training.student import StudentObjective
 FAULT = "STL_OFFLINE_TEST_FAULT"
 
 
-def torchrun(*arguments: object, fault: Literal["memory", "nan", "blind"] | None = None) -> subprocess.Popen:
+def torchrun(
+    *arguments: object, fault: Literal["memory", "nan", "blind", "other", "settings"] | None = None
+) -> subprocess.Popen:
     """Start ``torchrun --nproc-per-node 2 -m stl_offline.cli ARGUMENTS…``, or the same through this module's faults.
 
     fault: the second process fails for want of memory at its third step (memory), has a loss there that is not a number
-        (nan), or does not see the run's folder (blind).
+        (nan), does not see the run's folder (blind), has other settings (settings), or measures another model
+        than the first one (other), which the command itself must not let happen.
     """
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     module = "tests.training.torchrun" if fault else "stl_offline.cli"
@@ -47,6 +53,13 @@ def open_nothing(self, *, resume, write):
     return open_folder(self, resume=resume, write=write) if write else None
 
 
+def compare(self):
+    for model in (self.model, self.average.module):
+        statistics = torch.cat([value.double().flatten() for value in model.buffers()])
+        assert agree(statistics, self.world), "the processes measure different models"
+    return measure(self)
+
+
 if __name__ == "__main__":
     match os.environ[FAULT]:
         case "memory":
@@ -54,6 +67,10 @@ if __name__ == "__main__":
         case "nan":
             lose_the_loss.calls = 0
             losses, StudentObjective.losses = StudentObjective.losses, lose_the_loss
+        case "other":
+            measure, Trainer._measure = Trainer._measure, compare
+        case "settings":
+            sys.argv += ["--flip", "0"] if os.environ["RANK"] == "1" else []
         case "blind":
             open_folder, RunFolder.open = RunFolder.open, open_nothing
     sys.exit(main(sys.argv[1:]))

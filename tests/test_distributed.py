@@ -1,0 +1,76 @@
+"""How a process leaves its group, and what it says of the others. No group is made: torch's answers are given."""
+
+import os
+
+import pytest
+import torch.distributed as dist
+
+from stl_offline.cli.failures import end_process
+from stl_offline.distributed import World, failure_of_another, leaving_world, must_end_hard
+from stl_offline.errors import InputError, TrainingError
+
+
+class Ended(Exception):
+    """Instead of `os._exit`."""
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """A group that can be left; gives what happened to it. ``group("nccl")`` says how its processes talk."""
+    happened = []
+
+    def exit_at_once(code):
+        happened.append(("ended at once", code))
+        raise Ended
+
+    def make(backend):
+        monkeypatch.setattr(dist, "is_initialized", lambda: "left" not in happened)
+        monkeypatch.setattr(dist, "get_backend", lambda: backend)
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: happened.append("left"))
+        monkeypatch.setattr(os, "_exit", exit_at_once)
+        return happened
+
+    return make
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_a_process_that_is_done_leaves(group, backend):
+    happened = group(backend)
+    with leaving_world():
+        assert not happened
+    assert happened == ["left"]
+    with pytest.raises(SystemExit) as ending:
+        end_process(0)
+    assert ending.value.code == 0
+
+
+@pytest.mark.parametrize("failure", [InputError("no such file"), KeyboardInterrupt()])
+def test_a_process_that_failed_leaves_over_gloo_so_that_the_others_hear_of_it(group, failure):
+    happened = group("gloo")
+    with pytest.raises(type(failure)), leaving_world():
+        raise failure
+    assert happened == ["left"]
+    with pytest.raises(SystemExit) as ending:
+        end_process(130)
+    assert ending.value.code == 130
+
+
+def test_a_process_that_failed_over_nccl_ends_without_leaving(group):
+    """Leaving would wait for the other processes, and they wait for this one."""
+    happened = group("nccl")
+    with pytest.raises(InputError), leaving_world():
+        raise InputError("no such file")
+    assert must_end_hard()
+    with pytest.raises(Ended):
+        end_process(1)
+    assert happened == [("ended at once", 1)]
+
+
+def test_what_torch_says_of_a_lost_connection_is_passed_on():
+    """Where no process reaches another, none of them has anything else to say."""
+    said = "NCCL error in: x.cpp:1, invalid usage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0"
+    expected = "another process of this job has failed.*usage Last error: Duplicate GPU"
+    with pytest.raises(TrainingError, match=expected), failure_of_another(World(0, 2)):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="shapes"), failure_of_another(World(0, 2)):
+        raise RuntimeError("shapes do not fit")
