@@ -32,7 +32,7 @@ from stl_offline.training.interrupt import StopRequest, stop_request
 from stl_offline.training.optimization import learning_rate, make_average, make_optimizer, make_schedule
 from stl_offline.training.place import Clock, Progress
 from stl_offline.training.run_folder import RunFolder
-from stl_offline.training.same_run import check_together
+from stl_offline.training.same_run import check_same_place
 from stl_offline.training.steps import Objective, Share, StepInputs, StepRandom
 from stl_offline.training.sync_norm import share_statistics
 from stl_offline.training.watch import Means, RunWatch
@@ -119,9 +119,9 @@ class Trainer:
 
         Raises:
             TrainingError: a loss or gradient is not finite, another process of this job has failed, or the processes
-                differ in what they train.
+                go on from different places.
         """
-        check_together(self.folder, self.at, self.device, self.world)
+        check_same_place(self.folder, self.at, self.device, self.world)
         samples = len(self.loader.beton)
         total = samples * self.config.epochs
         done = min(total, samples * self.at.epoch + self.at.batch * self.loader.batch_size * self.world.size)

@@ -23,6 +23,7 @@ from stl_offline.models import Fan
 from stl_offline.scoring import match_classes
 from stl_offline.training.engine import EpochPlan, Trainer, Validation
 from stl_offline.training.run_folder import RunFolder
+from stl_offline.training.same_run import check_same_run
 from stl_offline.training.steps import Objective, StepRandom
 from stl_offline.training.watch import summary_writer
 from stl_offline.views import CropSettings, center_views, draw_views
@@ -96,6 +97,7 @@ class Stage:
         loader = self.train_loader(**tokens or {})
         validation = self.validation()
         with folder.held() if self.world.is_first else contextlib.nullcontext(), failure_of_another(self.world):
+            check_same_run(folder, self.device, self.world)
             state = folder.open(resume=self.config.resume, write=self.world.is_first)
             trainer = Trainer(
                 self.config,

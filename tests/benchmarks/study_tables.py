@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ def write_report(folder: Path, study: Study, out: Path) -> None:
     parts = [
         _accuracy(runs, labeler, folder, study),
         _differences(runs),
+        _by_epoch(runs, labeler, study),
         _corruptions(runs, labeler),
         _sets(folder),
         _agreement(folder),
@@ -112,7 +113,12 @@ def _accuracy_row(label: str, results: list[dict], size: str, study: Study) -> l
 
 
 def _differences(runs: dict[str, list[dict]]) -> str:
-    """Main arms against no labels and against online: mean difference and its standard error over seeds."""
+    """Main arms against no labels and against online: mean difference and its standard error over seeds.
+
+    Few seeds say little of an arm's own spread: that of all main arms is pooled.
+    """
+    values = (lambda result: 100 * result["top1"], lambda result: 100 * corrupted_mean(result))
+    variances = [_pooled_variance([list(map(value, runs.get(arm, []))) for arm in MAIN_ARMS]) for value in values]
     rows = []
     for arm, other in (
         ("online", "none"),
@@ -124,19 +130,36 @@ def _differences(runs: dict[str, list[dict]]) -> str:
         if arm not in runs or other not in runs:
             continue
         cells = [f"{arm} − {other}"]
-        for value in (lambda result: result["top1"], corrupted_mean):
-            cells.append(_difference(runs[arm], runs[other], value))
+        for value, variance in zip(values, variances, strict=True):
+            cells.append(_difference(list(map(value, runs[arm])), list(map(value, runs[other])), variance))
         rows.append(cells)
     return _table(["points", "top-1", "corrupted"], rows) if rows else ""
 
 
-def _difference(ours: list[dict], theirs: list[dict], value: Callable[[dict], float]) -> str:
-    first, second = ([100 * value(result) for result in results] for results in (ours, theirs))
-    mean = np.mean(first) - np.mean(second)
-    if min(len(first), len(second)) < 2:
-        return f"{mean:+.1f}"
-    error = math.sqrt(np.var(first, ddof=1) / len(first) + np.var(second, ddof=1) / len(second))
-    return f"{mean:+.1f} (standard error {error:.1f})"
+def _pooled_variance(groups: Sequence[Sequence[float]]) -> float:
+    """Of single values within their groups; NaN where no group has two."""
+    squares = sum(float(np.var(group)) * len(group) for group in groups if group)
+    free = sum(len(group) - 1 for group in groups if group)
+    return squares / free if free else math.nan
+
+
+def _difference(ours: Sequence[float], theirs: Sequence[float], variance: float) -> str:
+    mean = f"{np.mean(ours) - np.mean(theirs):+.1f}"
+    error = math.sqrt(variance * (1 / len(ours) + 1 / len(theirs)))
+    return mean if math.isnan(error) else f"{mean} (standard error {error:.1f})"
+
+
+def _by_epoch(runs: dict[str, list[dict]], labeler: dict | None, study: Study) -> str:
+    """Where the main arms stand after each quarter of their epochs; of the seeds that were measured there."""
+    epochs = sorted({max(1, study.epochs * quarter // 4) for quarter in range(1, 5)})
+    columns = {"the labeler itself": [labeler]} if labeler else {}
+    columns |= {LABELS[arm]: runs[arm] for arm in MAIN_ARMS if arm in runs}
+    rows = []
+    for name, results in columns.items():
+        top1 = [{entry["epoch"]: entry.get("top1") for entry in result["history"]} for result in results]
+        found = [[each[epoch] for each in top1 if each.get(epoch) is not None] for epoch in epochs]
+        rows.append([name, *(spread(each) if each else DASH for each in found)])
+    return _table(["top-1 % after epoch", *map(str, epochs)], rows) if rows else ""
 
 
 def _corruptions(runs: dict[str, list[dict]], labeler: dict | None) -> str:

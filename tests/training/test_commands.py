@@ -58,7 +58,7 @@ def test_from_pictures_to_a_student(stripes, tmp_path, capsys):
     some = shutil.copytree(data, tmp_path / "some", ignore=shutil.ignore_patterns("horizontal"))
     train = ["train-student", "--labels", labels, *SMALL]
     error = fails(capsys, *train, "--data", some, "--out", tmp_path / "refused")
-    assert "1 of its classes are not among the pictures' ('horizontal'); pack the pictures with the label" in error
+    assert "1 of its classes are not among the pictures' (" in error and "horizontal" in error
     assert "--classes LABELS" in error
     assert call(capsys, "pack", some, tmp_path / "some.beton", "--classes", labels)[0] == 0
     assert call(capsys, *train, "--data", tmp_path / "some.beton", "--out", tmp_path / "of-some")[0] == 0
