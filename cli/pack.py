@@ -23,7 +23,7 @@ from stl_offline.cli.options import example, machine_options
     "--classes",
     metavar="PLACE",
     help="The class list, also of classes without pictures: a label set, to train from its labels; or a text file with "
-    "one name a line. Default: the classes of SRC.",
+    "one name a line.  [default: SRC's own]",
 )
 @click.option("--skip-broken", is_flag=True, help="Leave out and list pictures that cannot be decoded.")
 @machine_options
