@@ -150,16 +150,15 @@ def _difference(ours: Sequence[float], theirs: Sequence[float], variance: float)
 
 
 def _by_epoch(runs: dict[str, list[dict]], labeler: dict | None, study: Study) -> str:
-    """Where the main arms stand after each quarter of their epochs; of the seeds that were measured there."""
+    """Where the main arms stand after each quarter of their epochs: the first seed, which is measured on the way."""
     epochs = sorted({max(1, study.epochs * quarter // 4) for quarter in range(1, 5)})
-    columns = {"the labeler itself": [labeler]} if labeler else {}
-    columns |= {LABELS[arm]: runs[arm] for arm in MAIN_ARMS if arm in runs}
+    columns = {"the labeler itself": labeler} if labeler else {}
+    columns |= {LABELS[arm]: runs[arm][0] for arm in MAIN_ARMS if arm in runs}
     rows = []
-    for name, results in columns.items():
-        top1 = [{entry["epoch"]: entry.get("top1") for entry in result["history"]} for result in results]
-        found = [[each[epoch] for each in top1 if each.get(epoch) is not None] for epoch in epochs]
-        rows.append([name, *(spread(each) if each else DASH for each in found)])
-    return _table(["top-1 % after epoch", *map(str, epochs)], rows) if rows else ""
+    for name, result in columns.items():
+        found = {entry["epoch"]: entry["top1"] for entry in result["history"] if entry.get("top1") is not None}
+        rows.append([name, *(f"{100 * found[epoch]:.1f}" if epoch in found else DASH for epoch in epochs)])
+    return _table(["top-1 % after epoch (first seed)", *map(str, epochs)], rows) if rows else ""
 
 
 def _corruptions(runs: dict[str, list[dict]], labeler: dict | None) -> str:
