@@ -64,10 +64,13 @@ def _read_class_names(place: str) -> tuple[str, ...]:
     from stl_offline.errors import InputError
     from stl_offline.labels.label_set import open_label_set
 
+    forms = "--classes takes a label set, or a text file with one class name a line"
+    if "://" not in place and not Path(place).exists():
+        raise InputError(f"{place} is not there; {forms}")
     if not Path(place).is_file():
         return open_label_set(place).spec.class_names
     try:
         text = Path(place).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{place} is not UTF-8 text; --classes takes one class name a line, or a label set") from error
+        raise InputError(f"{place} is not UTF-8 text; {forms}") from error
     return tuple(line.strip() for line in text.splitlines() if line.strip())

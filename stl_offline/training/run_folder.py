@@ -97,7 +97,7 @@ class RunFolder:
             self._check_same(config_path)
             if write:
                 if (self.path / "summary.json").exists():  # it was not there before the folder was held
-                    raise InputError(f"the run in {self.path} has just been finished by another job")
+                    raise InputError(f"another job has just finished the run in {self.path}; run the command again")
                 remove_leftovers(self.path)
             return self._load_state()
         if not write:

@@ -160,7 +160,7 @@ def test_a_run_that_another_job_finished_meanwhile_is_not_begun_anew(quick, monk
     before = {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "summary", lambda _: None)  # as it was when this job looked
-        with pytest.raises(InputError, match="has just been finished by another job"):
+        with pytest.raises(InputError, match="another job has just finished the run"):
             train_labeler(config)
     assert {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()} == before
 
