@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from study_corruptions import KINDS
 from study_plan import ARMS, MAIN_ARMS, SETS, Study, read_result
 
@@ -221,6 +222,8 @@ def _plot_curves(runs: dict[str, list[dict]], labeler: dict | None, path: Path) 
     axes[0].set(xlabel="epoch", ylabel="validation top-1")
     axes[1].set(xlabel="epoch", ylabel="training loss of the class head")
     axes[0].legend()
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
