@@ -199,7 +199,7 @@ class _Stepper:
         if device.type == "cuda" and batch == own:
             return torch.cuda.max_memory_allocated(device)
         copies = 4 + (self.average is not None)  # weights, gradients, AdamW's two moments, the average
-        return _bytes(self.model) * copies + (_bytes(self.labeler) if self.labeler else 0) + self.saved * own
+        return _bytes(self.model) * copies + (0 if self.labeler is None else _bytes(self.labeler)) + self.saved * own
 
     def _token_loss(self, token_logits: Tensor, targets: Tensor) -> Tensor:
         if self.columns == 0:

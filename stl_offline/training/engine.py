@@ -244,7 +244,7 @@ class Trainer:
 
     def _may_shrink(self) -> bool:
         """Whether a smaller loss scale may make the gradient finite. One that is not finite at a scale of 1 is lost."""
-        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def _where(self) -> str:
         return f"epoch {self.at.epoch + 1}, step {self.at.step}"
