@@ -69,6 +69,8 @@ OTHER_ARMS = {
     "whole-uniform": {"labels": ("whole",), "residual": "uniform"},
     "whole-k1": {"labels": ("whole-k1",)},
     "whole-k20": {"labels": ("whole-k20",)},
+    "whole-half": {"labels": ("whole",), "token_weight": 0.5},
+    "whole-double": {"labels": ("whole",), "token_weight": 2.0},
 }
 ARMS = MAIN_ARMS | OTHER_ARMS
 

@@ -27,6 +27,8 @@ LABELS = {
     "whole-uniform": "whole picture, residual spread evenly",
     "whole-k1": "whole picture, k = 1",
     "whole-k20": "whole picture, k = 20: all classes",
+    "whole-half": "whole picture, half the weight of the token loss",
+    "whole-double": "whole picture, twice the weight of the token loss",
 }
 
 
