@@ -144,7 +144,7 @@ training_options = together(
     option("--log-every", default=TrainConfig.log_every, metavar="N", help="Steps between lines of steps.jsonl."),
     option("--tensorboard/--no-tensorboard", default=TrainConfig.tensorboard, help="Write RUN/tensorboard, too."),
     option("--resume/--no-resume", default=TrainConfig.resume, help="Go on where the same command stopped."),
-    option("--skip-broken", is_flag=True, default=TrainConfig.skip_broken, help="Leave out unreadable pictures."),
+    option("--skip-broken/--no-skip-broken", default=TrainConfig.skip_broken, help="Leave out unreadable pictures."),
 )
 
 

@@ -79,8 +79,7 @@ from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARG
     help="Look pictures up whose keys start with OLD under NEW: 'train/=' leaves train/ out, '=train/' adds it.",
 )
 @option(
-    "--allow-changed",
-    is_flag=True,
+    "--allow-changed/--no-allow-changed",
     default=StudentConfig.allow_changed,
     help="Use labels of pictures whose content has changed since.",
 )

@@ -14,7 +14,7 @@ import safetensors.torch
 import timm
 from torch import Tensor, nn
 
-from stl_offline.errors import FormatError, InputError
+from stl_offline.errors import FormatError, InputError, TargetError
 from stl_offline.files import atomic_path, sha256_file
 from stl_offline.models import load_checkpoint
 
@@ -54,7 +54,10 @@ def save_model(path: str | Path, weights: dict[str, Tensor], description: ModelD
     """Write weights and description to ``path``, whole or not at all."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={_HEADER_KEY: description.to_json()})
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata={_HEADER_KEY: description.to_json()})
+        except safetensors.SafetensorError as error:  # what the system says of a write, too
+            raise TargetError(f"cannot write {path}: {error}; nothing was changed there") from error
 
 
 def weights_path(run_or_file: str | Path) -> Path:

@@ -164,7 +164,7 @@ class StudentConfig(TrainConfig):
         _choose("labels-pick", self.labels_pick, LABEL_PICKS)
         if self.labels_share is not None:
             _require(len(sets) > 1 and self.labels_pick != "zoom", "labels-share goes with several sets that are drawn")
-            fine = len(self.labels_share) == len(sets) and all(share > 0 for share in self.labels_share)
+            fine = len(self.labels_share) == len(sets) and all(0 < share < math.inf for share in self.labels_share)
             _require(fine, f"labels-share takes {len(sets)} positive numbers, got {self.labels_share}")
         _choose("erased-labels", self.erased_labels, ERASED_LABELS)
         _choose("token-target", self.token_target, TOKEN_TARGETS)
@@ -311,4 +311,13 @@ def settings(config: MachineConfig) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two dicts of settings, as ``name: old → new`` lines."""
     names = sorted(old.keys() | new.keys())
-    return [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
+    return [f"{name}: {_change(old.get(name), new.get(name))}" for name in names if old.get(name) != new.get(name)]
+
+
+def _change(old: Any, new: Any) -> str:
+    """Two values, in a line's part: of long lists how they differ, of other long values their beginnings."""
+    if isinstance(old, list) and isinstance(new, list) and max(len(old), len(new)) > 4:
+        if len(old) != len(new):
+            return f"{len(old):,} → {len(new):,} of them"
+        old, new = next(pair for pair in zip(old, new, strict=True) if pair[0] != pair[1])
+    return " → ".join(text if len(text) <= 100 else f"{text[:99]}…" for text in (repr(old), repr(new)))

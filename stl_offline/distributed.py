@@ -20,11 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stl_offline.errors import TrainingError
+from stl_offline.errors import InputError, TrainingError
 
 _POLL_SECONDS = 0.02
 # A process with little to do may wait for the others as long as the work takes.
 _LONG = timedelta(days=30)
+# Over nccl, whose time limit is minutes: a gloo group to wait in.
+_meeting: list[dist.ProcessGroup] = []
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,16 @@ def join_world(device: torch.device, backend: str | None = None) -> World:
     if not dist.is_initialized():
         backend = backend or ("nccl" if device.type == "cuda" else "gloo")
         with _plain_signals():
-            # nccl has no other sign of a dead process than its time limit, so that one stays as it is.
-            dist.init_process_group(backend, timeout=_LONG if backend == "gloo" else None)
+            try:
+                # nccl has no other sign of a dead process than its time limit, so that one stays as it is.
+                dist.init_process_group(backend, timeout=_LONG if backend == "gloo" else None)
+            except ValueError as error:
+                raise InputError(
+                    f"WORLD_SIZE is {size}, but this process cannot find the others ({error}); start the command with "
+                    "torchrun, or unset WORLD_SIZE"
+                ) from error
+            if backend != "gloo":
+                _meeting.append(dist.new_group(backend="gloo", timeout=_LONG))
     return World(dist.get_rank(), size)
 
 
@@ -72,6 +82,7 @@ def leaving_world() -> Iterator[None]:
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+        _meeting.clear()
 
 
 def must_end_hard() -> bool:
@@ -126,6 +137,16 @@ def wait_for_world(world: World) -> None:
     """
     if world.size > 1:
         _wait(dist.barrier(async_op=True))
+
+
+def meet(world: World) -> None:
+    """`wait_for_world` after work of any length: one process may pack pictures for hours that another has packed.
+
+    Raises:
+        TrainingError: another process has died.
+    """
+    if world.size > 1:
+        _wait(dist.barrier(group=_meeting[0] if _meeting else None, async_op=True))
 
 
 def told_by_first(value: Any, world: World) -> Any:

@@ -3,6 +3,7 @@
 B: batch, N: tokens, K: classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,7 @@ def evaluate_model(
     class_map: np.ndarray,
     amp: torch.dtype | None = None,
     world: World | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Scores:
     """Score a model on every sample of a loader.
 
@@ -68,6 +70,7 @@ def evaluate_model(
         model: gives class logits (B, K), or (class logits, token logits (B, N, K)).
         views: (n, 6), the view of each sample.
         class_map: (classes of the pictures,) int64, each one's number in the model's class list.
+        between: called after every batch; what it raises ends the scoring.
     """
     was_training = model.training
     model.eval()
@@ -86,6 +89,8 @@ def evaluate_model(
         if token_logits is not None:
             has_tokens = True
             counts[3] += (token_logits.float().mean(dim=1).argmax(dim=1) == truth).sum()
+        if between is not None:
+            between()
     model.train(was_training)
     samples, top1, top5, token_top1 = sum_over_world(counts, world or World()).tolist()
     samples = int(samples)

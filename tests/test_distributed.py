@@ -3,10 +3,12 @@
 import os
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from stl_offline import distributed
 from stl_offline.cli.failures import end_process
-from stl_offline.distributed import World, failure_of_another, leaving_world, must_end_hard
+from stl_offline.distributed import World, failure_of_another, join_world, leaving_world, meet, must_end_hard
 from stl_offline.errors import InputError, TrainingError
 
 
@@ -64,6 +66,45 @@ def test_a_process_that_failed_over_nccl_ends_without_leaving(group):
     with pytest.raises(Ended):
         end_process(1)
     assert happened == [("ended at once", 1)]
+
+
+def test_a_job_without_the_others_addresses_says_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="WORLD_SIZE is 4, .*torchrun, or unset WORLD_SIZE"):
+        join_world(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_processes_meet_over_gloo_whatever_they_train_over(monkeypatch, backend):
+    """Nccl's own waiting ends after minutes, and one process may have hours of packing to do before it comes."""
+    made, waited = [], []
+
+    def new_group(*, backend, timeout):
+        made.append((backend, timeout.days))
+        return "the gloo group"
+
+    class Done:
+        def is_completed(self):
+            return True
+
+        def wait(self):
+            pass
+
+    def barrier(*, group, async_op):
+        waited.append(group)
+        return Done()
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "_meeting", [])
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "new_group", new_group)
+    monkeypatch.setattr(dist, "barrier", barrier)
+    meet(join_world(torch.device("cpu"), backend))
+    assert made == ([] if backend == "gloo" else [("gloo", 30)])
+    assert waited == ([None] if backend == "gloo" else ["the gloo group"])
 
 
 def test_what_torch_says_of_a_lost_connection_is_passed_on():

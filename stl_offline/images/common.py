@@ -60,7 +60,7 @@ def choose_class_names(found: Iterable[str], wanted: Sequence[str] | None, where
     numbers = all(name.isascii() and name.isdigit() for name in found)
     names = tuple(sorted(found, key=lambda name: (int(name), name) if numbers else (0, name)))
     if len(names) < 2:
-        raise InputError(f"{where} holds only one class ({''.join(names)!r}); training needs at least two")
+        raise InputError(f"{where} holds only one class ({''.join(names)!r}); training and measuring take two")
     return check_class_names(names)
 
 

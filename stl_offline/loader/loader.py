@@ -20,7 +20,7 @@ from stl_offline.labels.cache import TokenCache
 from stl_offline.loader.batch import Batch, ToDevice
 from stl_offline.loader.decode import ViewCrop
 from stl_offline.loader.iterator import Epoch, EpochThread
-from stl_offline.loader.order import count_batches, rank_batches, shuffled
+from stl_offline.loader.order import check_shares, count_batches, rank_batches, shuffled
 from stl_offline.loader.threads import torch_threads_kept, usable_workers
 from stl_offline.loader.token_op import TokenDraw
 from stl_offline.targets import TokenTargets
@@ -87,6 +87,7 @@ class TokenLoader:
                 )
             if one.num_classes != caches[0].num_classes:
                 raise InputError(f"token caches of {caches[0].num_classes} and of {one.num_classes} classes cannot mix")
+        check_shares(len(beton), batch_size, world_size, drop_last)
         if min(std) <= 0:
             raise InputError(f"std must be positive, got {tuple(std)}")
         _check_size(beton)

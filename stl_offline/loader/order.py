@@ -32,6 +32,20 @@ def count_batches(samples: int, batch_size: int, world_size: int, drop_last: boo
     return samples // together if drop_last else -(-samples // together)
 
 
+def check_shares(samples: int, batch_size: int, world_size: int, drop_last: bool) -> None:
+    """Whether every rank can have its part of every step.
+
+    Raises:
+        InputError: there are fewer samples than ranks, or single-sample batches that do not come out even.
+    """
+    steps = count_batches(samples, batch_size, world_size, drop_last)
+    if samples < steps * world_size:
+        raise InputError(
+            f"{samples} pictures cannot give each of {world_size} processes {steps} batches of up to {batch_size}: "
+            "use fewer processes, more pictures, or another batch size"
+        )
+
+
 def rank_batches(order: np.ndarray, batch_size: int, rank: int, world_size: int, drop_last: bool) -> list[np.ndarray]:
     """One rank's batches of an order of sample ids, each int64 (≤ B,).
 
@@ -41,18 +55,14 @@ def rank_batches(order: np.ndarray, batch_size: int, rank: int, world_size: int,
     partial step is dropped if asked, else shared evenly.
 
     Raises:
-        InputError: there are fewer samples than ranks, or single-sample batches that do not come out even.
+        InputError: as `check_shares`.
     """
     together = batch_size * world_size
     order = np.asarray(order, dtype=np.int64)
+    check_shares(len(order), batch_size, world_size, drop_last)
     steps = count_batches(len(order), batch_size, world_size, drop_last)
     if steps == 0:
         return []
-    if len(order) < steps * world_size:
-        raise InputError(
-            f"{len(order)} samples cannot give each of {world_size} ranks {steps} batches of {batch_size}: "
-            "use fewer ranks, larger batches, or drop the last batch"
-        )
     starts = np.arange(steps + 1) * together
     starts[-1] = min(starts[-1], len(order))
     # A last step with fewer samples than ranks would leave a rank without: it takes some of the step before.

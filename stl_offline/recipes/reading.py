@@ -56,7 +56,7 @@ def read_recipe(kind: type[TrainConfig], recipe: str) -> dict[str, Any]:
     """
     path = _find(recipe)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"the recipe {path} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
@@ -72,6 +72,17 @@ def read_recipe(kind: type[TrainConfig], recipe: str) -> dict[str, Any]:
     shared = _fields(TrainConfig)
     common = {name: _check(name, value, shared, str(path)) for name, value in content.items()}
     return common | next(checked[stage] for stage, each in _STAGES.items() if issubclass(kind, each))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose keys come once: the plain loader takes the last of two and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _find(recipe: str) -> Path:

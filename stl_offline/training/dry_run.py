@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from stl_offline.config import StudentConfig, TrainConfig
-from stl_offline.device import autocast, pick_device
+from stl_offline.device import AMP_TYPES, autocast, pick_device, pick_workers
 from stl_offline.distributed import join_world, leaving_world
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import find_packed
 from stl_offline.images.sample import pack_sample
 from stl_offline.labelers import find_labeler
 from stl_offline.labels.label_set import open_label_set
+from stl_offline.loader.order import check_shares
 from stl_offline.losses import soft_cross_entropy, token_cross_entropy
 from stl_offline.scoring import match_classes
+from stl_offline.training.label_sources import OnlineLabels, how_read
 from stl_offline.training.optimization import learning_rate, make_average, make_optimizer, warmup_steps
-from stl_offline.training.setup import Stage, build_stage, check_early
+from stl_offline.training.setup import Stage, build_stage, check_early, validation_batch
 
 # A step is measured on as many pictures as go in about this time; one step before it, and as many more as fit.
 _SECONDS = 8.0
@@ -40,7 +42,7 @@ class DryRun:
     step_pictures: of all processes in a step; steps, epoch_steps, warmup: counts; lr: the largest; picture_seconds: of
     one process, measured on ``measured`` pictures a step; seconds: of all training steps; memory: bytes of one process
     (weights, gradients, optimiser, average, an online labeler's weights, what backward needs of a batch; on a GPU with
-    the run's own batch, CUDA's peak).
+    the run's own batch, CUDA's peak; and a step's pictures twice, as loaded and as augmented).
     """
 
     settings: dict[str, Any]
@@ -85,7 +87,8 @@ def dry_run(config: TrainConfig, stage_name: str) -> DryRun:
     """Build what a run would use and take a few of its steps on made-up pictures.
 
     Raises:
-        StlError: what the run itself would raise before its first step; labels are opened, but not joined.
+        StlError: what the run itself would raise before its first step, but for what takes a join of labels with
+            pictures, or, of pictures that are not packed yet, their content.
     """
     check_early(config)
     with tempfile.TemporaryDirectory(prefix="stl-offline-") as folder, leaving_world():
@@ -96,6 +99,9 @@ def dry_run(config: TrainConfig, stage_name: str) -> DryRun:
         stage = build_stage(config, stage_name, train, val, device, world)
         if val is not None:
             match_classes(val, train.class_names, "the training pictures")
+            check_shares(val_pictures, validation_batch(config), world.size, False)
+        check_shares(pictures, config.batch_size * config.accumulate, world.size, False)
+        stage.run_folder().look(config.resume)
         return _measure(stage, pictures, val_pictures)
 
 
@@ -110,6 +116,8 @@ def _look(spec: str, folder: str, config: TrainConfig) -> tuple[Beton, int]:
 def _measure(stage: Stage, pictures: int, val_pictures: int) -> DryRun:
     config, world = stage.config, stage.world
     model = stage.model.to(stage.device).train()
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     lr = learning_rate(config, world.size)
     stepper = _Stepper(stage, model, lr)
     batch, seconds = stepper.choose_batch()
@@ -119,7 +127,13 @@ def _measure(stage: Stage, pictures: int, val_pictures: int) -> DryRun:
     epoch_steps = -(-pictures // step_pictures)
     each = seconds / batch
     return DryRun(
-        settings=dataclasses.asdict(config),
+        settings=dataclasses.asdict(config)
+        | {
+            "device": str(stage.device),
+            "workers": pick_workers(config.workers),
+            "amp": next((name for name, kind in AMP_TYPES.items() if kind is stage.amp), "none"),
+            "color_jitter": stage.augmentation.jitter,
+        },
         processes=world.size,
         pictures=pictures,
         validation_pictures=val_pictures,
@@ -153,10 +167,9 @@ class _Stepper:
             self.columns = config.columns if config.token_target == "soft" else 1
             if config.labels == ("online",):
                 named = find_labeler(config.labeler, config.labeler_checkpoint, config.img_size)
-                self.labeler = named.model.to(stage.device)
+                self.labeler = OnlineLabels(stage, named, config).labeler
             else:
-                for place in config.labels:
-                    open_label_set(place)
+                how_read([open_label_set(place) for place in config.labels], config)
         self.saved = 0
 
     def choose_batch(self) -> tuple[int, float]:
@@ -195,11 +208,13 @@ class _Stepper:
 
     def memory(self, batch: int) -> int:
         """Bytes of one process at the run's own batch size."""
-        device, own = self.stage.device, self.stage.config.batch_size
+        config, device, own = self.stage.config, self.stage.device, self.stage.config.batch_size
+        step_images = 2 * own * config.accumulate * 3 * config.img_size**2 * 4
         if device.type == "cuda" and batch == own:
-            return torch.cuda.max_memory_allocated(device)
+            return torch.cuda.max_memory_allocated(device) + step_images
         copies = 4 + (self.average is not None)  # weights, gradients, AdamW's two moments, the average
-        return _bytes(self.model) * copies + (0 if self.labeler is None else _bytes(self.labeler)) + self.saved * own
+        weights = _bytes(self.model) * copies + (0 if self.labeler is None else _bytes(self.labeler))
+        return weights + self.saved * own + step_images
 
     def _token_loss(self, token_logits: Tensor, targets: Tensor) -> Tensor:
         if self.columns == 0:

@@ -12,10 +12,8 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
@@ -27,7 +25,6 @@ from stl_offline.distributed import World, add_up, wait_for_world
 from stl_offline.errors import TrainingError
 from stl_offline.loader import Batch, TokenLoader
 from stl_offline.progress import progress_bar
-from stl_offline.scoring import Scores, evaluate_model
 from stl_offline.training.interrupt import StopRequest, stop_request
 from stl_offline.training.optimization import learning_rate, make_average, make_optimizer, make_schedule
 from stl_offline.training.place import Clock, Progress
@@ -35,6 +32,7 @@ from stl_offline.training.run_folder import RunFolder
 from stl_offline.training.same_run import check_same_place
 from stl_offline.training.steps import Objective, Share, StepInputs, StepRandom
 from stl_offline.training.sync_norm import share_statistics
+from stl_offline.training.validation import Validation
 from stl_offline.training.watch import Means, RunWatch
 
 # What an epoch shows: epoch → arguments of TokenLoader.epoch (views, and which stored map to read).
@@ -42,20 +40,6 @@ EpochPlan = Callable[[int], dict[str, Any]]
 
 # What the processes tell each other in every step beside the losses.
 _FLAGS = ("not finite", "SIGINT", "SIGTERM", "save")
-
-
-@dataclass
-class Validation:
-    """Scores a model on the validation pictures; each process on its share of them."""
-
-    loader: TokenLoader
-    views: np.ndarray
-    class_map: np.ndarray
-    amp: torch.dtype | None
-    world: World
-
-    def __call__(self, model: nn.Module) -> Scores:
-        return evaluate_model(model, self.loader, self.views, self.class_map, self.amp, self.world)
 
 
 class Trainer:
@@ -108,7 +92,8 @@ class Trainer:
             )
         self.step_model: nn.Module = self.parallel or self.model
         if config.compile:
-            self.step_model = torch.compile(self.step_model)
+            # Of its own for every batch size: which sizes came before must not shape what comes after a new start.
+            self.step_model = torch.compile(self.step_model, dynamic=False)
         self.at = Progress()
         self.means = Means()
         self.history: list[dict[str, Any]] = []
@@ -161,9 +146,15 @@ class Trainer:
                 stop.raise_if_asked()
             clock.waits()
         clock.tick()
-        self._end_epoch(bar, watch)
-        if self.world.size == 1:  # several stop together, after a step
-            stop.raise_if_asked()
+        self._end_epoch(bar, stop, watch)
+        self._stop_if_asked(stop)
+
+    def _stop_if_asked(self, stop: StopRequest) -> None:
+        """End the program where any process of the job was asked to."""
+        asked = [float(stop.asked == number) for number in stop.SIGNALS]
+        told = add_up(torch.tensor(asked, dtype=torch.float64, device=self.device), self.world).tolist()
+        stop.ask(sigint=bool(told[0]), sigterm=bool(told[1]))
+        stop.raise_if_asked()
 
     def _is_due(self, seconds: float) -> bool:
         """Whether this process would store the state after the next step."""
@@ -203,8 +194,8 @@ class Trainer:
         self.at.step += 1
         if self.average is not None:
             self.average.update(self.model, step=self.at.step)
-        if self.config.tensorboard:
-            self.shown = next(inputs.parts(max(1, len(inputs) // RunWatch.PICTURES)))
+        if self.config.tensorboard and self.world.is_first and self.at.batch + 1 == len(self.loader):
+            self.shown = inputs.first(RunWatch.PICTURES)
         return values | {"pictures": float(totals[0])}, flags
 
     def _backward(self, inputs: StepInputs, totals: Tensor) -> dict[str, Tensor]:
@@ -229,7 +220,7 @@ class Trainer:
         samples = batch.sample_ids.tolist()
         evidence = {
             "epoch": self.at.epoch + 1,
-            "step": self.at.step,
+            "step": self.at.step + 1,
             "rank": self.world.rank,
             "parts": {name: str(value) for name, value in parts.items()},
             "sample_ids": samples,
@@ -239,7 +230,7 @@ class Trainer:
         path = self.folder.write_evidence(name, evidence)
         raise TrainingError(
             f"the {what} at {self._where()}; the batch's sample ids and keys are in {path}. "
-            "A smaller --lr, a longer --warmup-epochs or --clip-grad 1 often helps"
+            "A smaller --lr, a longer --warmup-epochs or --clip-grad 1 often helps: in a new run, with another --out"
         )
 
     def _may_shrink(self) -> bool:
@@ -247,9 +238,9 @@ class Trainer:
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def _where(self) -> str:
-        return f"epoch {self.at.epoch + 1}, step {self.at.step}"
+        return f"epoch {self.at.epoch + 1}, step {self.at.step + 1}"
 
-    def _end_epoch(self, bar: Any, watch: RunWatch) -> None:
+    def _end_epoch(self, bar: Any, stop: StopRequest, watch: RunWatch) -> None:
         at = self.at
         entry: dict[str, Any] = {"epoch": at.epoch + 1, "step": at.step, "lr": self.optimizer.param_groups[0]["lr"]}
         entry |= self.means.all()
@@ -259,7 +250,8 @@ class Trainer:
         last = at.epoch + 1 == self.config.epochs
         best: nn.Module | None = None
         if self.validation is not None and (last or (at.epoch + 1) % self.config.val_every == 0):
-            scores, best = self._measure()
+            self._save_state()  # measuring may take long, and whoever ends the run in it must not lose steps
+            scores, best = self._measure(stop)
             entry |= scores
             bar.set_postfix(loss=f"{entry['loss']:.3f}", top1=f"{entry['top1']:.1%}")
         self.history.append(entry)
@@ -274,13 +266,17 @@ class Trainer:
             self.folder.write_log(self.history)
         self._save_state()
 
-    def _measure(self) -> tuple[dict[str, Any], nn.Module | None]:
-        """Scores of the averaged model, and of the plain one beside it; and whichever is the best so far, if any."""
+    def _measure(self, stop: StopRequest) -> tuple[dict[str, Any], nn.Module | None]:
+        """Scores of the averaged model, and of the plain one beside it; and whichever is the best so far, if any.
+
+        Alone, a process stops between two batches where it is asked to; several have to end the measuring together.
+        """
+        between = stop.raise_if_asked if self.world.size == 1 else lambda: None
         models = {"": self.averaged_model()} | ({"model_": self.model} if self.average is not None else {})
         entry: dict[str, Any] = {}
         best = None
         for prefix, model in models.items():
-            scores = self.validation(model)
+            scores = self.validation(model, between)
             tokens = None if self.unused_parameters else scores.token_top1  # of a head that has learned
             entry |= {f"{prefix}top1": scores.top1, f"{prefix}top5": scores.top5, f"{prefix}token_top1": tokens}
             if scores.top1 > self.at.best_top1:

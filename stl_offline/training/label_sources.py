@@ -22,7 +22,7 @@ from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.mismatch import rename_keys
 from stl_offline.loader import DECODER, Batch
 from stl_offline.targets import TokenTargets
-from stl_offline.training.label_choice import choose_between
+from stl_offline.training.label_choice import LabelChoice, choose_between
 from stl_offline.training.online import online_targets
 from stl_offline.training.setup import Stage
 from stl_offline.training.steps import StepRandom
@@ -93,18 +93,27 @@ class OnlineLabels(TokenSource):
 
     def targets(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor]:
         config = self.config
-        images = batch.images if batch.warps is None else warp_images(batch.images, batch.warps)
-        images = _renormalise(images, self.stage, self.labeler)
-        with autocast(self.stage.device, self.stage.amp):
-            ids, weights = online_targets(
-                self.labeler,
-                images,
-                config.token_target,
-                config.columns,
-                config.residual,
-                random.torch,
-                config.min_confidence,
-            )
+        parts = []
+        # A step of many batches is labelled batch by batch, as it is learned: the labeler needs no more memory for it.
+        for start in range(0, len(batch.images), config.batch_size):
+            rows = slice(start, start + config.batch_size)
+            images = batch.images[rows]
+            if batch.warps is not None:
+                images = warp_images(images, batch.warps[rows])
+            images = _renormalise(images, self.stage, self.labeler)
+            with autocast(self.stage.device, self.stage.amp):
+                parts.append(
+                    online_targets(
+                        self.labeler,
+                        images,
+                        config.token_target,
+                        config.columns,
+                        config.residual,
+                        random.torch,
+                        config.min_confidence,
+                    )
+                )
+        ids, weights = (torch.cat(each) for each in zip(*parts, strict=True))
         if batch.warps is not None:
             seen = visible_share(batch.warps, self.grid, config.sampling_ratio)
             weights = weights * seen.to(weights.device)[..., None]
@@ -123,11 +132,10 @@ class DumpedLabels(TokenSource):
         self.fingerprints = [label_set.fingerprint for label_set in label_sets]
         if stage.world.is_first:
             warn_of_other_pixels(label_sets, config.interpolation)
-        self.replays = [_is_replayed(label_set, config.views) for label_set in label_sets]
+        self.replays, self.choice = how_read(label_sets, config)
         if stage.world.is_first:
             replayed = [each for each, replay in zip(label_sets, self.replays, strict=True) if replay]
             warn_of_other_crops(replayed, config.scale_min, config.flip)
-        self.choice = choose_between(label_sets, config.labels_pick, config.labels_share, config.seed)
         self.caches = tuple(_join(label_set, stage, config, len(label_sets) > 1) for label_set in label_sets)
         self.labelled = np.stack([np.asarray(cache.labelled) > 0 for cache in self.caches])
         self.target_settings = TokenTargets(
@@ -178,6 +186,16 @@ def open_labels(config: StudentConfig, stage: Stage) -> LabelSource:
         named = find_labeler(config.labeler, config.labeler_checkpoint, config.img_size)
         return OnlineLabels(stage, named, config)
     return DumpedLabels(stage, [open_label_set(place) for place in config.labels], config)
+
+
+def how_read(label_sets: list[LabelSet], config: StudentConfig) -> tuple[list[bool], LabelChoice | None]:
+    """Whether each set's crops are replayed, and which set a sample reads.
+
+    Raises:
+        InputError: the settings do not go with the sets.
+    """
+    replays = [_is_replayed(label_set, config.views) for label_set in label_sets]
+    return replays, choose_between(label_sets, config.labels_pick, config.labels_share, config.seed)
 
 
 def warn_of_other_pixels(label_sets: Sequence[LabelSet], interpolation: str) -> None:

@@ -68,10 +68,7 @@ class RunFolder:
         Raises:
             InputError: another job is training there (on another machine it may not be seen), or it holds no run.
         """
-        if self.path.is_dir() and not (self.path / "config.json").is_file():
-            foreign = [path for path in self.path.iterdir() if not path.name.startswith(".")]
-            if foreign:
-                raise InputError(f"{self.path} is not empty and holds no run; choose another --out")
+        self._check_own()
         make_folder(self.path)
         with open(self.path / LOCK_NAME, "a") as lock:
             try:
@@ -83,6 +80,16 @@ class RunFolder:
             except OSError:  # a file system without locks
                 pass
             yield
+
+    def look(self, resume: bool) -> None:
+        """Whether a run of these settings may begin or go on here; what its data are is not compared.
+
+        Raises:
+            InputError: as `held` and `open`.
+        """
+        self._check_own()
+        if resume and (self.path / "config.json").is_file():
+            self._check_same(self.path / "config.json", ("settings",))
 
     @property
     def digest(self) -> int:
@@ -119,8 +126,12 @@ class RunFolder:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write all that is needed to go on, whole or not at all."""
-        with atomic_path(self.path / "state.pt") as temporary:
-            torch.save(state, temporary)
+        with atomic_path(self.path / "state.pt") as temporary, open(temporary, "wb") as stream:
+            try:
+                torch.save(state, stream)
+            except RuntimeError as error:
+                # Torch hides what the system said of a write, such as that the disk is full.
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def save_weights(self, model: nn.Module, description: ModelDescription, *, best: bool = False) -> None:
         """Write a model's weights as the last ones, or as the best."""
@@ -141,10 +152,16 @@ class RunFolder:
         atomic_write(self.path / "summary.json", canonical_json(summary))
         (self.path / "state.pt").unlink(missing_ok=True)
 
-    def _check_same(self, config_path: Path) -> None:
+    def _check_own(self) -> None:
+        if self.path.is_dir() and not (self.path / "config.json").is_file():
+            foreign = [path for path in self.path.iterdir() if not path.name.startswith(".")]
+            if foreign:
+                raise InputError(f"{self.path} is not empty and holds no run; choose another --out")
+
+    def _check_same(self, config_path: Path, parts: tuple[str, ...] = ("settings", "data")) -> None:
         stored = _read_object(config_path)
         changed = []
-        for part in ("settings", "data"):
+        for part in parts:
             changed += differences(stored.get(part, {}), json.loads(canonical_json(self._config[part])))
         if stored.get("stage") != self._config["stage"]:
             changed.insert(0, f"stage: {stored.get('stage')!r} → {self._config['stage']!r}")

@@ -2,19 +2,21 @@
 
 import torch
 
+from stl_offline.config import TrainConfig
 from stl_offline.distributed import World, agree
 from stl_offline.errors import TrainingError
 from stl_offline.training.place import Progress
 from stl_offline.training.run_folder import RunFolder
 
 
-def check_same_run(folder: RunFolder, device: torch.device, world: World) -> None:
+def check_same_run(folder: RunFolder, config: TrainConfig, device: torch.device, world: World) -> None:
     """Every process has the same settings and data: a machine may hold other pictures under the same path.
 
     Raises:
         TrainingError: they differ; in every process.
     """
-    if not _same([folder.digest], device, world):
+    # When they measure shapes no result, but they have to do it together.
+    if not _same([folder.digest, config.val_every], device, world):
         raise TrainingError(
             "the processes of this job have other settings, pictures or labels than each other; give all of them the "
             "same command, and the same files where it names them"

@@ -13,7 +13,7 @@ from stl_offline.artifact import ModelDescription
 from stl_offline.augment import Augmentation, RandAugment, RandomErase
 from stl_offline.config import TrainConfig, settings
 from stl_offline.device import pick_amp, pick_device, pick_workers
-from stl_offline.distributed import World, failure_of_another, join_world
+from stl_offline.distributed import World, failure_of_another, join_world, meet
 from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
@@ -21,10 +21,11 @@ from stl_offline.loader import Batch, TokenLoader
 from stl_offline.mixing import Mix, MixSettings, draw_mix
 from stl_offline.models import Fan
 from stl_offline.scoring import match_classes
-from stl_offline.training.engine import EpochPlan, Trainer, Validation
+from stl_offline.training.engine import EpochPlan, Trainer
 from stl_offline.training.run_folder import RunFolder
 from stl_offline.training.same_run import check_same_run
 from stl_offline.training.steps import Objective, StepRandom
+from stl_offline.training.validation import Validation
 from stl_offline.training.watch import summary_writer
 from stl_offline.views import CropSettings, center_views, draw_views
 
@@ -97,7 +98,8 @@ class Stage:
         loader = self.train_loader(**tokens or {})
         validation = self.validation()
         with folder.held() if self.world.is_first else contextlib.nullcontext(), failure_of_another(self.world):
-            check_same_run(folder, self.device, self.world)
+            meet(self.world)
+            check_same_run(folder, self.config, self.device, self.world)
             state = folder.open(resume=self.config.resume, write=self.world.is_first)
             trainer = Trainer(
                 self.config,
@@ -144,7 +146,7 @@ class Stage:
         loader = TokenLoader(
             self.val,
             (side, side),
-            max(self.config.batch_size, 128),
+            validation_batch(self.config),
             workers=pick_workers(self.config.workers),
             seed=0,
             device=self.device,
@@ -184,6 +186,11 @@ def prepare(config: TrainConfig, stage: str) -> Stage:
     train = ensure_beton(config.data, skip_broken=config.skip_broken)
     val = ensure_beton(config.val, skip_broken=config.skip_broken) if config.val else None
     return build_stage(config, stage, train, val, device, world)
+
+
+def validation_batch(config: TrainConfig) -> int:
+    """Pictures that a process measures at a time: without gradients more of them fit than a small batch holds."""
+    return max(config.batch_size, 128)
 
 
 def check_early(config: TrainConfig) -> None:

@@ -50,6 +50,11 @@ class StepInputs:
         cut = [[None] * count if field is None else torch.tensor_split(field, count) for field in fields]
         return (StepInputs(*part) for part in zip(*cut, strict=True) if len(part[0]))
 
+    def first(self, count: int) -> "StepInputs":
+        """The first pictures alone, in memory of their own."""
+        fields = (self.images, self.class_targets, self.token_ids, self.token_weights)
+        return StepInputs(*(None if field is None else field[:count].clone() for field in fields))
+
     def totals(self) -> Tensor:
         """(2,) float64: pictures, and labelled mass (pictures where there are no token labels)."""
         mass = len(self) if self.token_weights is None else self.token_weights.sum(dtype=torch.float64)

@@ -44,7 +44,7 @@ def stripes(tmp_path_factory):
 
 @pytest.fixture
 def quick(stripes, tmp_path):
-    """Settings of a run that takes a second."""
+    """Settings of a run that takes a second; in float32, whatever the hardware is quick at."""
     return {
         "data": str(stripes[0]),
         "val": str(stripes[1]),
@@ -55,4 +55,5 @@ def quick(stripes, tmp_path):
         "seed": 3,
         "workers": 1,
         "device": "cpu",
+        "amp": "none",
     }

@@ -62,8 +62,33 @@ def test_saved_bytes_are_what_backward_needs():
     assert weight.grad is not None
 
 
-def test_mistakes_come_before_any_step(quick, tmp_path):
+def test_mistakes_come_before_any_step(quick, tmp_path, make_stripes):
     with pytest.raises(StlError, match="nowhere"):
         dry_run(LabelerConfig(**quick | {"data": str(tmp_path / "nowhere")}), "labeler")
     with pytest.raises(StlError, match="label set"):
         dry_run(StudentConfig(**quick | {"labels": str(tmp_path)}), "student")
+    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+    with pytest.raises(StlError, match="holds a run with other settings .epochs: 1 → 2"):
+        dry_run(LabelerConfig(**quick), "labeler")
+    assert dry_run(LabelerConfig(**quick | {"resume": False}), "labeler").steps == 6
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StlError, match="is not empty and holds no run"):
+        dry_run(LabelerConfig(**quick | {"out": str(tmp_path)}), "labeler")
+    few = make_stripes(tmp_path / "few", 1, 4, ("diagonal", "vertical"))
+    with pytest.raises(StlError, match="classes of the labeler"):
+        online = {
+            "data": str(few),
+            "val": None,
+            "labels": "online",
+            "labeler": quick["out"],
+            "out": str(tmp_path / "x"),
+        }
+        dry_run(StudentConfig(**quick | online), "student")
+
+
+def test_a_steps_pictures_are_all_held(quick):
+    one, four = (dry_run(LabelerConfig(**quick | {"accumulate": count, "amp": "auto"}), "labeler") for count in (1, 4))
+    pictures = 3 * 20 * 3 * 32 * 32 * 4  # those of three batches more
+    assert four.memory - one.memory == pytest.approx(2 * pictures, rel=0.1)
+    assert (one.settings["device"], one.settings["workers"], one.settings["color_jitter"]) == ("cpu", 1, 0.4)
+    assert one.settings["amp"] in ("none", "bf16")

@@ -161,6 +161,7 @@ def test_choices_that_cannot_be(quick, make_set):
         ({"labels": "a", "labels_share": (1.0,)}, "several sets"),
         ({"labels": ("a", "b"), "labels_share": (1.0,)}, "2 positive"),
         ({"labels": ("a", "b"), "labels_share": (1.0, 0.0)}, "2 positive"),
+        ({"labels": ("a", "b"), "labels_share": (1.0, float("inf"))}, "2 positive"),
         ({"labels": ("a", "b"), "labels_share": (1.0, 1.0), "labels_pick": "zoom"}, "drawn"),
         ({"labels_pick": "best"}, "labels-pick"),
         ({"random_erase": 1.5}, "random-erase"),

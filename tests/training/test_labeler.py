@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,13 @@ import safetensors.torch
 import torch
 
 from stl_offline.artifact import load_model, read_description
-from stl_offline.config import LabelerConfig
-from stl_offline.errors import FormatError, InputError, JoinError, TrainingError
+from stl_offline.config import LabelerConfig, differences
+from stl_offline.distributed import World
+from stl_offline.errors import FormatError, InputError, JoinError, TargetError, TrainingError
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader.order import shuffled
+from stl_offline.scoring import evaluate_model
+from stl_offline.training import same_run, validation
 from stl_offline.training.labeler import LabelerObjective, train_labeler
 from stl_offline.training.run_folder import RunFolder
 from stl_offline.training.setup import prepare
@@ -83,11 +88,101 @@ def test_stopped_anywhere_it_ends_with_the_same_weights(quick, tmp_path, monkeyp
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
 
 
+def test_stopped_while_it_measures_it_repeats_no_step(quick, tmp_path, monkeypatch):
+    """The state is stored before: the same command only measures again, and ends with the same weights and lines."""
+    whole = tmp_path / "whole"
+    train_labeler(LabelerConfig(**quick | {"out": str(whole)}))
+    measured = 0
+    original = evaluate_model
+
+    def ask_and_measure(*arguments):
+        nonlocal measured
+        measured += 1
+        if measured == 2:  # of the first epoch: the plain weights, after the averaged ones
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(validation, "evaluate_model", ask_and_measure)
+    with pytest.raises(KeyboardInterrupt):
+        train_labeler(LabelerConfig(**quick))
+    assert measured == 2
+    assert not (Path(quick["out"]) / "log.jsonl").exists()
+    steps = 0
+    losses = LabelerObjective.losses
+
+    def count(*arguments):
+        nonlocal steps
+        steps += 1
+        return losses(*arguments)
+
+    monkeypatch.setattr(LabelerObjective, "losses", count)
+    train_labeler(LabelerConfig(**quick))
+    assert steps == 3  # of the second epoch
+    assert same_weights(whole, quick["out"])
+    times = {"seconds", "cpu_seconds", "data_wait_seconds", "pictures_per_second"}
+    logs = [(Path(run) / "log.jsonl").read_text().splitlines() for run in (whole, quick["out"])]
+    ours, theirs = ([{k: v for k, v in json.loads(line).items() if k not in times} for line in log] for log in logs)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", ["state.pt", "weights.safetensors"])
+def test_a_full_disk_is_said_in_a_line_and_the_old_files_stay(quick, name):
+    """The kernel refuses in the middle of a write, as it does on a full disk."""
+    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+    run = Path(quick["out"])
+    (run / "state.pt").write_bytes(b"old")
+    stage = prepare(LabelerConfig(**quick), "labeler")
+    folder = stage.run_folder()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(TargetError, match=rf"cannot write .*{name}: .*File too large.*nothing was changed there"):
+            if name == "state.pt":
+                folder.save_state({"model": stage.model.state_dict()})
+            else:
+                folder.save_weights(stage.model, stage.description)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_too_few_pictures_for_the_processes_are_found_before_the_old_run_is_deleted(quick, monkeypatch):
+    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+    before = {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()}
+    stage = replace(prepare(LabelerConfig(**quick | {"resume": False}), "labeler"), world=World(0, 19))
+    with pytest.raises(InputError, match="18 pictures cannot give each of 19 processes 1 batches of up to 128"):
+        stage.run(LabelerObjective(stage), stage.random_plan)
+    assert {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()} == before
+
+
 def test_other_settings_are_refused_by_name(quick):
     train_labeler(LabelerConfig(**quick))
     with pytest.raises(InputError, match="lr: 0.002 → 0.01"):
         train_labeler(LabelerConfig(**quick | {"lr": 0.01}))
     train_labeler(LabelerConfig(**quick | {"lr": 0.01, "resume": False}))
+
+
+def test_long_values_are_said_in_short():
+    old = {"names": [f"n{number:08}" for number in range(1000)], "one": 1, "text": "a" * 500}
+    new = {"names": old["names"][:-1], "one": 2, "text": "b" * 500}
+    assert differences(old, new)[:2] == ["names: 1,000 → 999 of them", "one: 1 → 2"]
+    assert len(differences(old, new)[2]) < 220
+    swapped = {"names": [*old["names"][:7], "other", *old["names"][8:]]}
+    assert differences({"names": old["names"]}, swapped) == ["names: 'n00000007' → 'other'"]
+
+
+def test_processes_compare_what_they_have_to_do_together(quick, monkeypatch):
+    said = []
+    monkeypatch.setattr(same_run, "agree", lambda values, _: said.append(values.tolist()) or True)
+    for changes in ({}, {"log_every": 3}, {"val_every": 2}, {"flip": 0.0}):
+        config = LabelerConfig(**quick | changes)
+        same_run.check_same_run(prepare(config, "labeler").run_folder(), config, torch.device("cpu"), World(0, 2))
+    assert said[0] == said[1]
+    assert said[0] != said[2]
+    assert said[0] != said[3]
 
 
 def test_a_folder_of_something_else_is_left_alone(quick):
@@ -130,7 +225,7 @@ def test_what_is_not_finite_stops_the_run_before_the_weights(quick, monkeypatch,
         return losses | {"loss": spoil(losses["loss"])} if calls == 3 else losses
 
     monkeypatch.setattr(LabelerObjective, "losses", spoil_the_third_step)
-    with pytest.raises(TrainingError, match=said + r" at epoch 1, step 2; .*not-finite\.json"):
+    with pytest.raises(TrainingError, match=said + r" at epoch 1, step 3; .*not-finite\.json"):
         train_labeler(LabelerConfig(**quick))
     evidence = json.loads((Path(quick["out"]) / "not-finite.json").read_text())
     beton = ensure_beton(quick["data"])
@@ -150,7 +245,7 @@ def test_a_gradient_that_no_loss_scale_makes_finite_stops_the_run(quick, monkeyp
         return losses | {"loss": with_infinite_slope(losses["loss"])}
 
     monkeypatch.setattr(LabelerObjective, "losses", spoil)
-    with pytest.raises(TrainingError, match=r"the gradient's norm is nan at epoch 6, step 16; "):
+    with pytest.raises(TrainingError, match=r"the gradient's norm is nan at epoch 6, step 17; "):
         train_labeler(LabelerConfig(**quick | {"epochs": 10, "amp": "fp16"}))
 
 

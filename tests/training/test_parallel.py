@@ -35,7 +35,7 @@ def labels(stripes, tmp_path_factory):
 
 def command(quick, labels, out, *more):
     words = ["train-student", "--labels", labels, "--out", out, "--sync-bn", *more]
-    for name in ("data", "val", "img_size", "epochs", "seed", "workers", "device"):
+    for name in ("data", "val", "img_size", "epochs", "seed", "workers", "device", "amp"):
         words += [f"--{name.replace('_', '-')}", quick[name]]
     return words
 
@@ -95,7 +95,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(quick, labels, tmp_p
     job = torchrun(*command(quick, labels, run, "--batch-size", 5), fault="nan")
     said, _ = job.communicate(timeout=200)
     assert job.returncode != 0
-    assert "the loss is nan at epoch 1, step 2" in said
+    assert "the loss is nan at epoch 1, step 3" in said
     evidence = json.loads((run / "not-finite-rank1.json").read_text())
     assert len(evidence["sample_ids"]) == 5
     assert not (run / "not-finite-rank0.json").exists()

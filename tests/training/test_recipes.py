@@ -3,11 +3,13 @@
 import pytest
 from torch import nn
 
+from stl_offline.cli import stages
 from stl_offline.cli.main import main
 from stl_offline.config import LabelerConfig, StudentConfig
 from stl_offline.errors import InputError
 from stl_offline.models import VARIANTS
 from stl_offline.recipes import recipe_names, resolve
+from stl_offline.training import student
 from stl_offline.training.optimization import learning_rate, make_average
 
 PLACES = {"data": "pictures", "out": "run"}
@@ -81,6 +83,8 @@ def test_a_file_with_parts_for_each_stage(tmp_path):
         ("out: runs/x", "'out' is not for recipes"),
         ("- epochs", "no list of settings"),
         ("epochs: [", "is not YAML"),
+        ("lr: 0.1\nepochs: 3\nlr: 0.2", "lr stands there twice"),
+        ("student: {columns: 2, columns: 3}", "columns stands there twice"),
         ("student: 3", "student holds settings of that stage"),
     ],
 )
@@ -91,6 +95,18 @@ def test_mistakes(tmp_path, text, message):
         resolve(StudentConfig, str(path), PLACES)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_recipes_switches_can_be_turned_off(tmp_path, monkeypatch):
+    path = tmp_path / "mine.yaml"
+    path.write_text("skip_broken: true\nstudent: {allow_changed: true}")
+    found = []
+    monkeypatch.setattr(student, "train_student", lambda config: found.append(config) or {})
+    line = ["train-student", "--recipe", str(path), "--data", "x", "--out", "y", "--labels", "none"]
+    monkeypatch.setattr(stages, "run_line", lambda *_: "done")
+    for more in ([], ["--no-skip-broken"], ["--no-allow-changed"]):
+        main([*line, *more])
+    assert [(each.skip_broken, each.allow_changed) for each in found] == [(True, True), (False, True), (True, False)]
 
 
 def test_an_unknown_name_on_the_command_line(capsys, tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 from stl_offline.artifact import load_model
 from stl_offline.config import EvaluateConfig, LabelerConfig, StudentConfig
 from stl_offline.evaluate import evaluate
-from stl_offline.training import engine
+from stl_offline.training import engine, label_sources
 from stl_offline.training.labeler import train_labeler
 from stl_offline.training.optimization import make_optimizer
 from stl_offline.training.place import Progress
@@ -193,14 +193,15 @@ def test_heads_stay_in_float32_under_autocast():
 
 
 def test_a_model_that_is_compiled_learns_the_same(quick, tmp_path, monkeypatch):
-    """Compiling itself takes minutes of a processor: that the compiled model is the one that steps is what is shown."""
+    """All but code generation, which takes minutes of a processor: batches of 20 and a last one of 5."""
     compiled = []
+    compile_model = torch.compile
 
-    def compile_nothing(model):
-        compiled.append(model)
-        return model
+    def compile_graphs(model, **how):
+        compiled.append(compile_model(model, backend="aot_eager", **how))
+        return compiled[-1]
 
-    monkeypatch.setattr(engine.torch, "compile", compile_nothing)
+    monkeypatch.setattr(engine.torch, "compile", compile_graphs)
     config = LabelerConfig(**quick | {"epochs": 1})
     train_labeler(config)
     train_labeler(replace(config, compile=True, out=str(tmp_path / "compiled")))
@@ -208,4 +209,26 @@ def test_a_model_that_is_compiled_learns_the_same(quick, tmp_path, monkeypatch):
     ours, theirs = (
         safetensors.torch.load_file(Path(run) / "weights.safetensors") for run in (config.out, tmp_path / "compiled")
     )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
+
+
+def test_online_labels_of_a_step_of_many_batches_are_made_batch_by_batch(quick, tmp_path, monkeypatch, fixed_norms):
+    """Those that the whole step would get at once, drawn ones too, in the memory of a batch."""
+    train_labeler(LabelerConfig(**quick | {"epochs": 1, "out": str(tmp_path / "labeler")}))
+    asked = []
+    original = label_sources.online_targets
+
+    def note(labeler, images, *more):
+        asked.append(len(images))
+        return original(labeler, images, *more)
+
+    monkeypatch.setattr(label_sources, "online_targets", note)
+    config = StudentConfig(**quick | {"epochs": 1, "labels": "online", "labeler": str(tmp_path / "labeler")})
+    train_student(config)
+    assert asked == [20, 20, 5]
+    asked.clear()
+    train_student(replace(config, batch_size=4, accumulate=5, out=str(tmp_path / "parts")))
+    assert asked == [4] * 11 + [1]
+    (whole,), (found,) = log(quick["out"]), log(tmp_path / "parts")
+    for name in ("loss", "class_loss", "token_loss", "token_accuracy", "confidence"):
+        assert found[name] == pytest.approx(whole[name], rel=5e-4), name

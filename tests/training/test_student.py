@@ -87,7 +87,7 @@ def test_the_labeler_in_a_step_runs_in_the_steps_precision(quick, labelled, monk
 
     monkeypatch.setattr("stl_offline.training.label_sources.online_targets", look)
     labeler = str(labelled[0] / "labeler")
-    train_student(StudentConfig(labels="online", labeler=labeler, amp="bf16", **quick | {"epochs": 1}))
+    train_student(StudentConfig(labels="online", labeler=labeler, **quick | {"epochs": 1, "amp": "bf16"}))
     assert set(found) == {(torch.bfloat16, torch.float32)}
 
 

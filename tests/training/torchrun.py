@@ -53,11 +53,11 @@ def open_nothing(self, *, resume, write):
     return open_folder(self, resume=resume, write=write) if write else None
 
 
-def compare(self):
+def compare(self, stop):
     for model in (self.model, self.average.module):
         statistics = torch.cat([value.double().flatten() for value in model.buffers()])
         assert agree(statistics, self.world), "the processes measure different models"
-    return measure(self)
+    return measure(self, stop)
 
 
 if __name__ == "__main__":
