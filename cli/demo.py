@@ -14,7 +14,7 @@ from stl_offline.cli.options import example, machine_options, option
 @option("--seed", default=0, metavar="N", help="Of the pictures and of every stage.")
 @machine_options
 def demo(debug: bool, **options: object) -> None:
-    """All stages on an embedded data set: train a labeler, dump its token labels, train students, show what happened.
+    """All stages on drawn pictures: train a labeler, dump its token labels, train students, show what happened.
 
     Ends with a table of each stage's time and accuracy, a page of its labels and a report of its runs.
     """

@@ -10,7 +10,10 @@ from stl_offline.config import AMP_MODES, INTERPOLATIONS, DumpConfig
 @click.command(
     epilog=example(
         "stl-offline dump-labels --data pictures/train --labeler runs/labeler \\",
-        "    --shards 16 --top-k 5 --format zarr --out labels",
+        "    --shards 16 --top-k 5 --encoding q8 --out labels",
+        "stl-offline dump-labels --data pictures/train --labeler runs/labeler --views 4 --scale-min 0.08 --out crops",
+        "stl-offline dump-labels --data imagenet/train --labeler timm:tf_efficientnet_lite0 \\",
+        "    --labeler-checkpoint model.safetensors --img-size 448 --licence Apache-2.0 --out labels",
     )
 )
 @option("--data", required=True, metavar="SRC", help=f"Pictures to label: {SOURCE_HELP}.")
@@ -19,12 +22,12 @@ from stl_offline.config import AMP_MODES, INTERPOLATIONS, DumpConfig
 @option("--labeler-by-order", is_flag=True, help="These weights have other names, but the same tensors in order.")
 @option("--labeler-mean", type=NUMBERS, metavar="R,G,B", help="Normalisation, where not as timm notes for NAME.")
 @option("--labeler-std", type=NUMBERS, metavar="R,G,B", help="Likewise.")
-@option("--out", required=True, metavar="SET", help="Folder of the label set.")
+@option("--out", required=True, metavar="SET", help="Folder of the label set, or its address (s3://…).")
 @option(
     "--shards",
     default=DumpConfig.shards,
     metavar="N",
-    help="Files that the set is cut into, each by one process; 0: of 512 to 4,096 pictures, by their number.",
+    help="Files that the set is cut into, each by one process; 0: of 512 to 4,096 pictures, fewer of many crops.",
 )
 @option("--top-k", default=DumpConfig.top_k, metavar="K", help="Classes stored for each token.")
 @option("--views", default=DumpConfig.views, metavar="V", help="Random crops of each picture; 0: one map of the whole.")

@@ -21,7 +21,7 @@ COMMANDS = {
     "train-student": ("stl_offline.cli.train_student:train_student", "Stage 2: train a student from the labels."),
     "evaluate": ("stl_offline.cli.evaluate:evaluate", "Measure the accuracy of a trained model."),
     "report": ("stl_offline.cli.report:report", "Compare training runs on one page, with examples."),
-    "demo": ("stl_offline.cli.demo:demo", "All stages on an embedded data set, in minutes."),
+    "demo": ("stl_offline.cli.demo:demo", "All stages on pictures that it draws, in minutes."),
 }
 
 
@@ -31,7 +31,7 @@ Example:
   stl-offline dump-labels --data pictures/train --labeler runs/labeler --out labels
   stl-offline train-student --data pictures/train --val pictures/val --labels labels --out runs/student
 
-Each command has a --help of its own. `stl-offline demo` shows everything on a small data set that it brings along."""
+Each command has a --help of its own. `stl-offline demo` shows everything on a small data set that it draws."""
 
 
 @click.command(cls=lazy_group(COMMANDS), epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

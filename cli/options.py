@@ -55,12 +55,17 @@ debug_option = option(
 )
 
 machine_options = together(
-    option("--device", default=MachineConfig.device, metavar="NAME", help="auto, cpu, cuda, cuda:1 …"),
+    option(
+        "--device",
+        default=MachineConfig.device,
+        metavar="NAME",
+        help="Where models run: auto (a GPU where torch sees one, else the CPU), cpu, cuda; cuda:1 … for one process",
+    ),
     option(
         "--workers",
         default=MachineConfig.workers,
         metavar="N",
-        help="Loading threads of a process; 0: its share of the cores.",
+        help="Threads that load, read or send, for each process; 0: as many as suit.",
     ),
     debug_option,
 )
@@ -77,7 +82,11 @@ interpolation_option = option(
 )
 
 training_options = together(
-    option("--recipe", metavar="NAME|FILE", help="Settings in place of the defaults below.  [default: none]"),
+    option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="In place of the defaults: fan-tiny, -small, -base, -large, -micro, or a YAML file.  [default: none]",
+    ),
     option("--dry-run", is_flag=True, help="Only print settings, steps, time and memory; write nothing."),
     option("--data", required=True, metavar="SRC", help=f"Pictures to learn from: {SOURCE_HELP}."),
     option("--val", metavar="SRC", help="Pictures to measure on after each epoch.  [default: none]"),

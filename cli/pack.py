@@ -56,8 +56,8 @@ def pack(
         f"({report.bytes:,} bytes): {report.stored_as_is:,} as they were, "
         f"{report.converted:,} converted, {len(report.skipped):,} skipped"
     )
-    for key in report.skipped:
-        click.echo(f"skipped {key}")
+    for key, reason in report.skipped:
+        click.echo(f"skipped {key}: {reason}")
 
 
 def _read_class_names(place: str) -> tuple[str, ...]:

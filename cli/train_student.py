@@ -9,7 +9,9 @@ from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARG
 
 @click.command(
     epilog=example(
-        "stl-offline train-student --data pictures/train --val pictures/val --labels labels \\",
+        "stl-offline train-student --recipe fan-tiny --data pictures/train --val pictures/val \\",
+        "    --labels labels --out runs/student",
+        "stl-offline train-student --data pictures/train --val pictures/val --labels labels --labels labels-448 \\",
         "    --model fan_tiny_8_p4_hybrid --img-size 224 --epochs 350 --batch-size 128 --out runs/student",
         "",
         "Baselines: --labels none (no token labels), --labels online --labeler runs/labeler (it runs in every step)",
@@ -35,7 +37,7 @@ from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARG
     metavar="X,Y",
     help="How often each set is drawn, in the order of --labels.  [default: equally]",
 )
-@option("--labeler", metavar="RUN|CKPT|timm:NAME", help="The labeler, with --labels online.")
+@option("--labeler", metavar="RUN|CKPT|timm:NAME", help="With --labels online: of the student's grid, classes.")
 @option("--labeler-checkpoint", metavar="FILE", help="Weights for a labeler named timm:NAME.")
 @option(
     "--token-target",

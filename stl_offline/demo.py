@@ -1,4 +1,4 @@
-"""``stl-offline demo``: all stages on an embedded data set, a table of what came out, and two pages to look at.
+"""``stl-offline demo``: all stages on a data set that is drawn, a table of what came out, and two pages to look at.
 
 Gh, Gw: the token grid; V: views.
 """

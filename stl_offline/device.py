@@ -58,6 +58,11 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     return AMP_TYPES.get(name)
 
 
+def amp_name(dtype: torch.dtype | None) -> str:
+    """`--amp`'s word for an autocast type: what "auto" came to."""
+    return next((name for name, kind in AMP_TYPES.items() if kind is dtype), "none")
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     """torch's autocast on ``device``, or nothing."""
     if dtype is None:

@@ -23,7 +23,12 @@ from stl_offline.config import PreviewConfig
 )
 @option("--threshold", default=PreviewConfig.threshold, metavar="X", help="Confidence of a confident token.")
 @option("--student-seed", default=PreviewConfig.student_seed, metavar="N", help="The student's --seed: crops, draws.")
-@option("--epoch", default=PreviewConfig.epoch, metavar="N", help="The student's epoch, from 0.")
+@option(
+    "--epoch",
+    default=PreviewConfig.epoch,
+    metavar="N",
+    help="The student's epoch, from 0; its logs and the page count from 1.",
+)
 @option("--scale-min", default=PreviewConfig.scale_min, metavar="X", help="The student's smallest crop.")
 @option("--flip", default=PreviewConfig.flip, metavar="X", help="The student's chance of a flip.")
 @option(

@@ -20,7 +20,7 @@ def pull(url: str, folder: str, shards: str | None, workers: int, **_: object) -
     """Fetch a label set from an object store (or a folder), or only some of its shards.
 
     Each shard is compared with its checksum. What is there already is not fetched again, so the same command goes on
-    after an interruption, and another one brings more shards. --workers: transfers at a time (0: eight).
+    after an interruption, and another one brings more shards.
     """
     from stl_offline.labels.label_set import open_label_set
     from stl_offline.labels.transfer import pull as fetch

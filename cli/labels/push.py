@@ -20,7 +20,7 @@ def push(path: str, url: str, workers: int, **_: object) -> None:
 
     Each object is read back and compared. What is there already is not sent again, so the same command goes on after
     an interruption. Credentials and endpoints come from the store's own environment, such as AWS_PROFILE and
-    AWS_ENDPOINT_URL. --workers: transfers at a time (0: eight).
+    AWS_ENDPOINT_URL.
     """
     from stl_offline.labels.label_set import open_label_set
     from stl_offline.labels.transfer import push as send

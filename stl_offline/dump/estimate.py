@@ -92,7 +92,7 @@ def _measure(
     started = time.process_time()
     whole = len(containers.encode(arrays, labelling.spec))
     encoding = (time.process_time() - started) / len(arrays)
-    shards = config.shards or pick_shards(pictures)
+    shards = config.shards or pick_shards(pictures, config.views)
     # Two sizes tell what a picture takes and what a shard takes; where shards are small, one is a shard's own.
     few = select(arrays, slice(max(1, min(len(arrays) // 2, pictures // shards))))
     part = len(containers.encode(few, labelling.spec))

@@ -26,6 +26,7 @@ _PRIVATE = ("data", "labeler", "labeler_checkpoint", "shards")
 # Shards are read whole, and are what a killed job repeats: not too large, and not so small that each one's own
 # description weighs (7 kB; a picture's labels are 1 to 3 kB).
 _SHARD_SAMPLES, _LEAST_SHARD_SAMPLES, _SHARDS = 4096, 512, 8
+_SHARD_MAPS = 16 * _SHARD_SAMPLES
 
 
 class Labelling:
@@ -50,7 +51,7 @@ class Labelling:
         if config.interpolation == "auto":
             # The set records what this came to.
             self.config = config = replace(config, interpolation=self.named.interpolation)
-        self.num_shards = config.shards or pick_shards(len(beton))
+        self.num_shards = config.shards or pick_shards(len(beton), config.views)
         self.spec = _make_spec(config, self.named, beton)
         self.class_map = match_classes(beton, self.named.class_names, f"the labeler {config.labeler}")
         self.views = make_views(config, beton)
@@ -134,9 +135,14 @@ def top_k_labels(token_logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torc
     return ids, logits, confidence
 
 
-def pick_shards(samples: int) -> int:
-    """How many shards suit ``samples`` pictures: of some 4,000, but 8 of them where none gets smaller than 512."""
-    return max(min(_SHARDS, samples // _LEAST_SHARD_SAMPLES), -(-samples // _SHARD_SAMPLES), 1)
+def pick_shards(samples: int, views: int) -> int:
+    """How many shards suit ``samples`` pictures: of some 4,000, but 8 of them where none gets smaller than 512.
+
+    Of many crops they hold fewer pictures: a process has two shards' logits in memory, and loses one's work in a kill.
+    """
+    most = max(1, min(_SHARD_SAMPLES, _SHARD_MAPS // max(1, views)))
+    least = min(_LEAST_SHARD_SAMPLES, most)
+    return max(min(_SHARDS, samples // least), -(-samples // most), 1)
 
 
 def _make_spec(config: DumpConfig, named: NamedLabeler, beton: Beton) -> LabelSpec:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stl_offline.config import StudentConfig, TrainConfig
-from stl_offline.device import AMP_TYPES, autocast, pick_device, pick_workers
+from stl_offline.device import amp_name, autocast, pick_device, pick_workers
 from stl_offline.distributed import join_world, leaving_world
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import find_packed
@@ -131,7 +131,7 @@ def _measure(stage: Stage, pictures: int, val_pictures: int) -> DryRun:
         | {
             "device": str(stage.device),
             "workers": pick_workers(config.workers),
-            "amp": next((name for name, kind in AMP_TYPES.items() if kind is stage.amp), "none"),
+            "amp": amp_name(stage.amp),
             "color_jitter": stage.augmentation.jitter,
         },
         processes=world.size,

@@ -12,7 +12,7 @@ from torch import nn
 from stl_offline.artifact import ModelDescription
 from stl_offline.augment import Augmentation, RandAugment, RandomErase
 from stl_offline.config import TrainConfig, settings
-from stl_offline.device import pick_amp, pick_device, pick_workers
+from stl_offline.device import amp_name, pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, failure_of_another, join_world, meet
 from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
@@ -164,6 +164,7 @@ class Stage:
     def run_folder(self, **labels: Any) -> RunFolder:
         """The run's folder. ``labels`` says by content what the labels are."""
         shaped = {name: value for name, value in settings(self.config).items() if name not in _PATHS}
+        shaped["amp"] = amp_name(self.amp)  # what "auto" comes to differs between machines
         data = {
             "train": {"fingerprint": self.train.fingerprint, "samples": len(self.train)},
             "val": None if self.val is None else {"fingerprint": self.val.fingerprint, "samples": len(self.val)},

@@ -114,7 +114,12 @@ def test_ctrl_c_ends_cleanly_and_resumes(capsys, work, tmp_path, monkeypatch):
     [(1, 1), (512, 1), (1_023, 1), (2_400, 4), (4_096, 8), (32_768, 8), (32_769, 9), (1_281_167, 313)],
 )
 def test_a_number_of_shards_that_suits(samples, shards):
-    assert pick_shards(samples) == shards
+    assert pick_shards(samples, 0) == pick_shards(samples, 16) == shards
+
+
+@pytest.mark.parametrize(("views", "pictures"), [(17, 3_855), (30, 2_184), (350, 187), (100_000, 1)])
+def test_shards_of_many_crops_hold_fewer_pictures(views, pictures):
+    assert pick_shards(1_281_167, views) == -(-1_281_167 // pictures)
 
 
 def test_progress_tells_bytes_and_a_disk_that_will_not_do(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -99,6 +100,9 @@ class TestMistakes:
         assert code == 0
         assert "vertical/001.jpg" in error
         assert "packed 7 pictures" in error
+        code, out, _ = call(capsys, "pack", folder, tmp_path / "whole.beton", "--skip-broken")
+        assert code == 0
+        assert re.search(r"^skipped vertical/001\.jpg: .*is cut off", out, re.MULTILINE)
 
     def test_an_input_size_that_the_stem_does_not_divide(self, capsys, tmp_path, stripes):
         assert "50" in self.train(capsys, tmp_path, stripes[0], "--img-size", "50")

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from stl_offline import device
 from stl_offline.artifact import load_model, read_description
 from stl_offline.config import LabelerConfig, differences
 from stl_offline.distributed import World
@@ -163,6 +164,16 @@ def test_other_settings_are_refused_by_name(quick):
     with pytest.raises(InputError, match="lr: 0.002 → 0.01"):
         train_labeler(LabelerConfig(**quick | {"lr": 0.01}))
     train_labeler(LabelerConfig(**quick | {"lr": 0.01, "resume": False}))
+
+
+def test_the_precision_that_auto_came_to_is_part_of_a_run(quick, monkeypatch):
+    """A machine that would choose another one must not go on unheard; said by name, it goes on anywhere."""
+    monkeypatch.setattr(device, "_bf16_is_fast", lambda _: True)
+    train_labeler(LabelerConfig(**quick | {"epochs": 1, "amp": "auto"}))
+    monkeypatch.setattr(device, "_bf16_is_fast", lambda _: False)
+    with pytest.raises(InputError, match="other settings .amp: 'bf16' → 'none'"):
+        train_labeler(LabelerConfig(**quick | {"epochs": 1, "amp": "auto"}))
+    assert train_labeler(LabelerConfig(**quick | {"epochs": 1, "amp": "bf16"}))["epochs"] == 1
 
 
 def test_long_values_are_said_in_short():
