@@ -92,18 +92,25 @@ def test_tables_hold_means_spreads_and_differences(study, settings, tmp_path):
     _, plan, tables = study
     kinds = {kind: [0.2, 0.4, 0.3] for family in tables.KINDS.values() for kind in family}
     (tmp_path / "results").mkdir()
-    for arm, values in {"none": (0.5, 0.6, 0.7), "views": (0.65, 0.75, 0.7), "online": (0.8,)}.items():
+    for arm, values in {
+        "none": (0.5, 0.6, 0.7),
+        "views": (0.65, 0.75, 0.7),
+        "online": (0.8,),
+        "whole": (0.6,),
+        "zoom": (0.65,),
+    }.items():
         for seed, value in enumerate(values):
             path = plan.result_path(tmp_path, f"{arm}-seed{seed}")
             path.write_text(json.dumps(result(value, kinds, 0.6)))
     tables.write_report(tmp_path, settings, tmp_path / "out")
     text = (tmp_path / "out" / "study.md").read_text()
-    assert "| no labels | 3 | 60.0 ± 10.0 | 60.0 ± 10.0 | 30.0 ± 0.0 | 50.0 ± 0.0 | 20 | – |" in text
+    assert "| `none`: no labels | 3 | 60.0 ± 10.0 | 60.0 ± 10.0 | 30.0 ± 0.0 | 50.0 ± 0.0 | 20 | – |" in text
+    assert "| `zoom` | +5.0 | +0.0 |" in text
     # √((2 · 0.1² + 2 · 0.05²) / 4 · (1/3 + 1/3)) = 6.5 points
     assert "| views − none | +10.0 (standard error 6.5) | +0.0 (standard error 0.0) |" in text
     # The spread of the others stands for that of a single run: √(0.00625 · (1 + 1/3)) = 9.1
     assert "| online − none | +20.0 (standard error 9.1) | +0.0 (standard error 0.0) |" in text
-    assert "| no labels | 10.0 | 50.0 | – | – |" in text
+    assert "| `none` | 10.0 | 50.0 | – | – |" in text
     kept = json.loads((tmp_path / "out" / "study-results.json").read_text())
     assert kept["settings"]["epochs"] == 4
     assert kept["results"]["views-seed1"]["top1"] == 0.75

@@ -11,24 +11,24 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from study_corruptions import KINDS
-from study_plan import ARMS, MAIN_ARMS, SETS, Study, read_result
+from study_plan import ARMS, MAIN_ARMS, OTHER_ARMS, SETS, Study, read_result
 
 DASH = "–"
 LABELS = {
     "none": "no labels",
-    "online": "online: the labeler in every step",
-    "whole": "dumped, one map of the whole picture (k = 5, gumbel, ignore)",
+    "online": "the labeler in every step",
+    "whole": "dumped, one map of the whole picture",
     "views": "dumped, as many crops as epochs, replayed",
-    "zoom": "dumped, two map sizes picked by zoom",
-    "whole-128": "dumped, one map at twice the size",
-    "views-4": "dumped, 4 crops, replayed in turn",
-    "whole-soft": "whole picture, soft targets",
-    "whole-argmax": "whole picture, argmax targets",
-    "whole-uniform": "whole picture, residual spread evenly",
-    "whole-k1": "whole picture, k = 1",
-    "whole-k20": "whole picture, k = 20: all classes",
-    "whole-half": "whole picture, half the weight of the token loss",
-    "whole-double": "whole picture, twice the weight of the token loss",
+    "zoom": "`whole` and `whole-128`, picked by zoom",
+    "whole-128": "one map at twice the size",
+    "views-4": "4 crops, replayed in turn",
+    "whole-soft": "soft targets",
+    "whole-argmax": "argmax targets",
+    "whole-uniform": "the residual spread evenly",
+    "whole-k1": "k = 1",
+    "whole-k20": "k = 20: all classes",
+    "whole-half": "half the weight of the token loss",
+    "whole-double": "twice the weight of the token loss",
 }
 
 
@@ -40,6 +40,7 @@ def write_report(folder: Path, study: Study, out: Path) -> None:
     parts = [
         _accuracy(runs, labeler, folder, study),
         _differences(runs),
+        _against_whole(runs),
         _by_epoch(runs, labeler, study),
         _corruptions(runs, labeler),
         _sets(folder),
@@ -95,7 +96,7 @@ def _accuracy(runs: dict[str, list[dict]], labeler: dict | None, folder: Path, s
         names = () if isinstance(labels, str) else labels
         sizes = [read_result(folder, f"labels-{name}") for name in names]
         size = f"{sum(each['bytes'] for each in sizes if each):,}" if sizes else DASH
-        rows.append(_accuracy_row(LABELS[arm], results, size, study))
+        rows.append(_accuracy_row(f"`{arm}`: {LABELS[arm]}", results, size, study))
     return _table(head, rows) if rows else ""
 
 
@@ -139,6 +140,19 @@ def _differences(runs: dict[str, list[dict]]) -> str:
     return _table(["points", "top-1", "corrupted"], rows) if rows else ""
 
 
+def _against_whole(runs: dict[str, list[dict]]) -> str:
+    """Points of the arms with one seed above the plain map of the same seed."""
+    if "whole" not in runs:
+        return ""
+    plain = runs["whole"][0]
+    rows = []
+    for arm in OTHER_ARMS:
+        for run in runs.get(arm, [])[:1]:
+            gains = (run["top1"] - plain["top1"], corrupted_mean(run) - corrupted_mean(plain))
+            rows.append([f"`{arm}`", *(f"{100 * gain:+.1f}" for gain in gains)])
+    return _table(["points above `whole`, same seed", "top-1", "corrupted"], rows) if rows else ""
+
+
 def _pooled_variance(groups: Sequence[Sequence[float]]) -> float:
     """Of single values within their groups; NaN where no group has two."""
     squares = sum(float(np.var(group)) * len(group) for group in groups if group)
@@ -156,7 +170,7 @@ def _by_epoch(runs: dict[str, list[dict]], labeler: dict | None, study: Study) -
     """Where the main arms stand after each quarter of their epochs: the first seed, which is measured on the way."""
     epochs = sorted({max(1, study.epochs * quarter // 4) for quarter in range(1, 5)})
     columns = {"the labeler itself": labeler} if labeler else {}
-    columns |= {LABELS[arm]: runs[arm][0] for arm in MAIN_ARMS if arm in runs}
+    columns |= {f"`{arm}`": runs[arm][0] for arm in MAIN_ARMS if arm in runs}
     rows = []
     for name, result in columns.items():
         found = {entry["epoch"]: entry["top1"] for entry in result["history"] if entry.get("top1") is not None}
@@ -217,11 +231,14 @@ def _plot_curves(runs: dict[str, list[dict]], labeler: dict | None, path: Path) 
     for arm, results in shown.items():
         for axis, field in zip(axes, ("top1", "class_loss"), strict=True):
             for number, result in enumerate(results):
-                points = [(entry["epoch"], entry[field]) for entry in result["history"] if entry.get(field) is not None]
+                unit = 100 if field == "top1" else 1
+                points = [
+                    (each["epoch"], unit * each[field]) for each in result["history"] if each.get(field) is not None
+                ]
                 label = arm if number == 0 else None
                 color = f"C{list(shown).index(arm)}"
                 axis.plot(*zip(*points, strict=True), marker="." if field == "top1" else "", color=color, label=label)
-    axes[0].set(xlabel="epoch", ylabel="validation top-1")
+    axes[0].set(xlabel="epoch", ylabel="validation top-1, %")
     axes[1].set(xlabel="epoch", ylabel="training loss of the class head")
     axes[0].legend()
     for axis in axes:
