@@ -61,10 +61,20 @@ def test_same_command_again_changes_nothing(quick):
     assert {path.name: path.stat().st_mtime_ns for path in Path(quick["out"]).iterdir()} == before
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
-def test_stopped_anywhere_it_ends_with_the_same_weights(quick, tmp_path, monkeypatch, stop_at):
+@pytest.mark.parametrize(
+    ("stop_at", "more"),
+    [
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (4, {}),
+        (2, {"amp": "fp16", "clip_grad": 1.0}),
+        (5, {"batch_size": 10, "accumulate": 2}),
+    ],
+)
+def test_stopped_anywhere_it_ends_with_the_same_weights(quick, tmp_path, monkeypatch, stop_at, more):
     """SIGTERM in the middle of a step: the step ends, all is saved, and the same command takes the steps left."""
-    config = quick | {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1}
+    config = quick | {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1} | more
     whole = tmp_path / "whole"
     train_labeler(LabelerConfig(**config | {"out": str(whole)}))
     steps = 0
@@ -81,10 +91,13 @@ def test_stopped_anywhere_it_ends_with_the_same_weights(quick, tmp_path, monkeyp
     with pytest.raises(SystemExit) as stopped:
         train_labeler(LabelerConfig(**config))
     assert stopped.value.code == 143
-    assert steps == stop_at
+    parts = config.get("accumulate", 1)
+    assert steps == -(-stop_at // parts) * parts
     monkeypatch.setattr(LabelerObjective, "losses", original)
     train_labeler(LabelerConfig(**config))
     assert same_weights(whole, config["out"])
+    best = [safetensors.torch.load_file(Path(run) / "best.safetensors") for run in (whole, config["out"])]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
     lines = (Path(config["out"]) / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
 

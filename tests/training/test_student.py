@@ -1,12 +1,14 @@
 """Stages 1 and 2 in one go: a labeler, its dumped labels, and students of every kind."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, StudentConfig
 from stl_offline.dump import dump_labels, top_k_labels
@@ -19,7 +21,7 @@ from stl_offline.training.label_sources import open_labels
 from stl_offline.training.labeler import train_labeler
 from stl_offline.training.online import online_targets
 from stl_offline.training.setup import prepare
-from stl_offline.training.student import train_student
+from stl_offline.training.student import StudentObjective, train_student
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,36 @@ def test_a_student_that_replays_crops_is_told_which_settings_have_no_say(quick, 
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
         assert len(said) == lines
         assert all("[0.25, 1.0]" in line and "have no say" in line for line in said)
+
+
+@pytest.mark.parametrize("labels", [("whole",), ("views", "whole"), ("online",)])
+def test_a_student_that_was_stopped_ends_with_the_same_weights(quick, labelled, tmp_path, monkeypatch, labels):
+    """In the fourth of six steps; labels are drawn anew in every epoch, and so is the set that a picture reads."""
+    sets = labels if labels == ("online",) else tuple(str(labelled[0] / name) for name in labels)
+    config = StudentConfig(
+        **quick | {"labels": sets, "mixup": 0.8, "random_erase": 0.3},
+        labeler=str(labelled[0] / "labeler") if labels == ("online",) else None,
+    )
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train_student(whole)
+    steps = 0
+    original = StudentObjective.losses
+
+    def stop_in_the_fourth(*arguments):
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentObjective, "losses", stop_in_the_fourth)
+        with pytest.raises(SystemExit):
+            train_student(config)
+    assert torch.load(Path(config.out) / "state.pt", weights_only=True)["at"]["step"] == 4
+    train_student(config)
+    ours, theirs = (load_file(Path(run.out) / "weights.safetensors") for run in (whole, config))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("target", ["gumbel", "soft", "argmax"])
