@@ -77,7 +77,7 @@ def test_a_link_to_where_it_lies_ends_in_an_error(make_tree, tmp_path):
         (("train-0.tar", "train-1.tar"), "holds tars: name them as a brace pattern"),
         (("cat/", "dog/"), "holds no pictures"),
         (("cat/readme.txt", "dog/"), "holds no pictures"),
-        (("cat/1.jpg",), r"holds only one class \('cat'\); training needs at least two"),
+        (("cat/1.jpg",), r"holds only one class \('cat'\); training and measuring take two"),
         (("cat/1.jpg", "dog/"), "1 class folders of .* hold no pictures, for example 'dog'"),
         (("cat/1.jpg", "dog/1.jpg", "3.jpg"), "3.jpg lies beside the class folders"),
     ],
