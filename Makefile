@@ -11,7 +11,7 @@ DEMO_OUT ?= runs/demo
 .PHONY: help venv demo test lint format constraints clean
 
 help:
-	@echo "make demo         train, label, train again on drawn pictures, and show what happened (5 minutes)"
+	@echo "make demo         train, label, train again on drawn images, and show what happened (5 minutes)"
 	@echo "make test         check style and run the tests (10 minutes; PYTEST_ARGS='-m slow': the slow ones)"
 	@echo "make venv         set up only; .venv/bin/stl-offline then works"
 	@echo "make format       bring the code into the project's style"

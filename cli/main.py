@@ -14,22 +14,22 @@ from stl_offline.cli.lazy import lazy_group
 
 # In the order in which the data goes: name → (module:attribute, one line of help).
 COMMANDS = {
-    "pack": ("stl_offline.cli.pack:pack", "Pack pictures into one .beton file for fast loading."),
+    "pack": ("stl_offline.cli.pack:pack", "Pack images into one .beton file for fast loading."),
     "train-labeler": ("stl_offline.cli.train_labeler:train_labeler", "Stage 1: train a model that labels tokens."),
     "dump-labels": ("stl_offline.cli.dump_labels:dump_labels", "Label every token of a data set, once."),
     "labels": ("stl_offline.cli.labels:labels", "Look at, check, convert, merge and share label sets."),
     "train-student": ("stl_offline.cli.train_student:train_student", "Stage 2: train a student from the labels."),
     "evaluate": ("stl_offline.cli.evaluate:evaluate", "Measure the accuracy of a trained model."),
     "report": ("stl_offline.cli.report:report", "Compare training runs on one page, with examples."),
-    "demo": ("stl_offline.cli.demo:demo", "All stages on pictures that it draws, in minutes."),
+    "demo": ("stl_offline.cli.demo:demo", "All stages on images that it draws, in minutes."),
 }
 
 
 EPILOG = """\b
 Example:
-  stl-offline train-labeler --data pictures/train --val pictures/val --out runs/labeler
-  stl-offline dump-labels --data pictures/train --labeler runs/labeler --out labels
-  stl-offline train-student --data pictures/train --val pictures/val --labels labels --out runs/student
+  stl-offline train-labeler --data images/train --val images/val --out runs/labeler
+  stl-offline dump-labels --data images/train --labeler runs/labeler --out labels
+  stl-offline train-student --data images/train --val images/val --labels labels --out runs/student
 
 Each command has a --help of its own. `stl-offline demo` shows everything on a small data set that it draws."""
 
@@ -40,7 +40,7 @@ def group() -> None:
     """Label the tokens of a data set once, share the labels, and train vision transformers from them at the speed of
     plain training.
 
-    Wherever a command wants pictures (SRC) it takes a folder with one folder for each class, webdataset tars such as
+    Wherever a command wants images (SRC) it takes a folder with one folder for each class, webdataset tars such as
     'train-{000..015}.tar', a .beton file, or the name of a timm reader.
     """
 

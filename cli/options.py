@@ -88,13 +88,13 @@ training_options = together(
         help="In place of the defaults: fan-tiny, -small, -base, -large, -micro, or a YAML file.  [default: none]",
     ),
     option("--dry-run", is_flag=True, help="Only print settings, steps, time and memory; write nothing."),
-    option("--data", required=True, metavar="SRC", help=f"Pictures to learn from: {SOURCE_HELP}."),
-    option("--val", metavar="SRC", help="Pictures to measure on after each epoch.  [default: none]"),
+    option("--data", required=True, metavar="SRC", help=f"Images to learn from: {SOURCE_HELP}."),
+    option("--val", metavar="SRC", help="Images to measure on after each epoch.  [default: none]"),
     option("--out", required=True, metavar="RUN", help="Folder of the run: checkpoints, settings, a line an epoch."),
     option("--model", default=TrainConfig.model, metavar="NAME", help="A FAN variant, such as fan_tiny_8_p4_hybrid."),
     option("--img-size", default=TrainConfig.img_size, metavar="N", help="Side of the model's input in pixels."),
     option("--epochs", default=TrainConfig.epochs, metavar="N", help="Times through the data."),
-    option("--batch-size", default=TrainConfig.batch_size, metavar="N", help="Pictures a batch and process."),
+    option("--batch-size", default=TrainConfig.batch_size, metavar="N", help="Images a batch and process."),
     option("--accumulate", default=TrainConfig.accumulate, metavar="N", help="Batches that make one step."),
     option("--seed", default=TrainConfig.seed, metavar="N", help="Same seed, same crops, order and draws."),
     option("--lr", default=TrainConfig.lr, metavar="X", help="Largest learning rate; AdamW with a cosine to 1e-6."),
@@ -102,7 +102,7 @@ training_options = together(
         "--lr-batch",
         default=TrainConfig.lr_batch,
         metavar="N",
-        help="Pictures a step that --lr is for: it follows their real number; 0: --lr as it is.",
+        help="Images a step that --lr is for: it follows their real number; 0: --lr as it is.",
     ),
     option(
         "--warmup-epochs",
@@ -117,7 +117,7 @@ training_options = together(
     option("--drop-path", default=TrainConfig.drop_path, metavar="X", help="Stochastic depth."),
     option("--mixup", default=TrainConfig.mixup, metavar="X", help="Mixup's alpha; 0: off."),
     option("--cutmix", default=TrainConfig.cutmix, metavar="X", help="Cutmix's alpha; 0: off."),
-    option("--mix-prob", default=TrainConfig.mix_prob, metavar="X", help="Chance that a batch, pair or picture mixes."),
+    option("--mix-prob", default=TrainConfig.mix_prob, metavar="X", help="Chance that a batch, pair or image mixes."),
     option("--mix-mode", default=TrainConfig.mix_mode, type=click.Choice(MIX_MODES), help="What mixes as one."),
     option("--scale-min", default=TrainConfig.scale_min, metavar="X", help="Smallest share of the area in a crop."),
     option("--flip", default=TrainConfig.flip, metavar="X", help="Chance of a left-to-right flip."),
@@ -135,7 +135,7 @@ training_options = together(
     amp_option,
     option("--compile/--no-compile", default=TrainConfig.compile, help="torch.compile the model."),
     option("--channels-last/--no-channels-last", default=TrainConfig.channels_last, help="Memory layout of weights."),
-    option("--sync-bn/--no-sync-bn", default=TrainConfig.sync_bn, help="Batch norms over all processes' pictures."),
+    option("--sync-bn/--no-sync-bn", default=TrainConfig.sync_bn, help="Batch norms over all processes' images."),
     option("--token-weight", default=TrainConfig.token_weight, metavar="X", help="Of the token loss; 0: none."),
     option("--val-every", default=TrainConfig.val_every, metavar="N", help="Epochs between two measurements."),
     option(
@@ -153,7 +153,7 @@ training_options = together(
     option("--log-every", default=TrainConfig.log_every, metavar="N", help="Steps between lines of steps.jsonl."),
     option("--tensorboard/--no-tensorboard", default=TrainConfig.tensorboard, help="Write RUN/tensorboard, too."),
     option("--resume/--no-resume", default=TrainConfig.resume, help="Go on where the same command stopped."),
-    option("--skip-broken/--no-skip-broken", default=TrainConfig.skip_broken, help="Leave out unreadable pictures."),
+    option("--skip-broken/--no-skip-broken", default=TrainConfig.skip_broken, help="Leave out unreadable images."),
 )
 
 

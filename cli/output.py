@@ -34,7 +34,7 @@ def result_json(result: Any) -> str:
 def dump_line(report: Any) -> str:
     """What a dump did."""
     return (
-        f"label set: {report.path} ({report.samples:,} pictures, {report.labelled:,} of them labelled now, "
+        f"label set: {report.path} ({report.samples:,} images, {report.labelled:,} of them labelled now, "
         f"{report.bytes:,} bytes, {report.seconds:,.0f} s)"
     )
 
@@ -44,14 +44,14 @@ def estimate_lines(estimate: Any) -> str:
     views = f" × {estimate.views} views" if estimate.views > 1 else ""
     processes = f" by {estimate.processes} processes" if estimate.processes > 1 else ""
     lines = [
-        f"estimate: {estimate.pictures:,} pictures{views}, measured on {estimate.measured:,} of them; nothing written",
-        f"size:     {_size(estimate.bytes)} in {estimate.shards:,} shards, {estimate.bytes_per_picture:,.0f} bytes a "
-        "picture",
-        f"speed:    {estimate.pictures_per_second:,.1f} pictures a second{processes}",
+        f"estimate: {estimate.images:,} images{views}, measured on {estimate.measured:,} of them; nothing written",
+        f"size:     {_size(estimate.bytes)} in {estimate.shards:,} shards, {estimate.bytes_per_image:,.0f} bytes a "
+        "image",
+        f"speed:    {estimate.images_per_second:,.1f} images per second{processes}",
         f"time:     {_duration(estimate.seconds)}",
     ]
     if estimate.pack_seconds:
-        lines[-1] += f", and before it some {_duration(estimate.pack_seconds)} to pack the pictures"
+        lines[-1] += f", and before it some {_duration(estimate.pack_seconds)} to pack the images"
     if estimate.free_bytes is not None:
         lines.append(f"disk:     {_size(estimate.free_bytes)} free, {'enough' if estimate.fits else 'NOT ENOUGH'}")
     return "\n".join(lines)

@@ -9,23 +9,23 @@ from stl_offline.cli.options import example, machine_options
 
 @click.command(
     epilog=example(
-        "stl-offline pack pictures/train train.beton",
+        "stl-offline pack images/train train.beton",
         "stl-offline pack 'train-{000..015}.tar' train.beton",
-        "stl-offline pack pictures/some-classes some.beton --classes labels",
+        "stl-offline pack images/some-classes some.beton --classes labels",
     )
 )
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DEST")
 @click.option(
-    "--max-size", type=click.IntRange(min=1), metavar="N", help="Shrink pictures whose longer side exceeds N pixels."
+    "--max-size", type=click.IntRange(min=1), metavar="N", help="Shrink images whose longer side exceeds N pixels."
 )
 @click.option(
     "--classes",
     metavar="PLACE",
-    help="The class list, also of classes without pictures: a label set, to train from its labels; or a text file with "
+    help="The class list, also of classes without images: a label set, to train from its labels; or a text file with "
     "one name a line.  [default: SRC's own]",
 )
-@click.option("--skip-broken", is_flag=True, help="Leave out and list pictures that cannot be decoded.")
+@click.option("--skip-broken", is_flag=True, help="Leave out and list images that cannot be decoded.")
 @machine_options
 def pack(
     source: str,
@@ -36,14 +36,14 @@ def pack(
     workers: int,
     **_: object,
 ) -> None:
-    """Pack the pictures of SRC into the file DEST (.beton) for fast loading.
+    """Pack the images of SRC into the file DEST (.beton) for fast loading.
 
-    RGB JPEGs are stored byte for byte; other pictures become RGB. The keys, class names and content hashes go into the
-    same file. Commands that are given pictures do this by themselves and keep the file in a cache.
+    RGB JPEGs are stored byte for byte; other images become RGB. The keys, class names and content hashes go into the
+    same file. Commands that are given images do this by themselves and keep the file in a cache.
     """
-    from stl_offline.images.pack import pack as pack_pictures
+    from stl_offline.images.pack import pack as pack_images
 
-    report = pack_pictures(
+    report = pack_images(
         source,
         destination,
         max_size=max_size,
@@ -52,7 +52,7 @@ def pack(
         class_names=_read_class_names(classes) if classes else None,
     )
     click.echo(
-        f"packed {report.samples:,} pictures of {report.classes:,} classes into {report.path} "
+        f"packed {report.samples:,} images of {report.classes:,} classes into {report.path} "
         f"({report.bytes:,} bytes): {report.stored_as_is:,} as they were, "
         f"{report.converted:,} converted, {len(report.skipped):,} skipped"
     )

@@ -8,16 +8,16 @@ from stl_offline.config import ReportConfig
 
 @click.command(
     epilog=example(
-        "stl-offline report runs/student --data pictures/val",
-        "stl-offline report runs/student runs/baseline --data pictures/val --labels labels --out report.html",
+        "stl-offline report runs/student --data images/val",
+        "stl-offline report runs/student runs/baseline --data images/val --labels labels --out report.html",
     )
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@option("--data", metavar="SRC", help=f"Pictures to show examples of: {SOURCE_HELP}.  [default: no examples]")
+@option("--data", metavar="SRC", help=f"Images to show examples of: {SOURCE_HELP}.  [default: no examples]")
 @option("--labels", multiple=True, metavar="SET", help="A label set that a run learned from; may be repeated.")
 @option("--out", default=ReportConfig.out, metavar="FILE", help="The page.")
 @option("--examples", default=ReportConfig.examples, metavar="N", help="Right ones, and as many wrong ones.")
-@option("--predict", default=ReportConfig.predict, metavar="N", help="Pictures that these are chosen from.")
+@option("--predict", default=ReportConfig.predict, metavar="N", help="Images that these are chosen from.")
 @option("--seed", default=ReportConfig.seed, metavar="N", help="Of the choice.")
 @option("--max-mb", default=ReportConfig.max_mb, metavar="X", help="Largest page, in megabytes.")
 @machine_options

@@ -9,9 +9,9 @@ from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARG
 
 @click.command(
     epilog=example(
-        "stl-offline train-student --recipe fan-tiny --data pictures/train --val pictures/val \\",
+        "stl-offline train-student --recipe fan-tiny --data images/train --val images/val \\",
         "    --labels labels --out runs/student",
-        "stl-offline train-student --data pictures/train --val pictures/val --labels labels --labels labels-448 \\",
+        "stl-offline train-student --data images/train --val images/val --labels labels --labels labels-448 \\",
         "    --model fan_tiny_8_p4_hybrid --img-size 224 --epochs 350 --batch-size 128 --out runs/student",
         "",
         "Baselines: --labels none (no token labels), --labels online --labeler runs/labeler (it runs in every step)",
@@ -29,7 +29,7 @@ from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARG
     "--labels-pick",
     default=StudentConfig.labels_pick,
     type=click.Choice(LABEL_PICKS),
-    help="Of several sets: the one that fits a crop's zoom, or one drawn; auto: zoom for sizes of whole pictures.",
+    help="Of several sets: the one that fits a crop's zoom, or one drawn; auto: zoom for sizes of whole images.",
 )
 @option(
     "--labels-share",
@@ -55,7 +55,7 @@ from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARG
     "--views",
     default=StudentConfig.views,
     type=click.Choice(VIEW_MODES),
-    help="auto: replay a set's crops, or draw new ones over whole pictures; random, replay: insist on one.",
+    help="auto: replay a set's crops, or draw new ones over whole images; random, replay: insist on one.",
 )
 @option("--columns", default=StudentConfig.columns, metavar="N", help="Classes kept for a token of a soft target.")
 @option(
@@ -72,18 +72,18 @@ from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARG
     "--missing",
     default=StudentConfig.missing,
     type=click.Choice(["error", "skip"]),
-    help="Pictures without labels: stop, or train them without.",
+    help="Images without labels: stop, or train them without.",
 )
 @option(
     "--key-prefix",
     default=StudentConfig.key_prefix,
     metavar="OLD=NEW",
-    help="Look pictures up whose keys start with OLD under NEW: 'train/=' leaves train/ out, '=train/' adds it.",
+    help="Look images up whose keys start with OLD under NEW: 'train/=' leaves train/ out, '=train/' adds it.",
 )
 @option(
     "--allow-changed/--no-allow-changed",
     default=StudentConfig.allow_changed,
-    help="Use labels of pictures whose content has changed since.",
+    help="Use labels of images whose content has changed since.",
 )
 @machine_options
 @click.pass_context

@@ -51,7 +51,7 @@ class MachineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(MachineConfig):
-    """What both training stages share. The defaults suit a small model on 64-pixel pictures."""
+    """What both training stages share. The defaults suit a small model on 64-pixel images."""
 
     data: str
     out: str
@@ -63,7 +63,7 @@ class TrainConfig(MachineConfig):
     seed: int = 0
     accumulate: int = 1  # batches that make one step
     lr: float = 2e-3
-    lr_batch: int = 0  # pictures of a step that lr is for: it grows and shrinks with them; 0: lr as it is
+    lr_batch: int = 0  # images of a step that lr is for: it grows and shrinks with them; 0: lr as it is
     warmup_epochs: float = 2.0
     weight_decay: float = 0.05
     clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
@@ -74,19 +74,19 @@ class TrainConfig(MachineConfig):
     cutmix: float = 0.0
     mix_prob: float = 1.0
     mix_mode: str = "batch"
-    scale_min: float = 0.25  # smallest share of a picture's area that a random crop takes
+    scale_min: float = 0.25  # smallest share of an image's area that a random crop takes
     flip: float = 0.5
     color_jitter: float | None = None  # strength; None: 0.4, or 0 with auto_augment
     auto_augment: str | None = None  # timm's string for RandAugment, such as rand-m9-mstd0.5-inc1
-    random_erase: float = 0.0  # chance that a box of a picture is erased
+    random_erase: float = 0.0  # chance that a box of an image is erased
     erase_mode: str = "pixel"
     interpolation: str = "area"  # how crops are resized, antialiased in any case
     amp: str = "auto"
     compile: bool = False
     channels_last: bool = True  # memory layout of the model's weights
-    sync_bn: bool = False  # batch norms look at the pictures of all processes
+    sync_bn: bool = False  # batch norms look at the images of all processes
     token_weight: float = 1.0  # weight of the token loss beside the class loss
-    val_every: int = 1  # epochs from one measurement on the validation pictures to the next
+    val_every: int = 1  # epochs from one measurement on the validation images to the next
     checkpoint_every: float = 300.0  # seconds between stored states within an epoch
     checkpoint_steps: int = 0  # steps between them, beside the seconds; 0: seconds alone
     log_every: int = 50  # steps from one line of steps.jsonl to the next
@@ -152,7 +152,7 @@ class StudentConfig(TrainConfig):
     erased_labels: str = "drop"  # of erased cells: they weigh what is left to see of them, or stay
     missing: str = "error"
     allow_changed: bool = False
-    key_prefix: str = ""  # OLD=NEW: what the pictures' keys start with, and what the labels' have there
+    key_prefix: str = ""  # OLD=NEW: what the images' keys start with, and what the labels' have there
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,15 +192,15 @@ class DumpConfig(MachineConfig):
     labeler_by_order: bool = False  # its weights have other names, but the same tensors in the same order
     labeler_mean: tuple[float, ...] | None = None  # normalisation, where timm notes another one than its weights had
     labeler_std: tuple[float, ...] | None = None
-    shards: int = 0  # 0: of some 4,000 pictures each; fewer, smaller ones for small data
+    shards: int = 0  # 0: of some 4,000 images each; fewer, smaller ones for small data
     top_k: int = 5
-    views: int = 0  # random crops for each picture; 0: one map of the whole picture
+    views: int = 0  # random crops for each image; 0: one map of the whole image
     img_size: int = 0  # the labeler's input side in pixels; 0: what it was trained with
     batch_size: int = 64
     seed: int = 0
     scale_min: float = 0.25
     flip: float = 0.5
-    interpolation: str = "auto"  # as the labeler's run resized its pictures; area for timm:NAME
+    interpolation: str = "auto"  # as the labeler's run resized its images; area for timm:NAME
     format: str = "zarr"
     encoding: str = "f16"
     amp: str = "none"
@@ -246,12 +246,12 @@ class PreviewConfig(MachineConfig):
     """``stl-offline labels preview``."""
 
     path: str  # the label set
-    data: str | None = None  # the pictures; None: label maps alone
+    data: str | None = None  # the images; None: label maps alone
     out: str = "preview"
     keys: tuple[str, ...] = ()  # keys, or patterns with * and ?
-    samples: int = 12  # pictures to draw at random where no keys are named
+    samples: int = 12  # images to draw at random where no keys are named
     seed: int = 0  # of the samples
-    views: tuple[int, ...] = (0,)  # which maps of each picture, where a set holds crops
+    views: tuple[int, ...] = (0,)  # which maps of each image, where a set holds crops
     threshold: float = 0.5  # confidence from which a token counts as confident
     student_seed: int = 0
     epoch: int = 0  # of the student's crop and draws, counted from 0
@@ -280,11 +280,11 @@ class ReportConfig(MachineConfig):
     """``stl-offline report``."""
 
     runs: tuple[str, ...]
-    data: str | None = None  # pictures to show examples of, such as the validation pictures
+    data: str | None = None  # images to show examples of, such as the validation images
     labels: tuple[str, ...] = ()  # label sets that the runs may have learned from, to say more of them
     out: str = "report.html"
-    examples: int = 4  # pictures that the first run gets right, and as many that it gets wrong
-    predict: int = 256  # pictures that examples are chosen from
+    examples: int = 4  # images that the first run gets right, and as many that it gets wrong
+    predict: int = 256  # images that examples are chosen from
     seed: int = 0
     max_mb: float = 5.0
 

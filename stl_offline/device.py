@@ -43,7 +43,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next batch instead of giving it back to the system.
 
     Every step on a CPU frees and asks for the same hundreds of megabytes; the kernel clears each page of them anew.
-    Labelling 448-pixel pictures took three times as long without this (docs/benchmarks.md). glibc only.
+    Labelling 448-pixel images took three times as long without this (docs/benchmarks.md). glibc only.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

@@ -140,7 +140,7 @@ def wait_for_world(world: World) -> None:
 
 
 def meet(world: World) -> None:
-    """`wait_for_world` after work of any length: one process may pack pictures for hours that another has packed.
+    """`wait_for_world` after work of any length: one process may pack images for hours that another has packed.
 
     Raises:
         TrainingError: another process has died.

@@ -10,7 +10,7 @@ class StlError(Exception):
 
 
 class InputError(StlError, ValueError):
-    """An argument, a picture or a folder cannot be used."""
+    """An argument, an image or a folder cannot be used."""
 
 
 class FormatError(StlError, ValueError):
@@ -18,7 +18,7 @@ class FormatError(StlError, ValueError):
 
 
 class JoinError(StlError, LookupError):
-    """Labels and pictures do not belong together: missing keys, changed pictures, another class list."""
+    """Labels and images do not belong together: missing keys, changed images, another class list."""
 
 
 class TrainingError(StlError, RuntimeError):

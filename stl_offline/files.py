@@ -15,7 +15,7 @@ COPY_BYTES = 1 << 20
 
 
 def cache_dir() -> Path:
-    """Where derived files (packed pictures, token caches) are kept: ``$STL_OFFLINE_CACHE``, else the user's cache."""
+    """Where derived files (packed images, token caches) are kept: ``$STL_OFFLINE_CACHE``, else the user's cache."""
     chosen = os.environ.get("STL_OFFLINE_CACHE")
     if chosen:
         return Path(chosen)

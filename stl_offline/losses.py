@@ -76,9 +76,9 @@ class _SparseCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # Float32 whatever the logits are: half precision has no numbers as small as these, before they are scaled.
             gradient_TK = logits_BNK.new_empty(len(mass_T), classes, dtype=torch.float32)
-        for pictures, tokens, rows in _chunks(logits_BNK):
+        for images, tokens, rows in _chunks(logits_BNK):
             # Where the logits are part of a larger tensor, a chunk at a time is copied, not all of them.
-            part_tK = logits_BNK[pictures, tokens].reshape(-1, classes).float()
+            part_tK = logits_BNK[images, tokens].reshape(-1, classes).float()
             p_tK = torch.softmax(part_tK, dim=1, out=None if gradient_TK is None else gradient_TK[rows])
             # log Σ exp(z) = max(z) − log(max p): the exponentials are taken once, not twice.
             logsumexp_t = part_tK.amax(dim=1) - p_tK.amax(dim=1).log()
@@ -106,13 +106,13 @@ class _SparseCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(logits_BNK: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Which pictures, which of their tokens, and which rows of T = B·N these are: whole pictures, or parts of one."""
+    """Which images, which of their tokens, and which rows of T = B·N these are: whole images, or parts of one."""
     batch, tokens, classes = logits_BNK.shape
     rows = (CHUNK_ELEMENTS if logits_BNK.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // max(1, classes)
-    pictures = max(1, rows // max(1, tokens))
+    images = max(1, rows // max(1, tokens))
     step = max(1, min(rows, tokens))
-    for first in range(0, batch, pictures):
-        last = min(first + pictures, batch)
+    for first in range(0, batch, images):
+        last = min(first + images, batch)
         for start in range(0, tokens, step):
             end = min(start + step, tokens)
             yield slice(first, last), slice(start, end), slice(first * tokens + start, (last - 1) * tokens + end)

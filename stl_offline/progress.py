@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 def progress_bar(
-    total: int | None, description: str, unit: str = "picture", *, enabled: bool = True, **options: Any
+    total: int | None, description: str, unit: str = "image", *, enabled: bool = True, **options: Any
 ) -> tqdm:
     """A tqdm bar with this package's look. Use it as a context manager and call ``update(n)``.
 

@@ -21,7 +21,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _private_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Packed pictures and token caches go to a folder that ends with the session; child processes inherit it."""
+    """Packed images and token caches go to a folder that ends with the session; child processes inherit it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STL_OFFLINE_CACHE", str(tmp_path_factory.mktemp("stl-offline-cache")))
         patch.setenv("STL_OFFLINE_QUIET", "1")

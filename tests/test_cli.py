@@ -112,7 +112,7 @@ def full_disk() -> OSError:
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (InputError("no pictures in x"), 1, "error: no pictures in x"),
+        (InputError("no images in x"), 1, "error: no images in x"),
         (TargetError("cannot write x"), 1, "error: cannot write x"),
         (MissingExtraError("needs [train]"), 1, "error: needs [train]"),
         (full_disk(), 1, "no space left to write labels/shard"),

@@ -1,7 +1,7 @@
 """The documentation is right: its Python runs, its commands exist with the options they are given, its links lead on.
 
 Python blocks of a page run in their order and share their names. They run in a folder that holds what the pages speak
-of: pictures/train, pictures/val, train.beton, val.beton, labels (a label set of pictures/train) and runs/student.
+of: images/train, images/val, train.beton, val.beton, labels (a label set of images/train) and runs/student.
 """
 
 import dataclasses
@@ -34,17 +34,21 @@ def documented_folder(tmp_path_factory) -> Path:
     """The folder that the pages' Python runs in."""
     import timm
 
-    from stl_offline.artifact import WEIGHTS_NAME, ModelDescription, save_model
+    from stl_offline.demo.shapes import write_shapes
     from stl_offline.images.beton import open_beton
     from stl_offline.images.pack import pack
-    from stl_offline.images.shapes import write_shapes
     from stl_offline.labels.writer import LabelSetWriter
-    from stl_offline.models import Fan  # noqa: F401  registers the models
+    from stl_offline.models import (
+        WEIGHTS_NAME,
+        Fan,  # noqa: F401  registers the models
+        ModelDescription,
+        save_model,
+    )
 
     folder = tmp_path_factory.mktemp("documented")
-    write_shapes(folder / "pictures", train=20, val=10)
+    write_shapes(folder / "images", train=20, val=10)
     for split in ("train", "val"):
-        pack(str(folder / "pictures" / split), folder / f"{split}.beton", workers=1)
+        pack(str(folder / "images" / split), folder / f"{split}.beton", workers=1)
     beton = open_beton(folder / "train.beton")
     spec = make_spec(
         len(beton),
@@ -166,9 +170,9 @@ PAGE = """# A page
 
 ```sh
 # a comment
-FLAG=1 stl-offline pack pictures/train \\
+FLAG=1 stl-offline pack images/train \\
     train.beton --workers 2 && make demo
-stl-offline pack pictures/train
+stl-offline pack images/train
 .venv/bin/stl-offline train-labeler --data x --out y --epoch 3 | tee log
 stl-offline fly
 make tea

@@ -13,21 +13,37 @@ from tests.source_tree import REPOSITORY, Module, modules, own_imports
 LAYERS = (
     ("errors",),
     ("config", "ffcv_setup", "files", "progress"),
-    ("geometry", "random"),
-    ("views",),
+    ("random",),
+    ("geometry",),
     ("labels", "images"),
-    ("augment", "device", "distributed", "losses", "mixing", "models", "recipes", "targets"),
-    ("artifact", "loader"),
-    ("labelers", "scoring"),
+    ("augment", "device", "distributed", "losses", "models", "recipes", "targets"),
+    ("loader",),
+    ("evaluation",),
     ("dump", "training"),
-    ("evaluate", "recompute", "reports"),
+    ("reports",),
     ("demo",),
     ("cli",),
 )
 LAYER_OF = {name: number for number, row in enumerate(LAYERS) for name in row}
 
+# Folders with a door: the rest of the package imports what the folder itself exports, never a module within it.
+DOORS = (
+    *(
+        "geometry",
+        "labels.format",
+        "labels.store",
+        "targets",
+        "augment",
+        "models",
+        "recipes",
+        "loader",
+        "loader.decoder",
+    ),
+    *("evaluation", "dump", "demo"),
+)
+
 # What a team with a training loop of its own uses: it must load where only the core is installed.
-LIGHT = ("errors", "config", "files", "progress", "geometry", "random", "views", "labels", "targets", "cli")
+LIGHT = ("errors", "config", "files", "progress", "geometry", "random", "labels", "targets", "cli")
 HEAVY = ("torch", "torchvision", "ffcv", "timm", "cv2", "PIL", "safetensors", "matplotlib", "jinja2")
 
 # The name that is imported → the distribution that setup.cfg asks for, where they differ.
@@ -59,6 +75,20 @@ def test_imports_go_down():
             other = part_of(target)
             if other != part and (other not in LAYER_OF or LAYER_OF[other] >= LAYER_OF.get(part, 0)):
                 wrong.append(f"{module.place} imports {target}")
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_others_come_in_through_the_door(door):
+    package = f"stl_offline.{door}"
+    assert package in modules(), f"{door} is not a folder of the package"
+    wrong = [
+        f"{module.place} imports {target}"
+        for module in modules().values()
+        if module.name != package and not module.name.startswith(f"{package}.")
+        for target in own_imports(module)
+        if target.startswith(f"{package}.") and not any(target == f"stl_offline.{other}" for other in DOORS)
+    ]
     assert not wrong, wrong
 
 

@@ -24,7 +24,7 @@ def study():
 
 @pytest.fixture
 def settings(study):
-    return study[1].Study("train", "val", "boxes", epochs=4, seeds=3, batch_size=10, corrupted_pictures=10)
+    return study[1].Study("train", "val", "boxes", epochs=4, seeds=3, batch_size=10, corrupted_images=10)
 
 
 def test_every_need_comes_before_what_needs_it(study, settings):

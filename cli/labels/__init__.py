@@ -8,7 +8,7 @@ from stl_offline.cli.options import example
 COMMANDS = {
     "inspect": ("stl_offline.cli.labels.inspect:inspect", "Print what a label set says of itself."),
     "stats": ("stl_offline.cli.labels.stats:stats", "Measure confidence, residual and agreement."),
-    "preview": ("stl_offline.cli.labels.preview:preview", "Look at labels: a page and pictures."),
+    "preview": ("stl_offline.cli.labels.preview:preview", "Look at labels: a page and images."),
     "verify": ("stl_offline.cli.labels.verify:verify", "Check every shard, or label a sample again."),
     "convert": ("stl_offline.cli.labels.convert:convert", "Change container, encoding or shard count."),
     "merge": ("stl_offline.cli.labels.merge:merge", "Make one label set of several."),

@@ -11,7 +11,7 @@ from stl_offline.cli.options import example, machine_options
 @click.argument("out", metavar="OUT")
 @machine_options
 def merge(paths: tuple[str, ...], out: str, workers: int, **_: object) -> None:
-    """Make one label set of several that were made with the same settings for different pictures.
+    """Make one label set of several that were made with the same settings for different images.
 
     Shards are copied byte for byte. Settings that differ and keys that are there twice are refused by name. A killed
     merge goes on when the same command runs again.

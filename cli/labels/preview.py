@@ -8,12 +8,12 @@ from stl_offline.config import PreviewConfig
 
 @click.command(
     epilog=example(
-        "stl-offline labels preview labels --data pictures/train --out preview",
-        "stl-offline labels preview labels --data pictures/train --key 'ring/*' --samples 4",
+        "stl-offline labels preview labels --data images/train --out preview",
+        "stl-offline labels preview labels --data images/train --key 'ring/*' --samples 4",
     )
 )
 @click.argument("path", metavar="SET")
-@option("--data", metavar="SRC", help=f"The pictures: {SOURCE_HELP}.  [default: none, labels alone]")
+@option("--data", metavar="SRC", help=f"The images: {SOURCE_HELP}.  [default: none, labels alone]")
 @option("--out", default=PreviewConfig.out, metavar="DIR", help="Folder for labels.html and the PNGs.")
 @option("--key", "keys", multiple=True, metavar="KEY", help="A key, or a pattern with * and ?; may be repeated.")
 @option("--samples", default=PreviewConfig.samples, metavar="N", help="Labels to draw, of all or of a pattern's.")
@@ -35,9 +35,9 @@ from stl_offline.config import PreviewConfig
     "--missing",
     default=PreviewConfig.missing,
     type=click.Choice(["error", "skip"]),
-    help="Labels without a picture: stop, or show them alone.",
+    help="Labels without an image: stop, or show them alone.",
 )
-@option("--allow-changed", is_flag=True, default=PreviewConfig.allow_changed, help="Pictures changed since: go on.")
+@option("--allow-changed", is_flag=True, default=PreviewConfig.allow_changed, help="Images changed since: go on.")
 @option("--all-shards", is_flag=True, default=PreviewConfig.all_shards, help="Read the whole set for the histogram.")
 @option("--max-mb", default=PreviewConfig.max_mb, metavar="X", help="Largest page, in megabytes.")
 @machine_options
@@ -50,13 +50,13 @@ def preview(**options: object) -> None:
     config = PreviewConfig(**options)
     from stl_offline.reports.preview import preview_labels
 
-    find_pictures = None
+    find_images = None
     if config.data is not None:
-        from stl_offline.reports.find_pictures import find_pictures
+        from stl_offline.reports.find import find_images
 
-    report = preview_labels(config, find_pictures)
+    report = preview_labels(config, find_images)
     for warning in report.warnings:
         click.echo(f"note: {warning}", err=True)
     for figure in report.figures:
-        click.echo(f"picture: {figure}")
+        click.echo(f"image: {figure}")
     click.echo(f"page: {report.page} ({report.shown} label maps, {report.bytes:,} bytes, {report.shards} shards read)")

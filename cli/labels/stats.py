@@ -15,7 +15,7 @@ from stl_offline.cli.options import example, machine_options, option
 @option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @machine_options
 def stats(path: str, shards: int | None, as_json: bool, workers: int, **_: object) -> None:
-    """Measure how sure the labels are, what they leave out, and whether they agree with the pictures' classes."""
+    """Measure how sure the labels are, what they leave out, and whether they agree with the images' classes."""
     from stl_offline.labels.label_set import open_label_set
     from stl_offline.labels.stats import measure, table, to_json
 

@@ -13,19 +13,19 @@ LEAST_AGREEMENT = 0.99
 @click.command(
     epilog=example(
         "stl-offline labels verify labels",
-        "stl-offline labels verify labels --recompute 64 --labeler runs/labeler --data pictures/train",
+        "stl-offline labels verify labels --recompute 64 --labeler runs/labeler --data images/train",
     )
 )
 @click.argument("path", metavar="SET")
-@option("--recompute", type=int, default=0, metavar="N", help="Label N random pictures again, too; 0: none.")
+@option("--recompute", type=int, default=0, metavar="N", help="Label N random images again, too; 0: none.")
 @option("--labeler", metavar="RUN|CKPT|timm:NAME", help="The labeler that made the set, with --recompute.")
 @option("--labeler-checkpoint", metavar="FILE", help="Weights for a labeler named timm:NAME.")
 @option("--labeler-by-order", is_flag=True, help="These weights have other names, but the same tensors in order.")
 @option("--labeler-mean", type=NUMBERS, metavar="R,G,B", help="Normalisation, where not as timm notes for NAME.")
 @option("--labeler-std", type=NUMBERS, metavar="R,G,B", help="Likewise.")
-@option("--data", metavar="SRC", help=f"The pictures, with --recompute: {SOURCE_HELP}.")
+@option("--data", metavar="SRC", help=f"The images, with --recompute: {SOURCE_HELP}.")
 @option("--key-prefix", default="", metavar="OLD=NEW", help="As of train-student.")
-@option("--seed", default=0, metavar="N", help="Of the random pictures.")
+@option("--seed", default=0, metavar="N", help="Of the random images.")
 @option("--tolerance", default=0.005, metavar="X", help="Of a probability, beyond the set's own bounds.")
 @machine_options
 def verify(path: str, recompute: int, tolerance: float, workers: int, **options: Any) -> None:
@@ -49,19 +49,19 @@ def verify(path: str, recompute: int, tolerance: float, workers: int, **options:
         count = len(report.faults)
         faults = "1 fault" if count == 1 else f"{count:,} faults"
         raise FormatError(f"{path} has {faults} in {report.shards:,} shards; copy these anew")
-    click.echo(f"{path}: all {report.shards:,} shards are whole ({report.samples:,} pictures)")
+    click.echo(f"{path}: all {report.shards:,} shards are whole ({report.samples:,} images)")
     if recompute:
         _recompute(label_set, recompute, tolerance, workers, options)
 
 
-def _recompute(label_set: Any, pictures: int, tolerance: float, workers: int, options: dict[str, Any]) -> None:
+def _recompute(label_set: Any, images: int, tolerance: float, workers: int, options: dict[str, Any]) -> None:
+    from stl_offline.dump import recompute_labels
     from stl_offline.errors import FormatError
-    from stl_offline.recompute import recompute
 
     options.pop("debug")
-    found = recompute(label_set, pictures=pictures, workers=workers, **options)
+    found = recompute_labels(label_set, images=images, workers=workers, **options)
     click.echo(
-        f"{label_set.place}: {found.pictures:,} pictures labelled again; {found.top1:.2%} of {found.tokens:,} tokens "
+        f"{label_set.place}: {found.images:,} images labelled again; {found.top1:.2%} of {found.tokens:,} tokens "
         f"name the same class, probabilities differ by {found.largest:.2g} at most, beyond the bounds by "
         f"{found.beyond:.2g}"
     )

@@ -16,11 +16,31 @@ from torch import Tensor
 from stl_offline.augment.colour import change_colours
 from stl_offline.augment.erase import RandomErase, erase_boxes
 from stl_offline.augment.jitter import color_jitter, draw_factors
+from stl_offline.augment.mixing import (
+    Mix,
+    MixSettings,
+    draw_mix,
+    mix_class_targets,
+    mix_images,
+    mix_token_targets,
+)
 from stl_offline.augment.policy import RandAugment
 from stl_offline.augment.warp import drawn_warps, visible_share, warp_images
 from stl_offline.geometry import cells_in_boxes
 
-__all__ = ["Augmentation", "RandAugment", "RandomErase", "visible_share", "warp_images"]
+__all__ = [
+    "Augmentation",
+    "Mix",
+    "MixSettings",
+    "RandAugment",
+    "RandomErase",
+    "draw_mix",
+    "mix_class_targets",
+    "mix_images",
+    "mix_token_targets",
+    "visible_share",
+    "warp_images",
+]
 
 # Samples whose warps are drawn at a time: bounds the numbers held for millions of them.
 _PART = 1 << 16
@@ -31,7 +51,7 @@ class Augmentation:
     """What happens to pixels after loading.
 
     auto: RandAugment, or None; jitter: strength of colour jitter; erase: random erasing, or None; mean, std: of the
-    pictures' normalisation; size: (H, W) in pixels; seed: of all draws.
+    images' normalisation; size: (H, W) in pixels; seed: of all draws.
     """
 
     auto: RandAugment | None

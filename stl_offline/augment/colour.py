@@ -1,8 +1,8 @@
-"""RandAugment's operations that leave pixels where they are, for many pictures at once, each with its own argument.
+"""RandAugment's operations that leave pixels where they are, for many images at once, each with its own argument.
 
-On bytes, as timm's run on PIL images; the arithmetic is torchvision's wherever all pictures share it.
+On bytes, as timm's run on PIL images; the arithmetic is torchvision's wherever all images share it.
 
-B: batch, H × W: picture.
+B: batch, H × W: image.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from stl_offline.augment.policy import MOVES, OPERATIONS, Operations
 
-# An enhancement with factor f blends a picture with one that lacks something: end + f · (picture − end).
+# An enhancement with factor f blends an image with one that lacks something: end + f · (image − end).
 _ENDS: dict[str, Callable[[Tensor], Tensor]] = {
     "Color": lambda pixels: TF.adjust_saturation(pixels, 0.0),
     "Contrast": lambda pixels: TF.adjust_contrast(pixels, 0.0),

@@ -1,9 +1,9 @@
 """Random erasing with timm's distribution, drawn as a pure function of (seed, epoch, sample).
 
 Zhong et al., arXiv 1708.04896, as `timm.data.random_erasing` does it: with chance p, one box of 2 % to a third of the
-picture's area, sides' ratio log-uniform in [0.3, 1/0.3], wholly inside (ten tries).
+image's area, sides' ratio log-uniform in [0.3, 1/0.3], wholly inside (ten tries).
 
-n: samples; B: batch; H, W: picture.
+n: samples; B: batch; H, W: image.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _TRIES = 10
 @dataclass(frozen=True)
 class RandomErase:
     """prob: chance of a box; mode: what fills it, "const" (the mean colour), "rand" (one normal colour) or "pixel"
-    (normal noise for each pixel); area: least and largest share of the picture; ratio: of the sides.
+    (normal noise for each pixel); area: least and largest share of the image; ratio: of the sides.
 
     Raises:
         InputError: a value out of its range.
@@ -62,7 +62,7 @@ class RandomErase:
 def erase_boxes(
     images: Tensor, boxes_B4: np.ndarray, mode: str, seed: int, epoch: int, sample_ids: np.ndarray
 ) -> Tensor:
-    """Fill each picture's box: normalised (B, 3, H, W) → the same. The noise depends on (seed, epoch, sample) alone."""
+    """Fill each image's box: normalised (B, 3, H, W) → the same. The noise depends on (seed, epoch, sample) alone."""
     erased = np.flatnonzero((boxes_B4[:, 1] > boxes_B4[:, 0]) & (boxes_B4[:, 3] > boxes_B4[:, 2]))
     if len(erased) == 0:
         return images

@@ -30,9 +30,9 @@ def draw_factors(strength: float, seed: int, epoch: int, sample_ids: np.ndarray)
 
 
 def color_jitter(images: Tensor, factors_B3: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Brightness, contrast and saturation, each by its own factor for each picture (`draw_factors`).
+    """Brightness, contrast and saturation, each by its own factor for each image (`draw_factors`).
 
-    The three are linear, so they are one 3×3 matrix and a shift for each picture: the arithmetic of torchvision's
+    The three are linear, so they are one 3×3 matrix and a shift for each image: the arithmetic of torchvision's
     ColorJitter(s, s, s) in the order brightness, contrast, saturation, but clamped to the valid range once at the end.
 
     Args:

@@ -47,7 +47,7 @@ class RandAugment:
     """The settings that a string of timm's names.
 
     magnitude: mean strength, 10 is full; magnitude_std: its normal noise, inf draws it evenly from [0, magnitude];
-    magnitude_max: its upper bound; layers: operations a picture; prob: chance that a drawn one is applied; increasing:
+    magnitude_max: its upper bound; layers: operations an image; prob: chance that a drawn one is applied; increasing:
     whether Posterize, Solarize and the enhancements grow stronger with the magnitude.
 
     Raises:
@@ -125,7 +125,7 @@ class RandAugment:
         if name in ("Color", "Contrast", "Brightness", "Sharpness"):
             return np.maximum(0.1, 1 + 0.9 * signed) if self.increasing else 0.1 + 1.8 * level
         if name == "Posterize":
-            # timm's scale ends at no bits at all, a black picture, which Pillow refuses: one stays.
+            # timm's scale ends at no bits at all, a black image, which Pillow refuses: one stays.
             bits = np.floor(4 * level)
             return np.maximum(4 - bits if self.increasing else bits, 1)
         if name == "Solarize":

@@ -1,9 +1,9 @@
 """What moves pixels: the matrices of RandAugment's moves, and the one resampling that applies them.
 
-All moves of a picture are one view A of its crop (`stl_offline.geometry`): output (u, v) shows the crop at A(u, v). The
+All moves of an image are one view A of its crop (`stl_offline.geometry`): output (u, v) shows the crop at A(u, v). The
 same A is the last factor of the student's view, so labels move by the very numbers that pixels move by.
 
-n: samples; B: batch; H, W: picture; h, w: tokens, N = h·w.
+n: samples; B: batch; H, W: image; h, w: tokens, N = h·w.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from stl_offline.augment.policy import MOVES, OPERATIONS, Operations
 from stl_offline.geometry import compose_views
 
 _IDENTITY = np.array([1, 0, 0, 0, 1, 0], dtype=np.float64)
-# Pixel centres this far outside (in halves of the picture) are on its edge: warps are float32.
+# Pixel centres this far outside (in halves of the image) are on its edge: warps are float32.
 _EDGE = 1e-5
 
 
@@ -64,7 +64,7 @@ def warp_images(images: Tensor, warps_B6: Tensor, fill: float = 0.0) -> Tensor:
     Args:
         images: floats, any memory layout, which is kept.
         warps_B6: float32, on any device.
-        fill: what stands where a pixel's centre comes from outside: 0 is the mean colour of normalised pictures.
+        fill: what stands where a pixel's centre comes from outside: 0 is the mean colour of normalised images.
     """
     identity = torch.from_numpy(_IDENTITY.astype(np.float32))
     moved = torch.nonzero((warps_B6.cpu() != identity).any(dim=1))[:, 0]

@@ -1,8 +1,9 @@
-"""``stl-offline dump-labels``: run a labeler over pictures once and write what it says of each token."""
+"""``stl-offline dump-labels``: run a labeler over images once and write what it says of each token."""
 
 from stl_offline.dump.estimate import DumpEstimate, estimate_dump
 from stl_offline.dump.job import DumpReport, dump_labels
 from stl_offline.dump.labelling import Labelling, make_views, top_k_labels
+from stl_offline.dump.recompute import recompute_labels
 
 __all__ = [
     "DumpEstimate",
@@ -11,5 +12,6 @@ __all__ = [
     "dump_labels",
     "estimate_dump",
     "make_views",
+    "recompute_labels",
     "top_k_labels",
 ]

@@ -1,4 +1,4 @@
-"""What a dump would cost, measured on a few of the pictures, before anything is written."""
+"""What a dump would cost, measured on a few of the images, before anything is written."""
 
 import os
 import tempfile
@@ -17,9 +17,9 @@ from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import find_packed
 from stl_offline.images.sample import pack_sample
-from stl_offline.labels import containers
 from stl_offline.labels.arrays import ShardArrays, select
 from stl_offline.labels.card import make_card
+from stl_offline.labels.format import encode_shard
 from stl_offline.labels.manifest import Manifest, ShardRecord, shard_name, shard_range
 from stl_offline.labels.spec import LabelSpec
 
@@ -30,19 +30,19 @@ _FEWEST, _MOST = 3, 32
 
 @dataclass(frozen=True)
 class DumpEstimate:
-    """The cost of a dump. Rates and sizes are those of the ``measured`` pictures, spread over the whole data set.
+    """The cost of a dump. Rates and sizes are those of the ``measured`` images, spread over the whole data set.
 
-    pictures, views (of each), shards: what the label set would hold; bytes: all its files; pictures_per_second,
-    seconds: of the job with ``processes`` processes; pack_seconds: before that, for pictures that are not packed yet;
+    images, views (of each), shards: what the label set would hold; bytes: all its files; images_per_second,
+    seconds: of the job with ``processes`` processes; pack_seconds: before that, for images that are not packed yet;
     free_bytes: where the set would be written (None for an object store).
     """
 
-    pictures: int
+    images: int
     views: int
     shards: int
     bytes: int
-    bytes_per_picture: float
-    pictures_per_second: float
+    bytes_per_image: float
+    images_per_second: float
     seconds: float
     pack_seconds: float
     processes: int
@@ -57,7 +57,7 @@ class DumpEstimate:
 
 
 def estimate_dump(config: DumpConfig) -> DumpEstimate:
-    """Label and encode a few pictures, and say what the whole dump takes. Leaves nothing behind, no packed pictures
+    """Label and encode a few images, and say what the whole dump takes. Leaves nothing behind, no packed images
     either. Under torchrun all processes measure at the same time, as they would work.
 
     Raises:
@@ -72,17 +72,17 @@ def estimate_dump(config: DumpConfig) -> DumpEstimate:
         with tempfile.TemporaryDirectory(prefix="stl-offline-") as folder:
             started = time.perf_counter()
             most = _MOST * config.batch_size
-            beton, pictures = pack_sample(config.data, most, folder, skip_broken=config.skip_broken)
-            seconds = (time.perf_counter() - started) / len(beton) * pictures / len(os.sched_getaffinity(0))
-            return _measure(config, beton, pictures, seconds, device, world)
+            beton, images = pack_sample(config.data, most, folder, skip_broken=config.skip_broken)
+            seconds = (time.perf_counter() - started) / len(beton) * images / len(os.sched_getaffinity(0))
+            return _measure(config, beton, images, seconds, device, world)
 
 
 def _measure(
-    config: DumpConfig, beton: Beton, pictures: int, pack_seconds: float, device: torch.device, world: World
+    config: DumpConfig, beton: Beton, images: int, pack_seconds: float, device: torch.device, world: World
 ) -> DumpEstimate:
-    if config.shards > pictures:
-        raise InputError(f"--shards {config.shards} is more than the {pictures} pictures; use fewer shards")
-    # The few pictures stand for all: as many shards as the whole set has may be more than these.
+    if config.shards > images:
+        raise InputError(f"--shards {config.shards} is more than the {images} images; use fewer shards")
+    # The few images stand for all: as many shards as the whole set has may be more than these.
     labelling = Labelling(replace(config, shards=1), beton, device)
     views = len(labelling.views)
     _label(labelling, config.batch_size)
@@ -90,28 +90,28 @@ def _measure(
     batches = int(min(max(_SECONDS / first, _FEWEST), _MOST))
     arrays, seconds = _label(labelling, max(2, batches * config.batch_size // views))
     started = time.process_time()
-    whole = len(containers.encode(arrays, labelling.spec))
+    whole = len(encode_shard(arrays, labelling.spec))
     encoding = (time.process_time() - started) / len(arrays)
-    shards = config.shards or pick_shards(pictures, config.views)
-    # Two sizes tell what a picture takes and what a shard takes; where shards are small, one is a shard's own.
-    few = select(arrays, slice(max(1, min(len(arrays) // 2, pictures // shards))))
-    part = len(containers.encode(few, labelling.spec))
+    shards = config.shards or pick_shards(images, config.views)
+    # Two sizes tell what an image takes and what a shard takes; where shards are small, one is a shard's own.
+    few = select(arrays, slice(max(1, min(len(arrays) // 2, images // shards))))
+    part = len(encode_shard(few, labelling.spec))
     each = (whole - part) / (len(arrays) - len(few)) if len(few) < len(arrays) else float(whole)
-    size = round(each * pictures + max(0.0, whole - each * len(arrays)) * shards)
-    size += _size_of_the_rest(labelling.spec, pictures, shards)
+    size = round(each * images + max(0.0, whole - each * len(arrays)) * shards)
+    size += _size_of_the_rest(labelling.spec, images, shards)
     one = seconds / len(arrays)
     if device.type == "cpu":
         # Encoding is done beside labelling, but by the same cores.
         one += encoding / len(os.sched_getaffinity(0))
     rate = float(sum_over_world(torch.tensor([1 / max(one, encoding)], dtype=torch.float64), world))
     return DumpEstimate(
-        pictures=pictures,
+        images=images,
         views=views,
         shards=shards,
         bytes=size,
-        bytes_per_picture=size / pictures,
-        pictures_per_second=rate,
-        seconds=pictures / rate,
+        bytes_per_image=size / images,
+        images_per_second=rate,
+        seconds=images / rate,
         pack_seconds=pack_seconds,
         processes=world.size,
         measured=len(arrays),
@@ -121,19 +121,19 @@ def _measure(
 
 
 def _label(labelling: Labelling, count: int) -> tuple[ShardArrays, float]:
-    """The labels of some pictures from everywhere in the data set, and the seconds that they took."""
+    """The labels of some images from everywhere in the data set, and the seconds that they took."""
     samples = np.unique(np.linspace(0, len(labelling.beton) - 1, min(count, len(labelling.beton))).astype(np.int64))
     started = time.perf_counter()
     arrays = labelling.label(samples, lambda done: None)
     return arrays, time.perf_counter() - started
 
 
-def _size_of_the_rest(spec: LabelSpec, pictures: int, shards: int) -> int:
+def _size_of_the_rest(spec: LabelSpec, images: int, shards: int) -> int:
     """Bytes of the manifest and the card of a set of that size."""
-    spec = replace(spec, source=spec.source | {"samples": pictures})
+    spec = replace(spec, source=spec.source | {"samples": images})
     records = []
     for index in range(shards):
-        first, last = shard_range(index, shards, pictures)
+        first, last = shard_range(index, shards, images)
         name = shard_name(index, shards, spec.container)
         records.append(ShardRecord(name, first, last - first, 1_000_000, "0" * 64))
     manifest = Manifest(spec, tuple(records))

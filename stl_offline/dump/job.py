@@ -26,7 +26,7 @@ from stl_offline.progress import progress_bar
 
 @dataclass(frozen=True)
 class DumpReport:
-    """What a dump job did: ``labelled`` pictures in this run by all its processes, of ``samples`` in the set.
+    """What a dump job did: ``labelled`` images in this run by all its processes, of ``samples`` in the set.
 
     ``is_first``: whether this process is the one that speaks for the job.
     """
@@ -90,7 +90,7 @@ def _write_shards(labelling: Labelling, writer: LabelSetWriter, shards: list[int
     total = sum(map(len, samples))
     name = "labelling" if world.size == 1 else f"labelling (process 1 of {world.size})"
     with (
-        progress_bar(total * views, name, "map" if views > 1 else "picture", enabled=world.is_first) as bar,
+        progress_bar(total * views, name, "map" if views > 1 else "image", enabled=world.is_first) as bar,
         concurrent.futures.ThreadPoolExecutor(1) as background,
     ):
         size = _Size(writer.place, total, bar)

@@ -1,6 +1,6 @@
-"""From pictures to label maps: what a dump's shards, its estimate and a recomputed sample have in common.
+"""From images to label maps: what a dump's shards, its estimate and a recomputed sample have in common.
 
-B: batch, N: tokens on a grid (Gh, Gw), K: classes, k: classes kept, V: views of a picture.
+B: batch, N: tokens on a grid (Gh, Gw), K: classes, k: classes kept, V: views of an image.
 """
 
 from collections.abc import Callable
@@ -13,29 +13,29 @@ import torch
 from stl_offline.config import DumpConfig, settings
 from stl_offline.device import autocast, pick_amp, pick_workers
 from stl_offline.errors import InputError
+from stl_offline.evaluation import match_classes
+from stl_offline.geometry import CropSettings, draw_views, whole_views
 from stl_offline.images.beton import Beton
-from stl_offline.labelers import NamedLabeler, find_labeler
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.spec import LabelSpec
 from stl_offline.loader import DECODER, TokenLoader
-from stl_offline.scoring import match_classes
-from stl_offline.views import CropSettings, draw_views, whole_views
+from stl_offline.models import NamedLabeler, find_labeler
 
 # Paths say nothing about a set that its fingerprints do not say better.
 _PRIVATE = ("data", "labeler", "labeler_checkpoint", "shards")
 # Shards are read whole, and are what a killed job repeats: not too large, and not so small that each one's own
-# description weighs (7 kB; a picture's labels are 1 to 3 kB).
+# description weighs (7 kB; an image's labels are 1 to 3 kB).
 _SHARD_SAMPLES, _LEAST_SHARD_SAMPLES, _SHARDS = 4096, 512, 8
 _SHARD_MAPS = 16 * _SHARD_SAMPLES
 
 
 class Labelling:
-    """A labeler with the pictures that it labels, as a `DumpConfig` asks for.
+    """A labeler with the images that it labels, as a `DumpConfig` asks for.
 
     spec: the label set's settings; num_shards: of how many files; views: float32 (V, n, 6).
 
     Raises:
-        StlError: pictures, labeler and settings that do not go together.
+        StlError: images, labeler and settings that do not go together.
     """
 
     def __init__(self, config: DumpConfig, beton: Beton, device: torch.device) -> None:
@@ -59,7 +59,7 @@ class Labelling:
 
     @cached_property
     def loader(self) -> TokenLoader:
-        """Gives the pictures as the labeler takes them."""
+        """Gives the images as the labeler takes them."""
         side = self.named.img_size
         return TokenLoader(
             self.beton,
@@ -81,7 +81,7 @@ class Labelling:
         No batch holds other samples than these, so what comes out depends on nothing else.
 
         Raises:
-            InputError: the labeler gives NaN or infinity (names a picture), or a picture cannot be decoded.
+            InputError: the labeler gives NaN or infinity (names an image), or an image cannot be decoded.
         """
         shape = (len(samples), *self.spec.map_shape)
         ids = np.empty(shape, dtype=self.spec.id_dtype)
@@ -97,7 +97,7 @@ class Labelling:
                     labels = top_k_labels(token_logits, self.config.top_k)
                     if not bool(torch.isfinite(labels[2]).all()):
                         raise InputError(
-                            f"the labeler gives logits that are not finite for pictures such as "
+                            f"the labeler gives logits that are not finite for images such as "
                             f"{self.beton.keys[int(batch.sample_ids[0])]!r}; are its weights whole?"
                         )
                     rows = slice(first, first + len(batch))
@@ -117,7 +117,7 @@ class Labelling:
 
 
 def make_views(config: DumpConfig, beton: Beton) -> np.ndarray:
-    """The views to label: float32 (V, n, 6); the whole picture, or V random crops as a student would draw them."""
+    """The views to label: float32 (V, n, 6); the whole image, or V random crops as a student would draw them."""
     if config.views == 0:
         return whole_views(len(beton))[None]
     crops = CropSettings(scale=(config.scale_min, 1.0), flip=config.flip)
@@ -136,9 +136,9 @@ def top_k_labels(token_logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torc
 
 
 def pick_shards(samples: int, views: int) -> int:
-    """How many shards suit ``samples`` pictures: of some 4,000, but 8 of them where none gets smaller than 512.
+    """How many shards suit ``samples`` images: of some 4,000, but 8 of them where none gets smaller than 512.
 
-    Of many crops they hold fewer pictures: a process has two shards' logits in memory, and loses one's work in a kill.
+    Of many crops they hold fewer images: a process has two shards' logits in memory, and loses one's work in a kill.
     """
     most = max(1, min(_SHARD_SAMPLES, _SHARD_MAPS // max(1, views)))
     least = min(_LEAST_SHARD_SAMPLES, most)
@@ -151,7 +151,7 @@ def _make_spec(config: DumpConfig, named: NamedLabeler, beton: Beton) -> LabelSp
     if config.top_k > classes:
         raise InputError(f"--top-k {config.top_k} asks for more classes than the labeler's {classes}")
     if config.shards > len(beton):
-        raise InputError(f"--shards {config.shards} is more than the {len(beton)} pictures; use fewer shards")
+        raise InputError(f"--shards {config.shards} is more than the {len(beton)} images; use fewer shards")
     side = named.img_size
     random_views = {"kind": "random", "seed": config.seed, "scale": [config.scale_min, 1.0], "ratio": [3 / 4, 4 / 3]}
     return LabelSpec(

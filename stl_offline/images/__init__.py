@@ -1,3 +1,3 @@
-"""Pictures: where they come from, how they are checked and stored, and the .beton file that holds them."""
+"""Images: where they come from, how they are checked and stored, and the .beton file that holds them."""
 
 import stl_offline.ffcv_setup  # noqa: F401

@@ -1,18 +1,18 @@
-"""Packed pictures: a .beton that stock FFCV reads, with keys and class names inside.
+"""Packed images: a .beton that stock FFCV reads, with keys and class names inside.
 
-FFCV's own writer gives each picture to whichever worker is free, waits forever when a worker dies, and has no place for
-keys. This one writes in order, so equal pictures give equal bytes. The layout is FFCV's (``ffcv.types``),
+FFCV's own writer gives each image to whichever worker is free, waits forever when a worker dies, and has no place for
+keys. This one writes in order, so equal images give equal bytes. The layout is FFCV's (``ffcv.types``),
 little-endian:
 
     header │ 4 field descriptors │ n metadata records │ zeros up to a page │ pages │ index │ allocation table
 
-The fields are ``image``, ``class_id``, ``key_hash`` and ``content_hash`` (hashes: the uint64's bits as int64). A
-picture's bytes lie within one page. The index is zstd-compressed JSON; where it lies stands in the ``class_id``
+The fields are ``image``, ``class_id``, ``key_hash`` and ``content_hash`` (hashes: the uint64's bits as int64). An
+image's bytes lie within one page. The index is zstd-compressed JSON; where it lies stands in the ``class_id``
 descriptor's ``arguments``, which FFCV leaves unread:
 
     "STLINDEX" │ version u32 │ zero u32 │ offset u64 │ size u64 │ xxh3_64 of the index u64 │ xxh3_64 of the metadata u64
 
-n: pictures.
+n: images.
 """
 
 import json
@@ -88,13 +88,13 @@ class Beton:
         return len(self.keys)
 
     def stored_bytes(self, index: int) -> bytes:
-        """What is stored of a picture: a JPEG file, or its pixels where ``raw``."""
+        """What is stored of an image: a JPEG file, or its pixels where ``raw``."""
         with open(self.path, "rb") as stream:
             stream.seek(int(self.pointers[index]))
             return stream.read(int(self.sizes[index]))
 
     def read_image(self, index: int) -> np.ndarray:
-        """A whole picture as RGB uint8 (H, W, 3), decoded as training decodes it.
+        """A whole image as RGB uint8 (H, W, 3), decoded as training decodes it.
 
         Raises:
             FormatError: the stored bytes are damaged.
@@ -103,12 +103,12 @@ class Beton:
         data = self.stored_bytes(index)
         if self.raw[index]:
             if len(data) != height * width * 3:
-                raise FormatError(f"{self.path}: the picture {self.keys[index]!r} is damaged; pack the pictures again")
+                raise FormatError(f"{self.path}: the image {self.keys[index]!r} is damaged; pack the images again")
             return np.frombuffer(data, np.uint8).reshape(height, width, 3).copy()
         pixels, complaint = decode_jpeg(data, width, height)
         if complaint:
             raise FormatError(
-                f"{self.path}: the picture {self.keys[index]!r} is damaged ({complaint}); pack the pictures again"
+                f"{self.path}: the image {self.keys[index]!r} is damaged ({complaint}); pack the images again"
             )
         return pixels
 
@@ -118,8 +118,8 @@ class BetonWriter:
 
     Args:
         stream: open for writing, empty, seekable.
-        capacity: pictures at most; room for their metadata is kept before the first page.
-        page_size: bytes, a power of two from 2 MiB; no stored picture can be bigger.
+        capacity: images at most; room for their metadata is kept before the first page.
+        page_size: bytes, a power of two from 2 MiB; no stored image can be bigger.
     """
 
     def __init__(self, stream: IO[bytes], capacity: int, page_size: int = PAGE_SIZE) -> None:
@@ -139,18 +139,18 @@ class BetonWriter:
         return len(self._keys)
 
     def add(self, key: str, class_id: int, image: EncodedImage) -> None:
-        """Append one picture.
+        """Append one image.
 
         Raises:
-            InputError: it does not fit into a page, or there are more pictures than were announced.
+            InputError: it does not fit into a page, or there are more images than were announced.
         """
         row, size = len(self._keys), len(image.data)
         if row == self._capacity:
-            raise InputError(f"the source announced {self._capacity:,} pictures but gave more; does it change?")
+            raise InputError(f"the source announced {self._capacity:,} images but gave more; does it change?")
         if size > self._page_size:
             raise InputError(
                 f"{key}: {size:,} bytes are more than a page of {self._page_size:,} bytes holds; "
-                "make pictures smaller with --max-size"
+                "make images smaller with --max-size"
             )
         if len(self._page) + size > self._page_size:
             self._flush()
@@ -261,13 +261,13 @@ def _index_place(path: Path, start: bytes) -> np.void:
         place = np.frombuffer(descriptors[1]["arguments"].tobytes(), _INDEX_PLACE, 1)[0]
     if place["magic"] != _INDEX_MAGIC:
         raise FormatError(
-            f"{path} has no keys and class names: it was not written by stl-offline; pack its pictures again "
+            f"{path} has no keys and class names: it was not written by stl-offline; pack its images again "
             "with: stl-offline pack SRC DEST.beton"
         )
     if place["version"] != INDEX_VERSION:
         raise FormatError(
             f"{path} has an index of version {place['version']}, but this release reads version {INDEX_VERSION}; "
-            "pack the pictures again"
+            "pack the images again"
         )
     return place
 

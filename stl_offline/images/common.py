@@ -1,4 +1,4 @@
-"""What every source of pictures shares: its interface, and the rules for class lists and names."""
+"""What every source of images shares: its interface, and the rules for class lists and names."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from stl_offline.errors import InputError
-from stl_offline.images.encode import PICTURE_SUFFIXES
+from stl_offline.images.encode import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)
 class SourceImage:
-    """One picture of a source. ``data`` reads its bytes; raises `ImageError` where they cannot be read."""
+    """One image of a source. ``data`` reads its bytes; raises `ImageError` where they cannot be read."""
 
     key: str
     class_id: int
@@ -23,10 +23,10 @@ class SourceImage:
 
 
 class Source(Protocol):
-    """A data set of pictures, in a fixed order.
+    """A data set of images, in a fixed order.
 
-    kind: "folder", "tar" or "timm"; class_names: the names that class ids count through; len: how many pictures there
-    are (at most); files: (name, path) of each file that the pictures come from, for naming a cache by content.
+    kind: "folder", "tar" or "timm"; class_names: the names that class ids count through; len: how many images there
+    are (at most); files: (name, path) of each file that the images come from, for naming a cache by content.
     """
 
     kind: str
@@ -36,9 +36,9 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[SourceImage]: ...
 
 
-def is_picture_name(name: str) -> bool:
-    """Whether a file's name says that it is a picture."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
+def is_image_name(name: str) -> bool:
+    """Whether a file's name says that it is an image."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def choose_class_names(found: Iterable[str], wanted: Sequence[str] | None, where: str) -> tuple[str, ...]:

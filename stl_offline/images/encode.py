@@ -1,4 +1,4 @@
-"""One picture: checked by a full decode, and made into what a .beton stores.
+"""One image: checked by a full decode, and made into what a .beton stores.
 
 A three-component JPEG that decodes without a complaint is kept byte for byte. Everything else becomes RGB as timm's and
 torchvision's loaders do it (``convert("RGB")``: alpha is dropped, a palette looked up), and is stored as plain pixels
@@ -21,16 +21,16 @@ from PIL import Image, JpegImagePlugin
 
 from stl_offline.errors import InputError
 
-# A picture that is not a JPEG is stored as pixels up to this many bytes (147 × 147 pixels): exact, quick to read, and
+# An image that is not a JPEG is stored as pixels up to this many bytes (147 × 147 pixels): exact, quick to read, and
 # not much bigger than a JPEG of high quality.
 RAW_BYTES = 65_536
 JPEG_QUALITY = 95
 MAX_SIDE = 65_500  # libjpeg's limit
 
 # MPO (two JPEGs in a file) is opened as JPEG; PIL knows no opener by that name.
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm pnm avif"
-PICTURE_SUFFIXES = frozenset("." + suffix for suffix in _SUFFIXES.split())
+IMAGE_SUFFIXES = frozenset("." + suffix for suffix in _SUFFIXES.split())
 # turbojpeg keeps the first warning of a decode. These mean that pixels are lost or invented.
 _DAMAGE = re.compile(r"premature end|bad huffman|instead of rst|arithmetic code|inconsistent progress", re.IGNORECASE)
 _STRAY_BYTES = re.compile(r"(\d+) extraneous bytes before marker (\w+)")
@@ -47,12 +47,12 @@ _Stored = tuple[str, int, int, bytes]
 
 
 class ImageError(InputError):
-    """A picture cannot be read, is damaged, or is of a kind that has no meaning as RGB."""
+    """An image cannot be read, is damaged, or is of a kind that has no meaning as RGB."""
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """What a .beton stores of a picture.
+    """What a .beton stores of an image.
 
     mode: "jpg" (``data`` is a JPEG file) or "raw" (``data`` is height × width × 3 bytes of RGB); content_hash: xxh3_64
     of the source's bytes; as_is: ``data`` is the source, byte for byte.
@@ -77,14 +77,14 @@ def key_hash(key: str) -> int:
 
 
 def encode_image(data: bytes, *, max_size: int | None = None) -> EncodedImage:
-    """Check a picture's bytes by decoding all of them, and give what a .beton stores.
+    """Check an image's bytes by decoding all of them, and give what a .beton stores.
 
     Args:
-        data: the bytes of a picture file.
-        max_size: pixels; a picture whose longer side is longer is made smaller (antialiased), keeping its shape.
+        data: the bytes of an image file.
+        max_size: pixels; an image whose longer side is longer is made smaller (antialiased), keeping its shape.
 
     Raises:
-        ImageError: the bytes are no picture, cut off, damaged, or have no meaning as RGB.
+        ImageError: the bytes are no image, cut off, damaged, or have no meaning as RGB.
     """
     if not data:
         raise ImageError("the file is empty")
@@ -107,10 +107,10 @@ def decode_jpeg(data: bytes, width: int, height: int) -> tuple[np.ndarray, str]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture of any kind as 8-bit RGB; 16-bit grey is scaled, not clipped.
+    """A decoded image of any kind as 8-bit RGB; 16-bit grey is scaled, not clipped.
 
     Raises:
-        ImageError: the picture cannot be decoded, or its pixels are floating-point numbers.
+        ImageError: the image cannot be decoded, or its pixels are floating-point numbers.
     """
     try:
         image.load()
@@ -130,9 +130,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _open(data: bytes) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except Image.UnidentifiedImageError as error:
-        raise ImageError("is not a picture of a known format") from error
+        raise ImageError("is not an image of a known format") from error
     except Exception as error:  # as above
         raise ImageError(f"cannot be decoded: {_one_line(error)}") from error
     if min(image.size) < 1:

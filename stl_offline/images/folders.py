@@ -1,4 +1,4 @@
-"""Pictures in a tree with one folder per class."""
+"""Images in a tree with one folder per class."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -6,14 +6,14 @@ from functools import partial
 from pathlib import Path
 
 from stl_offline.errors import InputError
-from stl_offline.images.common import SourceImage, check_text, choose_class_names, is_picture_name
+from stl_offline.images.common import SourceImage, check_text, choose_class_names, is_image_name
 from stl_offline.images.encode import ImageError
 
 
 class FolderSource:
     """A tree with one folder per class; a class may hold folders of its own.
 
-    Keys are paths below the root with "/" between, in sorted order. Hidden files, and files that are no pictures by
+    Keys are paths below the root with "/" between, in sorted order. Hidden files, and files that are no images by
     their names, are passed over; symbolic links are followed.
     """
 
@@ -36,10 +36,10 @@ class FolderSource:
 
 
 def folder_files(root: Path) -> list[tuple[str, os.DirEntry[str]]]:
-    """(key, entry) of every picture in a class-per-folder tree, in no order.
+    """(key, entry) of every image in a class-per-folder tree, in no order.
 
     Raises:
-        InputError: no pictures, pictures outside of class folders, a class folder without pictures, a name that is not
+        InputError: no images, images outside of class folders, a class folder without images, a name that is not
             UTF-8.
     """
     try:
@@ -47,13 +47,13 @@ def folder_files(root: Path) -> list[tuple[str, os.DirEntry[str]]]:
     except OSError as error:
         raise InputError(f"cannot read the folder {root}: {error.strerror}") from error
     classes = sorted(entry.name for entry in entries if entry.is_dir())
-    loose = sorted(entry.name for entry in entries if not entry.is_dir() and is_picture_name(entry.name))
+    loose = sorted(entry.name for entry in entries if not entry.is_dir() and is_image_name(entry.name))
     if not classes:
         tars = sorted(entry.name for entry in entries if entry.name.endswith(".tar"))
         if tars:
             raise InputError(f"{root} holds tars: name them as a brace pattern, for example {root}/{tars[0]}")
-        where = f"{len(loose):,} pictures but no class folders" if loose else "no pictures"
-        raise InputError(f"{root} holds {where}; give a folder that has one folder of pictures per class")
+        where = f"{len(loose):,} images but no class folders" if loose else "no images"
+        raise InputError(f"{root} holds {where}; give a folder that has one folder of images per class")
     if loose:
         raise InputError(f"{root}/{loose[0]} lies beside the class folders; move it into its class's folder, or away")
     found: list[tuple[str, os.DirEntry[str]]] = []
@@ -64,10 +64,10 @@ def folder_files(root: Path) -> list[tuple[str, os.DirEntry[str]]]:
         if len(found) == before:
             empty.append(name)
     if not found:
-        raise InputError(f"{root} holds no pictures; give a folder that has one folder of pictures per class")
+        raise InputError(f"{root} holds no images; give a folder that has one folder of images per class")
     if empty:
         raise InputError(
-            f"{len(empty):,} class folders of {root} hold no pictures, for example {empty[0]!r}; fill or remove them"
+            f"{len(empty):,} class folders of {root} hold no images, for example {empty[0]!r}; fill or remove them"
         )
     return found
 
@@ -87,7 +87,7 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Itera
         key = f"{prefix}/{entry.name}"
         if entry.is_dir():
             yield from _walk(folder / entry.name, key, above | {identity})
-        elif is_picture_name(entry.name):
+        elif is_image_name(entry.name):
             yield check_text(key, "file name"), entry
 
 

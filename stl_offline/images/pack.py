@@ -1,6 +1,6 @@
-"""Packing: pictures of any source into one .beton, checked, in the source's order.
+"""Packing: images of any source into one .beton, checked, in the source's order.
 
-Pictures are read, checked and converted by threads (PIL and turbojpeg leave the interpreter lock; a thread, unlike a
+Images are read, checked and converted by threads (PIL and turbojpeg leave the interpreter lock; a thread, unlike a
 process, cannot die unseen); their results are taken in order with a bounded number on the way, so the bytes do not
 depend on how many threads there are.
 """
@@ -27,14 +27,14 @@ from stl_offline.images.encode import EncodedImage, ImageError, encode_image
 from stl_offline.images.sources import open_source, source_state
 from stl_offline.progress import progress_bar
 
-# Pictures that a thread takes at once: enough that small ones do not spend their time in queues.
+# Images that a thread takes at once: enough that small ones do not spend their time in queues.
 _CHUNK = 16
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What packing did. samples, stored_as_is, converted: pictures; classes; bytes: the file's size; skipped: (key,
-    reason) of each broken picture that was left out."""
+    """What packing did. samples, stored_as_is, converted: images; classes; bytes: the file's size; skipped: (key,
+    reason) of each broken image that was left out."""
 
     path: Path
     samples: int
@@ -63,24 +63,24 @@ def pack(
     class_names: Sequence[str] | None = None,
     page_size: int = PAGE_SIZE,
 ) -> PackReport:
-    """Write the pictures of a source into a .beton, which appears whole or not at all.
+    """Write the images of a source into a .beton, which appears whole or not at all.
 
     Args:
         source_spec: what `open_source` takes.
         destination: a name that ends in ".beton"; a file of that name is replaced.
-        max_size: pixels; pictures whose longer side is longer are made smaller.
-        skip_broken: leave out (and report) pictures that cannot be decoded, instead of stopping.
+        max_size: pixels; images whose longer side is longer are made smaller.
+        skip_broken: leave out (and report) images that cannot be decoded, instead of stopping.
         workers: threads; None: one per processor.
         class_names: the class list to use, else the source's own.
         page_size: bytes; see `BetonWriter`.
 
     Raises:
-        InputError: the source cannot be used, or a picture is broken (the error names the first), or too big.
+        InputError: the source cannot be used, or an image is broken (the error names the first), or too big.
         TargetError: the file cannot be written.
     """
     destination = Path(destination)
     if destination.suffix != ".beton":
-        raise InputError(f"packed pictures need a name that ends in .beton, got {destination}")
+        raise InputError(f"packed images need a name that ends in .beton, got {destination}")
     if destination.is_dir():
         raise TargetError(f"{destination} is a folder; choose another name")
     if max_size is not None and max_size < 1:
@@ -102,7 +102,7 @@ def pack(
         for result in _encode_all(source, max_size, workers):
             bar.update()
             if result.key in keys:
-                raise InputError(f"{source_spec} gives the key {result.key!r} twice; every picture needs its own")
+                raise InputError(f"{source_spec} gives the key {result.key!r} twice; every image needs its own")
             keys.add(result.key)
             if result.image is not None:
                 writer.add(result.key, result.class_id, result.image)
@@ -111,11 +111,11 @@ def pack(
                 skipped.append((result.key, result.reason))
             else:
                 raise ImageError(
-                    f"the picture {result.key!r} of {source_spec} {result.reason}; mend or remove it, or leave broken "
-                    "pictures out with --skip-broken"
+                    f"the image {result.key!r} of {source_spec} {result.reason}; mend or remove it, or leave broken "
+                    "images out with --skip-broken"
                 )
         if not len(writer):
-            raise InputError(f"{source_spec} has no picture that can be used; {len(skipped):,} are broken")
+            raise InputError(f"{source_spec} has no image that can be used; {len(skipped):,} are broken")
         writer.finish(source.class_names, {"kind": source.kind, "max_size": max_size})
         samples = len(writer)
     return PackReport(
@@ -139,8 +139,8 @@ def ensure_beton(
 ) -> Beton:
     """Open a .beton; pack anything else once, into the cache, and open that. Says on stderr what was done, and where.
 
-    The packed file's name comes from what is packed (names, sizes and times of the files) and how, so changed pictures
-    are packed again. Of several processes that want the same pictures, one packs and the others wait for it.
+    The packed file's name comes from what is packed (names, sizes and times of the files) and how, so changed images
+    are packed again. Of several processes that want the same images, one packs and the others wait for it.
 
     Raises:
         InputError, FormatError, TargetError: as `pack` and `open_beton`; or a .beton has another class list than
@@ -151,7 +151,7 @@ def ensure_beton(
         if class_names is not None and tuple(class_names) != beton.class_names:
             raise InputError(
                 f"{spec} has another class list ({_some(beton.class_names)}) than the one asked for "
-                f"({_some(tuple(class_names))}); pack its pictures with that list"
+                f"({_some(tuple(class_names))}); pack its images with that list"
             )
         return beton
     path = _packed_path(spec, max_size, skip_broken, class_names)
@@ -163,12 +163,12 @@ def ensure_beton(
             except FormatError as error:
                 _say(f"packing again: {error}")
             else:
-                _say(f"using packed pictures {path}")
+                _say(f"using packed images {path}")
                 return beton
         for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed process: the lock says that none is alive
             left.unlink(missing_ok=True)
         report = pack(spec, path, max_size=max_size, skip_broken=skip_broken, workers=workers, class_names=class_names)
-    _say(f"packed {report.samples:,} pictures of {report.classes:,} classes → {path}")
+    _say(f"packed {report.samples:,} images of {report.classes:,} classes → {path}")
     for key, reason in report.skipped:
         _say(f"left out {key}: {reason}")
     return open_beton(path)
@@ -225,7 +225,7 @@ def _lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"waiting for another process that packs the same pictures ({path})")
+            _say(f"waiting for another process that packs the same images ({path})")
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 

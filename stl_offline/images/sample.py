@@ -1,4 +1,4 @@
-"""A few pictures of a source, packed to be measured."""
+"""A few images of a source, packed to be measured."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from stl_offline.images.sources import open_source
 
 
 def pack_sample(spec: str | Path, count: int, folder: str | Path, *, skip_broken: bool = False) -> tuple[Beton, int]:
-    """Pack at most ``count`` pictures, spread evenly over the source, into ``folder``.
+    """Pack at most ``count`` images, spread evenly over the source, into ``folder``.
 
-    Returns: the packed pictures, and how many the source has.
+    Returns: the packed images, and how many the source has.
 
     Raises:
-        InputError: as `stl_offline.images.sources.open_source`; or one of these pictures is broken.
+        InputError: as `stl_offline.images.sources.open_source`; or one of these images is broken.
     """
     source = open_source(spec)
     wanted = set(np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64).tolist())
@@ -31,10 +31,10 @@ def pack_sample(spec: str | Path, count: int, folder: str | Path, *, skip_broken
             except ImageError as error:
                 if not skip_broken:
                     raise InputError(
-                        f"the picture {image.key!r} of {spec} {error}; mend or remove it, or leave broken pictures out "
+                        f"the image {image.key!r} of {spec} {error}; mend or remove it, or leave broken images out "
                         "with --skip-broken"
                     ) from error
         if not len(writer):
-            raise InputError(f"{spec} has no picture that can be used")
+            raise InputError(f"{spec} has no image that can be used")
         writer.finish(source.class_names, {"kind": source.kind, "max_size": None})
     return open_beton(path), len(source)

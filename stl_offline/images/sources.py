@@ -1,7 +1,7 @@
-"""Where pictures come from: a folder per class, webdataset tars, or any timm reader.
+"""Where images come from: a folder per class, webdataset tars, or any timm reader.
 
 `open_source` looks at the words that the user gave and opens the right one. Every source has a fixed order, class names
-known before the first picture is read, and pictures whose bytes are read when asked for (so threads can do it).
+known before the first image is read, and images whose bytes are read when asked for (so threads can do it).
 """
 
 import glob
@@ -20,7 +20,7 @@ from stl_offline.images.tars import TAR_SUFFIXES, TarSource
 from stl_offline.images.timm_readers import TIMM_PREFIXES, TimmSource
 
 _FORMS = (
-    "give a folder with one folder of pictures per class, tars such as 'train-{000..063}.tar', "
+    "give a folder with one folder of images per class, tars such as 'train-{000..063}.tar', "
     "or a timm reader such as 'timm:hfds/NAME?split=train'"
 )
 
@@ -29,11 +29,11 @@ def open_source(spec: str | Path, class_names: Sequence[str] | None = None) -> S
     """Open a folder tree, tars (brace patterns, or * and ?), or a timm reader (``timm:NAME?option=value``).
 
     Args:
-        spec: where the pictures are.
+        spec: where the images are.
         class_names: the class list to use (a training set's, for a validation set); else that which is found.
 
     Raises:
-        InputError: nothing there, no pictures, one class only, classes that ``class_names`` lacks, doubled keys,
+        InputError: nothing there, no images, one class only, classes that ``class_names`` lacks, doubled keys,
             a tar that is cut off or has hostile names.
     """
     kind, place = _resolve(spec)
@@ -77,7 +77,7 @@ def _resolve(spec: str | Path) -> tuple[str, str | Path | list[Path]]:
     if text.startswith(TIMM_PREFIXES):
         return "timm", text
     if "://" in text or text.startswith("pipe:"):
-        raise InputError(f"{text} is not on this machine; copy the pictures here first")
+        raise InputError(f"{text} is not on this machine; copy the images here first")
     paths = _expand(text)
     if not paths:
         raise InputError(f"there is nothing at {text}; {_FORMS}")

@@ -1,4 +1,4 @@
-"""Pictures in tars: webdataset's samples, or a class-per-folder tree that somebody put into a tar.
+"""Images in tars: webdataset's samples, or a class-per-folder tree that somebody put into a tar.
 
 A sample is every member whose path is the same up to the first dot of its base name (webdataset's rule); that part is
 the key. Its class stands in a ``.cls`` member, or in a ``.json`` member's ``class_name`` or ``label``; where no sample
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from stl_offline.errors import InputError
-from stl_offline.images.common import SourceImage, check_text, choose_class_names, is_picture_name
+from stl_offline.images.common import SourceImage, check_text, choose_class_names, is_image_name
 from stl_offline.images.encode import ImageError
 
 _BLOCK = 512
@@ -42,9 +42,9 @@ class _Member:
 
 @dataclass(slots=True)
 class _Sample:
-    """One sample: its picture members and its class by the extension that said so."""
+    """One sample: its image members and its class by the extension that said so."""
 
-    pictures: list[_Member] = field(default_factory=list)
+    images: list[_Member] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -69,15 +69,15 @@ class TarSource:
                 )
             samples |= mine
         where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
-        samples = {key: sample for key, sample in samples.items() if sample.pictures}
+        samples = {key: sample for key, sample in samples.items() if sample.images}
         if not samples:
-            raise InputError(f"{where} holds no pictures")
+            raise InputError(f"{where} holds no images")
         self._keys = sorted(samples)
         labels = _labels(samples, where)
         self.class_names = choose_class_names(labels.values(), class_names, where)
         class_ids = {name: number for number, name in enumerate(self.class_names)}
         self._class_ids = [class_ids[labels[key]] for key in self._keys]
-        self._members = [_one_picture(key, samples[key]) for key in self._keys]
+        self._members = [_one_image(key, samples[key]) for key in self._keys]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -126,8 +126,8 @@ def _read_samples(path: Path) -> dict[str, _Sample]:
         folder, base = posixpath.split(member.name)
         stem, _, extension = base.partition(".")
         key = posixpath.join(folder, stem)
-        if is_picture_name(base):
-            samples.setdefault(check_text(key, "member name"), _Sample()).pictures.append(member)
+        if is_image_name(base):
+            samples.setdefault(check_text(key, "member name"), _Sample()).images.append(member)
         elif extension in ("cls", "json"):
             label = _label(member, extension)
             if label is not None:
@@ -146,8 +146,8 @@ def _members(path: Path) -> Iterator[_Member]:
                 if any(part.startswith(".") for part in name.split("/")) or info.isdir():
                     continue
                 if not info.isreg() or info.issparse():
-                    if is_picture_name(posixpath.basename(name)):
-                        raise InputError(f"{path}: {name} is a link, not a picture; make the tar with --dereference")
+                    if is_image_name(posixpath.basename(name)):
+                        raise InputError(f"{path}: {name} is a link, not an image; make the tar with --dereference")
                     continue
                 yield _Member(archive, name, info.offset_data, info.size)
             # tarfile takes any end for the end. A whole tar ends in blocks of zeros.
@@ -200,14 +200,14 @@ def _labels(samples: dict[str, _Sample], where: str) -> dict[str, str]:
     return labels
 
 
-def _one_picture(key: str, sample: _Sample) -> _Member:
-    # "a.jpg" is the picture of "a"; "a.mask.png" is something else about it, unless "a" has no other picture.
-    plain = [member for member in sample.pictures if posixpath.basename(member.name).count(".") == 1]
-    pictures = plain or sample.pictures
-    if len(pictures) > 1:
-        names = ", ".join(member.name for member in pictures[:3])
+def _one_image(key: str, sample: _Sample) -> _Member:
+    # "a.jpg" is the image of "a"; "a.mask.png" is something else about it, unless "a" has no other image.
+    plain = [member for member in sample.images if posixpath.basename(member.name).count(".") == 1]
+    images = plain or sample.images
+    if len(images) > 1:
+        names = ", ".join(member.name for member in images[:3])
         raise InputError(
-            f"the sample {key!r} has {len(pictures)} pictures ({names}): names that differ only after their first dot "
+            f"the sample {key!r} has {len(images)} images ({names}): names that differ only after their first dot "
             "are one sample; rename them"
         )
-    return pictures[0]
+    return images[0]

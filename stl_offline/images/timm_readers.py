@@ -1,4 +1,4 @@
-"""Pictures from timm's readers: data sets of Hugging Face, TensorFlow and torchvision, and timm's own folders and tars.
+"""Images from timm's readers: data sets of Hugging Face, TensorFlow and torchvision, and timm's own folders and tars.
 
 The words are timm's, with options behind a question mark: ``hfds/NAME?split=validation&root=FOLDER``. Class ids keep
 the reader's numbering, so that models trained elsewhere on the same data fit.
@@ -23,7 +23,7 @@ TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "torch/", "wds/")
 class TimmSource:
     """A timm reader. Keys are the reader's file names where it has them, else running numbers.
 
-    A reader that gives decoded pictures (torchvision's arrays, tfds) gives their pixels as an uncompressed PPM file.
+    A reader that gives decoded images (torchvision's arrays, tfds) gives their pixels as an uncompressed PPM file.
     """
 
     kind = "timm"
@@ -44,9 +44,9 @@ class TimmSource:
         return len(self._reader)
 
     def __iter__(self) -> Iterator[SourceImage]:
-        for number, (picture, target) in enumerate(self._samples()):
+        for number, (image, target) in enumerate(self._samples()):
             key = self._keys[number] if self._keys else f"{number:08d}"
-            data = _bytes_of(picture)
+            data = _bytes_of(image)
             yield SourceImage(key, self._class_ids[self._target(target, key)], lambda data=data: data)
 
     def _samples(self) -> Iterator[tuple[Any, Any]]:
@@ -92,7 +92,7 @@ class TimmSource:
         except (TypeError, ValueError) as error:
             raise InputError(f"{self._words}: a class is no single whole number") from error
         if last < 0:
-            raise InputError(f"{self._words} holds no pictures")
+            raise InputError(f"{self._words} holds no images")
         return [str(number) for number in range(last + 1)]
 
 
@@ -112,15 +112,15 @@ def _open_reader(words: str) -> Any:
         raise InputError(f"timm cannot open {words!r}: {reason}") from error
 
 
-def _bytes_of(picture: Any) -> bytes:
-    if isinstance(picture, bytes):
-        return picture
-    if not isinstance(picture, Image.Image):
-        with picture:
-            return picture.read()
+def _bytes_of(image: Any) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, Image.Image):
+        with image:
+            return image.read()
     try:
         stream = io.BytesIO()
-        to_rgb(picture).save(stream, "PPM")
+        to_rgb(image).save(stream, "PPM")
     except ImageError:
-        return b""  # becomes an error that names the key, where pictures are checked
+        return b""  # becomes an error that names the key, where images are checked
     return stream.getvalue()

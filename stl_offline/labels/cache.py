@@ -1,9 +1,9 @@
-"""The token cache: labels as memory-mapped arrays in the order of the pictures, for training.
+"""The token cache: labels as memory-mapped arrays in the order of the images, for training.
 
-Filled once from whole shards, for one label set and one list of pictures; named by what it is made of; several
+Filled once from whole shards, for one label set and one list of images; named by what it is made of; several
 processes share one. A cache that is not whole is never opened: it is built beside and renamed into place.
 
-n: pictures; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell.
+n: images; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell.
 """
 
 import concurrent.futures
@@ -39,10 +39,10 @@ _MADV_POPULATE_WRITE = 23  # of Linux; Python names it only from 3.14 on
 
 @dataclass(frozen=True, eq=False)
 class TokenCache:
-    """Memory-mapped labels of n pictures, in their order.
+    """Memory-mapped labels of n images, in their order.
 
     class_ids: (n, V, Gh, Gw, k) uint16 or uint32; probabilities: (n, V, Gh, Gw, k) float32; confidence:
-    (n, V, Gh, Gw) float32; views: (n, V, 6) float32; labelled: (n,) uint8, 0 where a picture has no label (its other
+    (n, V, Gh, Gw) float32; views: (n, V, 6) float32; labelled: (n,) uint8, 0 where an image has no label (its other
     entries are zeros).
     """
 
@@ -84,12 +84,12 @@ def build_token_cache(
     missing: str = "error",
     allow_changed: bool = False,
 ) -> TokenCache:
-    """The token cache of a label set for some pictures; built where it is not there yet.
+    """The token cache of a label set for some images; built where it is not there yet.
 
     Args: as `stl_offline.labels.join.join`; ``folder``: where caches lie (default: `stl_offline.files.cache_dir`).
 
     Raises:
-        JoinError, InputError: labels and pictures do not belong together.
+        JoinError, InputError: labels and images do not belong together.
         FormatError: the label set is damaged.
         TargetError: the cache cannot be written (full disk: the message says how much it needs).
     """
@@ -135,11 +135,11 @@ def open_token_cache(path: str | Path) -> TokenCache:
         info = json.loads((path / _INFO).read_bytes())
         if info.get("version") != _VERSION:
             raise FormatError(f"the token cache {path} is of version {info.get('version')}, not {_VERSION}; remove it")
-        spec, pictures, report = LabelSpec.from_json(info["spec"]), info["pictures"], info["report"]
+        spec, images, report = LabelSpec.from_json(info["spec"]), info["images"], info["report"]
     except (KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"{path / _INFO} is damaged ({error}); remove {path}") from error
     arrays = {}
-    for name, (dtype, shape) in _layout(spec, pictures).items():
+    for name, (dtype, shape) in _layout(spec, images).items():
         file = path / f"{name}.npy"
         try:
             arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -153,7 +153,7 @@ def open_token_cache(path: str | Path) -> TokenCache:
 def cache_name(
     label_set: LabelSet, keys: Sequence[str], content_hashes: np.ndarray, *, missing: str, allow_changed: bool
 ) -> str:
-    """A name made of the content: label set, pictures in their order, policy."""
+    """A name made of the content: label set, images in their order, policy."""
     named = hashlib.sha256(json.dumps([label_set.fingerprint, missing, bool(allow_changed), len(keys)]).encode())
     # As JSON, so that no two lists of keys run together to the same text; a part at a time, for millions of them.
     for first in range(0, len(keys), _NAMED_AT_ONCE):
@@ -182,7 +182,7 @@ def _fill(folder: Path, label_set: LabelSet, report: JoinReport) -> None:
     _place_shards(arrays, label_set, report)
     # On disk before it gets its name: after a power cut it would read as zeros.
     _sync_files([folder / f"{name}.npy" for name in arrays])
-    info = {"version": _VERSION, "pictures": n, "spec": label_set.spec.to_json(), "report": str(report)}
+    info = {"version": _VERSION, "images": n, "spec": label_set.spec.to_json(), "report": str(report)}
     atomic_write(folder / _INFO, canonical_json(info))
 
 
@@ -224,8 +224,8 @@ def _place_shards(arrays: dict[str, np.memmap], label_set: LabelSet, report: Joi
 def _map_pages(array: np.memmap) -> None:
     """Map a new file's pages at once, in their order.
 
-    Pictures in another order than the labels touch them one by one, which costs more than the labels themselves (1.5
-    times the pictures a second). Not where the pages would drive others out of memory; then, and on kernels before
+    Images in another order than the labels touch them one by one, which costs more than the labels themselves (1.5
+    times the images per second). Not where the pages would drive others out of memory; then, and on kernels before
     5.14, they come as they are touched.
     """
     physical = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE

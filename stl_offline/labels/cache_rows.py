@@ -1,16 +1,15 @@
 """From a label shard to rows of the token cache.
 
-n: samples of the shard; V: views; cells: V·Gh·Gw, the cells of all maps of a picture; k: classes of a cell; K: all.
+n: samples of the shard; V: views; cells: V·Gh·Gw, the cells of all maps of an image; k: classes of a cell; K: all.
 """
 
 import numpy as np
 from numba import njit
 
 from stl_offline.errors import FormatError
-from stl_offline.labels import zarr_shard
 from stl_offline.labels.arrays import ShardArrays, probabilities
+from stl_offline.labels.format import confidence_table, logit_table, read_stored
 from stl_offline.labels.label_set import LabelSet
-from stl_offline.labels.q8 import confidence_table, logit_table
 from stl_offline.labels.spec import LabelSpec
 
 # Samples that are computed at a time: their arrays stay in the processor's cache.
@@ -51,7 +50,7 @@ def _place_q8(
 ) -> bool:
     """`_place_arrays` without the arrays in between; False where anything looks odd, for the long way to tell what."""
     try:
-        stored = zarr_shard.read_stored(data, spec, _Q8)
+        stored = read_stored(data, spec, _Q8)
     except FormatError:
         return False
     ranks = stored["class_ranks"]

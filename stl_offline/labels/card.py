@@ -13,7 +13,7 @@ _HUB_LICENCES = {
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "unknown"),
     *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "openrail"),
 }
-# Pictures in the set → the hub's word for it.
+# Images in the set → the hub's word for it.
 _SIZES = (
     (1e3, "n<1K"),
     (1e4, "1K<n<10K"),
@@ -31,7 +31,7 @@ labels[labels.keys[0]].probabilities()  # (views, rows, columns, classes kept); 
 _ZARR = """\
 import zarr
 shard = zarr.open_group(zarr.storage.ZipStore("{name}", mode="r"), mode="r")
-shard["keys"][:], shard["{array}"][:]  # (pictures, views, rows, columns, classes kept)
+shard["keys"][:], shard["{array}"][:]  # (images, views, rows, columns, classes kept)
 """
 _WEBDATASET = """\
 import webdataset
@@ -49,7 +49,7 @@ def make_card(manifest: Manifest) -> bytes:
     return f"""{_front_matter(spec)}
 # Token labels
 
-What a labeler says of every token of {spec.num_samples:,} pictures, made once, to train any number of students from.
+What a labeler says of every token of {spec.num_samples:,} images, made once, to train any number of students from.
 
 | | |
 |---|---|
@@ -64,7 +64,7 @@ With `stl-offline dump-labels` and these settings:
 ## How to use it
 
     stl-offline labels verify .
-    stl-offline train-student --data PICTURES --val PICTURES --labels . --out RUN
+    stl-offline train-student --data IMAGES --val IMAGES --labels . --out RUN
 
 With the package stl-offline:
 
@@ -76,7 +76,7 @@ Without it, since these are plain {container} (the format's description says wha
 ```python
 {_plain_snippet(manifest)}```
 
-Labels belong to pictures by key (the path below the data set's root) and by content. The pictures are not part of this
+Labels belong to images by key (the path below the data set's root) and by content. The images are not part of this
 set. `manifest.json` says the rest: class names, checksums of the shards, everything that a reader needs.
 """.encode()
 
@@ -87,29 +87,29 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     size = sum(shard.bytes for shard in manifest.shards)
     bounds = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in sorted(spec.bounds.items()))
     return [
-        ("pictures", f"{spec.num_samples:,}"),
+        ("images", f"{spec.num_samples:,}"),
         ("classes", f"{spec.num_classes:,} ({_some(spec.class_names)})"),
         ("labels", f"the {spec.top_k} most probable classes of each of {rows} × {columns} tokens; {_views(spec)}"),
-        ("size", f"{size:,} bytes in {len(manifest.shards):,} shards, {size / spec.num_samples:,.0f} a picture"),
+        ("size", f"{size:,} bytes in {len(manifest.shards):,} shards, {size / spec.num_samples:,.0f} an image"),
         ("format", f"label set version {spec.format_version}, container {spec.container}, encoding {spec.encoding}"),
         ("bounds of what encoding changed", bounds),
         ("labeler", f"{spec.labeler['architecture']} (weights' SHA-256 {spec.labeler['weights_sha256']})"),
         ("licence of the labeler's weights", str(spec.labeler["licence"])),
         (
-            "pictures as the labeler saw them",
+            "images as the labeler saw them",
             f"{see['height']} × {see['width']} pixels, {see['interpolation']} interpolation, mean {see['mean']}, "
             f"std {see['std']}, decoded by {see['decoder']}",
         ),
-        ("fingerprint of the pictures", str(spec.source["fingerprint"])),
+        ("fingerprint of the images", str(spec.source["fingerprint"])),
     ]
 
 
 def _views(spec: LabelSpec) -> str:
     if spec.views["kind"] == "whole":
-        return "one map of each whole picture"
+        return "one map of each whole image"
     scale, ratio = (" to ".join(f"{value:.3g}" for value in spec.views[name]) for name in ("scale", "ratio"))
     return (
-        f"{spec.views_per_image} random crops of each picture (area {scale}, ratio {ratio}, flipped with chance "
+        f"{spec.views_per_image} random crops of each image (area {scale}, ratio {ratio}, flipped with chance "
         f"{spec.views['flip']:g}, seed {spec.views['seed']})"
     )
 

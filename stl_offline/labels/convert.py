@@ -9,8 +9,8 @@ from stl_offline.errors import InputError
 from stl_offline.labels.arrays import concatenate, select
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import Manifest, ShardRecord, shard_range
-from stl_offline.labels.parallel import each_shard
 from stl_offline.labels.spec import ENCODINGS, LabelSpec
+from stl_offline.labels.store import each_shard
 from stl_offline.labels.writer import LabelSetWriter
 
 
@@ -37,7 +37,7 @@ def convert(
         workers: shards in work at a time; 0: one for each core.
 
     Raises:
-        InputError: a container or an encoding that is unknown, more shards than pictures, a set pulled in part.
+        InputError: a container or an encoding that is unknown, more shards than images, a set pulled in part.
         FormatError: the set is damaged.
         TargetError: ``out`` holds something else, or cannot be written.
     """
@@ -47,7 +47,7 @@ def convert(
     sizes = [shard.samples for shard in label_set.shards]
     if shards is not None:
         if not 1 <= shards <= len(label_set):
-            raise InputError(f"shards must lie between 1 and the {len(label_set)} pictures, got {shards}")
+            raise InputError(f"shards must lie between 1 and the {len(label_set)} images, got {shards}")
         sizes = [last - first for first, last in (shard_range(i, shards, len(label_set)) for i in range(shards))]
     spec = _new_spec(old, container or old.container, encoding or old.encoding, len(sizes))
     is_copy = (spec.container, spec.encoding) == (old.container, old.encoding)

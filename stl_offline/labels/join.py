@@ -1,6 +1,6 @@
-"""Which label belongs to which picture: by key, never by position.
+"""Which label belongs to which image: by key, never by position.
 
-n: pictures; a place is (shard, row within the shard).
+n: images; a place is (shard, row within the shard).
 """
 
 from collections.abc import Sequence
@@ -9,24 +9,24 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stl_offline.errors import InputError, JoinError
-from stl_offline.labels.folder import format_ranges
 from stl_offline.labels.keys import hash_keys, some
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.mismatch import explain
+from stl_offline.labels.store import format_ranges
 
 _EXAMPLES = 3
-# Labels without a picture whose keys are looked at for a rule by which keys differ.
+# Labels without an image whose keys are looked at for a rule by which keys differ.
 _LOOKED_AT = 10_000
 POLICIES = ("error", "skip")
 
 
 @dataclass(frozen=True)
 class JoinReport:
-    """Where each picture's label is, and what did not match.
+    """Where each image's label is, and what did not match.
 
-    shard, row: (n,) int32, −1 where a picture has no label; matched, missing, changed, extra: counts of pictures with
-    a label, without one, with another content hash than the labelled picture (among the matched), and of labels
-    without a picture; ``*_examples``: a few keys of each; hints: why pictures and labels may have missed each other.
+    shard, row: (n,) int32, −1 where an image has no label; matched, missing, changed, extra: counts of images with
+    a label, without one, with another content hash than the labelled image (among the matched), and of labels
+    without an image; ``*_examples``: a few keys of each; hints: why images and labels may have missed each other.
     """
 
     shard: np.ndarray
@@ -41,11 +41,11 @@ class JoinReport:
     hints: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = [f"{self.matched:,} of {len(self.shard):,} pictures have labels"]
+        parts = [f"{self.matched:,} of {len(self.shard):,} images have labels"]
         for count, what, examples in (
-            (self.missing, "pictures without labels", self.missing_examples),
-            (self.changed, "pictures changed since they were labelled", self.changed_examples),
-            (self.extra, "labels without a picture", self.extra_examples),
+            (self.missing, "images without labels", self.missing_examples),
+            (self.changed, "images changed since they were labelled", self.changed_examples),
+            (self.extra, "labels without an image", self.extra_examples),
         ):
             if count:
                 parts.append(f"{count:,} {what} ({some(count, examples)})")
@@ -61,18 +61,18 @@ def join(
     missing: str = "error",
     allow_changed: bool = False,
 ) -> JoinReport:
-    """Find each picture's label by its key.
+    """Find each image's label by its key.
 
     Args:
-        label_set: the labels; may hold more pictures, in any order.
-        keys: (n,) keys of the pictures.
-        content_hashes: (n,) uint64, xxh3 of each picture's bytes.
-        class_names: the pictures' class list; must be the label set's, in its order.
-        missing: "error", or "skip" to go on without labels for pictures that have none.
-        allow_changed: go on with pictures whose bytes differ from those that were labelled.
+        label_set: the labels; may hold more images, in any order.
+        keys: (n,) keys of the images.
+        content_hashes: (n,) uint64, xxh3 of each image's bytes.
+        class_names: the images' class list; must be the label set's, in its order.
+        missing: "error", or "skip" to go on without labels for images that have none.
+        allow_changed: go on with images whose bytes differ from those that were labelled.
 
     Raises:
-        JoinError: another class list, missing keys, changed pictures: counted, with examples.
+        JoinError: another class list, missing keys, changed images: counted, with examples.
         InputError: a key that is there twice, or another word for ``missing``.
     """
     if missing not in POLICIES:
@@ -81,7 +81,7 @@ def join(
         raise InputError(f"{len(keys)} keys and {len(content_hashes)} content hashes do not belong together")
     check_class_names(label_set.spec.class_names, tuple(class_names))
     content_hashes = np.asarray(content_hashes, dtype=np.uint64)
-    # Keys are looked up by hash, and compared: a hundredth of a dictionary's memory for millions of pictures.
+    # Keys are looked up by hash, and compared: a hundredth of a dictionary's memory for millions of images.
     hashes = hash_keys(keys)
     order = np.argsort(hashes, kind="stable")
     sorted_hashes = hashes[order]
@@ -136,24 +136,24 @@ def join(
     return report
 
 
-def check_class_names(labels: tuple[str, ...], pictures: tuple[str, ...]) -> None:
+def check_class_names(labels: tuple[str, ...], images: tuple[str, ...]) -> None:
     """Raise `JoinError` where the two class lists differ, and say how."""
-    if labels == pictures:
+    if labels == images:
         return
-    absent = sorted(set(pictures) - set(labels))
-    advice = "pack the pictures with the label set's class list (`stl-offline pack SRC DEST --classes LABELS`)"
+    absent = sorted(set(images) - set(labels))
+    advice = "pack the images with the label set's class list (`stl-offline pack SRC DEST --classes LABELS`)"
     if absent:
         advice = "leave these out"
-        how = f"{len(absent)} of the pictures' classes are not in it ({some(len(absent), absent[:_EXAMPLES])})"
-    elif len(labels) != len(pictures):
-        absent = sorted(set(labels) - set(pictures))
-        how = f"{len(absent)} of its classes are not among the pictures' ({some(len(absent), absent[:_EXAMPLES])})"
+        how = f"{len(absent)} of the images' classes are not in it ({some(len(absent), absent[:_EXAMPLES])})"
+    elif len(labels) != len(images):
+        absent = sorted(set(labels) - set(images))
+        how = f"{len(absent)} of its classes are not among the images' ({some(len(absent), absent[:_EXAMPLES])})"
     else:
-        place = next(index for index, name in enumerate(labels) if name != pictures[index])
-        how = f"the order differs: class {place} is {labels[place]!r} there and {pictures[place]!r} here"
+        place = next(index for index, name in enumerate(labels) if name != images[index])
+        how = f"the order differs: class {place} is {labels[place]!r} there and {images[place]!r} here"
     raise JoinError(
-        f"the label set has another class list ({len(labels)} classes, the pictures have {len(pictures)}): {how}; "
-        f"{advice}, or label the pictures again"
+        f"the label set has another class list ({len(labels)} classes, the images have {len(images)}): {how}; "
+        f"{advice}, or label the images again"
     )
 
 
@@ -174,14 +174,14 @@ class _Named:
 def _judge(report: JoinReport, label_set: LabelSet, missing: str, allow_changed: bool) -> None:
     faults = []
     if not report.matched:
-        faults.append("not one picture has a label; is this another data set, or another root folder")
+        faults.append("not one image has a label; is this another data set, or another root folder")
     if report.missing and missing == "error":
         faults.append("--missing skip trains on without labels for these")
     if report.changed and not allow_changed:
         why = "were all of them compressed anew, or resized? " if report.changed == report.matched else ""
         faults.append(f"{why}--allow-changed uses the labels nevertheless")
     if faults:
-        raise JoinError(f"labels {label_set.place} and pictures do not belong together: {report}. {'; '.join(faults)}")
+        raise JoinError(f"labels {label_set.place} and images do not belong together: {report}. {'; '.join(faults)}")
 
 
 def _find(key: str, position: int, keys: Sequence[str], order: np.ndarray) -> int:
@@ -204,5 +204,5 @@ def _check_unique(keys: Sequence[str], sorted_hashes: np.ndarray, order: np.ndar
             seen = {keys[int(order[place])]}
         key = keys[int(order[place + 1])]
         if key in seen:
-            raise InputError(f"the pictures hold the key {key} twice")
+            raise InputError(f"the images hold the key {key} twice")
         seen.add(key)

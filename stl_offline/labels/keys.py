@@ -1,4 +1,4 @@
-"""Keys of many pictures by their hashes: a hundredth of the memory that a dictionary of them would take."""
+"""Keys of many images by their hashes: a hundredth of the memory that a dictionary of them would take."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -8,23 +8,23 @@ from pathlib import Path
 
 from stl_offline.errors import FormatError, InputError, JoinError
 from stl_offline.files import atomic_write, cache_dir, make_folder, sha256_bytes
-from stl_offline.labels import containers
-from stl_offline.labels.arrays import ShardArrays, ShardIndex
-from stl_offline.labels.folder import (
+from stl_offline.labels.arrays import LabelMap, ShardArrays, ShardIndex
+from stl_offline.labels.format import decode_shard, read_shard_index
+from stl_offline.labels.manifest import Manifest, ShardRecord
+from stl_offline.labels.spec import LabelSpec
+from stl_offline.labels.store import (
     MANIFEST,
     PULL,
     RECORDS,
+    Storage,
+    each_shard,
     format_ranges,
+    open_storage,
     present_bytes,
     read_job,
     read_manifest,
     read_present,
 )
-from stl_offline.labels.label_map import LabelMap
-from stl_offline.labels.manifest import Manifest, ShardRecord
-from stl_offline.labels.parallel import each_shard
-from stl_offline.labels.spec import LabelSpec
-from stl_offline.labels.storage import Storage, open_storage
 
 # How often a shard is fetched again whose bytes came otherwise than they should.
 _FETCHES = 3
@@ -33,7 +33,7 @@ _FETCHES = 3
 class LabelSet:
     """A label set that is whole, or pulled in part. Made by `open_label_set`.
 
-    ``len(labels)``: pictures; ``labels.keys``: their keys, in stored order; ``labels[key]``: a `LabelMap`;
+    ``len(labels)``: images; ``labels.keys``: their keys, in stored order; ``labels[key]``: a `LabelMap`;
     ``key in labels``; ``labels.spec``; ``labels.shards``: the shard table; ``labels.present``: the shards that are
     here, all of them unless only some were pulled; ``labels.fingerprint``: SHA-256 of the manifest, which names every
     shard's SHA-256, and so names the whole content (of the manifest and the list of shards, where some are missing).
@@ -66,7 +66,7 @@ class LabelSet:
         return key in self._places
 
     def __getitem__(self, key: str) -> LabelMap:
-        """The label map of one picture. Reads its whole shard, and keeps that for the next call.
+        """The label map of one image. Reads its whole shard, and keeps that for the next call.
 
         Raises:
             JoinError: no label for this key.
@@ -97,11 +97,11 @@ class LabelSet:
     def __repr__(self) -> str:
         grid = "×".join(map(str, self.spec.grid))
         some = f", shards {format_ranges(self.present)} of {len(self.shards)}" if self.is_partial else ""
-        return f"LabelSet({self.place!r}: {len(self)} pictures, {grid} tokens, top {self.spec.top_k}{some})"
+        return f"LabelSet({self.place!r}: {len(self)} images, {grid} tokens, top {self.spec.top_k}{some})"
 
     @cached_property
     def keys(self) -> list[str]:
-        """Every picture's key, in stored order."""
+        """Every image's key, in stored order."""
         self.fetch()
         return [key for index in self.present for key in self.read_index(index).keys]
 
@@ -164,7 +164,7 @@ class LabelSet:
         """The labels in the bytes of shard ``index``; raises FormatError where they do not fit the manifest."""
         shard = self.shards[index]
         try:
-            arrays = containers.decode(data, self.spec)
+            arrays = decode_shard(data, self.spec)
         except FormatError as error:
             raise FormatError(f"{self.place}/{shard.name}: {error}") from error
         self._check_count(shard, len(arrays))
@@ -182,7 +182,7 @@ class LabelSet:
             if source.exists():
                 self._check_size(shard, source.stat().st_size)
         try:
-            found = containers.read_index(source, self.spec)
+            found = read_shard_index(source, self.spec)
         except FormatError as error:
             raise FormatError(f"{self.place}/{shard.name}: {error}") from error
         self._check_count(shard, len(found.keys))

@@ -1,4 +1,4 @@
-"""One label set of several: shards of different jobs or teams, made with the same settings for different pictures.
+"""One label set of several: shards of different jobs or teams, made with the same settings for different images.
 
 Shards are copied byte for byte and numbered anew, in the order in which the sets are given; the manifest is made anew.
 """
@@ -16,11 +16,11 @@ from stl_offline.files import sha256_parts
 from stl_offline.labels.keys import find_duplicates, hash_keys, some
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import Manifest
-from stl_offline.labels.parallel import each_shard
 from stl_offline.labels.spec import LabelSpec, differences
+from stl_offline.labels.store import each_shard
 from stl_offline.labels.writer import LabelSetWriter
 
-# What sets that are merged need not share: which pictures, and how the job was run.
+# What sets that are merged need not share: which images, and how the job was run.
 _OWN = ("source", "creation")
 
 
@@ -107,7 +107,7 @@ def _check_keys(parts: list[_Part]) -> None:
     named = [f"{key} in {_name(parts[first])} and {_name(parts[second])}" for key, first, second in twice.examples]
     raise JoinError(
         f"{twice.count:,} keys are in these label sets twice ({some(twice.count, named)}); merge sets of different "
-        "pictures, and each set once"
+        "images, and each set once"
     )
 
 
@@ -116,7 +116,7 @@ def _name(part: _Part) -> str:
 
 
 def _fingerprint(spec: LabelSpec, parts: list[_Part]) -> str:
-    """As of a .beton that held these pictures in this order, with the label set's class list."""
+    """As of a .beton that held these images in this order, with the label set's class list."""
     keys = b"[" + b", ".join(part.keys[1:-1] for part in parts) + b"]"
     return sha256_parts(
         json.dumps(spec.class_names).encode(),

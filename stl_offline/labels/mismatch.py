@@ -1,4 +1,4 @@
-"""Why pictures and labels do not meet: looks for the rule by which their keys differ, and says it.
+"""Why images and labels do not meet: looks for the rule by which their keys differ, and says it.
 
 Only called when something is missing, so it reads nothing again and works on samples of the keys.
 """
@@ -23,11 +23,11 @@ def explain(
     extra_hashes: np.ndarray,
     extra_contents: np.ndarray,
 ) -> list[str]:
-    """What pictures without labels and labels without pictures have to do with each other; empty: nothing found.
+    """What images without labels and labels without images have to do with each other; empty: nothing found.
 
     Args:
-        missing: keys of pictures without labels; missing_contents: (len(missing),) uint64, their content hashes.
-        extra: keys of labels without a picture, some of them; extra_hashes, extra_contents: uint64, the hashes of the
+        missing: keys of images without labels; missing_contents: (len(missing),) uint64, their content hashes.
+        extra: keys of labels without an image, some of them; extra_hashes, extra_contents: uint64, the hashes of the
             keys and of the content of all of them.
     """
     if not missing or not len(extra_hashes):
@@ -37,12 +37,12 @@ def explain(
     hints = [found] if found else []
     same = int(np.isin(missing_contents, extra_contents).sum())
     if same:
-        hints.append(f"{same:,} of the pictures without labels have the content of labels under other keys")
+        hints.append(f"{same:,} of the images without labels have the content of labels under other keys")
     return hints
 
 
 def parse_prefix(text: str) -> tuple[str, str]:
-    """``OLD=NEW`` → what a picture's key starts with, and what the label's key has there.
+    """``OLD=NEW`` → what an image's key starts with, and what the label's key has there.
 
     Raises:
         InputError: no ``=``, or more than one.
@@ -94,7 +94,7 @@ def _ending_rule(missing: Sequence[str], extra: Sequence[str], known: np.ndarray
     example = missing[0]
     return (
         f"keys differ by the file's ending ({example} here, {example.removesuffix(_ending(example))}{name} there): "
-        f"{count:,} of {len(missing):,} pictures were converted after they were labelled"
+        f"{count:,} of {len(missing):,} images were converted after they were labelled"
     )
 
 

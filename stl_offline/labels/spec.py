@@ -1,6 +1,6 @@
 """What a label set says about itself: `manifest.json`, version 1 (docs/format.md).
 
-V: views of each picture; Gh, Gw: the token grid; k: classes kept for each cell; K: all classes.
+V: views of each image; Gh, Gw: the token grid; k: classes kept for each cell; K: all classes.
 """
 
 import json
@@ -36,7 +36,7 @@ class LabelSpec:
 
     class_names: (K,) names, in the order of the class ids; grid: (Gh, Gw); top_k: k; views_per_image: V; labeler:
     what made the labels (architecture, weights_sha256, licence, …); preprocessing: what it saw (height, width,
-    interpolation, mean, std, decoder); source: the pictures (samples, fingerprint); views: kind "whole", or "random"
+    interpolation, mean, std, decoder); source: the images (samples, fingerprint); views: kind "whole", or "random"
     with seed, scale, ratio and flip; creation: the settings of the command, without paths and dates; bounds: what
     the encodings that the labels went through may have changed (None: this encoding alone).
 
@@ -80,7 +80,7 @@ class LabelSpec:
         if not is_count(self.top_k) or self.top_k > len(self.class_names):
             raise InputError(f"top-k must lie between 1 and the {len(self.class_names)} classes, got {self.top_k}")
         if not is_count(self.views_per_image):
-            raise InputError(f"views of each picture must be a positive integer, got {self.views_per_image}")
+            raise InputError(f"views of each image must be a positive integer, got {self.views_per_image}")
         for name, needed in (
             ("labeler", _LABELER),
             ("preprocessing", _PREPROCESSING),
@@ -94,7 +94,7 @@ class LabelSpec:
             raise InputError(f"unknown kind of views {kind!r}; known here: {', '.join(_VIEWS)}")
         _plain_json("views", self.views, _VIEWS[kind])
         if kind == "whole" and self.views_per_image != 1:
-            raise InputError(f"whole-picture labels have one view of each picture, got {self.views_per_image}")
+            raise InputError(f"whole-image labels have one view of each image, got {self.views_per_image}")
         object.__setattr__(
             self, "bounds", _check_bounds(ENCODINGS[self.encoding] if self.bounds is None else self.bounds)
         )
@@ -108,7 +108,7 @@ class LabelSpec:
 
     @property
     def num_samples(self) -> int:
-        """How many pictures the whole set labels."""
+        """How many images the whole set labels."""
         return int(self.source["samples"])
 
     @property

@@ -8,20 +8,20 @@ import numpy as np
 from stl_offline.errors import InputError
 from stl_offline.labels.arrays import ShardArrays, probabilities
 from stl_offline.labels.label_set import LabelSet
-from stl_offline.labels.parallel import each_shard
+from stl_offline.labels.store import each_shard
 
 _BINS = 10
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts and means over the tokens of ``samples`` pictures (all of the set's, or those of the shards read).
+    """Counts and means over the tokens of ``samples`` images (all of the set's, or those of the shards read).
 
     histogram: tokens by confidence, (10,) counts of [0, 0.1) … [0.9, 1]; confidence, top_k_mass, residual: means;
     mass_by_rank: the mean probability of the best class, the second, …; over_half: the share of tokens whose best
-    class has more than 0.5; agreement: the share of tokens whose best class is the picture's; agreement_top_k: whose
-    stored classes hold it; picture_agreement: the share of pictures whose tokens' most frequent best class is it;
-    classes_best, classes_stored: how many classes are some token's best, or stored at all; bytes_per_picture: of the
+    class has more than 0.5; agreement: the share of tokens whose best class is the image's; agreement_top_k: whose
+    stored classes hold it; image_agreement: the share of images whose tokens' most frequent best class is it;
+    classes_best, classes_stored: how many classes are some token's best, or stored at all; bytes_per_image: of the
     shards read, all told.
     """
 
@@ -38,10 +38,10 @@ class Stats:
     over_half: float
     agreement: float
     agreement_top_k: float
-    picture_agreement: float
+    image_agreement: float
     classes_best: int
     classes_stored: int
-    bytes_per_picture: float
+    bytes_per_image: float
 
 
 def measure(label_set: LabelSet, *, shards: int | None = None, workers: int = 0) -> Stats:
@@ -78,10 +78,10 @@ def measure(label_set: LabelSet, *, shards: int | None = None, workers: int = 0)
         over_half=total.over_half / tokens,
         agreement=total.agreeing / tokens,
         agreement_top_k=total.agreeing_top_k / tokens,
-        picture_agreement=total.agreeing_pictures / total.samples,
+        image_agreement=total.agreeing_images / total.samples,
         classes_best=int(total.best.sum()),
         classes_stored=int(total.stored.sum()),
-        bytes_per_picture=sum(label_set.shards[index].bytes for index in present) / total.samples,
+        bytes_per_image=sum(label_set.shards[index].bytes for index in present) / total.samples,
     )
 
 
@@ -89,7 +89,7 @@ def table(stats: Stats) -> list[tuple[str, str]]:
     """The statistics as lines of a name and a value."""
     tokens = stats.tokens
     lines = [
-        ("pictures", f"{stats.samples:,} in {stats.shards:,} shards, {stats.bytes_per_picture:,.0f} bytes each"),
+        ("images", f"{stats.samples:,} in {stats.shards:,} shards, {stats.bytes_per_image:,.0f} bytes each"),
         ("tokens", f"{tokens:,}, the {stats.top_k} best of {stats.classes:,} classes"),
         ("confidence", f"{stats.confidence:.4f} on average; {stats.over_half:.2%} of the tokens over 0.5"),
         ("top-k mass", f"{stats.top_k_mass:.4f} ({', '.join(f'{mass:.4f}' for mass in stats.mass_by_rank)})"),
@@ -97,8 +97,8 @@ def table(stats: Stats) -> list[tuple[str, str]]:
         ("classes seen", f"{stats.classes_best:,} as the best of a token, {stats.classes_stored:,} at all"),
         (
             "agreement",
-            f"{stats.agreement:.2%} of the tokens name the picture's class first, {stats.agreement_top_k:.2%} at all; "
-            f"{stats.picture_agreement:.2%} of the pictures do by most of their tokens",
+            f"{stats.agreement:.2%} of the tokens name the image's class first, {stats.agreement_top_k:.2%} at all; "
+            f"{stats.image_agreement:.2%} of the images do by most of their tokens",
         ),
     ]
     most = max(stats.histogram)
@@ -116,7 +116,7 @@ class _Sums:
         self.histogram = np.zeros(_BINS, dtype=np.int64)
         self.mass = np.zeros(top_k, dtype=np.float64)
         self.residual = 0.0
-        self.over_half = self.agreeing = self.agreeing_top_k = self.agreeing_pictures = 0
+        self.over_half = self.agreeing = self.agreeing_top_k = self.agreeing_images = 0
         self.best = np.zeros(classes, dtype=bool)
         self.stored = np.zeros(classes, dtype=bool)
 
@@ -138,7 +138,7 @@ class _Sums:
         self.stored[np.unique(ids)] = True
         for row, class_id in zip(ids[..., 0], arrays.class_id.tolist(), strict=True):
             names, counts = np.unique(row, return_counts=True)
-            self.agreeing_pictures += int(names[counts.argmax()] == class_id)
+            self.agreeing_images += int(names[counts.argmax()] == class_id)
         return self
 
     def add(self, other: "_Sums") -> None:

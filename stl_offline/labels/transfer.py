@@ -13,23 +13,25 @@ from pathlib import Path
 from stl_offline.errors import FormatError, InputError, TargetError
 from stl_offline.files import make_folder, remove_leftovers, sha256_bytes
 from stl_offline.labels.card import make_card
-from stl_offline.labels.folder import (
+from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.manifest import Manifest, ShardRecord
+from stl_offline.labels.spec import differences
+from stl_offline.labels.store import (
     CARD,
     MANIFEST,
     PARTIAL,
     PULL,
     SOME_SHARDS,
+    FolderStorage,
+    Storage,
+    each_shard,
+    open_storage,
     parse_ranges,
     present_bytes,
     read_manifest,
     read_present,
+    try_lock,
 )
-from stl_offline.labels.job import try_lock
-from stl_offline.labels.label_set import LabelSet
-from stl_offline.labels.manifest import Manifest, ShardRecord
-from stl_offline.labels.parallel import each_shard
-from stl_offline.labels.spec import differences
-from stl_offline.labels.storage import FolderStorage, Storage, open_storage
 
 _TRIES = 3
 _LARGEST_CARD = 1 << 20

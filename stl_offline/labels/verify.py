@@ -7,11 +7,10 @@ import numpy as np
 
 from stl_offline.errors import FormatError, StlError
 from stl_offline.labels.arrays import ShardArrays
-from stl_offline.labels.folder import CARD, MANIFEST, PARTIAL, SOME_SHARDS
 from stl_offline.labels.keys import find_duplicates, hash_keys
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import ShardRecord
-from stl_offline.labels.parallel import each_shard
+from stl_offline.labels.store import CARD, MANIFEST, PARTIAL, SOME_SHARDS, each_shard
 
 _WHOLE = np.array([1, 0, 0, 0, 1, 0], dtype=np.float32)
 
@@ -91,5 +90,5 @@ def _odd_values(label_set: LabelSet, arrays: ShardArrays) -> list[str]:
     """What each shard alone cannot know to be wrong."""
     if label_set.spec.views["kind"] == "whole" and (arrays.views != _WHOLE).any():
         row = int((arrays.views != _WHOLE).any(axis=(1, 2)).argmax())
-        return [f"the view of {arrays.keys[row]} is not the whole picture, as the manifest says it is"]
+        return [f"the view of {arrays.keys[row]} is not the whole image, as the manifest says it is"]
     return []

@@ -15,15 +15,25 @@ from typing import Self
 
 from stl_offline.errors import FormatError, InputError, TargetError
 from stl_offline.files import canonical_json, make_folder, sha256_bytes
-from stl_offline.labels import containers
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.card import make_card
-from stl_offline.labels.folder import CARD, JOB, LOCK, MANIFEST, PARTIAL, RECORDS, read_job, read_manifest, record_name
-from stl_offline.labels.job import JobLock
-from stl_offline.labels.lease import Lease
+from stl_offline.labels.format import encode_shard
 from stl_offline.labels.manifest import Manifest, ShardRecord, shard_name, shard_range
 from stl_offline.labels.spec import LabelSpec, differences
-from stl_offline.labels.storage import open_storage
+from stl_offline.labels.store import (
+    CARD,
+    JOB,
+    LOCK,
+    MANIFEST,
+    PARTIAL,
+    RECORDS,
+    JobLock,
+    Lease,
+    open_storage,
+    read_job,
+    read_manifest,
+    record_name,
+)
 
 
 class LabelSetWriter:
@@ -128,10 +138,10 @@ class LabelSetWriter:
         first, last = self.shard_range(index)
         if len(arrays) != last - first:
             raise FormatError(f"shard {index} holds samples {first} to {last}, got {len(arrays)} samples")
-        return self.write_encoded(index, containers.encode(arrays, self.spec))
+        return self.write_encoded(index, encode_shard(arrays, self.spec))
 
     def write_encoded(self, index: int, data: bytes) -> ShardRecord:
-        """`write_shard` for bytes that `stl_offline.labels.containers.encode` gave (perhaps in another thread)."""
+        """`write_shard` for bytes that `stl_offline.labels.format.encode_shard` gave (perhaps in another thread)."""
         if self._lock is None:
             raise TargetError(f"the label set {self.place} is not open for writing: it is complete or closed")
         self._lock.check()

@@ -1,6 +1,6 @@
 """What a training step receives.
 
-B: batch; H, W: picture; N: tokens; m: targets a token. On the way: FFCV's buffers are reused, so everything here is a
+B: batch; H, W: image; N: tokens; m: targets a token. On the way: FFCV's buffers are reused, so everything here is a
 copy.
 """
 
@@ -13,7 +13,7 @@ from numba import njit
 
 @dataclass
 class Batch:
-    """Pictures, classes and token targets of some samples, all on the loader's device but where said.
+    """Images, classes and token targets of some samples, all on the loader's device but where said.
 
     images: float32 (B, 3, H, W), normalised, channels last in memory. class_ids: int64 (B,). token_ids: int64
     (B, N, m), −1 for "no class": with a weight above zero that weight is spread evenly over all classes, else nothing
@@ -37,7 +37,7 @@ class Batch:
 
 
 class ToDevice:
-    """Copies one batch out of FFCV's buffers: pictures become normalised floats on the device."""
+    """Copies one batch out of FFCV's buffers: images become normalised floats on the device."""
 
     def __init__(self, device: torch.device, image_width: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.device = device

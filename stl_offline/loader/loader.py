@@ -1,6 +1,6 @@
-"""Epochs of batches from a .beton: pictures under given views, with token targets where asked.
+"""Epochs of batches from a .beton: images under given views, with token targets where asked.
 
-n: samples of the .beton; B: batch; H, W: picture; N: tokens; m: targets a token.
+n: samples of the .beton; B: batch; H, W: image; N: tokens; m: targets a token.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from stl_offline.geometry import compose_views
 from stl_offline.images.beton import Beton
 from stl_offline.labels.cache import TokenCache
 from stl_offline.loader.batch import Batch, ToDevice
-from stl_offline.loader.decode import ViewCrop
+from stl_offline.loader.decoder import ViewCrop
 from stl_offline.loader.iterator import Epoch, EpochThread
 from stl_offline.loader.order import check_shares, count_batches, rank_batches, shuffled
 from stl_offline.loader.threads import torch_threads_kept, usable_workers
@@ -26,7 +26,7 @@ from stl_offline.loader.token_op import TokenDraw
 from stl_offline.targets import TokenTargets
 
 _BATCHES_AHEAD = 2
-# Views are float32: an edge this far outside the picture is on it.
+# Views are float32: an edge this far outside the image is on it.
 _VIEW_TOLERANCE = 1e-4
 
 
@@ -34,8 +34,8 @@ class TokenLoader:
     """Loads a .beton through FFCV's compiled pipelines.
 
     Args:
-        beton: the packed pictures.
-        image_size: (H, W) of the pictures handed out.
+        beton: the packed images.
+        image_size: (H, W) of the images handed out.
         batch_size: B; the last batch of an epoch may be smaller.
         workers: loading threads; no more than numba may start (normally the cores) are used.
         seed: of the order and of drawn token targets.
@@ -46,7 +46,7 @@ class TokenLoader:
         tokens: what token targets to give; needs ``cache``.
         cache: the labels, in the .beton's order; or several, of which each sample reads one.
         rank, world_size: this process and how many share the samples.
-        interpolation: "area", "bilinear" or "bicubic" (`stl_offline.loader.resample`).
+        interpolation: "area", "bilinear" or "bicubic" (`stl_offline.loader.decoder.resample`).
 
     Raises:
         InputError: an argument that cannot be used, or a cache that belongs to another .beton.
@@ -150,7 +150,7 @@ class TokenLoader:
 
         Args:
             epoch: its number, from 0: sets the order and what token targets draw.
-            views: float32 (n, 6): every sample's view, by sample id; axis-aligned crops inside the picture.
+            views: float32 (n, 6): every sample's view, by sample id; axis-aligned crops inside the image.
             warps: float32 (n, 6): how each sample's pixels are moved within its crop after loading, as a view of
                 it. Targets are for the moved pixels; the batch carries its warps to whoever moves them.
             map_index: int64 (n,): which of its stored maps each sample's targets come from; the first by default.
@@ -162,7 +162,7 @@ class TokenLoader:
             An iterator of `Batch`, with ``close()``; also a context manager.
 
         Raises:
-            InputError: views, map_index or sample_ids do not fit; while iterating: a picture that cannot be decoded.
+            InputError: views, map_index or sample_ids do not fit; while iterating: an image that cannot be decoded.
             TrainingError: while iterating: the loading thread failed.
         """
         self.close()
@@ -203,8 +203,8 @@ class TokenLoader:
         broken = self._crop.take_broken()
         if broken is not None:
             raise InputError(
-                f"{self.beton.path}: the picture {self.beton.keys[broken]} (sample {broken}) cannot be decoded: "
-                "the file is damaged; pack the pictures again"
+                f"{self.beton.path}: the image {self.beton.keys[broken]} (sample {broken}) cannot be decoded: "
+                "the file is damaged; pack the images again"
             )
 
     def _make_batch(self, item: tuple[int, np.ndarray, tuple]) -> Batch:
@@ -228,10 +228,10 @@ class TokenLoader:
 
 
 def check_views(views: np.ndarray, samples: int) -> np.ndarray:
-    """Views as the loader takes them: float32 (n, 6), each an axis-aligned crop within its picture.
+    """Views as the loader takes them: float32 (n, 6), each an axis-aligned crop within its image.
 
     Raises:
-        InputError: another shape, or a view that rotates, shears, turns upside down, is empty or leaves the picture.
+        InputError: another shape, or a view that rotates, shears, turns upside down, is empty or leaves the image.
     """
     views = np.ascontiguousarray(views, dtype=np.float32)
     if views.shape != (samples, 6):
@@ -245,7 +245,7 @@ def check_views(views: np.ndarray, samples: int) -> np.ndarray:
     wrong = np.flatnonzero(~(aligned & inside))
     if wrong.size:
         example = wrong[0]
-        reason = "is not an axis-aligned crop" if not aligned[example] else "leaves the picture"
+        reason = "is not an axis-aligned crop" if not aligned[example] else "leaves the image"
         raise InputError(
             f"the view of sample {example} {reason}: {views[example].tolist()} ({wrong.size:,} such views); "
             "the loader crops and mirrors, other transforms happen on the device"
@@ -268,4 +268,4 @@ def _check_size(beton: Beton) -> None:
     needed = int((beton.pointers + beton.sizes).max(initial=0))
     size = os.path.getsize(beton.path) if beton.path.exists() else 0
     if size < needed:
-        raise FormatError(f"{beton.path} is cut off: {size:,} of at least {needed:,} bytes; pack the pictures again")
+        raise FormatError(f"{beton.path} is cut off: {size:,} of at least {needed:,} bytes; pack the images again")

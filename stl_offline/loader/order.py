@@ -41,8 +41,8 @@ def check_shares(samples: int, batch_size: int, world_size: int, drop_last: bool
     steps = count_batches(samples, batch_size, world_size, drop_last)
     if samples < steps * world_size:
         raise InputError(
-            f"{samples} pictures cannot give each of {world_size} processes {steps} batches of up to {batch_size}: "
-            "use fewer processes, more pictures, or another batch size"
+            f"{samples} images cannot give each of {world_size} processes {steps} batches of up to {batch_size}: "
+            "use fewer processes, more images, or another batch size"
         )
 
 

@@ -15,10 +15,10 @@ from numba import carray, cfunc
 from numba.core.ccallback import CFunc
 
 from stl_offline.errors import InputError
+from stl_offline.geometry import relative_view_into, window_of
 from stl_offline.labels.cache import TokenCache
-from stl_offline.labels.relative import relative_view_into, window_of
 from stl_offline.loader.compiled_work import WORK_SIGNATURE, pointer, run_work
-from stl_offline.loader.native import next_item
+from stl_offline.loader.decoder import next_item
 from stl_offline.targets import AlignScratch, TokenTargets, align_classes_into, draw_classes_into, drop_unsure
 
 # The addresses of a cache's arrays, and their shape (n, V, Gh, Gw, k) without n.
@@ -41,7 +41,7 @@ class TokenDraw(Operation):
     Output: a pair, ids int32 and weights float32, each (B, h, w, columns). A sample without labels gets −1 and 0. It
     runs once a batch, and what it calls is compiled by this module, so FFCV need not compile it.
 
-    ``caches`` are of the same pictures and classes; their grids, k and V may differ. An epoch says which cache and
+    ``caches`` are of the same images and classes; their grids, k and V may differ. An epoch says which cache and
     which of its maps each sample reads.
     """
 
@@ -85,7 +85,7 @@ class TokenDraw(Operation):
         """What the next batches give; none may be under way.
 
         Args:
-            crops, views: float32 (n, 6): what is decoded of each picture, and what of it a student's tokens are shown
+            crops, views: float32 (n, 6): what is decoded of each image, and what of it a student's tokens are shown
                 in the end. They differ where pixels are moved after decoding.
             map_index, cache_index: int64 (n,): which map of which cache each sample reads; None: the first.
 

@@ -3,19 +3,36 @@
 Importing this package is what registers the models: `timm.create_model("fan_tiny_8_p4_hybrid_token")` works afterwards.
 """
 
+from stl_offline.models.artifact import (
+    WEIGHTS_NAME,
+    ModelDescription,
+    load_model,
+    save_model,
+    weights_path,
+    weights_sha256,
+)
 from stl_offline.models.checkpoints import LoadReport, load_checkpoint
 from stl_offline.models.fan import Fan
 from stl_offline.models.inference import InferenceFan, inference_form
-from stl_offline.models.labeler import TokenLabeler, create_labeler
+from stl_offline.models.named_labeler import NamedLabeler, find_labeler
+from stl_offline.models.token_labeler import TokenLabeler, create_labeler
 from stl_offline.models.variants import VARIANTS
 
 __all__ = [
     "VARIANTS",
+    "WEIGHTS_NAME",
     "Fan",
     "InferenceFan",
     "LoadReport",
+    "ModelDescription",
+    "NamedLabeler",
     "TokenLabeler",
     "create_labeler",
+    "find_labeler",
     "inference_form",
     "load_checkpoint",
+    "load_model",
+    "save_model",
+    "weights_path",
+    "weights_sha256",
 ]

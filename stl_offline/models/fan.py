@@ -24,7 +24,7 @@ class Fan(nn.Module):
     Args:
         img_size: side or (height, width) the model is meant for, pixels; any other size that the stem divides works.
         patch_size: total stride of the convolutional stem (4, 8 or 16); ignored by hybrids, whose stride is 16.
-        in_chans: channels of the pictures.
+        in_chans: channels of the images.
         num_classes: K, of both heads; 0 leaves the heads away.
         global_pool: what the class head sees: "token" (class token), "avg" (mean of the tokens) or "" (everything).
         embed_dim, depth, num_heads, mlp_ratio: C, number of blocks, heads, width of the hidden layer over C.
@@ -163,7 +163,7 @@ class Fan(nn.Module):
                 nn.init.zeros_(head.bias)
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
-        """Note that the model is meant for pictures of another side or (height, width); no weight depends on it.
+        """Note that the model is meant for images of another side or (height, width); no weight depends on it.
 
         Raises:
             InputError: the stem does not divide the size, or `patch_size` is not the stem's stride, which is fixed.
@@ -183,7 +183,7 @@ class Fan(nn.Module):
             self._traits = {**self._traits, "img_size": size}
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Token grid (H, W) for pictures of height × width pixels. Not a multiple of the stride: `InputError`."""
+        """Token grid (H, W) for images of height × width pixels. Not a multiple of the stride: `InputError`."""
         check_divisible(height, width, self.patch_embed.stride)
         return height // self.patch_embed.stride, width // self.patch_embed.stride
 
@@ -205,7 +205,7 @@ class Fan(nn.Module):
         return self.norm(tokens_BNC)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, height, width) → normed [class token; tokens], (B, 1 + N, C)."""
+        """Images (B, 3, height, width) → normed [class token; tokens], (B, 1 + N, C)."""
         tokens, height, width = self.patch_embed(x)
         tokens = tokens + self.pos_embed(height, width)
         for block in self.blocks:
@@ -232,7 +232,7 @@ class Fan(nn.Module):
         return self.head(pooled), self.aux_head(self.head_drop(tokens))
 
     def forward(self, x: torch.Tensor):
-        """Normalised pictures (B, 3, height, width) → class logits (B, K), with a token head (these, token logits)."""
+        """Normalised images (B, 3, height, width) → class logits (B, K), with a token head (these, token logits)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(

@@ -2,7 +2,7 @@
 
 Against the model itself: batch norms, norms' affine parts and layer scales are folded into the linear maps beside them;
 query, key and value are one product; residuals are added in place; large hidden layers are computed in strips that stay
-in the processor's cache; a CPU takes a few pictures at a time for the same reason; token logits only where asked for.
+in the processor's cache; a CPU takes a few images at a time for the same reason; token logits only where asked for.
 
 Shape letters: B batch, H × W token grid, N = H·W tokens, C embedding width, K classes.
 """
@@ -15,12 +15,12 @@ from torch import nn
 
 from stl_offline.errors import InputError
 from stl_offline.models.fan import Fan
-from stl_offline.models.folded import FoldedBlock, FoldedConvStem, FoldedHybridStem, folded_class_block, linear
-from stl_offline.models.folding import affine_then_linear, border_index, double
+from stl_offline.models.folded_parts import FoldedBlock, FoldedConvStem, FoldedHybridStem, folded_class_block, linear
 from stl_offline.models.layers import check_divisible
 from stl_offline.models.stems import HybridStem
+from stl_offline.models.weight_arithmetic import affine_then_linear, border_index, double
 
-# Tokens that a CPU takes in one pass: a few pictures of 224 px, whose activations fit its caches.
+# Tokens that a CPU takes in one pass: a few images of 224 px, whose activations fit its caches.
 CPU_TOKENS_PER_PASS = 1568
 
 
@@ -37,7 +37,7 @@ def inference_form(
         model: a FAN with a class head.
         token_logits: give token logits too; default: where the model has a token head.
         dtype: of weights and activations before the heads, which are float32 always; default: the model's.
-        images_per_pass: split larger batches; default: by size of the pictures on a CPU, never elsewhere.
+        images_per_pass: split larger batches; default: by size of the images on a CPU, never elsewhere.
 
     Raises:
         InputError: not a FAN with heads, or token logits of a model without a token head.
@@ -55,7 +55,7 @@ def inference_form(
 
 
 class InferenceFan(nn.Module):
-    """What `inference_form` gives: pictures → class logits (B, K), with token logits (these, (B, N, K)); float32.
+    """What `inference_form` gives: images → class logits (B, K), with token logits (these, (B, N, K)); float32.
 
     Attributes:
         num_classes, pretrained_cfg, token_logits; `grid_size(height, width)` as the model has it.
@@ -89,7 +89,7 @@ class InferenceFan(nn.Module):
         return self
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Token grid (H, W) for pictures of height × width pixels. Not a multiple of the stride: `InputError`."""
+        """Token grid (H, W) for images of height × width pixels. Not a multiple of the stride: `InputError`."""
         check_divisible(height, width, self.stride)
         return height // self.stride, width // self.stride
 
@@ -114,7 +114,7 @@ class InferenceFan(nn.Module):
             return [head(feature.float()) for head, feature in zip(self.heads, features, strict=True)]
 
     def _write_logits(self, images: torch.Tensor, targets: list[torch.Tensor]) -> None:
-        """Logits of some pictures into their rows of `targets`: nothing of the logits' size is held twice."""
+        """Logits of some images into their rows of `targets`: nothing of the logits' size is held twice."""
         for head, feature, target in zip(self.heads, self._features(images), targets, strict=True):
             rows = feature.float().flatten(0, -2)
             with torch.autocast(images.device.type, enabled=False):
@@ -129,7 +129,7 @@ class InferenceFan(nn.Module):
         return max(1, CPU_TOKENS_PER_PASS // (height * width))
 
     def forward(self, images: torch.Tensor):
-        """Normalised pictures (B, 3, height, width) → class logits (B, K), or (these, token logits (B, N, K))."""
+        """Normalised images (B, 3, height, width) → class logits (B, K), or (these, token logits (B, N, K))."""
         size = self._pass_size(images)
         if images.shape[0] <= size:
             logits = self._logits(images)

@@ -21,10 +21,10 @@ POSITION_TEMPERATURE = 10000.0
 
 @register_notrace_function
 def check_divisible(height: int, width: int, stride: int) -> None:
-    """Raise `InputError` unless both sides of a picture (pixels) are positive multiples of the stem's stride."""
+    """Raise `InputError` unless both sides of an image (pixels) are positive multiples of the stem's stride."""
     if height < stride or width < stride or height % stride or width % stride:
         raise InputError(
-            f"this FAN cannot take pictures of {height}×{width} (height × width): "
+            f"this FAN cannot take images of {height}×{width} (height × width): "
             f"both sides must be positive multiples of {stride}"
         )
 

@@ -25,7 +25,7 @@ class PositionHead(nn.Module):
 
     Args:
         model: timm classifier in evaluation mode; the modules that its `forward_head` runs are put into float32.
-        size: (height, width) in pixels of the random picture on which the head is checked.
+        size: (height, width) in pixels of the random image on which the head is checked.
         name: for messages.
 
     Attributes:
@@ -69,7 +69,7 @@ class PositionHead(nn.Module):
         raise InputError(f"{self._name} cannot label tokens: {reason}; take another classifier as labeler")
 
     def _probe(self, size: tuple[int, int]) -> torch.Tensor:
-        """Features of two random pictures, of a private generator; notes the number of prefix tokens."""
+        """Features of two random images, of a private generator; notes the number of prefix tokens."""
         model = self._model[0]
         parameter = next(model.parameters())
         channels = getattr(model, "in_chans", 3)
@@ -92,7 +92,7 @@ class PositionHead(nn.Module):
         except (AssertionError, RuntimeError, ValueError) as error:
             height, width = images.shape[-2:]
             first = str(error).strip().split("\n", 1)[0]
-            raise InputError(f"{self._name} cannot take pictures of {height}×{width} pixels: {first}") from error
+            raise InputError(f"{self._name} cannot take images of {height}×{width} pixels: {first}") from error
 
     def _to_float32(self, features: torch.Tensor) -> None:
         """Put every module that the head runs into float32."""
@@ -172,7 +172,7 @@ class PositionHead(nn.Module):
         return self._model[0].forward_head(features), logits
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """(Gh, Gw) of the last feature map for pictures of height × width pixels; found by running one, then kept."""
+        """(Gh, Gw) of the last feature map for images of height × width pixels; found by running one, then kept."""
         if (height, width) not in self._grids:
             model = self._model[0]
             parameter = next(model.parameters())
@@ -190,7 +190,7 @@ class PositionHead(nn.Module):
 
 
 def _grid_of(tokens: int, height: int, width: int) -> tuple[int, int] | None:
-    """The grid with this many cells whose cells are nearest to squares, or None where none has the picture's shape."""
+    """The grid with this many cells whose cells are nearest to squares, or None where none has the image's shape."""
     rows = round((tokens * height / width) ** 0.5)
     for candidate in (rows, rows - 1, rows + 1):
         if candidate > 0 and tokens % candidate == 0:

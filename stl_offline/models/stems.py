@@ -31,7 +31,7 @@ class ConvStem(nn.Module):
 
     Args:
         patch_size: total stride, one of 4, 8, 16.
-        in_chans: channels of the pictures.
+        in_chans: channels of the images.
         dim: embedding width C; the widths double up to it.
     """
 
@@ -137,7 +137,7 @@ class HybridStem(nn.Module):
 
     Args:
         depths: blocks of the two stages.
-        in_chans: channels of the pictures.
+        in_chans: channels of the images.
         dim: embedding width C.
     """
 

@@ -1,1 +1,1 @@
-"""Pictures of what label sets hold."""
+"""Images of what label sets hold."""

@@ -1,4 +1,4 @@
-"""Colours and marks for classes and confidence, the same in every picture and on every page.
+"""Colours and marks for classes and confidence, the same in every image and on every page.
 
 The first ten class colours, and the grey of "no label", were searched for together: under Machado's simulations of
 full protanopia, deuteranopia and tritanopia ("A Physiologically-based Model for Simulation of Color Vision
@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex, to_rgb
 Color = tuple[float, float, float]
 
 UNLABELLED: Color = (0.62, 0.62, 0.62)
-# Of the tokens that say the picture's own class: a blue and an orange that nobody takes for each other.
+# Of the tokens that say the image's own class: a blue and an orange that nobody takes for each other.
 CONFIDENT: Color = to_rgb("#0b5fa5")
 UNCONFIDENT: Color = to_rgb("#e69f00")
 CONFIDENCE_COLORS = "viridis"
@@ -38,7 +38,7 @@ LETTERS = string.ascii_uppercase + string.ascii_lowercase
 
 
 def class_color(class_id: int) -> Color:
-    """The colour of a class: a function of its id alone, so that it is the same in every picture."""
+    """The colour of a class: a function of its id alone, so that it is the same in every image."""
     if class_id < 0:
         return UNLABELLED
     if class_id < len(FIRST_COLORS):

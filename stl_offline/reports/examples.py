@@ -1,12 +1,12 @@
-"""Examples of a report: pictures that a run gets right and wrong, with what each run says of their tokens."""
+"""Examples of a report: images that a run gets right and wrong, with what each run says of their tokens."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stl_offline.reports.colors import class_marks
-from stl_offline.reports.panels import Article, Panel, class_rows, label_cells, page_data, say_shares, token_data
-from stl_offline.reports.pixels import jpeg_url
+from stl_offline.reports.encode import jpeg_url
+from stl_offline.reports.html import Article, Panel, class_rows, label_cells, page_data, say_shares, token_data
 from stl_offline.reports.predictions import Predicted, choose_examples
 from stl_offline.reports.runs import Run
 
@@ -33,11 +33,11 @@ class ExampleGroup:
 
 
 def example_groups(runs: Sequence[Run], predicted: Predicted, count: int, seed: int) -> list[ExampleGroup]:
-    """Pictures that the first run gets right, then those that it gets wrong, with every run's tokens."""
+    """Images that the first run gets right, then those that it gets wrong, with every run's tokens."""
     first = predicted.runs[0]
     right, wrong = choose_examples(first, count, seed)
     marks = _marks(predicted, right + wrong)
-    score = f"{first.right.sum():,} of the {len(first.right):,} pictures looked at"
+    score = f"{first.right.sum():,} of the {len(first.right):,} images looked at"
     groups = []
     for title, places in (
         (f"{runs[0].name} gets right ({score})", right),
@@ -81,7 +81,7 @@ def _article(runs: Sequence[Run], predicted: Predicted, place: int, marks: dict[
     key = predicted.beton.keys[int(predicted.sample_ids[place])]
     names = predicted.runs[0].class_names
     own = int(predicted.runs[0].truth[place])
-    panels = [Panel("picture", f"The picture {key}, of the class {names[own]}", 1.0, pixels="picture", grey=False)]
+    panels = [Panel("image", f"The image {key}, of the class {names[own]}", 1.0, pixels="image", grey=False)]
     maps, tokens, tables, tags = [], {}, {}, []
     for number, (run, predictions) in enumerate(zip(runs, predicted.runs, strict=True)):
         right = bool(predictions.right[place])
@@ -100,7 +100,7 @@ def _article(runs: Sequence[Run], predicted: Predicted, place: int, marks: dict[
                 f"tokens of {run.name}",
                 f"Tokens of {run.name} on {key}: {say_shares(found, names)}",
                 1.0,
-                pixels="picture",
+                pixels="image",
                 cells=label_cells(found),
                 tokens=name,
                 letters="best",
@@ -111,7 +111,7 @@ def _article(runs: Sequence[Run], predicted: Predicted, place: int, marks: dict[
         key=key,
         title=f"{key} ({names[own]})",
         note="",
-        pixels={"picture": jpeg_url(predicted.pixels(place))},
+        pixels={"image": jpeg_url(predicted.pixels(place))},
         panels=tuple(panels),
         rows=class_rows(maps, own, names, marks) if maps else (),
         tokens=tokens,

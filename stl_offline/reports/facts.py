@@ -6,9 +6,9 @@ from stl_offline.labels.label_set import LabelSet
 def label_set_facts(label_set: LabelSet) -> dict[str, str]:
     """What a label set says of itself, for a page."""
     spec = label_set.spec
-    views = "whole pictures" if spec.views["kind"] == "whole" else f"{spec.views_per_image} crops of each picture"
+    views = "whole images" if spec.views["kind"] == "whole" else f"{spec.views_per_image} crops of each image"
     return {
-        "pictures": f"{spec.num_samples:,} in {len(label_set.shards):,} shards, "
+        "images": f"{spec.num_samples:,} in {len(label_set.shards):,} shards, "
         f"{sum(shard.bytes for shard in label_set.shards):,} bytes",
         "labels": f"{spec.grid[0]} × {spec.grid[1]} tokens, top {spec.top_k} of {spec.num_classes:,} classes, {views}",
         "encoding": f"{spec.encoding} ({spec.container})",

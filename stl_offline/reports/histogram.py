@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.reports.colors import CONFIDENT, UNCONFIDENT
-from stl_offline.reports.picture import save_figure
+from stl_offline.reports.png import save_figure
 
 BINS = 20
 
@@ -18,12 +18,12 @@ BINS = 20
 class ConfidenceCounts:
     """Tokens by confidence, over the shards that were read.
 
-    own, others: (BINS,) tokens that say their picture's class, and the rest; pictures, shards: how many were counted.
+    own, others: (BINS,) tokens that say their image's class, and the rest; images, shards: how many were counted.
     """
 
     own: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
     others: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
-    pictures: int = 0
+    images: int = 0
     shards: int = 0
 
     def add(self, arrays: ShardArrays) -> None:
@@ -33,7 +33,7 @@ class ConfidenceCounts:
         confidence = arrays.confidence.astype(np.float64)
         self.own += np.histogram(confidence[own], edges)[0]
         self.others += np.histogram(confidence[~own], edges)[0]
-        self.pictures += len(arrays)
+        self.images += len(arrays)
         self.shards += 1
 
     @property
@@ -47,7 +47,7 @@ def confidence_figure(counts: ConfidenceCounts, note: str, path: str | Path) -> 
     axis = figure.add_subplot()
     left = np.arange(BINS) / BINS
     shares = [part / max(counts.tokens, 1) for part in (counts.own, counts.others)]
-    axis.bar(left, shares[0], 1 / BINS, align="edge", color=CONFIDENT, label="the picture's own class")
+    axis.bar(left, shares[0], 1 / BINS, align="edge", color=CONFIDENT, label="the image's own class")
     axis.bar(
         left, shares[1], 1 / BINS, bottom=shares[0], align="edge", color=UNCONFIDENT, hatch="///", label="other classes"
     )

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from stl_offline.reports.colors import class_marks, confidence_pixels
-from stl_offline.reports.panels import (
+from stl_offline.reports.encode import jpeg_url, shrink
+from stl_offline.reports.html import (
     Article,
     Panel,
     class_rows,
@@ -17,11 +18,10 @@ from stl_offline.reports.panels import (
     tinted_cells,
     token_data,
 )
-from stl_offline.reports.picture import draw_cells, own_cells
-from stl_offline.reports.pixels import jpeg_url, shrink
-from stl_offline.reports.scenes import Scene, TokenMap
+from stl_offline.reports.png import draw_cells, own_cells
+from stl_offline.reports.scene import Scene, TokenMap
 
-PICTURE_PIXELS = 320  # longer side of a picture on a page
+IMAGE_PIXELS = 320  # longer side of an image on a page
 
 
 def scene_article(scene: Scene, class_names: Sequence[str], threshold: float, marks: Mapping[int, str]) -> Article:
@@ -30,25 +30,25 @@ def scene_article(scene: Scene, class_names: Sequence[str], threshold: float, ma
     of = f"of {scene.key}"
     pixels, panels = {}, []
     tokens = {"map": token_data(scene.tokens, scene.view)}
-    if scene.picture is not None:
-        pixels["picture"] = jpeg_url(shrink(scene.picture, PICTURE_PIXELS))
+    if scene.image is not None:
+        pixels["image"] = jpeg_url(shrink(scene.image, IMAGE_PIXELS))
         seen = scene.student_view if scene.student_view is not None else scene.view
         what = "the student's crop" if scene.student_view is not None else "the labeler's crop"
         panels.append(
             Panel(
-                "picture",
-                f"The picture {scene.key}, of the class {name}; {what} is outlined",
-                scene.picture.shape[1] / scene.picture.shape[0],
-                pixels="picture",
+                "image",
+                f"The image {scene.key}, of the class {name}; {what} is outlined",
+                scene.image.shape[1] / scene.image.shape[0],
+                pixels="image",
                 grey=False,
                 outline=None if seen is scene.view and scene.whole else outline_points(seen),
             )
         )
         if scene.whole:
-            under = "picture"
+            under = "image"
         else:
             under = "crop"
-            pixels["crop"] = jpeg_url(shrink(scene.tokens.pixels, PICTURE_PIXELS))
+            pixels["crop"] = jpeg_url(shrink(scene.tokens.pixels, IMAGE_PIXELS))
             panels.append(_crop_panel(f"The crop that the labeler saw {of}", "labeler's crop", scene.tokens, "crop"))
     else:
         under = None
@@ -66,7 +66,7 @@ def scene_article(scene: Scene, class_names: Sequence[str], threshold: float, ma
     return Article(
         key=scene.key,
         title=scene.key if scene.whole else f"{scene.key}, crop {scene.view_index}",
-        note="" if scene.picture is not None else "The picture is not at hand: labels alone.",
+        note="" if scene.image is not None else "The image is not at hand: labels alone.",
         pixels=pixels,
         panels=tuple(panels),
         rows=class_rows([scene.tokens], scene.class_id, class_names, marks),
@@ -156,7 +156,7 @@ def _caption(scene: Scene, threshold: float) -> str:
     own = tokens.own(scene.class_id)
     confident = own & (tokens.confidence >= threshold)
     text = (
-        f"{own.sum()} of {own.size} tokens say the picture's class, {confident.sum()} of them confidently; "
+        f"{own.sum()} of {own.size} tokens say the image's class, {confident.sum()} of them confidently; "
         f"the draw keeps {tokens.kept.sum()}"
     )
     if scene.student is not None:

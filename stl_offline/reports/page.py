@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: one file with its styles, scripts and pictures, which asks for nothing from anywhere."""
+"""Self-contained HTML pages: one file with its styles, scripts and images, which asks for nothing from anywhere."""
 
 import base64
 import hashlib

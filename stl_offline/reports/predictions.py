@@ -1,4 +1,4 @@
-"""What trained models say of some pictures, and of each of their tokens.
+"""What trained models say of some images, and of each of their tokens.
 
 B: batch; K: classes; N: tokens on the grid (h, w); k: classes kept of each token.
 """
@@ -9,26 +9,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from stl_offline.artifact import load_model
 from stl_offline.device import pick_device, pick_workers
 from stl_offline.errors import InputError
-from stl_offline.geometry import View
+from stl_offline.evaluation import match_classes, scoring_loader
+from stl_offline.geometry import View, center_views
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
-from stl_offline.reports.pixels import see_through
+from stl_offline.models import load_model
+from stl_offline.reports.encode import see_through
 from stl_offline.reports.runs import Run
-from stl_offline.reports.scenes import TokenMap
-from stl_offline.scoring import match_classes, scoring_loader
-from stl_offline.views import center_views
+from stl_offline.reports.scene import TokenMap
 
 TOP_K = 5
-PIXELS = 256  # side of a picture as it is kept
+PIXELS = 256  # side of an image as it is kept
 BATCH = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """One run on some pictures.
+    """One run on some images.
 
     class_ids: (n,) the class it gives each; confidence: (n,) with which probability; token_ids, token_probabilities:
     (n, h, w, k), best first, None for a model without a token head; class_names: of the run; truth: (n,) in these.
@@ -49,7 +48,7 @@ class Predictions:
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """Several runs on the same pictures. sample_ids: (n,) positions in ``beton``; views: (n, 6), what models saw."""
+    """Several runs on the same images. sample_ids: (n,) positions in ``beton``; views: (n, 6), what models saw."""
 
     beton: Beton
     sample_ids: np.ndarray
@@ -57,12 +56,12 @@ class Predicted:
     runs: tuple[Predictions, ...]
 
     def pixels(self, place: int) -> np.ndarray:
-        """The picture number ``place`` as the models saw it, uint8 (H, W, 3)."""
+        """The image number ``place`` as the models saw it, uint8 (H, W, 3)."""
         image = self.beton.read_image(int(self.sample_ids[place]))
         return see_through(image, View.from_array(self.views[place]), (PIXELS, PIXELS))
 
     def tokens(self, run: int, place: int) -> TokenMap | None:
-        """What one run's tokens say of the picture number ``place``; None without a token head."""
+        """What one run's tokens say of the image number ``place``; None without a token head."""
         predictions = self.runs[run]
         if predictions.token_ids is None:
             return None
@@ -70,11 +69,11 @@ class Predicted:
 
 
 def predict(runs: Sequence[Run], data: str, count: int, *, device: str = "auto", workers: int = 0) -> Predicted:
-    """Let runs classify ``count`` pictures, spread evenly over a data set.
+    """Let runs classify ``count`` images, spread evenly over a data set.
 
     Raises:
         InputError: a run without weights, or runs with different class lists.
-        JoinError: pictures of classes that a run does not know.
+        JoinError: images of classes that a run does not know.
     """
     beton = ensure_beton(data)
     sample_ids = np.unique(np.linspace(0, len(beton) - 1, min(count, len(beton))).astype(np.int64))
@@ -86,7 +85,7 @@ def predict(runs: Sequence[Run], data: str, count: int, *, device: str = "auto",
 
 
 def choose_examples(predictions: Predictions, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Places of pictures that a run gets right (drawn at random) and wrong (those it is surest of), at most ``count``
+    """Places of images that a run gets right (drawn at random) and wrong (those it is surest of), at most ``count``
     of each."""
     right = np.flatnonzero(predictions.right)
     drawn = np.random.default_rng(seed).choice(right, min(count, len(right)), replace=False)

@@ -1,4 +1,4 @@
-"""``stl-offline labels preview``: a page and pictures of some labels of a label set."""
+"""``stl-offline labels preview``: a page and images of some labels of a label set."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,21 +9,20 @@ import numpy as np
 
 from stl_offline.config import PreviewConfig
 from stl_offline.errors import InputError, JoinError
-from stl_offline.labels.arrays import ShardArrays
+from stl_offline.geometry import CropSettings
+from stl_offline.labels.arrays import LabelMap, ShardArrays
 from stl_offline.labels.join import check_class_names, join
-from stl_offline.labels.label_map import LabelMap
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.reports.choose import Choice, Place, choose_labels
 from stl_offline.reports.colors import CONFIDENT, UNCONFIDENT, confidence_pixels, hex_color
 from stl_offline.reports.facts import label_set_facts
+from stl_offline.reports.find import FindImages, FoundImage
 from stl_offline.reports.histogram import ConfidenceCounts, confidence_figure, histogram_bars
+from stl_offline.reports.html import Article, page_data
 from stl_offline.reports.label_page import scene_article, scene_marks
 from stl_offline.reports.page import render_page, write_page
-from stl_offline.reports.panels import Article, page_data
-from stl_offline.reports.picture import label_figure
-from stl_offline.reports.pictures import FindPictures, Picture
-from stl_offline.reports.scenes import Scene, StudentSettings, make_scenes
-from stl_offline.views import CropSettings
+from stl_offline.reports.png import label_figure
+from stl_offline.reports.scene import Scene, StudentSettings, make_scenes
 
 ROWS = 8  # of one PNG
 
@@ -41,16 +40,16 @@ class PreviewReport:
     warnings: tuple[str, ...]
 
 
-def preview_labels(config: PreviewConfig, find_pictures: FindPictures | None) -> PreviewReport:
-    """Write ``labels.html``, ``labels.png`` (and more, for many pictures) and ``confidence.png`` into ``config.out``.
+def preview_labels(config: PreviewConfig, find_images: FindImages | None) -> PreviewReport:
+    """Write ``labels.html``, ``labels.png`` (and more, for many images) and ``confidence.png`` into ``config.out``.
 
     Only the shards that hold the chosen labels are read, unless ``all_shards``.
 
     Args:
-        find_pictures: `stl_offline.reports.find_pictures.find_pictures`, which needs FFCV; None for labels alone.
+        find_images: `stl_offline.reports.find.find_images`, which needs FFCV; None for labels alone.
 
     Raises:
-        StlError: a label set or pictures that cannot be used, keys without a label, pictures that are missing or have
+        StlError: a label set or images that cannot be used, keys without a label, images that are missing or have
             changed, a page that does not fit into its size.
     """
     label_set = open_label_set(config.path)
@@ -58,10 +57,10 @@ def preview_labels(config: PreviewConfig, find_pictures: FindPictures | None) ->
     choice = choose_labels(label_set, config.keys, config.samples, config.seed)
     counts = ConfidenceCounts()
     maps = _read(label_set, choice, counts, config.all_shards)
-    pictures = None
-    if find_pictures is not None:
-        pictures = _join(label_set, choice, maps, find_pictures, config)
-    scenes = _scenes(label_set, choice, maps, pictures, config)
+    images = None
+    if find_images is not None:
+        images = _join(label_set, choice, maps, find_images, config)
+    scenes = _scenes(label_set, choice, maps, images, config)
     out = Path(config.out)
     figures = []
     for number, first in enumerate(range(0, len(scenes), ROWS), 1):
@@ -86,7 +85,7 @@ def preview_labels(config: PreviewConfig, find_pictures: FindPictures | None) ->
 def _check_views(label_set: LabelSet, views: Sequence[int]) -> None:
     there = label_set.spec.views_per_image
     if max(views) >= there:
-        raise InputError(f"{label_set.place} holds {there} maps of each picture, 0 to {there - 1}; got {max(views)}")
+        raise InputError(f"{label_set.place} holds {there} maps of each image, 0 to {there - 1}; got {max(views)}")
 
 
 def _read(label_set: LabelSet, choice: Choice, counts: ConfidenceCounts, all_shards: bool) -> dict[Place, LabelMap]:
@@ -119,19 +118,19 @@ def _join(
     label_set: LabelSet,
     choice: Choice,
     maps: dict[Place, LabelMap],
-    find_pictures: FindPictures,
+    find_images: FindImages,
     config: PreviewConfig,
-) -> dict[str, Picture]:
-    """The chosen labels' pictures by key, joined as training joins them: by key, contents compared."""
+) -> dict[str, FoundImage]:
+    """The chosen labels' images by key, joined as training joins them: by key, contents compared."""
     keys = [maps[place].key for place in choice.places]
-    found = find_pictures(config.data, keys, label_set.spec.class_names)
+    found = find_images(config.data, keys, label_set.spec.class_names)
     check_class_names(label_set.spec.class_names, found.class_names)
     missing = [key for key in keys if key not in found.by_key]
     if missing and (config.missing == "error" or len(missing) == len(keys)):
         raise JoinError(
-            f"{len(missing):,} of the {len(keys):,} labels chosen have no picture in {config.data}, for example "
+            f"{len(missing):,} of the {len(keys):,} labels chosen have no image in {config.data}, for example "
             f"{missing[0]!r}; is it another data set or root folder? Without --data labels are shown alone, and "
-            "--missing skip shows those of missing pictures so"
+            "--missing skip shows those of missing images so"
         )
     there = [key for key in keys if key in found.by_key]
     hashes = np.array([found.by_key[key].content_hash for key in there], dtype=np.uint64)
@@ -145,7 +144,7 @@ def _scenes(
     label_set: LabelSet,
     choice: Choice,
     maps: dict[Place, LabelMap],
-    pictures: dict[str, Picture] | None,
+    images: dict[str, FoundImage] | None,
     config: PreviewConfig,
 ) -> list[Scene]:
     crops = CropSettings(scale=(config.scale_min, 1.0), flip=config.flip)
@@ -153,10 +152,10 @@ def _scenes(
     scenes: list[Scene] = []
     for place in choice.places:
         label_map = maps[place]
-        picture = pictures.get(label_map.key) if pictures else None
+        image = images.get(label_map.key) if images else None
         first = sum(label_set.shards[index].samples for index in range(place.shard))
-        sample_id = first + place.row if picture is None else picture.position
-        pixels = None if picture is None else picture.load()
+        sample_id = first + place.row if image is None else image.position
+        pixels = None if image is None else image.load()
         scenes += make_scenes(label_set.spec, label_map, pixels, sample_id, student, config.views)
     return scenes
 
@@ -179,7 +178,7 @@ def _fit(
         if len(page) <= limit:
             return page, len(articles), warnings
         if len(articles) == 1:
-            raise InputError(f"one picture alone makes a page of {len(page) / 1e6:.1f} MB; --max-mb allows more")
+            raise InputError(f"one image alone makes a page of {len(page) / 1e6:.1f} MB; --max-mb allows more")
         # Parts differ little in size; one more round takes what is still too much.
         articles = articles[: max(1, min(len(articles) - 1, int(len(articles) * limit / len(page))))]
         warnings = (
@@ -230,7 +229,7 @@ def _render(
 def _shown(label_set: LabelSet, articles: Sequence[Article], choice: Choice, config: PreviewConfig) -> str:
     among = f"{choice.found:,} labels" + (" that the keys fit" if config.keys else "")
     how = f"drawn at random from {among} (seed {config.seed})" if choice.found > len(choice.places) else f"of {among}"
-    alone = "" if config.data else "; no pictures were given, so labels stand alone"
+    alone = "" if config.data else "; no images were given, so labels stand alone"
     maps = "label map" if len(articles) == 1 else "label maps"
     return f"{len(articles)} {maps} {how}, from {label_set.place}{alone}."
 
@@ -238,4 +237,4 @@ def _shown(label_set: LabelSet, articles: Sequence[Article], choice: Choice, con
 def _histogram_note(label_set: LabelSet, counts: ConfidenceCounts) -> str:
     every = counts.shards == len(label_set.shards)
     shards = "all shards" if every else f"{counts.shards:,} of {len(label_set.shards):,} shards"
-    return f"{counts.tokens:,} tokens of {counts.pictures:,} pictures, from {shards}"
+    return f"{counts.tokens:,} tokens of {counts.images:,} images, from {shards}"

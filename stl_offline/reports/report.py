@@ -25,7 +25,7 @@ CURVES = (
     ("Top-1", "top-1 accuracy", "top1", ".1%"),
     ("Top-1 of the mean token", "token top-1 accuracy", "token_top1", ".1%"),
     ("Learning rate", "learning rate", "lr", ".2e"),
-    ("Throughput", "pictures / s", "pictures_per_second", ".1f"),
+    ("Throughput", "images / s", "images_per_second", ".1f"),
 )
 
 
@@ -57,7 +57,7 @@ COLUMNS = (
     # Losses of runs with and without token labels are not comparable: none is called the best.
     Column("loss", lambda run: run.result("loss"), "{:.3f}".format),
     Column("training", lambda run: run.total("seconds") or None, "{:,.0f} s".format),
-    Column("pictures / s", lambda run: _throughput(run), "{:,.1f}".format, 1),
+    Column("images / s", lambda run: _throughput(run), "{:,.1f}".format, 1),
     Column("waiting for data", lambda run: _waiting(run), "{:.1%}".format, -1),
 )
 
@@ -66,7 +66,7 @@ def report_runs(config: ReportConfig) -> RunReport:
     """Write the page.
 
     Raises:
-        StlError: no run there, damaged files, pictures that do not fit, a page that does not fit into its size.
+        StlError: no run there, damaged files, images that do not fit, a page that does not fit into its size.
     """
     runs = read_runs(config.runs)
     warnings = [f"{run.name}: {note}" for run in runs for note in run.notes]
@@ -176,7 +176,7 @@ def _labels(run: Run, sets: Sequence[LabelSet]) -> dict[str, str]:
 
 def _examples_note(groups: Sequence[ExampleGroup], config: ReportConfig) -> str:
     if not groups:
-        return "None: --data SRC names the pictures (such as the validation pictures) to show some of."
+        return "None: --data SRC names the images (such as the validation images) to show some of."
     return (
         f"From {config.data}. What the models say of each token, and of the whole. Point at a token, tap it, or go "
         "there with Tab and the arrow keys to see its most probable classes."
@@ -184,17 +184,17 @@ def _examples_note(groups: Sequence[ExampleGroup], config: ReportConfig) -> str:
 
 
 def _throughput(run: Run) -> float | None:
-    """Pictures a second over all epochs."""
+    """Images a second over all epochs."""
     seconds = run.total("seconds")
-    pictures = sum(
+    images = sum(
         rate * time
-        for (_, rate), (_, time) in zip(run.points("pictures_per_second"), run.points("seconds"), strict=True)
+        for (_, rate), (_, time) in zip(run.points("images_per_second"), run.points("seconds"), strict=True)
         if rate is not None and time is not None
     )
-    return pictures / seconds if seconds else None
+    return images / seconds if seconds else None
 
 
 def _waiting(run: Run) -> float | None:
-    """The share of the time in which training waited for pictures."""
+    """The share of the time in which training waited for images."""
     seconds, known = run.total("seconds"), any(value is not None for _, value in run.points("data_wait_seconds"))
     return run.total("data_wait_seconds") / seconds if seconds and known else None

@@ -1,6 +1,6 @@
 """``--dry-run``: what a run would be and take, found out without writing anything.
 
-B: pictures of a batch.
+B: images of a batch.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from stl_offline.config import StudentConfig, TrainConfig
 from stl_offline.device import amp_name, autocast, pick_device, pick_workers
 from stl_offline.distributed import join_world, leaving_world
+from stl_offline.evaluation import match_classes
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import find_packed
 from stl_offline.images.sample import pack_sample
-from stl_offline.labelers import find_labeler
 from stl_offline.labels.label_set import open_label_set
-from stl_offline.loader.order import check_shares
+from stl_offline.loader import check_shares
 from stl_offline.losses import soft_cross_entropy, token_cross_entropy
-from stl_offline.scoring import match_classes
+from stl_offline.models import find_labeler
 from stl_offline.training.label_sources import OnlineLabels, how_read
 from stl_offline.training.optimization import learning_rate, make_average, make_optimizer, warmup_steps
 from stl_offline.training.setup import Stage, build_stage, check_early, validation_batch
 
-# A step is measured on as many pictures as go in about this time; one step before it, and as many more as fit.
+# A step is measured on as many images as go in about this time; one step before it, and as many more as fit.
 _SECONDS = 8.0
 _STEPS = 3
 _GIB = 1 << 30
@@ -38,25 +38,25 @@ _GIB = 1 << 30
 class DryRun:
     """What a run would be.
 
-    settings: resolved, by name; pictures, validation_pictures: of the data; parameters: of the model; tokens: its grid;
-    step_pictures: of all processes in a step; steps, epoch_steps, warmup: counts; lr: the largest; picture_seconds: of
-    one process, measured on ``measured`` pictures a step; seconds: of all training steps; memory: bytes of one process
+    settings: resolved, by name; images, validation_images: of the data; parameters: of the model; tokens: its grid;
+    step_images: of all processes in a step; steps, epoch_steps, warmup: counts; lr: the largest; image_seconds: of
+    one process, measured on ``measured`` images a step; seconds: of all training steps; memory: bytes of one process
     (weights, gradients, optimiser, average, an online labeler's weights, what backward needs of a batch; on a GPU with
-    the run's own batch, CUDA's peak; and a step's pictures twice, as loaded and as augmented).
+    the run's own batch, CUDA's peak; and a step's images twice, as loaded and as augmented).
     """
 
     settings: dict[str, Any]
     processes: int
-    pictures: int
-    validation_pictures: int
+    images: int
+    validation_images: int
     parameters: int
     tokens: tuple[int, int]
-    step_pictures: int
+    step_images: int
     epoch_steps: int
     steps: int
     warmup: int
     lr: float
-    picture_seconds: float
+    image_seconds: float
     measured: int
     seconds: float
     memory: int
@@ -65,18 +65,18 @@ class DryRun:
     def lines(self) -> list[str]:
         """What is printed."""
         width = max(len(name) for name in self.settings)
-        rate = self.processes / self.picture_seconds
+        rate = self.processes / self.image_seconds
         exchange = ", what processes tell each other" if self.processes > 1 else ""
         return [
             *(f"{name:<{width}}  {_shown(value)}" for name, value in self.settings.items()),
             "",
-            f"data        {self.pictures:,} pictures to learn from, {self.validation_pictures:,} to measure on",
+            f"data        {self.images:,} images to learn from, {self.validation_images:,} to measure on",
             f"model       {self.parameters:,} parameters, {self.tokens[0]}×{self.tokens[1]} tokens",
             f"processes   {self.processes}",
-            f"step        {self.step_pictures:,} pictures, learning rate up to {self.lr:g}",
+            f"step        {self.step_images:,} images, learning rate up to {self.lr:g}",
             f"steps       {self.steps:,} ({self.epoch_steps:,} an epoch, the first {self.warmup:,} of them warm-up)",
-            f"speed       {rate:,.1f} pictures a second (loading, augmentation, measuring{exchange} not counted; in "
-            f"steps of {self.measured} pictures)",
+            f"speed       {rate:,.1f} images per second (loading, augmentation, measuring{exchange} not counted; in "
+            f"steps of {self.measured} images)",
             f"time        {_duration(self.seconds)} of training steps",
             f"memory      {self.memory / _GIB:.2f} GiB a process, libraries and loading not counted",
             "nothing was written",
@@ -84,36 +84,36 @@ class DryRun:
 
 
 def dry_run(config: TrainConfig, stage_name: str) -> DryRun:
-    """Build what a run would use and take a few of its steps on made-up pictures.
+    """Build what a run would use and take a few of its steps on made-up images.
 
     Raises:
         StlError: what the run itself would raise before its first step, but for what takes a join of labels with
-            pictures, or, of pictures that are not packed yet, their content.
+            images, or, of images that are not packed yet, their content.
     """
     check_early(config)
     with tempfile.TemporaryDirectory(prefix="stl-offline-") as folder, leaving_world():
         device = pick_device(config.device)
         world = join_world(device)
-        train, pictures = _look(config.data, folder, config)
-        val, val_pictures = _look(config.val, folder, config) if config.val else (None, 0)
+        train, images = _look(config.data, folder, config)
+        val, val_images = _look(config.val, folder, config) if config.val else (None, 0)
         stage = build_stage(config, stage_name, train, val, device, world)
         if val is not None:
-            match_classes(val, train.class_names, "the training pictures")
-            check_shares(val_pictures, validation_batch(config), world.size, False)
-        check_shares(pictures, config.batch_size * config.accumulate, world.size, False)
+            match_classes(val, train.class_names, "the training images")
+            check_shares(val_images, validation_batch(config), world.size, False)
+        check_shares(images, config.batch_size * config.accumulate, world.size, False)
         stage.run_folder().look(config.resume)
-        return _measure(stage, pictures, val_pictures)
+        return _measure(stage, images, val_images)
 
 
 def _look(spec: str, folder: str, config: TrainConfig) -> tuple[Beton, int]:
-    """The packed pictures, or two of those that are not packed yet, and how many there are."""
+    """The packed images, or two of those that are not packed yet, and how many there are."""
     packed = find_packed(spec, skip_broken=config.skip_broken)
     if packed is not None:
         return packed, len(packed)
     return pack_sample(spec, 2, folder, skip_broken=config.skip_broken)
 
 
-def _measure(stage: Stage, pictures: int, val_pictures: int) -> DryRun:
+def _measure(stage: Stage, images: int, val_images: int) -> DryRun:
     config, world = stage.config, stage.world
     model = stage.model.to(stage.device).train()
     if config.channels_last:
@@ -123,8 +123,8 @@ def _measure(stage: Stage, pictures: int, val_pictures: int) -> DryRun:
     batch, seconds = stepper.choose_batch()
     taken = max(1, min(_STEPS, round(_SECONDS / seconds)))
     seconds = min([seconds, *(stepper.take(batch) for _ in range(taken))])
-    step_pictures = config.batch_size * config.accumulate * world.size
-    epoch_steps = -(-pictures // step_pictures)
+    step_images = config.batch_size * config.accumulate * world.size
+    epoch_steps = -(-images // step_images)
     each = seconds / batch
     return DryRun(
         settings=dataclasses.asdict(config)
@@ -135,25 +135,25 @@ def _measure(stage: Stage, pictures: int, val_pictures: int) -> DryRun:
             "color_jitter": stage.augmentation.jitter,
         },
         processes=world.size,
-        pictures=pictures,
-        validation_pictures=val_pictures,
+        images=images,
+        validation_images=val_images,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tokens=tuple(model.grid_size(config.img_size, config.img_size)),
-        step_pictures=step_pictures,
+        step_images=step_images,
         epoch_steps=epoch_steps,
         steps=epoch_steps * config.epochs,
         warmup=warmup_steps(config, epoch_steps),
         lr=lr,
-        picture_seconds=each,
+        image_seconds=each,
         measured=batch,
-        seconds=each * pictures / world.size * config.epochs,
+        seconds=each * images / world.size * config.epochs,
         memory=stepper.memory(batch),
         is_first=world.is_first,
     )
 
 
 class _Stepper:
-    """Takes training steps on made-up pictures and labels of any batch size."""
+    """Takes training steps on made-up images and labels of any batch size."""
 
     def __init__(self, stage: Stage, model: nn.Module, lr: float) -> None:
         self.stage, self.model = stage, model

@@ -3,7 +3,7 @@
 Every step's randomness comes from (seed, step), every view from (seed, epoch, sample), the order from (seed, epoch).
 So a run that goes on from a stored state takes the steps that it would have taken.
 
-A step's pictures come in one batch of ``accumulate · batch_size``, are augmented and mixed as one, and go through the
+A step's images come in one batch of ``accumulate · batch_size``, are augmented and mixed as one, and go through the
 model in ``accumulate`` parts. Each part's loss counts by its share of the whole step (`stl_offline.training.steps`),
 over all processes, so that neither parts nor processes change what is minimised.
 """
@@ -19,20 +19,18 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stl_offline.artifact import ModelDescription
 from stl_offline.config import TrainConfig
 from stl_offline.distributed import World, add_up, wait_for_world
 from stl_offline.errors import TrainingError
+from stl_offline.evaluation import Validation
 from stl_offline.loader import Batch, TokenLoader
+from stl_offline.models import ModelDescription
 from stl_offline.progress import progress_bar
 from stl_offline.training.interrupt import StopRequest, stop_request
 from stl_offline.training.optimization import learning_rate, make_average, make_optimizer, make_schedule
-from stl_offline.training.place import Clock, Progress
-from stl_offline.training.run_folder import RunFolder
-from stl_offline.training.same_run import check_same_place
+from stl_offline.training.run_folder import Clock, Progress, RunFolder, check_same_place
 from stl_offline.training.steps import Objective, Share, StepInputs, StepRandom
 from stl_offline.training.sync_norm import share_statistics
-from stl_offline.training.validation import Validation
 from stl_offline.training.watch import Means, RunWatch
 
 # What an epoch shows: epoch → arguments of TokenLoader.epoch (views, and which stored map to read).
@@ -131,13 +129,13 @@ class Trainer:
             clock.works()
             due = self._is_due(time.monotonic() - saved)
             values, flags = self._take_step(batch, stop, due)
-            pictures = int(values.pop("pictures"))
-            self.means.add(values, pictures)
+            images = int(values.pop("images"))
+            self.means.add(values, images)
             self.at.batch += 1
-            bar.update(pictures)
+            bar.update(images)
             bar.set_postfix(loss=f"{self.means.all()['loss']:.3f}", refresh=False)
             clock.tick()
-            watch.step(self.at, self.optimizer.param_groups[0]["lr"], values, pictures)
+            watch.step(self.at, self.optimizer.param_groups[0]["lr"], values, images)
             if flags["SIGINT"] or flags["SIGTERM"] or flags["save"]:
                 self._save_state()
                 saved = time.monotonic()
@@ -195,12 +193,12 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.model, step=self.at.step)
         if self.config.tensorboard and self.world.is_first and self.at.batch + 1 == len(self.loader):
-            self.shown = inputs.first(RunWatch.PICTURES)
-        return values | {"pictures": float(totals[0])}, flags
+            self.shown = inputs.first(RunWatch.IMAGES)
+        return values | {"images": float(totals[0])}, flags
 
     def _backward(self, inputs: StepInputs, totals: Tensor) -> dict[str, Tensor]:
         """Gradients of a whole step, part by part; gives this process's sums of the losses, (,) float64 each."""
-        # As many parts in every process: batches may differ by one picture.
+        # As many parts in every process: batches may differ by one image.
         count = self.config.accumulate
         if count > 1:
             count = min(count, int(totals[0]) // self.world.size)
@@ -244,7 +242,7 @@ class Trainer:
         at = self.at
         entry: dict[str, Any] = {"epoch": at.epoch + 1, "step": at.step, "lr": self.optimizer.param_groups[0]["lr"]}
         entry |= self.means.all()
-        entry |= {"seconds": at.seconds, "pictures_per_second": self.means.pictures / max(at.seconds, 1e-9)}
+        entry |= {"seconds": at.seconds, "images_per_second": self.means.images / max(at.seconds, 1e-9)}
         entry |= {"cpu_seconds": at.cpu_seconds, "data_wait_seconds": at.waited}
         self._average_statistics()
         last = at.epoch + 1 == self.config.epochs

@@ -1,8 +1,8 @@
 """Which of several label sets each sample reads in an epoch: by its crop's zoom, or drawn in stated shares.
 
 A labeler recognises things at the size at which it learnt them. What it would say of a crop of a quarter of the area,
-at its input side, is nearest to what it says of the whole picture at twice that side. So of maps made at several sides,
-the smallest fits whole pictures, and a crop of area a is fitted by the side nearest to smallest / √a.
+at its input side, is nearest to what it says of the whole image at twice that side. So of maps made at several sides,
+the smallest fits whole images, and a crop of area a is fitted by the side nearest to smallest / √a.
 
 n: samples; S: label sets.
 """
@@ -60,7 +60,7 @@ def choose_between(
     """The choice that settings ask for; None where there is one set.
 
     Args:
-        pick: "zoom", "draw", or "auto": by zoom where all sets are of whole pictures, by the same labeler and at
+        pick: "zoom", "draw", or "auto": by zoom where all sets are of whole images, by the same labeler and at
             different sides, and no shares are given; else drawn.
         shares: of each set in the draw; None: equal ones.
 
@@ -80,7 +80,7 @@ def choose_between(
         return ChooseByDraw(tuple(shares or [1.0] * len(specs)), seed)
     if crops:
         raise InputError(
-            f"a choice by zoom needs maps of whole pictures, but {crops[0]} holds crops; use --labels-pick draw"
+            f"a choice by zoom needs maps of whole images, but {crops[0]} holds crops; use --labels-pick draw"
         )
     if len(set(sides)) < len(sides):
         named = ", ".join(f"{each.place} {side:.0f} px" for each, side in zip(label_sets, sides, strict=True))

@@ -16,11 +16,11 @@ from stl_offline.augment import visible_share, warp_images
 from stl_offline.config import StudentConfig
 from stl_offline.device import autocast
 from stl_offline.errors import InputError, JoinError
-from stl_offline.labelers import NamedLabeler, find_labeler
 from stl_offline.labels.cache import TokenCache, build_token_cache
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.mismatch import rename_keys
 from stl_offline.loader import DECODER, Batch
+from stl_offline.models import NamedLabeler, find_labeler
 from stl_offline.targets import TokenTargets
 from stl_offline.training.label_choice import LabelChoice, choose_between
 from stl_offline.training.online import online_targets
@@ -60,7 +60,7 @@ class TokenSource(LabelSource, abc.ABC):
 
     @abc.abstractmethod
     def targets(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor]:
-        """Ids and weights (B, N, m) of pictures without holes."""
+        """Ids and weights (B, N, m) of images without holes."""
 
     def tokens(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor]:
         ids, weights = self.targets(batch, random)
@@ -123,7 +123,7 @@ class OnlineLabels(TokenSource):
 class DumpedLabels(TokenSource):
     """Labels from label sets, joined by key and read from token caches by the loader.
 
-    Of a set of whole pictures a sample reads its one map under a fresh crop; of a set of crops it replays one of them,
+    Of a set of whole images a sample reads its one map under a fresh crop; of a set of crops it replays one of them,
     in turn. With several sets, `stl_offline.training.label_choice` says which one a sample reads in an epoch.
     """
 
@@ -178,7 +178,7 @@ def open_labels(config: StudentConfig, stage: Stage) -> LabelSource:
     """The source that the settings name.
 
     Raises:
-        StlError: labels that are not there, damaged, or do not belong to the pictures.
+        StlError: labels that are not there, damaged, or do not belong to the images.
     """
     if config.labels == ("none",):
         return LabelSource(stage)
@@ -205,7 +205,7 @@ def warn_of_other_pixels(label_sets: Sequence[LabelSet], interpolation: str) -> 
         theirs, ours = (seen["interpolation"], seen["decoder"]), (interpolation, DECODER)
         if theirs != ours:
             print(
-                f"warning: {label_set.place} was labelled on pictures resized by {theirs[0]} (decoder {theirs[1]}); "
+                f"warning: {label_set.place} was labelled on images resized by {theirs[0]} (decoder {theirs[1]}); "
                 f"this student sees them resized by {ours[0]} (decoder {ours[1]})",
                 file=sys.stderr,
             )
@@ -219,7 +219,7 @@ def warn_of_other_crops(label_sets: Sequence[LabelSet], scale_min: float, flip: 
             print(
                 f"warning: {label_set.place} holds crops of {crops['scale']} of the area, flipped with chance "
                 f"{crops['flip']}, and this student replays them: its --scale-min {scale_min:g} and --flip {flip:g} "
-                "have no say in pictures that read this set",
+                "have no say in images that read this set",
                 file=sys.stderr,
             )
 
@@ -229,11 +229,11 @@ def _is_replayed(label_set: LabelSet, views: str) -> bool:
     replay = has_crops if views == "auto" else views == "replay"
     if replay and not has_crops:
         raise InputError(
-            f"{label_set.place} holds whole pictures, no crops to replay; use --views random, or dump with --views V"
+            f"{label_set.place} holds whole images, no crops to replay; use --views random, or dump with --views V"
         )
     if has_crops and not replay:
         raise InputError(
-            f"{label_set.place} holds labels of {label_set.spec.views_per_image} crops, not of whole pictures; "
+            f"{label_set.place} holds labels of {label_set.spec.views_per_image} crops, not of whole images; "
             "use --views replay, or dump without --views"
         )
     return replay
@@ -260,7 +260,7 @@ def _check_classes(class_names: tuple[str, ...], stage: Stage, whose: str) -> No
     if tuple(class_names) != tuple(stage.train.class_names):
         raise JoinError(
             f"the classes of {whose} ({len(class_names)}: {', '.join(class_names[:3])}, …) are not those of the "
-            f"pictures ({len(stage.train.class_names)}: {', '.join(stage.train.class_names[:3])}, …)"
+            f"images ({len(stage.train.class_names)}: {', '.join(stage.train.class_names[:3])}, …)"
         )
 
 

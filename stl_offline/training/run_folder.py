@@ -3,7 +3,7 @@
 - ``config.json``: the settings that shape the result, versions, what the data were.
 - ``log.jsonl``: one JSON line for each epoch; ``steps.jsonl``: one every few steps.
 - ``weights.safetensors``: the averaged weights (the plain ones where averaging is off) after the last whole epoch.
-- ``best.safetensors``: those with the best top-1 so far on the validation pictures, averaged or plain.
+- ``best.safetensors``: those with the best top-1 so far on the validation images, averaged or plain.
 - ``state.pt``: all that is needed to go on; removed when the run is complete.
 - ``summary.json``: the result, written last.
 """
@@ -13,17 +13,20 @@ import fcntl
 import importlib.metadata
 import json
 import platform
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from stl_offline.artifact import WEIGHTS_NAME, ModelDescription, save_model
-from stl_offline.config import differences
-from stl_offline.errors import FormatError, InputError
+from stl_offline.config import TrainConfig, differences
+from stl_offline.distributed import World, agree
+from stl_offline.errors import FormatError, InputError, TrainingError
 from stl_offline.files import atomic_path, atomic_write, canonical_json, make_folder, remove_leftovers, sha256_bytes
+from stl_offline.models import WEIGHTS_NAME, ModelDescription, save_model
 
 BEST_NAME = "best.safetensors"
 LOCK_NAME = ".lock"
@@ -31,6 +34,40 @@ LOCK_NAME = ".lock"
 STATE = {"at", "means", "history", "model", "average", "optimizer", "scaler"}
 
 _PACKAGES = ("stl-offline", "torch", "torchvision", "timm", "ffcv", "numpy", "numba")
+
+
+@dataclass
+class Progress:
+    """Where a run is. ``batch`` steps of epoch ``epoch`` (from 0) are taken, ``step`` of the whole run."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    seconds: float = 0.0  # of this epoch so far
+    cpu_seconds: float = 0.0
+    waited: float = 0.0  # for batches
+    best_top1: float = -1.0
+
+
+class Clock:
+    """Adds wall-clock, processor and waiting time to a run's progress."""
+
+    def __init__(self, at: Progress) -> None:
+        self.at = at
+        self.wall = self.waiting = time.perf_counter()
+        self.cpu = time.process_time()
+
+    def tick(self) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.at.seconds += wall - self.wall
+        self.at.cpu_seconds += cpu - self.cpu
+        self.wall, self.cpu = wall, cpu
+
+    def waits(self) -> None:
+        self.waiting = time.perf_counter()
+
+    def works(self) -> None:
+        self.at.waited += time.perf_counter() - self.waiting
 
 
 def versions() -> dict[str, str]:
@@ -51,7 +88,7 @@ class RunFolder:
         path: the folder; made if missing.
         stage: "labeler" or "student".
         settings: what shapes the result; a folder of other settings is refused.
-        data: fingerprints of pictures and labels; refused likewise.
+        data: fingerprints of images and labels; refused likewise.
 
     Raises:
         InputError: the folder holds something else, or a run with other settings.
@@ -93,7 +130,7 @@ class RunFolder:
 
     @property
     def digest(self) -> int:
-        """48 bits that differ where settings, pictures or labels do."""
+        """48 bits that differ where settings, images or labels do."""
         shaped = {name: value for name, value in self._config.items() if name != "versions"}
         return int(sha256_bytes(canonical_json(shaped))[:12], 16)
 
@@ -197,3 +234,34 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FormatError(f"{path} is damaged (no JSON object); choose another --out or --no-resume")
     return found
+
+
+def check_same_run(folder: RunFolder, config: TrainConfig, device: torch.device, world: World) -> None:
+    """Every process has the same settings and data: a machine may hold other images under the same path.
+
+    Raises:
+        TrainingError: they differ; in every process.
+    """
+    # When they measure shapes no result, but they have to do it together.
+    if not _same([folder.digest, config.val_every], device, world):
+        raise TrainingError(
+            "the processes of this job have other settings, images or labels than each other; give all of them the "
+            "same command, and the same files where it names them"
+        )
+
+
+def check_same_place(folder: RunFolder, at: Progress, device: torch.device, world: World) -> None:
+    """Every process goes on from the same place: one that does not see the run's folder would start anew.
+
+    Raises:
+        TrainingError: they differ; in every process.
+    """
+    if not _same([at.epoch, at.batch, at.step], device, world):
+        raise TrainingError(
+            f"the processes of this job find different states in {folder.path} (this one: step {at.step}); "
+            "give a folder that all of them share"
+        )
+
+
+def _same(values: list[int], device: torch.device, world: World) -> bool:
+    return agree(torch.tensor(values, dtype=torch.float64, device=device), world)

@@ -1,4 +1,4 @@
-"""What both stages need before the first step: pictures, model, loaders, checks."""
+"""What both stages need before the first step: images, model, loaders, checks."""
 
 import contextlib
 from dataclasses import dataclass
@@ -9,25 +9,21 @@ import timm
 import torch
 from torch import nn
 
-from stl_offline.artifact import ModelDescription
-from stl_offline.augment import Augmentation, RandAugment, RandomErase
+from stl_offline.augment import Augmentation, Mix, MixSettings, RandAugment, RandomErase, draw_mix
 from stl_offline.config import TrainConfig, settings
 from stl_offline.device import amp_name, pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, failure_of_another, join_world, meet
 from stl_offline.errors import InputError
+from stl_offline.evaluation import Validation, match_classes
+from stl_offline.geometry import CropSettings, center_views, draw_views
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader import Batch, TokenLoader
-from stl_offline.mixing import Mix, MixSettings, draw_mix
-from stl_offline.models import Fan
-from stl_offline.scoring import match_classes
+from stl_offline.models import Fan, ModelDescription
 from stl_offline.training.engine import EpochPlan, Trainer
-from stl_offline.training.run_folder import RunFolder
-from stl_offline.training.same_run import check_same_run
+from stl_offline.training.run_folder import RunFolder, check_same_run
 from stl_offline.training.steps import Objective, StepRandom
-from stl_offline.training.validation import Validation
 from stl_offline.training.watch import summary_writer
-from stl_offline.views import CropSettings, center_views, draw_views
 
 # Paths may change between a command and its repetition; what they hold may not, and is compared by fingerprint.
 _PATHS = ("data", "val", "labels", "labeler", "labeler_checkpoint")
@@ -61,7 +57,7 @@ class Stage:
         return MixSettings(config.mixup, config.cutmix, config.mix_prob, mode=config.mix_mode)
 
     def augment(self, batch: Batch) -> torch.Tensor:
-        """The batch's pictures as the model sees them, but for mixing: (B, 3, H, W)."""
+        """The batch's images as the model sees them, but for mixing: (B, 3, H, W)."""
         return self.augmentation(batch.images, batch.warps, batch.epoch, batch.sample_ids.cpu().numpy())
 
     def random_plan(self, epoch: int) -> dict[str, Any]:
@@ -69,13 +65,13 @@ class Stage:
         return {"views": self.random_views(epoch), "warps": self.augmentation.warps(epoch, len(self.train))}
 
     def random_views(self, epoch: int) -> np.ndarray:
-        """Fresh random crops of every picture: (n, 6)."""
+        """Fresh random crops of every image: (n, 6)."""
         crops = CropSettings(scale=(self.config.scale_min, 1.0), flip=self.config.flip)
         samples = np.arange(len(self.train))
         return draw_views(self.config.seed, epoch, samples, self.train.heights, self.train.widths, crops)
 
     def draw_mix(self, images: torch.Tensor, random: StepRandom) -> Mix | None:
-        """How this step's pictures are mixed; None where mixing is off."""
+        """How this step's images are mixed; None where mixing is off."""
         return draw_mix(len(images), *images.shape[2:], self.mix, random.numpy) if self.mix.enabled else None
 
     def run(
@@ -121,7 +117,7 @@ class Stage:
             return trainer.fit()
 
     def train_loader(self, **tokens: Any) -> TokenLoader:
-        """Batches of a whole step's pictures of this process."""
+        """Batches of a whole step's images of this process."""
         side = self.config.img_size
         return TokenLoader(
             self.train,
@@ -139,7 +135,7 @@ class Stage:
         )
 
     def validation(self) -> Validation | None:
-        """Scores on the validation pictures, or None where there are none."""
+        """Scores on the validation images, or None where there are none."""
         if self.val is None:
             return None
         side = self.config.img_size
@@ -158,7 +154,7 @@ class Stage:
             interpolation=self.config.interpolation,
         )
         views = center_views(self.val.heights, self.val.widths)
-        class_map = match_classes(self.val, self.train.class_names, "the training pictures")
+        class_map = match_classes(self.val, self.train.class_names, "the training images")
         return Validation(loader, views, class_map, self.amp, self.world)
 
     def run_folder(self, **labels: Any) -> RunFolder:
@@ -176,7 +172,7 @@ class Stage:
 
 
 def prepare(config: TrainConfig, stage: str) -> Stage:
-    """Open the pictures, build the model, pick the device.
+    """Open the images, build the model, pick the device.
 
     Raises:
         InputError: a model that is no FAN, or an input size that its stem does not divide.
@@ -190,12 +186,12 @@ def prepare(config: TrainConfig, stage: str) -> Stage:
 
 
 def validation_batch(config: TrainConfig) -> int:
-    """Pictures that a process measures at a time: without gradients more of them fit than a small batch holds."""
+    """Images that a process measures at a time: without gradients more of them fit than a small batch holds."""
     return max(config.batch_size, 128)
 
 
 def check_early(config: TrainConfig) -> None:
-    """What can be known before pictures are packed. Raises as `prepare`, and `MissingExtraError`."""
+    """What can be known before images are packed. Raises as `prepare`, and `MissingExtraError`."""
     if config.auto_augment:
         RandAugment.parse(config.auto_augment)
     if config.tensorboard:
@@ -206,7 +202,7 @@ def check_early(config: TrainConfig) -> None:
 def build_stage(
     config: TrainConfig, stage: str, train: Beton, val: Beton | None, device: torch.device, world: World
 ) -> Stage:
-    """The stage for pictures that are opened already. Raises as `prepare`."""
+    """The stage for images that are opened already. Raises as `prepare`."""
     description = ModelDescription(
         token_model_name(config.model),
         train.class_names,

@@ -1,6 +1,6 @@
 """What one optimiser step is made of: its random numbers, its inputs, its losses.
 
-B: pictures of a step in this process; N: tokens; K: classes; m: classes listed for a token.
+B: images of a step in this process; N: tokens; K: classes; m: classes listed for a token.
 """
 
 from collections.abc import Iterator
@@ -45,18 +45,18 @@ class StepInputs:
         return len(self.images)
 
     def parts(self, count: int) -> Iterator["StepInputs"]:
-        """The same in ``count`` nearly equal parts; fewer where there are fewer pictures."""
+        """The same in ``count`` nearly equal parts; fewer where there are fewer images."""
         fields = (self.images, self.class_targets, self.token_ids, self.token_weights)
         cut = [[None] * count if field is None else torch.tensor_split(field, count) for field in fields]
         return (StepInputs(*part) for part in zip(*cut, strict=True) if len(part[0]))
 
     def first(self, count: int) -> "StepInputs":
-        """The first pictures alone, in memory of their own."""
+        """The first images alone, in memory of their own."""
         fields = (self.images, self.class_targets, self.token_ids, self.token_weights)
         return StepInputs(*(None if field is None else field[:count].clone() for field in fields))
 
     def totals(self) -> Tensor:
-        """(2,) float64: pictures, and labelled mass (pictures where there are no token labels)."""
+        """(2,) float64: images, and labelled mass (images where there are no token labels)."""
         mass = len(self) if self.token_weights is None else self.token_weights.sum(dtype=torch.float64)
         totals = torch.zeros(2, dtype=torch.float64, device=self.images.device)
         totals[0], totals[1] = len(self), mass
@@ -65,13 +65,13 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class Share:
-    """What a part's means count in the whole step's: by pictures, and by labelled mass. Two scalars on the device.
+    """What a part's means count in the whole step's: by images, and by labelled mass. Two scalars on the device.
 
     Times the number of processes, since gradients are averaged over these: so the sum over parts and the mean over
-    processes is the mean over all pictures, or over all labelled mass, however they lie.
+    processes is the mean over all images, or over all labelled mass, however they lie.
     """
 
-    pictures: Tensor
+    images: Tensor
     mass: Tensor
 
     @classmethod
@@ -84,7 +84,7 @@ class Objective(Protocol):
     """What a stage does in a step."""
 
     def inputs(self, batch: Batch, random: StepRandom) -> StepInputs:
-        """Labels, augmentation and mixing of a whole step's pictures."""
+        """Labels, augmentation and mixing of a whole step's images."""
         ...
 
     def losses(self, model: nn.Module, inputs: StepInputs, share: Share) -> dict[str, Tensor]:
@@ -105,6 +105,6 @@ def token_scores(token_logits_BNK: Tensor, ids_BNm: Tensor, weights_BNm: Tensor,
     hits = (weights_BNm * (ids_BNm == best.indices[..., None])).sum()
     return {
         "token_accuracy": hits / weights_BNm.sum().clamp(min=torch.finfo(torch.float32).tiny) * share.mass,
-        "confidence": (best.values - logits.logsumexp(dim=-1)).exp().mean() * share.pictures,
-        "labelled": weights_BNm.sum(dim=-1).mean() * share.pictures,
+        "confidence": (best.values - logits.logsumexp(dim=-1)).exp().mean() * share.images,
+        "labelled": weights_BNm.sum(dim=-1).mean() * share.images,
     }

@@ -1,4 +1,4 @@
-"""Batch normalisation whose statistics are those of all processes' pictures together, on any device.
+"""Batch normalisation whose statistics are those of all processes' images together, on any device.
 
 torch's own SyncBatchNorm runs on GPUs only. B: batch, C: channels, H × W: positions.
 """

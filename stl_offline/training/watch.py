@@ -1,6 +1,6 @@
-"""What can be seen of a run while it trains: a line of JSON every few steps, TensorBoard's scalars and pictures.
+"""What can be seen of a run while it trains: a line of JSON every few steps, TensorBoard's scalars and images.
 
-B: pictures; N: tokens on a grid (h, w); K: classes.
+B: images; N: tokens on a grid (h, w); K: classes.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stl_offline.config import TrainConfig
 from stl_offline.errors import MissingExtraError
 from stl_offline.files import atomic_write
-from stl_offline.training.place import Progress
+from stl_offline.training.run_folder import Progress
 from stl_offline.training.steps import StepInputs
 
 STEPS_NAME = "steps.jsonl"
@@ -26,28 +26,28 @@ _GOLDEN = 0.618033988749895  # hues a golden section apart stay distinct at any 
 
 
 class Means:
-    """Running means, weighted by pictures."""
+    """Running means, weighted by images."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[float]] = {}
-        self.pictures = 0
+        self.images = 0
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "Means":
         means = cls()
-        means.sums, means.pictures = state["sums"], state["pictures"]
+        means.sums, means.images = state["sums"], state["images"]
         return means
 
     def state(self) -> dict[str, Any]:
-        return {"sums": self.sums, "pictures": self.pictures}
+        return {"sums": self.sums, "images": self.images}
 
-    def add(self, values: dict[str, float], pictures: int) -> None:
-        self.pictures += pictures
+    def add(self, values: dict[str, float], images: int) -> None:
+        self.images += images
         for name, value in values.items():
             if math.isfinite(value):  # a gradient that fp16 could not hold is scaled anew, and no mean's business
                 total = self.sums.setdefault(name, [0.0, 0.0])
-                total[0] += value * pictures
-                total[1] += pictures
+                total[0] += value * images
+                total[1] += images
 
     def all(self) -> dict[str, float]:
         """Every name's mean so far."""
@@ -63,7 +63,7 @@ class RunWatch:
         MissingExtraError: TensorBoard is asked for and not installed.
     """
 
-    PICTURES = 8  # shown of an epoch
+    IMAGES = 8  # shown of an epoch
 
     def __init__(self, folder: Path, config: TrainConfig, at: Progress, *, enabled: bool) -> None:
         self.config, self.enabled = config, enabled
@@ -84,33 +84,33 @@ class RunWatch:
 
     def starts_epoch(self, at: Progress) -> None:
         """Count from here: neither what lies between two epochs nor what an earlier process did is a step's."""
-        self.since, self.pictures, self.waited = time.perf_counter(), 0, at.waited
+        self.since, self.images, self.waited = time.perf_counter(), 0, at.waited
 
-    def step(self, at: Progress, lr: float, values: dict[str, float], pictures: int) -> None:
+    def step(self, at: Progress, lr: float, values: dict[str, float], images: int) -> None:
         """Called after every step; writes after every ``log_every``-th."""
-        self.pictures += pictures
+        self.images += images
         if not self.enabled or at.step % self.config.log_every:
             return
         now = time.perf_counter()
         shown = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = {"epoch": at.epoch + 1, "step": at.step, "lr": lr} | shown
         line |= {
-            "pictures_per_second": self.pictures / (now - self.since),
+            "images_per_second": self.images / (now - self.since),
             "data_wait_seconds": at.waited - self.waited,
         }
-        self.since, self.pictures, self.waited = now, 0, at.waited
+        self.since, self.images, self.waited = now, 0, at.waited
         with open(self.path, "a") as stream:
             stream.write(json.dumps(line, sort_keys=True) + "\n")
         self._scalars("step", line, at.step)
 
     def epoch(self, entry: dict[str, Any], model: nn.Module, shown: StepInputs | None) -> None:
-        """Called at an epoch's end with its line of the log, and the pictures of its last step."""
+        """Called at an epoch's end with its line of the log, and the images of its last step."""
         if self.board is None:
             return
         self._scalars("epoch", entry, entry["epoch"])
         if shown is not None:
-            for name, picture in picture_rows(model, shown, self.PICTURES).items():
-                self.board.add_image(name, picture, entry["epoch"])
+            for name, image in image_rows(model, shown, self.IMAGES).items():
+                self.board.add_image(name, image, entry["epoch"])
         self.board.flush()
 
     def _scalars(self, group: str, line: dict[str, Any], step: int) -> None:
@@ -146,8 +146,8 @@ def _cut_after(path: Path, step: int) -> None:
 
 
 @torch.no_grad()
-def picture_rows(model: nn.Module, inputs: StepInputs, most: int) -> dict[str, Tensor]:
-    """Some pictures side by side, their label maps, what the model's tokens say of them: uint8 (3, H, B·W) each.
+def image_rows(model: nn.Module, inputs: StepInputs, most: int) -> dict[str, Tensor]:
+    """Some images side by side, their label maps, what the model's tokens say of them: uint8 (3, H, B·W) each.
 
     A class has one colour everywhere. Labels are as bright as their weight, predictions as their probability.
     """
@@ -161,16 +161,16 @@ def picture_rows(model: nn.Module, inputs: StepInputs, most: int) -> dict[str, T
     sure, predicted = logits.softmax(dim=-1).max(dim=-1)
     size = images.shape[2:]
     grid = model.grid_size(*size)
-    rows = {"pictures": (images.float() * std + mean).clamp(0, 1)}
+    rows = {"images": (images.float() * std + mean).clamp(0, 1)}
     if inputs.token_ids is not None:
         weights, best = inputs.token_weights[:most].max(dim=-1)
         ids = inputs.token_ids[:most].gather(-1, best[..., None])[..., 0]
-        rows["labels"] = _map_picture(ids, weights * (ids >= 0), grid, size)
-    rows["predictions"] = _map_picture(predicted, sure, grid, size)
+        rows["labels"] = _map_image(ids, weights * (ids >= 0), grid, size)
+    rows["predictions"] = _map_image(predicted, sure, grid, size)
     return {name: (torch.cat(list(row), dim=2) * 255).round().byte().cpu() for name, row in rows.items()}
 
 
-def _map_picture(ids_BN: Tensor, brightness_BN: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def _map_image(ids_BN: Tensor, brightness_BN: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Class maps as colours: (B, 3, H, W) in [0, 1]."""
     hue = ids_BN.clamp(min=0) * _GOLDEN % 1.0
     # A wheel of colours: three raised cosines a third of a turn apart.

@@ -1,4 +1,4 @@
-"""Colour jitter in one batch equals torchvision's, picture by picture."""
+"""Colour jitter in one batch equals torchvision's, image by image."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def normalise(pixels):
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_equals_torchvision_where_nothing_is_clamped(batch):
-    # Mid-grey pictures stay within [0, 1], so one clamp at the end and three in between are the same.
+    # Mid-grey images stay within [0, 1], so one clamp at the end and three in between are the same.
     pixels = torch.rand(batch, 3, 6, 10) * 0.2 + 0.4
     factors = torch.from_numpy(draw_factors(0.2, 7, 1, np.arange(batch)))
     jittered = color_jitter(normalise(pixels), factors, MEAN, STD)

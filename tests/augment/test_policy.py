@@ -25,7 +25,7 @@ def timms_name(name: str, increasing: bool) -> str:
 
 @pytest.fixture
 def timms_draws(monkeypatch):
-    """timms_draws(string) → {operation: arguments that timm drew} over as many pictures as ours."""
+    """timms_draws(string) → {operation: arguments that timm drew} over as many images as ours."""
 
     def draw(text):
         transform = timm_augment.rand_augment_transform(text)
@@ -59,7 +59,7 @@ def test_settings_and_draws_are_timms(text, timms_draws):
         spread = 5 * math.sqrt(SAMPLES * ours.layers * chance)
         assert abs(len(found) - SAMPLES * ours.layers * chance) < spread
         assert abs(len(expected) - len(found)) < 2 * spread
-        # Pillow refuses what timm asks for now and then: a posterized picture without any bit.
+        # Pillow refuses what timm asks for now and then: a posterized image without any bit.
         expected = np.maximum(expected, 1) if kind == OPERATIONS.index("Posterize") else np.array(expected)
         span = np.abs(expected).max() + 1e-9
         # A few hundred draws each: the sizes' mean, spread and ends, and how many are negative.
@@ -89,7 +89,7 @@ def test_other_strings_are_refused(text):
         RandAugment.parse(text)
 
 
-def pictures(count: int, height: int = 23, width: int = 37) -> np.ndarray:
+def random_images(count: int, height: int = 23, width: int = 37) -> np.ndarray:
     """Smooth colours with edges and noise, of differing ranges: uint8 (count, H, W, 3)."""
     draw = np.random.default_rng(4)
     y, x = np.mgrid[:height, :width]
@@ -118,7 +118,7 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in MOVES])
 def test_colours_are_timms(name):
-    sources = pictures(4)
+    sources = random_images(4)
     arguments = ARGUMENTS.get(name, [0, 0, 0, 0])
     pixels = torch.from_numpy(sources).permute(0, 3, 1, 2)
     changed = change_colour(name, pixels, torch.tensor(arguments, dtype=torch.float32))
@@ -134,24 +134,24 @@ def test_colours_are_timms(name):
 
 @pytest.mark.parametrize("name", list(MOVES))
 def test_moves_are_timms(name):
-    sources = pictures(4)
+    sources = random_images(4)
     arguments = ARGUMENTS[name]
     size = sources.shape[1:3]
     warps = torch.from_numpy(move_views(name, np.array(arguments, dtype=np.float64), size).astype(np.float32))
     moved = warp_images(torch.from_numpy(sources).permute(0, 3, 1, 2).float(), warps, fill=128)
     for source, argument, found in zip(sources, arguments, moved, strict=True):
         move = timm_augment.NAME_TO_OP[name]
-        picture = Image.fromarray(source)
-        expected = np.asarray(move(picture, argument, resample=Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)))
+        image = Image.fromarray(source)
+        expected = np.asarray(move(image, argument, resample=Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)))
         difference = np.abs(found.permute(1, 2, 0).numpy() - expected).max(axis=-1)
         # PIL counts in 1/65536 of a pixel, so pixels on the very edge may fall to the other side of it.
         assert (difference > 1.5).mean() < 0.01
         assert np.median(difference) < 1
 
 
-def test_each_picture_gets_its_own_colours_in_its_own_order():
+def test_each_image_gets_its_own_colours_in_its_own_order():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-    bytes_BCHW = torch.from_numpy(pictures(4)).permute(0, 3, 1, 2)
+    bytes_BCHW = torch.from_numpy(random_images(4)).permute(0, 3, 1, 2)
     scale, shift = torch.tensor(std)[:, None, None], torch.tensor(mean)[:, None, None]
     images = (bytes_BCHW / 255 - shift) / scale
     number = OPERATIONS.index

@@ -1,8 +1,8 @@
 """Where the time of a batch goes, from stored bytes to the token loss: CPU milliseconds on one core.
 
-    python tests/benchmarks/batch_parts.py PICTURES [--side 224] [--batches 8]
+    python tests/benchmarks/batch_parts.py IMAGES [--side 224] [--batches 8]
 
-PICTURES is anything that `stl-offline pack` takes. 64 random crops a batch, 14×14 maps, 196 tokens, 1,000 classes. Each
+IMAGES is anything that `stl-offline pack` takes. 64 random crops a batch, 14×14 maps, 196 tokens, 1,000 classes. Each
 part is the loader's own, called alone on the same batches in turn; medians of the batches.
 """
 
@@ -17,18 +17,18 @@ from loader_speed import random_cache
 from target_speed import Sparse
 
 from stl_offline.device import keep_freed_memory
+from stl_offline.geometry import CropSettings, draw_views
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader.batch import ToDevice
-from stl_offline.loader.decode import ViewCrop, choose_shrink, pixel_box
-from stl_offline.loader.planes import NOTES_INTS, read_planes, scratch_bytes
+from stl_offline.loader.decoder.decode import ViewCrop, choose_shrink, pixel_box
+from stl_offline.loader.decoder.planes import NOTES_INTS, read_planes, scratch_bytes
 from stl_offline.losses import token_cross_entropy
-from stl_offline.views import CropSettings, draw_views
 
 BATCH, TOKENS, CLASSES = 64, 196, 1000
 
 
-class Pictures:
-    """The picture side of the loader, without its threads."""
+class Images:
+    """The image side of the loader, without its threads."""
 
     def __init__(self, beton, side: int) -> None:
         self.beton, self.side = beton, side
@@ -59,17 +59,17 @@ class Pictures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("images", type=Path)
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--batches", type=int, default=8)
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    beton = ensure_beton(str(options.pictures))
+    beton = ensure_beton(str(options.images))
     side = options.side
     views = draw_views(0, 0, np.arange(len(beton)), beton.heights, beton.widths, CropSettings(scale=(0.25, 1.0)))
-    pictures, to_device = Pictures(beton, side), ToDevice(torch.device("cpu"), side, (0.5,) * 3, (0.25,) * 3)
-    pictures.crop.set_views(views)
+    images, to_device = Images(beton, side), ToDevice(torch.device("cpu"), side, (0.5,) * 3, (0.25,) * 3)
+    images.crop.set_views(views)
     cache = random_cache(BATCH, 14)
     gumbel, soft = (Sparse(cache, views[:BATCH], kind, 5) for kind in ("gumbel", "soft"))
     logits = torch.randn(BATCH, TOKENS, CLASSES, requires_grad=True)
@@ -81,9 +81,9 @@ def main() -> None:
 
     drawn, mixed = gumbel(), soft()
     parts = {
-        "JPEG to planes": lambda ids: pictures.entropy(ids, views),
-        "JPEG to planes, resizing, colours": pictures.decode,
-        "to normalised float32": lambda ids: to_device.images(pictures.pixels),
+        "JPEG to planes": lambda ids: images.entropy(ids, views),
+        "JPEG to planes, resizing, colours": images.decode,
+        "to normalised float32": lambda ids: to_device.images(images.pixels),
         "token targets, gumbel": lambda ids: gumbel(),
         "token targets, soft": lambda ids: soft(),
         "token loss and its gradient, gumbel": lambda ids: loss(drawn),

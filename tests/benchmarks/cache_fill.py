@@ -3,7 +3,7 @@
     python -m tests.benchmarks.cache_fill --labels runs/in1k/labels --out runs/cache-fill
 
 ``--labels`` is a real label set (`tests/benchmarks/real_labeler.py` makes one); a larger one with its statistics is
-made of it first (q8, zarr). Then the cache is filled for its pictures in their order and in a random one, from the join
+made of it first (q8, zarr). Then the cache is filled for its images in their order and in a random one, from the join
 of the keys to the cache on disk. The parts are timed within the same fills: joining; taking the space on the disk and
 mapping it; filling rows from shards; and having all of it on the disk.
 """
@@ -51,27 +51,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--labels", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--shards", type=int, default=25)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--as-touched", action="store_true", help="map pages as they are touched, not at once")
     options = parser.parse_args()
-    out, n = Path(options.out), options.pictures
+    out, n = Path(options.out), options.images
     if options.as_touched:
         token_cache._map_pages = lambda array: None
     label_set = make_set(options.labels, out / f"labels-{n}", n, options.shards)
     size = sum(shard.bytes for shard in label_set.shards)
-    print(f"{len(label_set):,} pictures in {options.shards} shards, {size / len(label_set):,.0f} bytes each")
+    print(f"{len(label_set):,} images in {options.shards} shards, {size / len(label_set):,.0f} bytes each")
     names = label_set.spec.class_names
     keys = [key(position) for position in range(n)]
     hashes = np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     print(
-        "| order of the pictures | pictures/s | filling alone, pictures/s | "
-        + " | ".join(f"{part} s" for part in PARTS),
+        "| order of the images | images/s | filling alone, images/s | " + " | ".join(f"{part} s" for part in PARTS),
         end="",
     )
-    print(" | CPU µs a picture | most memory MiB |\n|---|---|---|" + "---|" * (len(PARTS) + 2))
+    print(" | CPU µs an image | most memory MiB |\n|---|---|---|" + "---|" * (len(PARTS) + 2))
     for name, order in (
         ("the label set's", np.arange(n)),
         ("random", np.random.default_rng(0).permutation(n)),

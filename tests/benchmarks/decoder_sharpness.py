@@ -1,8 +1,8 @@
 """What decoding at a DCT scale costs in sharpness: our crops against the whole decode resized by torchvision.
 
-    python tests/benchmarks/decoder_sharpness.py PICTURES [--side 64] [--samples 256]
+    python tests/benchmarks/decoder_sharpness.py IMAGES [--side 64] [--samples 256]
 
-PICTURES is anything that `stl-offline pack` takes. Each picture's crop is cut so that it is a given number of times
+IMAGES is anything that `stl-offline pack` takes. Each image's crop is cut so that it is a given number of times
 the output; the oracle decodes the whole JPEG with Pillow, cuts the same pixels and resizes them with torchvision
 (antialias=True; for "area" OpenCV's INTER_AREA). Sharpness is the mean gradient, ours over the oracle's.
 """
@@ -19,10 +19,10 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from stl_offline.config import INTERPOLATIONS
+from stl_offline.geometry import whole_views
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader import TokenLoader
-from stl_offline.loader.decode import pixel_box
-from stl_offline.views import whole_views
+from stl_offline.loader.decoder.decode import pixel_box
 
 RATIOS = (1.0, 1.9, 2.0, 2.5, 3.0, 4.0, 5.9, 6.0, 8.0, 11.9, 12.0)
 
@@ -36,10 +36,10 @@ def oracle(pixels: np.ndarray, side: int, interpolation: str) -> np.ndarray:
     return tv.resize(image, [side, side], mode, antialias=True).clamp(0, 255).permute(1, 2, 0).numpy()
 
 
-def gradient(picture: np.ndarray) -> float:
+def gradient(image: np.ndarray) -> float:
     """Mean difference of neighbours, along both axes."""
-    picture = picture.astype(np.float64)
-    return np.abs(np.diff(picture, axis=0)).mean() + np.abs(np.diff(picture, axis=1)).mean()
+    image = image.astype(np.float64)
+    return np.abs(np.diff(image, axis=0)).mean() + np.abs(np.diff(image, axis=1)).mean()
 
 
 def crops(beton, side: int, ratio: float) -> tuple[np.ndarray, np.ndarray]:
@@ -57,14 +57,14 @@ def crops(beton, side: int, ratio: float) -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("images", type=Path)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     arguments = parser.parse_args()
-    beton = ensure_beton(str(arguments.pictures))
+    beton = ensure_beton(str(arguments.images))
     side = arguments.side
-    print("| interpolation | crop ÷ output | pictures | sharpness, median | 5 % of pictures below | PSNR, median dB |")
+    print("| interpolation | crop ÷ output | images | sharpness, median | 5 % of images below | PSNR, median dB |")
     print("|---|---|---|---|---|---|")
     for interpolation in INTERPOLATIONS:
         loader = TokenLoader(

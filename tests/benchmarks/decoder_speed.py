@@ -1,8 +1,8 @@
-"""Pictures a second: our crops against FFCV's own random-resized-crop decoder, on the same .beton.
+"""Images a second: our crops against FFCV's own random-resized-crop decoder, on the same .beton.
 
-    python tests/benchmarks/decoder_speed.py PICTURES [--sides 224 128 64] [--workers 2] [--rounds 5]
+    python tests/benchmarks/decoder_speed.py IMAGES [--sides 224 128 64] [--workers 2] [--rounds 5]
 
-PICTURES is anything that `stl-offline pack` takes. Both sides draw crops of the same distribution, load them through
+IMAGES is anything that `stl-offline pack` takes. Both sides draw crops of the same distribution, load them through
 FFCV's loader and end in the same normalised float32 batches. Rounds alternate; the table gives medians of the rounds'
 ratios, by the clock and by processor time.
 """
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from stl_offline.config import INTERPOLATIONS
+from stl_offline.geometry import CropSettings, draw_views
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader import TokenLoader
 from stl_offline.loader.batch import ToDevice
 from stl_offline.loader.threads import torch_threads_kept
-from stl_offline.views import CropSettings, draw_views
 
 # isort: split
 from ffcv.fields.basics import IntDecoder
@@ -31,7 +31,7 @@ BATCH = 64
 
 
 def stock(beton, side: int, scale: tuple[float, float], workers: int):
-    """One epoch of FFCV's own decoder, as a function that gives the number of pictures."""
+    """One epoch of FFCV's own decoder, as a function that gives the number of images."""
     with torch_threads_kept():
         loader = Loader(
             str(beton.path),
@@ -89,14 +89,14 @@ def measure(run, epoch: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("images", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sides", type=int, nargs="+", default=[224, 128, 64])
-    parser.add_argument("--least-area", type=float, default=0.25, help="of the crops, as a share of the picture")
+    parser.add_argument("--least-area", type=float, default=0.25, help="of the crops, as a share of the image")
     arguments = parser.parse_args()
-    beton = ensure_beton(str(arguments.pictures))
-    print("| output, px | interpolation | FFCV's pictures a second | ours ÷ FFCV's | by processor time |")
+    beton = ensure_beton(str(arguments.images))
+    print("| output, px | interpolation | FFCV's images per second | ours ÷ FFCV's | by processor time |")
     print("|---|---|---|---|---|")
     scale = (arguments.least_area, 1.0)
     for side in arguments.sides:

@@ -1,8 +1,8 @@
-"""A dump's speed against its two parts alone, on the same cores: loading the pictures, and the labeler's forward pass.
+"""A dump's speed against its two parts alone, on the same cores: loading the images, and the labeler's forward pass.
 
     python -m tests.benchmarks.dump_efficiency --data tiny20-train.tar --labeler runs/labeler --out runs/efficiency
 
-Two parts that share the cores can reach 1 / (1/loading + 1/forward) pictures a second together. What is left of that is
+Two parts that share the cores can reach 1 / (1/loading + 1/forward) images per second together. What is left of that is
 what taking the top k, encoding, checksums and writing cost. Options after ``--`` go to ``dump-labels`` as they are:
 
     … -- --labeler-checkpoint FILE --labeler-by-order --img-size 448 --batch-size 16
@@ -21,8 +21,8 @@ from stl_offline.cli.dump_labels import dump_labels as dump_command
 from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
 from stl_offline.distributed import World
+from stl_offline.dump import Labelling
 from stl_offline.dump.job import _open_together, _write_shards
-from stl_offline.dump.labelling import Labelling
 from stl_offline.images.pack import ensure_beton
 
 
@@ -36,7 +36,7 @@ def load(labelling: Labelling, samples: np.ndarray) -> torch.Tensor:
 
 @torch.inference_mode()
 def label(labelling: Labelling, images: torch.Tensor, count: int) -> None:
-    """The forward pass alone, on the same pictures again and again."""
+    """The forward pass alone, on the same images again and again."""
     for _ in range(0, count, len(images)):
         labelling.labeler(images)
 
@@ -73,7 +73,7 @@ def main() -> None:
         forward = len(images) * -(-n // len(images)) / clock(label, labelling, images, n)
         together = n / clock(dump, labelling, Path(config.out))
         rows.append((loading, forward, together, together * (1 / loading + 1 / forward)))
-    print(f"{n:,} pictures, {labelling.spec.encoding}, {torch.get_num_threads()} threads")
+    print(f"{n:,} images, {labelling.spec.encoding}, {torch.get_num_threads()} threads")
     print("| loading alone | forward alone | dump | of what both can reach |\n|---|---|---|---|")
     loading, forward, together, share = (statistics.median(column) for column in zip(*rows, strict=True))
     shares = [row[3] for row in rows]

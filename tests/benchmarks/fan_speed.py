@@ -47,7 +47,7 @@ def models(options: argparse.Namespace) -> tuple[torch.nn.Module, torch.nn.Modul
     return formulas, model
 
 
-def pictures(options: argparse.Namespace) -> torch.Tensor:
+def random_images(options: argparse.Namespace) -> torch.Tensor:
     return torch.randn(options.batch, 3, options.size, options.size, generator=torch.Generator().manual_seed(0))
 
 
@@ -112,7 +112,7 @@ def print_table(ways: Ways, base: str, options: argparse.Namespace, work: float 
 
 def eager(options: argparse.Namespace) -> None:
     formulas, model = models(options)
-    form, images = inference_form(model), pictures(options)
+    form, images = inference_form(model), random_images(options)
     ways = {
         FORMULAS: lambda: formulas(images),
         "model": lambda: model(images),
@@ -124,7 +124,7 @@ def eager(options: argparse.Namespace) -> None:
 
 def compiled(options: argparse.Namespace) -> None:
     formulas, model = models(options)
-    form, images = inference_form(model), pictures(options)
+    form, images = inference_form(model), random_images(options)
     quick = torch.compile(form)
     ways = {
         FORMULAS: lambda: formulas(images),
@@ -141,7 +141,7 @@ def compiled(options: argparse.Namespace) -> None:
 def bf16(options: argparse.Namespace) -> None:
     formulas, model = models(options)
     forms = {dtype: inference_form(model, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
-    images = pictures(options)
+    images = random_images(options)
     ways = {f"inference form, {dtype}": (lambda form=form: form(images)) for dtype, form in forms.items()}
     with torch.inference_mode():
         print_table(ways, next(iter(ways)), options, operations(lambda: formulas(images)), formulas(images))
@@ -151,7 +151,7 @@ def bf16(options: argparse.Namespace) -> None:
 
 
 def training(options: argparse.Namespace) -> None:
-    images = pictures(options)
+    images = random_images(options)
     generator = torch.Generator().manual_seed(1)
     class_ids = torch.randint(options.classes, (options.batch,), generator=generator)
 
@@ -188,7 +188,7 @@ def part_of(event) -> str:
 def parts(options: argparse.Namespace) -> None:
     formulas, model = models(options)
     networks = {FORMULAS: formulas, "model": model, "inference form": inference_form(model)}
-    images = pictures(options)
+    images = random_images(options)
     table: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
         for name, network in networks.items():
@@ -221,7 +221,7 @@ def held_beside(run: Callable[[], tuple[torch.Tensor, ...]]) -> float:
 
 
 def memory(options: argparse.Namespace) -> None:
-    images = pictures(options)
+    images = random_images(options)
     print("| classes | logits, MiB | model holds beside them | inference form |\n|---|---|---|---|")
     for classes in (options.classes, 10 * options.classes):
         model = timm.create_model(options.model, num_classes=classes).eval()

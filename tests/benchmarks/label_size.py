@@ -21,8 +21,8 @@ import torch
 
 from stl_offline.dump import Labelling
 from stl_offline.images.pack import ensure_beton
-from stl_offline.labels import containers, zarr_shard
 from stl_offline.labels.arrays import ShardArrays, probabilities, select
+from stl_offline.labels.format import containers, zarr_shard
 from stl_offline.labels.manifest import shard_range
 from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.writer import LabelSetWriter
@@ -63,13 +63,13 @@ def write(arrays: ShardArrays, spec: LabelSpec, shards: int, out: Path) -> int:
 
 
 def print_arrays(arrays: ShardArrays, spec: LabelSpec, shards: int) -> None:
-    """Each array's cost in zarr shards beside its entropy, in bytes a picture."""
+    """Each array's cost in zarr shards beside its entropy, in bytes per image."""
     n = len(arrays)
     costs: dict[str, int] = {}
     entropy: dict[str, float] = {}
     for index in range(shards):
         part = select(arrays, slice(*shard_range(index, shards, n)))
-        data = containers.encode(part, spec)
+        data = containers.encode_shard(part, spec)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             chunks = 0
             for info in archive.infolist():
@@ -79,17 +79,17 @@ def print_arrays(arrays: ShardArrays, spec: LabelSpec, shards: int) -> None:
                     chunks += info.file_size
         costs["descriptions and zip"] = costs.get("descriptions and zip", 0) + len(data) - chunks
         for name, values in zarr_shard.read_stored(data, spec).items():
-            # Keys and hashes differ from picture to picture, so that counting them says nothing.
+            # Keys and hashes differ from image to image, so that counting them says nothing.
             if name not in ("keys", "content_hash", "class_id", "views"):
                 entropy[name] = entropy.get(name, 0.0) + entropy_bytes(values)
-    print(f"\n| {spec.encoding}, zarr, {shards} shards | bytes a picture | order-0 entropy |\n|---|---|---|")
+    print(f"\n| {spec.encoding}, zarr, {shards} shards | bytes per image | order-0 entropy |\n|---|---|---|")
     for name, cost in sorted(costs.items(), key=lambda item: -item[1]):
         print(f"| {name} | {cost / n:,.0f} | {f'{entropy[name] / n:,.0f}' if name in entropy else ''} |")
 
 
 def print_fidelity(truth: ShardArrays, spec: LabelSpec) -> None:
     """Errors of probabilities and confidences against float32."""
-    decoded = containers.decode(containers.encode(truth, spec), spec)
+    decoded = containers.decode_shard(containers.encode_shard(truth, spec), spec)
     exact = probabilities(truth.logits, truth.confidence).astype(np.float64)
     found = probabilities(decoded.logits, decoded.confidence).astype(np.float64)
     absolute = np.abs(found - exact)
@@ -107,11 +107,13 @@ def print_fidelity(truth: ShardArrays, spec: LabelSpec) -> None:
 
 
 def speed(truth: ShardArrays, spec: LabelSpec, repeats: int) -> tuple[float, float]:
-    """Pictures a CPU second: encoded, decoded (every value checked)."""
-    data = containers.encode(truth, spec)
+    """Images a CPU second: encoded, decoded (every value checked)."""
+    data = containers.encode_shard(truth, spec)
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
-        for number, work in enumerate((lambda: containers.encode(truth, spec), lambda: containers.decode(data, spec))):
+        for number, work in enumerate(
+            (lambda: containers.encode_shard(truth, spec), lambda: containers.decode_shard(data, spec))
+        ):
             started = time.process_time()
             work()
             times[number].append(time.process_time() - started)
@@ -120,7 +122,7 @@ def speed(truth: ShardArrays, spec: LabelSpec, repeats: int) -> tuple[float, flo
 
 
 def pickles(truth: ShardArrays, out: Path) -> tuple[float, float]:
-    """Bytes of one file a picture as the older systems write it: in the file, and on the disk."""
+    """Bytes of one file an image as the older systems write it: in the file, and on the disk."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for row in range(len(truth)):
@@ -143,21 +145,21 @@ def main() -> None:
     out = Path(options.out)
     truth, spec = true_labels(options)
     n = len(truth)
-    print(f"{n} pictures, grid {spec.grid}, k = {spec.top_k}")
-    print("\n| labels | bytes a picture, all told | 1 shard | 8 shards |\n|---|---|---|---|")
+    print(f"{n} images, grid {spec.grid}, k = {spec.top_k}")
+    print("\n| labels | bytes per image, all told | 1 shard | 8 shards |\n|---|---|---|---|")
     for container in ("zarr", "webdataset"):
         for encoding in ("q8", "f16"):
             kind = replace(spec, encoding=encoding, container=container)
             sizes = [write(truth, kind, shards, out / "set") / n for shards in (options.shards, 1, 8)]
             print(f"| {encoding}, {container} | " + " | ".join(f"{size:,.0f}" for size in sizes) + " |")
     inside, on_disk = pickles(truth, out / "pickles")
-    print(f"| one pickle a picture | {inside:,.0f}; {on_disk:,.0f} on disk | | |")
+    print(f"| one pickle an image | {inside:,.0f}; {on_disk:,.0f} on disk | | |")
     for encoding in ("q8", "f16"):
         print_arrays(truth, replace(spec, encoding=encoding), options.shards)
     print("\n| encoding | error of | median | 99.9 % | largest |\n|---|---|---|---|---|")
     for encoding in ("q8", "f16"):
         print_fidelity(truth, replace(spec, encoding=encoding))
-    print("\n| labels | encoded, pictures a CPU second | decoded and checked |\n|---|---|---|")
+    print("\n| labels | encoded, images a CPU second | decoded and checked |\n|---|---|---|")
     for container in ("zarr", "webdataset"):
         for encoding in ("q8", "f16"):
             encode, decode = speed(truth, replace(spec, encoding=encoding, container=container), options.repeats)

@@ -11,7 +11,7 @@ MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 
 
 def lite0_dump(data: str, weights: str, out: str, **others) -> DumpConfig:
-    """How it labels pictures: at 448 px, 14 × 14 tokens, unless ``others`` says otherwise."""
+    """How it labels images: at 448 px, 14 × 14 tokens, unless ``others`` says otherwise."""
     settings = {"img_size": 448, "batch_size": 16, "licence": "Apache-2.0", **others}
     return DumpConfig(
         data=data,

@@ -1,8 +1,8 @@
-"""How many pictures a second the loader gives with token targets, against the same loader without.
+"""How many images per second the loader gives with token targets, against the same loader without.
 
-    python tests/benchmarks/loader_speed.py PICTURES [--labels SET] [--workers 2] [--rounds 7]
+    python tests/benchmarks/loader_speed.py IMAGES [--labels SET] [--workers 2] [--rounds 7]
 
-PICTURES is anything that `stl-offline pack` takes, SET a label set of them. Beside it stand random labels of 1,000
+IMAGES is anything that `stl-offline pack` takes, SET a label set of them. Beside it stand random labels of 1,000
 classes, k = 5: neighbouring cells of a real map share classes, theirs do not, so they are the most work that a map of
 that size can be. Rounds alternate, so that a machine that is busy with other things slows both sides; the table gives
 medians of the rounds' ratios, with the smallest and the largest.
@@ -15,12 +15,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from stl_offline.geometry import CropSettings, draw_views
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.cache import build_token_cache
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.loader import TokenLoader
 from stl_offline.targets import TokenTargets
-from stl_offline.views import CropSettings, draw_views
 
 CLASSES, STORED, STUDENT_GRID = 1000, 5, (14, 14)
 
@@ -44,7 +44,7 @@ def random_cache(samples: int, side: int):
 
 
 def run_epoch(loader: TokenLoader, beton, epoch: int, passes: int) -> tuple[float, float]:
-    """Seconds of the clock and of the processor for one epoch of random crops, each picture ``passes`` times in it."""
+    """Seconds of the clock and of the processor for one epoch of random crops, each image ``passes`` times in it."""
     settings = CropSettings(scale=(0.25, 1.0))
     views = draw_views(0, epoch, np.arange(len(beton)), beton.heights, beton.widths, settings)
     draw = np.random.default_rng(epoch)
@@ -57,14 +57,14 @@ def run_epoch(loader: TokenLoader, beton, epoch: int, passes: int) -> tuple[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("pictures", type=Path)
-    parser.add_argument("--labels", help="a label set of the pictures")
+    parser.add_argument("images", type=Path)
+    parser.add_argument("--labels", help="a label set of the images")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--passes", type=int, default=4, help="over the pictures, in each timed epoch")
+    parser.add_argument("--passes", type=int, default=4, help="over the images, in each timed epoch")
     arguments = parser.parse_args()
-    beton = ensure_beton(str(arguments.pictures))
+    beton = ensure_beton(str(arguments.images))
 
     def make(**tokens):
         return TokenLoader(
@@ -84,7 +84,7 @@ def main() -> None:
     if arguments.labels:
         labels = open_label_set(arguments.labels)
         name = "real, {}×{}".format(*labels.spec.grid)
-        # The pictures may be of some of the classes only: that makes no difference here.
+        # The images may be of some of the classes only: that makes no difference here.
         caches[name] = build_token_cache(labels, beton.keys, beton.content_hashes, labels.spec.class_names)
     others = {
         (kind, name): make(tokens=TokenTargets(kind, STUDENT_GRID, m=5), cache=cache)
@@ -102,8 +102,8 @@ def main() -> None:
             without, with_labels = times[id(plain)], times[id(loader)]
             rates.append(arguments.passes * len(beton) / without[0])
             ratios[name].append((without[0] / with_labels[0], without[1] / with_labels[1]))
-    print(f"without targets: {np.median(rates):.0f} pictures a second, {arguments.workers} workers")
-    print("| targets | maps | pictures a second, of without | by processor time |")
+    print(f"without targets: {np.median(rates):.0f} images per second, {arguments.workers} workers")
+    print("| targets | maps | images per second, of without | by processor time |")
     print("|---|---|---|---|")
     for (kind, name), pairs in ratios.items():
         clock, processor = np.transpose(pairs)

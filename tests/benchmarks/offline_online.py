@@ -2,7 +2,7 @@
 
     python tests/benchmarks/offline_online.py [--pair small] [--batch-size 16] [--rounds 5]
 
-Both are the commands' own runs: loader, label cache, engine, optimiser. Pictures are noise of a photograph's size and
+Both are the commands' own runs: loader, label cache, engine, optimiser. Images are noise of a photograph's size and
 weights are random, which changes none of the work. Runs of two epochs alternate; the second epoch counts, and the table
 gives medians of the rounds. The arithmetic is what torch's FlopCounterMode counts: (3 × student forward + labeler
 forward) / (3 × student forward).
@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from stl_offline.artifact import WEIGHTS_NAME, ModelDescription, save_model
 from stl_offline.config import DumpConfig, StudentConfig
 from stl_offline.dump import dump_labels
 from stl_offline.images.beton import BetonWriter
 from stl_offline.images.encode import encode_image
+from stl_offline.models import WEIGHTS_NAME, ModelDescription, save_model
 from stl_offline.training.setup import token_model_name
-from stl_offline.training.student import train_student
+from stl_offline.training.train_student import train_student
 
 # name → student, labeler, pixels, classes
 PAIRS = {
@@ -35,8 +35,8 @@ PAIRS = {
 }
 
 
-def write_pictures(path: Path, count: int, classes: int) -> None:
-    """A .beton of noisy pictures of 400 × 500 pixels."""
+def write_images(path: Path, count: int, classes: int) -> None:
+    """A .beton of noisy images of 400 × 500 pixels."""
     draw = np.random.default_rng(0)
     with open(path, "wb") as stream:
         writer = BetonWriter(stream, count)
@@ -44,7 +44,7 @@ def write_pictures(path: Path, count: int, classes: int) -> None:
             coarse = Image.fromarray(draw.integers(0, 256, (25, 20, 3), dtype=np.uint8)).resize((400, 500))
             encoded = io.BytesIO()
             coarse.save(encoded, "JPEG", quality=90)
-            writer.add(f"picture {number:05d}", number % classes, encode_image(encoded.getvalue()))
+            writer.add(f"image {number:05d}", number % classes, encode_image(encoded.getvalue()))
         writer.finish([f"class {index:04d}" for index in range(classes)], {"kind": "benchmark"})
 
 
@@ -80,13 +80,13 @@ def allowed_ratio(student: str, labeler: str, side: int, classes: int) -> float:
 def compare(name: str, options: argparse.Namespace, folder: Path) -> str:
     """A row of the table."""
     student, labeler, side, classes = PAIRS[name]
-    pictures = folder / "pictures.beton"
-    write_pictures(pictures, options.batch_size * options.steps, classes)
+    images = folder / "images.beton"
+    write_images(images, options.batch_size * options.steps, classes)
     write_labeler(folder / "labeler", labeler, side, classes)
     machine = {"device": "cpu", "workers": options.workers}
     labels = str(folder / "labels")
-    dump_labels(DumpConfig(data=str(pictures), labeler=str(folder / "labeler"), out=labels, shards=1, **machine))
-    shared = {"data": str(pictures), "model": student, "img_size": side, "batch_size": options.batch_size, **machine}
+    dump_labels(DumpConfig(data=str(images), labeler=str(folder / "labeler"), out=labels, shards=1, **machine))
+    shared = {"data": str(images), "model": student, "img_size": side, "batch_size": options.batch_size, **machine}
     ways = {"offline": {"labels": labels}, "online": {"labels": "online", "labeler": str(folder / "labeler")}}
     # Rounds × ways × (clock, processor).
     seconds = np.array(

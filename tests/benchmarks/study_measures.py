@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from stl_offline.config import StudentConfig
-from stl_offline.labelers import find_labeler
 from stl_offline.labels.label_set import open_label_set
+from stl_offline.models import find_labeler
 from stl_offline.training.label_sources import open_labels
 from stl_offline.training.setup import prepare
 
-PICTURES = 1000
+IMAGES = 1000
 CONFIDENT = 0.5
 FLOOR = 1e-4  # of a dumped probability, so that the divergence stays finite
 
@@ -32,7 +32,7 @@ def measure_agreement(student: StudentConfig, online: StudentConfig) -> dict:
     source = open_labels(student, stage)
     labeler = find_labeler(online.labeler).model.eval()
     loader = stage.train_loader(**source.loader_arguments())
-    chosen = np.unique(np.linspace(0, len(stage.train) - 1, PICTURES).round().astype(np.int64))
+    chosen = np.unique(np.linspace(0, len(stage.train) - 1, IMAGES).round().astype(np.int64))
     rows = []
     for batch in loader.epoch(0, sample_ids=chosen, **source.plan(0)):
         p_BNK = labeler(batch.images)[1].float().softmax(dim=-1)
@@ -49,7 +49,7 @@ def measure_agreement(student: StudentConfig, online: StudentConfig) -> dict:
         "top1": same.mean(),
         "kl": kl.mean(),
         "small": {"top1": same[small].mean(), "kl": kl[small].mean()} if small.any() else None,
-        "pictures": len(same),
+        "images": len(same),
     }
 
 
@@ -61,7 +61,7 @@ def _dense(ids_BNm: Tensor, weights_BNm: Tensor, classes: int) -> Tensor:
 
 
 def measure_boxes(label_set: Path, boxes: str, side: int) -> dict:
-    """Share of tokens confident of the picture's own class inside and outside its object's box.
+    """Share of tokens confident of the image's own class inside and outside its object's box.
 
     A token is inside by the share of its cell that the box covers.
     """

@@ -9,12 +9,12 @@ from typing import Any
 from study_corruptions import make_corrupted, measure_corrupted
 from study_measures import measure_agreement, measure_boxes
 
-from stl_offline.artifact import load_model
 from stl_offline.config import DumpConfig, LabelerConfig, StudentConfig
 from stl_offline.dump import dump_labels
 from stl_offline.files import atomic_write, canonical_json
-from stl_offline.training.labeler import train_labeler
-from stl_offline.training.student import train_student
+from stl_offline.models import load_model
+from stl_offline.training.train_labeler import train_labeler
+from stl_offline.training.train_student import train_student
 
 SIDE = 64
 MACHINE = {"workers": 1, "device": "cpu"}
@@ -30,7 +30,7 @@ class Study:
     epochs: int
     seeds: int
     batch_size: int
-    corrupted_pictures: int
+    corrupted_images: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def read_result(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def _corrupted(study: Study, folder: Path, task: Task) -> dict[str, Any]:
-    make_corrupted(study.val, folder / "corrupted", SIDE, study.corrupted_pictures, seed=0)
+    make_corrupted(study.val, folder / "corrupted", SIDE, study.corrupted_images, seed=0)
     return {}
 
 
@@ -187,7 +187,7 @@ def _shared(study: Study) -> dict[str, Any]:
 
 
 def _scores(folder: Path, run: Path) -> dict[str, Any]:
-    """The run's history, and its weights on corrupted pictures."""
+    """The run's history, and its weights on corrupted images."""
     model, description = load_model(run)
     history = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return {

@@ -17,7 +17,7 @@ DASH = "–"
 LABELS = {
     "none": "no labels",
     "online": "the labeler in every step",
-    "whole": "dumped, one map of the whole picture",
+    "whole": "dumped, one map of the whole image",
     "views": "dumped, as many crops as epochs, replayed",
     "zoom": "`whole` and `whole-128`, picked by zoom",
     "whole-128": "one map at twice the size",
@@ -199,7 +199,7 @@ def _sets(folder: Path) -> str:
             each = result["bytes"] / result["samples"]
             seconds = DASH if result["cpu_seconds"] is None else f"{result['cpu_seconds']:,.0f}"
             rows.append([name, f"{result['bytes']:,}", f"{each:,.0f}", seconds])
-    return _table(["label set", "bytes", "bytes a picture", "CPU s"], rows) if rows else ""
+    return _table(["label set", "bytes", "bytes per image", "CPU s"], rows) if rows else ""
 
 
 def _agreement(folder: Path) -> str:
@@ -222,7 +222,7 @@ def _boxes(folder: Path) -> str:
         [name, *(f"{100 * found[part]:.1f}" for part in ("inside", "outside", "box_share"))]
         for name, found in result["sets"].items()
     ]
-    return _table(["confident tokens of the picture's class", "inside %", "outside %", "area of the boxes %"], rows)
+    return _table(["confident tokens of the image's class", "inside %", "outside %", "area of the boxes %"], rows)
 
 
 def _plot_curves(runs: dict[str, list[dict]], labeler: dict | None, path: Path) -> None:

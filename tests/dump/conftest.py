@@ -1,4 +1,4 @@
-"""Pictures, a labeler, and what an undisturbed dump by one process makes of them."""
+"""Images, a labeler, and what an undisturbed dump by one process makes of them."""
 
 import pytest
 
@@ -7,13 +7,13 @@ from tests.dump.dumping import content, make_work, run
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
-    """A dump's settings, without ``out``: 45 pictures in 15 shards."""
+    """A dump's settings, without ``out``: 45 images in 15 shards."""
     return make_work(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="session")
 def long_work(tmp_path_factory):
-    """Settings of a dump that takes long enough to be disturbed: 300 pictures in 100 shards."""
+    """Settings of a dump that takes long enough to be disturbed: 300 images in 100 shards."""
     return make_work(tmp_path_factory.mktemp("long"), 100) | {"shards": 100}
 
 

@@ -1,4 +1,4 @@
-"""Dump jobs on little work: an untrained labeler, small pictures; as commands, under torchrun, or forked and killed."""
+"""Dump jobs on little work: an untrained labeler, small images; as commands, under torchrun, or forked and killed."""
 
 import os
 import signal
@@ -9,23 +9,23 @@ from pathlib import Path
 import timm
 import torch
 
-from stl_offline.artifact import WEIGHTS_NAME, ModelDescription, save_model
 from stl_offline.images.pack import pack
+from stl_offline.models import WEIGHTS_NAME, ModelDescription, save_model
 from tests.training.conftest import CLASSES, write_stripes
 
 SIDE = 32
 
 
-def make_work(folder: Path, pictures: int = 15) -> dict[str, object]:
-    """Pictures (so many of each of three classes) and a labeler in ``folder``: a dump's settings, without ``out``."""
-    pack(write_stripes(folder / "pictures", pictures, 1), folder / "pictures.beton")
+def make_work(folder: Path, images: int = 15) -> dict[str, object]:
+    """Images (so many of each of three classes) and a labeler in ``folder``: a dump's settings, without ``out``."""
+    pack(write_stripes(folder / "images", images, 1), folder / "images.beton")
     with torch.random.fork_rng():
         torch.manual_seed(5)
         model = timm.create_model("fan_micro_4_p8_token", num_classes=len(CLASSES), img_size=SIDE)
     description = ModelDescription("fan_micro_4_p8_token", CLASSES, SIDE, "labeler")
     save_model(folder / "labeler" / WEIGHTS_NAME, model.state_dict(), description)
     return {
-        "data": str(folder / "pictures.beton"),
+        "data": str(folder / "images.beton"),
         "labeler": str(folder / "labeler"),
         "shards": 15,
         "top_k": 2,

@@ -33,21 +33,21 @@ class TestEstimate:
         assert not (tmp_path / "set").exists()
         report = dump_labels(config)
         files = sum(len(data) for data in content(tmp_path / "set").values())
-        # 45 pictures are all measured, so that only packing in other shards differs.
+        # 45 images are all measured, so that only packing in other shards differs.
         assert estimate.bytes == pytest.approx(files, rel=0.03)
-        assert (estimate.pictures, estimate.shards) == (report.samples, config.shards)
+        assert (estimate.images, estimate.shards) == (report.samples, config.shards)
         assert estimate.views == max(1, config.views)
         assert estimate.fits and estimate.pack_seconds == 0
-        assert 1 < estimate.pictures_per_second < 20_000
-        assert estimate.seconds == pytest.approx(45 / estimate.pictures_per_second)
+        assert 1 < estimate.images_per_second < 20_000
+        assert estimate.seconds == pytest.approx(45 / estimate.images_per_second)
 
-    def test_pictures_that_are_not_packed_stay_so(self, capsys, work, tmp_path, monkeypatch):
+    def test_images_that_are_not_packed_stay_so(self, capsys, work, tmp_path, monkeypatch):
         monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
         folder = work["data"].removesuffix(".beton")
         code, out, _ = dump(capsys, work | {"data": folder}, tmp_path / "set", "--estimate", "--json")
         assert code == 0
         found = json.loads(out)
-        assert found["pictures"] == found["measured"] == 45
+        assert found["images"] == found["measured"] == 45
         assert found["fits"] is True and found["free_bytes"] > 0 and found["pack_seconds"] > 0
         assert "is_first" not in found
         assert not list(tmp_path.iterdir())
@@ -56,14 +56,14 @@ class TestEstimate:
         code, out, _ = dump(capsys, work, tmp_path / "set", "--estimate")
         assert code == 0
         assert [line.partition(":")[0] for line in out.splitlines()] == ["estimate", "size", "speed", "time", "disk"]
-        assert "45 pictures" in out and "15 shards" in out and "enough" in out
+        assert "45 images" in out and "15 shards" in out and "enough" in out
 
     def test_a_disk_that_is_too_small(self, work, tmp_path, monkeypatch):
         monkeypatch.setattr("stl_offline.dump.estimate.free_bytes", lambda place: 1000)
         assert not estimate_dump(DumpConfig(**work, out=str(tmp_path / "set"))).fits
 
     def test_what_the_dump_would_refuse(self, work, tmp_path):
-        with pytest.raises(InputError, match="more than the 45 pictures"):
+        with pytest.raises(InputError, match="more than the 45 images"):
             estimate_dump(DumpConfig(**work | {"shards": 46}, out=str(tmp_path / "set")))
 
 
@@ -117,9 +117,9 @@ def test_a_number_of_shards_that_suits(samples, shards):
     assert pick_shards(samples, 0) == pick_shards(samples, 16) == shards
 
 
-@pytest.mark.parametrize(("views", "pictures"), [(17, 3_855), (30, 2_184), (350, 187), (100_000, 1)])
-def test_shards_of_many_crops_hold_fewer_pictures(views, pictures):
-    assert pick_shards(1_281_167, views) == -(-1_281_167 // pictures)
+@pytest.mark.parametrize(("views", "images"), [(17, 3_855), (30, 2_184), (350, 187), (100_000, 1)])
+def test_shards_of_many_crops_hold_fewer_images(views, images):
+    assert pick_shards(1_281_167, views) == -(-1_281_167 // images)
 
 
 def test_progress_tells_bytes_and_a_disk_that_will_not_do(monkeypatch, capsys):

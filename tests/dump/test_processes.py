@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from stl_offline.errors import TargetError
-from stl_offline.labels.folder import read_job
-from stl_offline.labels.storage import open_storage
+from stl_offline.labels.store import open_storage, read_job
 from stl_offline.labels.writer import LabelSetWriter
 from tests.dump.dumping import content, run, start, tree
 

@@ -1,4 +1,4 @@
-"""``labels verify --recompute``: a sample of the pictures is labelled again, and what is not as it was is found."""
+"""``labels verify --recompute``: a sample of the images is labelled again, and what is not as it was is found."""
 
 import dataclasses
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from stl_offline.artifact import load_model, save_model
 from stl_offline.cli.main import main
 from stl_offline.config import DumpConfig
 from stl_offline.dump import dump_labels
+from stl_offline.dump.recompute import compare, recompute_labels
 from stl_offline.errors import InputError
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.writer import LabelSetWriter
-from stl_offline.recompute import compare, recompute
+from stl_offline.models import load_model, save_model
 
 
 def make_set(work, out, **changes):
@@ -22,17 +22,17 @@ def make_set(work, out, **changes):
 
 
 def again(label_set, work, **options):
-    return recompute(label_set, work["data"], work["labeler"], device="cpu", workers=1, **options)
+    return recompute_labels(label_set, work["data"], work["labeler"], device="cpu", workers=1, **options)
 
 
 @pytest.mark.parametrize("changes", [{"encoding": "q8"}, {"encoding": "f16", "views": 2, "scale_min": 0.4}])
 def test_a_set_is_what_its_labeler_says(work, tmp_path, changes):
     label_set = make_set(work, tmp_path / "set", **changes)
-    found = again(label_set, work, pictures=12, seed=3)
+    found = again(label_set, work, images=12, seed=3)
     rows, columns = label_set.spec.grid
-    assert (found.pictures, found.tokens) == (12, 12 * label_set.spec.views_per_image * rows * columns)
+    assert (found.images, found.tokens) == (12, 12 * label_set.spec.views_per_image * rows * columns)
     assert found.top1 == 1 and found.beyond < 1e-5
-    assert again(label_set, work, pictures=1000).pictures == 45
+    assert again(label_set, work, images=1000).images == 45
 
 
 def test_labels_that_were_changed_are_found(work, tmp_path, capsys):
@@ -45,7 +45,7 @@ def test_labels_that_were_changed_are_found(work, tmp_path, capsys):
     arguments = ["--recompute", "9", "--labeler", work["labeler"], "--data", work["data"], "--device", "cpu"]
     assert main(["labels", "verify", str(tmp_path / "honest"), *arguments]) == 0
     out = capsys.readouterr().out
-    assert "9 pictures labelled again; 100.00% of" in out
+    assert "9 images labelled again; 100.00% of" in out
     assert main(["labels", "verify", str(tmp_path / "changed"), *arguments]) == 1
     captured = capsys.readouterr()
     assert "all 3 shards are whole" in captured.out  # which no checksum can tell
@@ -64,8 +64,8 @@ def test_another_labeler_is_refused_by_name(work, tmp_path):
         InputError, match=r"this is not how .*set was made: labeler.weights_sha256 is .* there and .* here"
     ):
         again(label_set, work | {"labeler": str(tmp_path / "other")})
-    with pytest.raises(InputError, match="at least 1 picture"):
-        again(label_set, work, pictures=-1)
+    with pytest.raises(InputError, match="at least 1 image"):
+        again(label_set, work, images=-1)
 
 
 def test_wrong_calls(work, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Pictures and trees that these tests make for themselves."""
+"""Images and trees that these tests make for themselves."""
 
 import io
 import os
@@ -13,7 +13,7 @@ Photo = Callable[..., Image.Image]
 
 
 def _photo(height: int = 48, width: int = 72, seed: int = 0) -> Image.Image:
-    """An RGB picture with soft areas, edges and a little noise, as photographs have."""
+    """An RGB image with soft areas, edges and a little noise, as photographs have."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
@@ -56,7 +56,7 @@ def make_tree() -> Callable[..., Path]:
 
 @pytest.fixture
 def cats_and_dogs(tmp_path, make_tree, photo, file_bytes) -> Path:
-    """Two classes of three JPEGs each; every picture has another size."""
+    """Two classes of three JPEGs each; every image has another size."""
     files = {
         f"{name}/{name}-{number}.jpg": file_bytes(photo(40 + 4 * number, 60 - 6 * number, seed=number + 10 * label))
         for label, name in enumerate(("cat", "dog"))

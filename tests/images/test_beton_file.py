@@ -21,7 +21,7 @@ COLOURS = np.random.default_rng(3).integers(0, 256, (9, 3))
 
 
 def block(size, number=0, height=1):
-    """A picture of ``size`` bytes as far as the file is concerned."""
+    """An image of ``size`` bytes as far as the file is concerned."""
     data = np.random.default_rng(number).bytes(size)
     return EncodedImage("jpg", width=7 + number, height=height, data=data, content_hash=content_hash(data), as_is=True)
 
@@ -137,8 +137,8 @@ def test_stock_loader_gives_the_pixels_that_reading_alone_gives(name, os_cache, 
 
 
 @pytest.mark.parametrize("os_cache", [True, False])
-def test_stock_crops_of_pictures_of_many_sizes(os_cache, stock):
-    # One colour each, so that any crop of any picture must have it.
+def test_stock_crops_of_images_of_many_sizes(os_cache, stock):
+    # One colour each, so that any crop of any image must have it.
     beton, read = open_beton(stock / "plain.beton"), np.load(stock / "plain.npz")
     assert len(set((beton.pointers // MIN_PAGE_SIZE).tolist())) >= 3
     crops = read[f"image-{os_cache}"]
@@ -170,7 +170,7 @@ def test_what_is_written_is_read(keys, class_names, spare, data, tmp_path_factor
     assert [beton.stored_bytes(row) for row in range(len(keys))] == [image.data for image in images]
 
 
-def test_the_same_pictures_give_the_same_bytes(tmp_path):
+def test_the_same_images_give_the_same_bytes(tmp_path):
     images = [block(500 + number, number) for number in range(4)]
     first = write(tmp_path / "a.beton", images).read_bytes()
     assert write(tmp_path / "b.beton", images).read_bytes() == first
@@ -196,7 +196,7 @@ def test_the_fingerprint_is_of_content_only(tmp_path):
 
 
 def test_limits_of_the_writer(tmp_path):
-    with pytest.raises(InputError, match="announced 1 pictures but gave more"):
+    with pytest.raises(InputError, match="announced 1 images but gave more"):
         write(tmp_path / "x.beton", [block(9), block(9)], capacity=1)
     with pytest.raises(InputError, match=r"k/1: 2,097,153 bytes are more than a page .* --max-size"):
         write(tmp_path / "x.beton", [block(9), block(MIN_PAGE_SIZE + 1)])
@@ -259,7 +259,7 @@ def test_damaged_keys_and_numbers_are_found(place, whole):
         open_beton(whole)
 
 
-def test_a_picture_damaged_after_packing_is_named(photo, file_bytes, tmp_path):
+def test_an_image_damaged_after_packing_is_named(photo, file_bytes, tmp_path):
     path = write(tmp_path / "x.beton", [encode_image(file_bytes(photo(seed=n))) for n in range(2)], keys=["a", "b"])
     beton = open_beton(path)
     data = bytearray(path.read_bytes())
@@ -267,5 +267,5 @@ def test_a_picture_damaged_after_packing_is_named(photo, file_bytes, tmp_path):
     data[end - 300 : end] = bytes(300)
     path.write_bytes(data)
     assert beton.read_image(0).shape == (48, 72, 3)
-    with pytest.raises(FormatError, match="the picture 'b' is damaged"):
+    with pytest.raises(FormatError, match="the image 'b' is damaged"):
         beton.read_image(1)

@@ -1,4 +1,4 @@
-"""One picture: what is kept byte for byte, what is converted, what is refused."""
+"""One image: what is kept byte for byte, what is converted, what is refused."""
 
 import io
 import struct
@@ -29,7 +29,7 @@ def difference(a, b):
     return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
 
 
-def multi_picture(photo, file_bytes):
+def multi_image(photo, file_bytes):
     stream = io.BytesIO()
     photo().save(stream, "MPO", save_all=True, append_images=[photo(seed=5)])
     return stream.getvalue()
@@ -45,7 +45,7 @@ JPEGS = {
     "one pixel": lambda photo, file_bytes: file_bytes(photo(48, 72).crop((0, 0, 1, 1))),
     "bytes after the end": lambda photo, file_bytes: file_bytes(photo()) + b"\0" * 99 + b"more",
     "comment": lambda photo, file_bytes: file_bytes(photo(), comment=b"x" * 5000),
-    "two pictures": multi_picture,
+    "two images": multi_image,
 }
 
 
@@ -130,12 +130,12 @@ def test_very_many_stray_bytes_are_damage(photo, file_bytes):
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"this is no picture", "not a picture of a known format"),
-        (b"\xff\xd8\xff\xe0", "not a picture|cannot be decoded"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture of a known format"),
+        (b"this is no image", "not an image of a known format"),
+        (b"\xff\xd8\xff\xe0", "not an image|cannot be decoded"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of a known format"),
     ],
 )
-def test_files_that_are_no_pictures(data, reason):
+def test_files_that_are_no_images(data, reason):
     with pytest.raises(ImageError, match=reason):
         encode_image(data)
 
@@ -148,7 +148,7 @@ def test_a_cut_or_damaged_png_is_found(photo, file_bytes):
             encode_image(bad)
 
 
-def test_a_picture_that_claims_to_be_huge_is_refused_before_memory_is_taken():
+def test_an_image_that_claims_to_be_huge_is_refused_before_memory_is_taken():
     chunks = (b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0), b"IDAT")
     framed = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
     with pytest.raises(ImageError, match=r"cannot be decoded: Image size \(3600000000 pixels\) exceeds limit"):
@@ -174,7 +174,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_small_pictures_of_other_kinds_become_exact_rgb(kind, photo, file_bytes):
+def test_small_images_of_other_kinds_become_exact_rgb(kind, photo, file_bytes):
     image, file_kind, options = SMALL[kind](photo())
     data = file_bytes(image, file_kind, **options)
     encoded = encode_image(data)
@@ -234,7 +234,7 @@ def test_max_size_bounds_the_longer_side(kind, height, width, max_size, expected
     assert ffcv_pixels(encoded).shape == (*expected, 3)
 
 
-def test_max_size_averages_and_leaves_small_pictures_alone(photo, file_bytes):
+def test_max_size_averages_and_leaves_small_images_alone(photo, file_bytes):
     stripes = np.zeros((128, 256, 3), np.uint8)
     stripes[:, ::2] = 255  # every other column: a sample that does not average sees black or white
     encoded = encode_image(file_bytes(Image.fromarray(stripes), "PNG"), max_size=64)

@@ -1,4 +1,4 @@
-"""Packing: order, bytes, broken pictures, faults."""
+"""Packing: order, bytes, broken images, faults."""
 
 import errno
 import os
@@ -85,18 +85,18 @@ def test_any_small_tree(tree, workers, make_tree, file_bytes, photo):
             assert beton.content_hashes[row] == content_hash((root / key).read_bytes())
 
 
-def test_the_first_broken_picture_is_named(broken, tmp_path):
-    with pytest.raises(InputError, match=r"the picture 'cat/cat-1.jpg' of .*pets is cut off .*--skip-broken") as caught:
+def test_the_first_broken_image_is_named(broken, tmp_path):
+    with pytest.raises(InputError, match=r"the image 'cat/cat-1.jpg' of .*pets is cut off .*--skip-broken") as caught:
         pack(broken, tmp_path / "x.beton", workers=2)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*x.beton*"))
 
 
-def test_broken_pictures_are_left_out_and_listed(broken, tmp_path):
+def test_broken_images_are_left_out_and_listed(broken, tmp_path):
     report = pack(broken, tmp_path / "x.beton", skip_broken=True)
     assert report.samples == 4
     assert [key for key, _ in report.skipped] == ["cat/cat-1.jpg", "dog/dog-0.jpg"]
-    assert "Premature end" in report.skipped[0][1] and "not a picture" in report.skipped[1][1]
+    assert "Premature end" in report.skipped[0][1] and "not an image" in report.skipped[1][1]
     beton = open_beton(report.path)
     assert beton.keys == ["cat/cat-0.jpg", "cat/cat-2.jpg", "dog/dog-1.jpg", "dog/dog-2.jpg"]
     assert beton.class_ids.tolist() == [0, 0, 1, 1]
@@ -104,21 +104,21 @@ def test_broken_pictures_are_left_out_and_listed(broken, tmp_path):
         assert beton.read_image(row).shape == (beton.heights[row], beton.widths[row], 3)
 
 
-def test_nothing_but_broken_pictures(make_tree, tmp_path):
+def test_nothing_but_broken_images(make_tree, tmp_path):
     root = make_tree(tmp_path / "x", {"a/1.jpg": b"", "b/1.jpg": b"?"})
-    with pytest.raises(InputError, match="no picture that can be used; 2 are broken"):
+    with pytest.raises(InputError, match="no image that can be used; 2 are broken"):
         pack(root, tmp_path / "x.beton", skip_broken=True)
     assert not (tmp_path / "x.beton").exists()
 
 
-def test_a_file_that_cannot_be_read_is_a_broken_picture(cats_and_dogs, tmp_path):
+def test_a_file_that_cannot_be_read_is_a_broken_image(cats_and_dogs, tmp_path):
     (cats_and_dogs / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     with pytest.raises(InputError, match=r"'cat/gone.jpg' .*cannot be read: No such file"):
         pack(cats_and_dogs, tmp_path / "x.beton")
     assert pack(cats_and_dogs, tmp_path / "x.beton", skip_broken=True).samples == 6
 
 
-def test_pictures_bigger_than_a_page(make_tree, file_bytes, tmp_path):
+def test_images_bigger_than_a_page(make_tree, file_bytes, tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1100, 1400, 3), dtype=np.uint8))
     data = file_bytes(noise, quality=100, subsampling=0)
     assert len(data) > MIN_PAGE_SIZE
@@ -201,7 +201,7 @@ def test_a_worker_that_fails_otherwise_does_not_hang(error, cats_and_dogs, tmp_p
 
 
 class Counted:
-    """A source of many pictures that counts how many are open at once."""
+    """A source of many images that counts how many are open at once."""
 
     kind = "test"
     class_names = ("a", "b")
@@ -218,7 +218,7 @@ class Counted:
             yield SourceImage(f"{number:05d}", number % 2, lambda: self.data)
 
 
-def test_few_pictures_are_on_the_way_at_once(monkeypatch, file_bytes, photo, tmp_path):
+def test_few_images_are_on_the_way_at_once(monkeypatch, file_bytes, photo, tmp_path):
     source = Counted(file_bytes(photo(8, 8)))
     most, written = 0, 0
     add = packing.BetonWriter.add

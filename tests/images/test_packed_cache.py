@@ -1,4 +1,4 @@
-"""Pictures that a command is given are packed once, into the cache, and it says so."""
+"""Images that a command is given are packed once, into the cache, and it says so."""
 
 import shutil
 import threading
@@ -21,18 +21,18 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "betons"
 
 
-def test_pictures_are_packed_once(cats_and_dogs, cache, capsys):
+def test_images_are_packed_once(cats_and_dogs, cache, capsys):
     first = ensure_beton(cats_and_dogs)
     assert first.path.parent == cache == cache_dir() / "betons"
-    assert f"packed 6 pictures of 2 classes → {first.path}" in capsys.readouterr().err
+    assert f"packed 6 images of 2 classes → {first.path}" in capsys.readouterr().err
     before = first.path.stat()
     again = ensure_beton(cats_and_dogs)
     assert again.path == first.path and again.keys == first.keys and again.fingerprint == first.fingerprint
     assert first.path.stat() == before
-    assert capsys.readouterr().err == f"using packed pictures {first.path}\n"
+    assert capsys.readouterr().err == f"using packed images {first.path}\n"
 
 
-def test_other_pictures_and_other_settings_are_packed_apart(cats_and_dogs, cache):
+def test_other_images_and_other_settings_are_packed_apart(cats_and_dogs, cache):
     paths = {ensure_beton(cats_and_dogs).path, ensure_beton(cats_and_dogs, max_size=20).path}
     followed = ensure_beton(cats_and_dogs, class_names=["dog", "cat"])
     paths.add(followed.path)
@@ -54,7 +54,7 @@ def test_a_damaged_cache_is_packed_again_and_leftovers_go(cats_and_dogs, cache, 
     assert "packing again" in capsys.readouterr().err and not left.exists()
 
 
-def test_broken_pictures_in_the_cache_way(broken, cache, capsys):
+def test_broken_images_in_the_cache_way(broken, cache, capsys):
     with pytest.raises(InputError, match="cat-1"):
         ensure_beton(broken)
     assert not list(cache.glob("*.beton"))

@@ -71,14 +71,14 @@ def test_a_link_to_where_it_lies_ends_in_an_error(make_tree, tmp_path):
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        ((), "holds no pictures; give a folder"),
-        (("README.md",), "holds no pictures"),
-        (("1.jpg", "2.jpg"), "holds 2 pictures but no class folders"),
+        ((), "holds no images; give a folder"),
+        (("README.md",), "holds no images"),
+        (("1.jpg", "2.jpg"), "holds 2 images but no class folders"),
         (("train-0.tar", "train-1.tar"), "holds tars: name them as a brace pattern"),
-        (("cat/", "dog/"), "holds no pictures"),
-        (("cat/readme.txt", "dog/"), "holds no pictures"),
+        (("cat/", "dog/"), "holds no images"),
+        (("cat/readme.txt", "dog/"), "holds no images"),
         (("cat/1.jpg",), r"holds only one class \('cat'\); training and measuring take two"),
-        (("cat/1.jpg", "dog/"), "1 class folders of .* hold no pictures, for example 'dog'"),
+        (("cat/1.jpg", "dog/"), "1 class folders of .* hold no images, for example 'dog'"),
         (("cat/1.jpg", "dog/1.jpg", "3.jpg"), "3.jpg lies beside the class folders"),
     ],
 )
@@ -95,7 +95,7 @@ def test_names_that_are_not_utf8_are_refused(make_tree, tmp_path):
         open_source(root)
 
 
-def test_a_picture_that_vanishes_is_an_error_of_that_picture(make_tree, tmp_path):
+def test_an_image_that_vanishes_is_an_error_of_that_image(make_tree, tmp_path):
     source = open_source(tree(make_tree, tmp_path / "pets", "cat/1.jpg", "dog/1.jpg"))
     (tmp_path / "pets" / "cat" / "1.jpg").unlink()
     first, second = source

@@ -29,12 +29,12 @@ def listed(source):
     return [(image.key, source.class_names[image.class_id], image.data) for image in source]
 
 
-def pictures(*names):
+def images(*names):
     return [(name, f"<{name}>".encode()) for name in names]
 
 
 def test_a_tree_in_a_tar_has_the_folder_as_class(tmp_path):
-    members = [("train", None), *pictures("train/n02/n02_1.JPEG", "train/n01/n01_7.JPEG", "train/n01/n01_10.JPEG")]
+    members = [("train", None), *images("train/n02/n02_1.JPEG", "train/n01/n01_7.JPEG", "train/n01/n01_10.JPEG")]
     source = open_source(pack(tmp_path / "x.tar", members))
     assert source.class_names == ("n01", "n02") and len(source) == 3
     assert listed(source) == [
@@ -71,19 +71,19 @@ def test_keys_and_bytes_are_those_of_webdataset(kind, tmp_path):
 def test_where_the_class_stands(labels, names, tmp_path):
     members = []
     for number, (extension, data) in enumerate(labels, 1):
-        members += [*pictures(f"folder{number}/{number}.jpg"), (f"folder{number}/{number}.{extension}", data)]
+        members += [*images(f"folder{number}/{number}.jpg"), (f"folder{number}/{number}.{extension}", data)]
     assert tuple(name for _, name, _ in listed(open_source(pack(tmp_path / "x.tar", members)))) == names
 
 
 def test_a_cls_member_goes_before_json(tmp_path):
-    members = [*pictures("1.jpg", "2.jpg"), ("1.cls", b"a"), ("1.json", json.dumps({"label": "no"}).encode())]
+    members = [*images("1.jpg", "2.jpg"), ("1.cls", b"a"), ("1.json", json.dumps({"label": "no"}).encode())]
     members += [("2.json", json.dumps({"label": "no"}).encode()), ("2.cls", b"b")]
     assert open_source(pack(tmp_path / "x.tar", members)).class_names == ("a", "b")
 
 
 def test_other_members_and_leading_dots_do_not_matter(tmp_path):
     members = [
-        *pictures("./a/1.jpg", "./b/2.jpg", "./b/2.mask.png", "./a/._1.jpg", "./.cache/x/9.jpg"),
+        *images("./a/1.jpg", "./b/2.jpg", "./b/2.mask.png", "./a/._1.jpg", "./.cache/x/9.jpg"),
         ("./a/1.txt", b"a caption"),
         ("./a/readme", b""),
         (".", None),
@@ -93,15 +93,15 @@ def test_other_members_and_leading_dots_do_not_matter(tmp_path):
     assert listed(source)[1][2] == b"<./b/2.jpg>"
 
 
-def test_a_picture_with_dots_in_its_name_is_used_when_alone(tmp_path):
-    source = open_source(pack(tmp_path / "x.tar", pictures("a/one.v2.jpg", "b/two.jpg")))
+def test_an_image_with_dots_in_its_name_is_used_when_alone(tmp_path):
+    source = open_source(pack(tmp_path / "x.tar", images("a/one.v2.jpg", "b/two.jpg")))
     assert [key for key, _, _ in listed(source)] == ["a/one", "b/two"]
 
 
 def test_many_tars_are_one_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in range(3):
-        pack(tmp_path / f"s-{number:03d}.tar", pictures(f"b/{9 - number}.jpg", f"a/{number}.jpg"))
+        pack(tmp_path / f"s-{number:03d}.tar", images(f"b/{9 - number}.jpg", f"a/{number}.jpg"))
     whole = listed(open_source("s-{000..002}.tar"))
     assert [key for key, _, _ in whole] == ["a/0", "a/1", "a/2", "b/7", "b/8", "b/9"]
     for words in ("s-*.tar", "s-000.tar::s-002.tar::s-001.tar", str(tmp_path / "s-00{2,1,0}.tar")):
@@ -111,7 +111,7 @@ def test_many_tars_are_one_source(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz"])
 def test_compressed_tars_are_read_too(name, tmp_path):
-    plain = pack(tmp_path / "x.tar", pictures("b/2.jpg", "a/1.jpg"))
+    plain = pack(tmp_path / "x.tar", images("b/2.jpg", "a/1.jpg"))
     (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
     assert listed(open_source(tmp_path / name)) == listed(open_source(plain))
     data = (tmp_path / name).read_bytes()
@@ -126,17 +126,17 @@ def test_compressed_tars_are_read_too(name, tmp_path):
 @pytest.mark.parametrize("name", ["../x.jpg", "/etc/x.jpg", "a/../../x.jpg", "a/.."])
 def test_hostile_names_are_refused(name, tmp_path):
     with pytest.raises(InputError, match=r"x\.tar: the member name .* points out of the tar"):
-        open_source(pack(tmp_path / "x.tar", pictures("a/1.jpg", "b/1.jpg", name)))
+        open_source(pack(tmp_path / "x.tar", images("a/1.jpg", "b/1.jpg", name)))
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_links_in_place_of_pictures_are_refused(kind, tmp_path):
-    path = pack(tmp_path / "x.tar", pictures("a/1.jpg", "b/1.jpg"))
+def test_links_in_place_of_images_are_refused(kind, tmp_path):
+    path = pack(tmp_path / "x.tar", images("a/1.jpg", "b/1.jpg"))
     with tarfile.open(path, "a") as tar:
         info = tarfile.TarInfo("b/2.jpg")
         info.type, info.linkname = kind, "a/1.jpg"
         tar.addfile(info)
-    with pytest.raises(InputError, match=r"b/2.jpg is a link, not a picture"):
+    with pytest.raises(InputError, match=r"b/2.jpg is a link, not an image"):
         open_source(path)
 
 
@@ -172,18 +172,18 @@ def test_a_file_that_is_no_tar(tmp_path):
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        ([], "is no whole tar|holds no pictures"),
-        ([("a/notes.txt", b"")], "holds no pictures"),
-        ([("a/1.cls", b"7")], "holds no pictures"),
-        (pictures("a/1.jpg", "a/2.jpg"), "only one class"),
-        (pictures("1.jpg", "2.jpg"), "the sample '1' has no class"),
-        (pictures("a/1.x.jpg", "a/1.y.jpg", "b/2.jpg"), r"the sample 'a/1' has 2 pictures \(a/1.x.jpg, a/1.y.jpg\)"),
-        (pictures("a/1.jpg", "a/1.png", "b/2.jpg"), "the sample 'a/1' has 2 pictures"),
-        ([*pictures("a/1.jpg", "b/2.jpg"), ("a/1.cls", b"4")], "1 of 2 samples have no class, for example 'b/2'"),
-        ([*pictures("1.jpg", "2.jpg"), ("1.json", b"{")], "1.json cannot be read as a class"),
-        ([*pictures("1.jpg", "2.jpg"), ("1.cls", b"\xff")], "1.cls cannot be read as a class"),
-        ([*pictures("1.jpg", "2.jpg"), ("1.json", b'{"label": 1.5}')], "has the class 1.5"),
-        ([*pictures("1.jpg", "2.jpg"), ("1.cls", b"  ")], "has the class ''"),
+        ([], "is no whole tar|holds no images"),
+        ([("a/notes.txt", b"")], "holds no images"),
+        ([("a/1.cls", b"7")], "holds no images"),
+        (images("a/1.jpg", "a/2.jpg"), "only one class"),
+        (images("1.jpg", "2.jpg"), "the sample '1' has no class"),
+        (images("a/1.x.jpg", "a/1.y.jpg", "b/2.jpg"), r"the sample 'a/1' has 2 images \(a/1.x.jpg, a/1.y.jpg\)"),
+        (images("a/1.jpg", "a/1.png", "b/2.jpg"), "the sample 'a/1' has 2 images"),
+        ([*images("a/1.jpg", "b/2.jpg"), ("a/1.cls", b"4")], "1 of 2 samples have no class, for example 'b/2'"),
+        ([*images("1.jpg", "2.jpg"), ("1.json", b"{")], "1.json cannot be read as a class"),
+        ([*images("1.jpg", "2.jpg"), ("1.cls", b"\xff")], "1.cls cannot be read as a class"),
+        ([*images("1.jpg", "2.jpg"), ("1.json", b'{"label": 1.5}')], "has the class 1.5"),
+        ([*images("1.jpg", "2.jpg"), ("1.cls", b"  ")], "has the class ''"),
     ],
 )
 def test_tars_that_cannot_be_used(members, reason, tmp_path):
@@ -194,13 +194,13 @@ def test_tars_that_cannot_be_used(members, reason, tmp_path):
 
 def test_the_same_key_in_two_tars_is_refused(tmp_path):
     for number in range(2):
-        pack(tmp_path / f"{number}.tar", pictures("a/1.jpg", "b/1.jpg", f"b/{number + 5}.jpg"))
+        pack(tmp_path / f"{number}.tar", images("a/1.jpg", "b/1.jpg", f"b/{number + 5}.jpg"))
     with pytest.raises(InputError, match=r"2 keys of .*1\.tar are in an earlier tar too, for example 'a/1'"):
         open_source(str(tmp_path / "{0,1}.tar"))
 
 
 def test_a_tar_that_shrinks_while_it_is_read(tmp_path):
-    path = pack(tmp_path / "x.tar", pictures("a/1.jpg", "b/1.jpg"))
+    path = pack(tmp_path / "x.tar", images("a/1.jpg", "b/1.jpg"))
     first, second = open_source(path)
     path.write_bytes(path.read_bytes()[:1540])
     assert first.data == b"<a/1.jpg>"

@@ -34,7 +34,7 @@ def test_timms_tar_reader(cats_and_dogs, tmp_path):
     assert next(iter(source)).data == (cats_and_dogs / "cat/cat-0.jpg").read_bytes()
 
 
-def test_torchvisions_pictures_keep_their_pixels(cats_and_dogs):
+def test_torchvisions_images_keep_their_pixels(cats_and_dogs):
     source = open_source(f"torch/image_folder?root={cats_and_dogs}")
     assert source.class_names == ("cat", "dog")
     assert [key for key, _ in listed(source)] == [f"{number:08d}" for number in range(6)]
@@ -67,7 +67,7 @@ class FakeReader:
 
 @pytest.fixture
 def fake(monkeypatch, photo, file_bytes):
-    """Opens a source on a fake reader of as many pictures as there are targets."""
+    """Opens a source on a fake reader of as many images as there are targets."""
     asked = []
 
     def make(targets, class_names=None, **settings):
@@ -103,7 +103,7 @@ def test_a_reader_without_names_and_index(fake):
         (["1.jpg", "1.jpg"], ["00000000", "00000001"]),
     ],
 )
-def test_keys_are_file_names_where_they_tell_pictures_apart(names, keys, fake):
+def test_keys_are_file_names_where_they_tell_images_apart(names, keys, fake):
     source = fake([0, 1], names=names, class_to_idx={"a": 0, "b": 1})
     assert [key for key, _ in listed(source)] == keys
 

@@ -1,4 +1,4 @@
-"""Label sets made of numbers, for tests: no labeler, no pictures."""
+"""Label sets made of numbers, for tests: no labeler, no images."""
 
 from pathlib import Path
 

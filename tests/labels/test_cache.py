@@ -1,4 +1,4 @@
-"""The token cache: equal to the label set for every picture, built once, never half."""
+"""The token cache: equal to the label set for every image, built once, never half."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ def build(label_set, hashes, order, folder, **options):
 
 
 @pytest.mark.parametrize("count", [23, 1, 9])
-def test_every_picture_has_its_labels(label_set, hashes, tmp_path, count):
+def test_every_image_has_its_labels(label_set, hashes, tmp_path, count):
     order = np.random.default_rng(count).permutation(23)[:count]
     cache = build(label_set, hashes, order, tmp_path)
     assert len(cache) == count
@@ -56,16 +56,16 @@ def test_every_picture_has_its_labels(label_set, hashes, tmp_path, count):
     assert isinstance(cache.class_ids, np.memmap) and not cache.class_ids.flags.writeable
 
 
-def test_pictures_without_labels(label_set, hashes, tmp_path):
+def test_images_without_labels(label_set, hashes, tmp_path):
     keys = ["new/a.png", make_key(20), "new/b.png"]
     theirs = np.array([5, hashes[20], 6], dtype=np.uint64)
     names = label_set.spec.class_names
-    with pytest.raises(JoinError, match="2 pictures without labels"):
+    with pytest.raises(JoinError, match="2 images without labels"):
         build_token_cache(label_set, keys, theirs, names, folder=tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     cache = build_token_cache(label_set, keys, theirs, names, folder=tmp_path, missing="skip")
     assert cache.labelled.tolist() == [0, 1, 0]
-    assert "1 of 3 pictures have labels" in cache.report
+    assert "1 of 3 images have labels" in cache.report
     assert not cache.probabilities[[0, 2]].any() and not cache.confidence[[0, 2]].any()
     np.testing.assert_array_equal(cache.class_ids[1], label_set[make_key(20)].class_ids)
 
@@ -189,7 +189,7 @@ def test_targets_that_cannot_be_written(label_set, hashes, tmp_path):
             build(label_set, hashes, np.arange(3), folder)
 
 
-def test_wrong_pictures_are_refused_before_anything_is_written(label_set, hashes, tmp_path):
+def test_wrong_images_are_refused_before_anything_is_written(label_set, hashes, tmp_path):
     keys = [make_key(position) for position in range(3)]
     with pytest.raises(JoinError, match="class list"):
         build_token_cache(label_set, keys, hashes[:3], ("cat", "dog"), folder=tmp_path / "cache")

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from stl_offline.errors import FormatError
-from stl_offline.labels import cache_rows, zarr_shard
+from stl_offline.labels import cache_rows
 from stl_offline.labels.cache import build_token_cache
+from stl_offline.labels.format import zarr_shard
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.writer import LabelSetWriter
 from tests.labels.synthetic import make_arrays, make_key, make_spec, write_set

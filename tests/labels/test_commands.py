@@ -39,9 +39,9 @@ def test_the_way_of_a_shared_set(labels, tmp_path, capsys):
     code, out, _ = call(capsys, "pull", place, "some", "--shards", "1,3")
     assert code == 0 and "2 shards fetched" in out and "it holds the shards 1,3 of 4" in out
     code, out, _ = call(capsys, "inspect", "some")
-    assert code == 0 and "here:        the shards 1,3, 6 pictures" in out
+    assert code == 0 and "here:        the shards 1,3, 6 images" in out
     code, out, _ = call(capsys, "verify", "some")
-    assert code == 0 and "all 2 shards are whole (6 pictures)" in out and "note: 2 shards were not pulled" in out
+    assert code == 0 and "all 2 shards are whole (6 images)" in out and "note: 2 shards were not pulled" in out
     assert call(capsys, "pull", place, "some")[0] == 0
     assert files(tmp_path / "some") == files(labels)
     code, out, _ = call(capsys, "verify", place)
@@ -52,15 +52,15 @@ def test_convert_merge_and_stats(labels, tmp_path, capsys):
     code, out, _ = call(
         capsys, "convert", "labels", "tar", "--format", "webdataset", "--encoding", "q8", "--shards", "2"
     )
-    assert code == 0 and "12 pictures in 2 shards, webdataset, q8" in out
+    assert code == 0 and "12 images in 2 shards, webdataset, q8" in out
     code, out, _ = call(capsys, "stats", "tar")
-    assert code == 0 and "pictures:     12 in 2 shards" in out
+    assert code == 0 and "images:     12 in 2 shards" in out
     code, out, _ = call(capsys, "stats", "labels", "--shards", "1", "--json")
     assert code == 0 and json.loads(out)["samples"] == 3
     call(capsys, "pull", "labels", "a", "--shards", "0-1")
     call(capsys, "pull", "labels", "b", "--shards", "2-3")
     code, out, _ = call(capsys, "merge", "a", "b", "whole")
-    assert code == 0 and "12 pictures in 4 shards" in out
+    assert code == 0 and "12 images in 4 shards" in out
     assert open_label_set("whole").keys == open_label_set("labels").keys
 
 

@@ -122,8 +122,8 @@ def test_what_cannot_be_converted(sets, tmp_path):
     for settings, words in (
         ({"container": "hdf5"}, "unknown container 'hdf5'; known here: zarr, webdataset"),
         ({"encoding": "q4"}, "unknown encoding 'q4'; known here: f16, q8"),
-        ({"shards": 0}, "between 1 and the 17 pictures, got 0"),
-        ({"shards": 18}, "between 1 and the 17 pictures, got 18"),
+        ({"shards": 0}, "between 1 and the 17 images, got 0"),
+        ({"shards": 18}, "between 1 and the 17 images, got 18"),
     ):
         with pytest.raises(InputError, match=words):
             convert(source, tmp_path / "out", **settings)

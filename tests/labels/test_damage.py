@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stl_offline.errors import FormatError
 from stl_offline.files import sha256_bytes
-from stl_offline.labels import containers
+from stl_offline.labels.format import containers
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.manifest import Manifest
 from stl_offline.labels.spec import CONTAINERS, ENCODINGS
@@ -19,7 +19,7 @@ SPEC = make_spec(samples=5)
 SHARDS = {
     (container, encoding): (
         dataclasses.replace(SPEC, container=container, encoding=encoding, bounds=None),
-        containers.encode(
+        containers.encode_shard(
             make_arrays(SPEC), dataclasses.replace(SPEC, container=container, encoding=encoding, bounds=None)
         ),
     )
@@ -38,7 +38,7 @@ def test_bytes_changed_anywhere_are_refused_or_change_nothing_else(form, changes
     for place, value in changes:
         data[int(place * len(data))] = value
     try:
-        containers.decode(bytes(data), spec).check(spec)
+        containers.decode_shard(bytes(data), spec).check(spec)
     except FormatError as error:
         assert "\n" not in str(error)
 

@@ -21,7 +21,7 @@ from numcodecs import Zstd
 import stl_offline.labels
 from stl_offline.errors import FormatError
 from stl_offline.files import canonical_json
-from stl_offline.labels import containers, tar_shard
+from stl_offline.labels.format import containers, tar_shard
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.spec import CONTAINERS, ENCODINGS
 from tests.labels.synthetic import make_arrays, make_spec, write_set
@@ -50,7 +50,7 @@ def zip_of(entries):
 
 @pytest.fixture
 def entries():
-    with zipfile.ZipFile(io.BytesIO(containers.encode(make_arrays(SPEC), SPEC))) as archive:
+    with zipfile.ZipFile(io.BytesIO(containers.encode_shard(make_arrays(SPEC), SPEC))) as archive:
         return {info.filename: archive.read(info) for info in archive.infolist()}
 
 
@@ -60,7 +60,7 @@ def changed(entries, name, **changes):
 
 def refuse_zip(entries, words, spec=SPEC):
     with at_most(8), pytest.raises(FormatError, match=words):
-        containers.decode(zip_of(entries), spec)
+        containers.decode_shard(zip_of(entries), spec)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "logits/../../x", "logits/c/0/0/0/0/..", "x.pkl"])
@@ -82,7 +82,7 @@ def test_a_zip_whose_entries_overlap():
             archive.NameToInfo[copy.filename] = copy
         archive._didModify = True
     with at_most(20), pytest.raises(FormatError, match="entries overlap"):
-        containers.decode(stream.getvalue(), SPEC)
+        containers.decode_shard(stream.getvalue(), SPEC)
 
 
 def test_keys_that_unpack_to_gigabytes(entries):
@@ -129,9 +129,9 @@ def test_shapes_that_would_fill_the_memory(entries, encoding):
     spec = huge_spec("zarr", encoding)
     attributes = json.loads(entries["zarr.json"])["attributes"] | {"encoding": encoding}
     refuse_zip(changed(entries, "zarr.json", attributes=attributes), "claims 5 samples in .* bytes", spec)
-    tar = containers.encode(make_arrays(SPEC), make_spec(samples=5, container="webdataset", encoding=encoding))
+    tar = containers.encode_shard(make_arrays(SPEC), make_spec(samples=5, container="webdataset", encoding=encoding))
     with at_most(8), pytest.raises(FormatError, match="claims 5 samples in .* bytes"):
-        containers.decode(tar, huge_spec("webdataset", encoding))
+        containers.decode_shard(tar, huge_spec("webdataset", encoding))
 
 
 def test_a_manifest_that_claims_more_samples_than_bytes(tmp_path):
@@ -156,7 +156,7 @@ def tar_of(change, format=tarfile.GNU_FORMAT):
     """A shard whose third member's header, content or both are changed; ``change(member, data)`` gives both."""
     stream = io.BytesIO()
     with (
-        tarfile.open(fileobj=io.BytesIO(containers.encode(make_arrays(SPEC), TAR_SPEC))) as archive,
+        tarfile.open(fileobj=io.BytesIO(containers.encode_shard(make_arrays(SPEC), TAR_SPEC))) as archive,
         tarfile.open(fileobj=stream, mode="w", format=format) as copy,
     ):
         for index, member in enumerate(archive.getmembers()):
@@ -217,7 +217,7 @@ def test_a_record_that_unpacks_to_gigabytes():
 
 
 def tar_member(index):
-    with tarfile.open(fileobj=io.BytesIO(containers.encode(make_arrays(SPEC), TAR_SPEC))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(containers.encode_shard(make_arrays(SPEC), TAR_SPEC))) as archive:
         return archive.extractfile(archive.getmembers()[index]).read()
 
 
@@ -274,7 +274,7 @@ def test_nothing_is_ever_unpickled(entries):
     attempts += [zip_of(entries | {"logits/c/0/0/0/0/0": shell}), stream.getvalue(), shell]
     for data in attempts:
         with pytest.raises(FormatError):
-            containers.decode(data, SPEC)
+            containers.decode_shard(data, SPEC)
     for content in (stream.getvalue(), shell):
 
         def change(member, data, content=content):
@@ -287,7 +287,7 @@ def test_nothing_is_ever_unpickled(entries):
 
 def test_no_way_leads_to_pickle():
     """In the source: nobody imports it, and numpy is told everywhere not to use it."""
-    for path in Path(stl_offline.labels.__file__).parent.glob("*.py"):
+    for path in Path(stl_offline.labels.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]

@@ -1,4 +1,4 @@
-"""Joining labels and pictures by key: each way in which they can differ, counted and named."""
+"""Joining labels and images by key: each way in which they can differ, counted and named."""
 
 import numpy as np
 import pytest
@@ -38,23 +38,23 @@ def test_any_subset_in_any_order(label_set, positions):
     assert places(label_set, report) == positions
     assert (report.matched, report.missing, report.changed) == (len(positions), 0, 0)
     assert report.extra == 20 - len(positions)
-    assert f"{len(positions)} of {len(positions)} pictures have labels" in str(report)
+    assert f"{len(positions)} of {len(positions)} images have labels" in str(report)
 
 
 def test_missing_keys(label_set):
     keys = [KEYS[4], "new/1.png", KEYS[2], "new/2.png"]
     hashes = np.array([HASHES[4], 1, HASHES[2], 2], dtype=np.uint64)
-    with pytest.raises(JoinError, match=r"2 of 4 pictures.*2 pictures without labels \(new/1.png, new/2.png\).*skip"):
+    with pytest.raises(JoinError, match=r"2 of 4 images.*2 images without labels \(new/1.png, new/2.png\).*skip"):
         join(label_set, keys, hashes, SPEC.class_names)
     report = join(label_set, keys, hashes, SPEC.class_names, missing="skip")
     assert places(label_set, report) == [4, -1, 2, -1]
     assert (report.matched, report.missing, report.missing_examples) == (2, 2, ["new/1.png", "new/2.png"])
 
 
-def test_changed_pictures(label_set):
+def test_changed_images(label_set):
     hashes = HASHES.copy()
     hashes[[3, 8]] += np.uint64(1)
-    with pytest.raises(JoinError, match=rf"2 pictures changed .*\({KEYS[3]}, {KEYS[8]}\).*--allow-changed"):
+    with pytest.raises(JoinError, match=rf"2 images changed .*\({KEYS[3]}, {KEYS[8]}\).*--allow-changed"):
         join(label_set, KEYS, hashes, SPEC.class_names)
     with pytest.raises(JoinError, match="--allow-changed"):
         join(label_set, KEYS, hashes, SPEC.class_names, missing="skip")
@@ -65,11 +65,11 @@ def test_changed_pictures(label_set):
 def test_a_renamed_root_matches_nothing_and_says_so(label_set):
     keys = [f"train/{key}" for key in KEYS]
     for missing in ("error", "skip"):
-        with pytest.raises(JoinError, match="0 of 20 pictures have labels.*another root folder"):
+        with pytest.raises(JoinError, match="0 of 20 images have labels.*another root folder"):
             join(label_set, keys, HASHES, SPEC.class_names, missing=missing)
 
 
-# Another team's pictures: what each case says.
+# Another team's images: what each case says.
 
 
 def refusal(label_set, keys, hashes, **policy):
@@ -82,18 +82,18 @@ def refusal(label_set, keys, hashes, **policy):
 def test_another_order(label_set):
     order = np.random.default_rng(1).permutation(20)
     report = join(label_set, [KEYS[place] for place in order], HASHES[order], SPEC.class_names)
-    assert str(report) == "20 of 20 pictures have labels"
+    assert str(report) == "20 of 20 images have labels"
 
 
 def test_a_subset(label_set):
     report = join(label_set, KEYS[5:9], HASHES[5:9], SPEC.class_names)
-    assert str(report) == f"4 of 4 pictures have labels; 16 labels without a picture ({', '.join(KEYS[:3])}, …)"
+    assert str(report) == f"4 of 4 images have labels; 16 labels without an image ({', '.join(KEYS[:3])}, …)"
 
 
-def test_extra_pictures(label_set):
+def test_extra_images(label_set):
     hashes = np.r_[HASHES, np.array([7], np.uint64)]
     text = refusal(label_set, [*KEYS, "new/cat.jpg"], hashes)
-    assert "20 of 21 pictures have labels; 1 pictures without labels (new/cat.jpg). --missing skip" in text
+    assert "20 of 21 images have labels; 1 images without labels (new/cat.jpg). --missing skip" in text
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_a_renamed_root(label_set, change, rule):
     keys = [change(key) for key in KEYS]
     for hashes in (HASHES, HASHES + np.uint64(1)):  # and compressed anew
         text = refusal(label_set, keys, hashes)
-        assert "0 of 20 pictures have labels" in text
+        assert "0 of 20 images have labels" in text
         assert f"--key-prefix {rule} finds 20 of 20" in text
-    assert "20 of the pictures without labels have the content of labels" in refusal(label_set, keys, HASHES)
+    assert "20 of the images without labels have the content of labels" in refusal(label_set, keys, HASHES)
     renamed = rename_keys(keys, rule)
     assert join(label_set, renamed, HASHES, SPEC.class_names).matched == 20
 
@@ -129,21 +129,21 @@ def test_a_root_that_only_the_labels_have(tmp_path):
     assert "they start with 'val/' here and 'train/' there; --key-prefix val/=train/ finds 20 of 20" in text
 
 
-def test_recompressed_pictures(label_set):
+def test_recompressed_images(label_set):
     text = refusal(label_set, KEYS, HASHES + np.uint64(1))
-    assert "20 of 20 pictures have labels; 20 pictures changed since they were labelled" in text
+    assert "20 of 20 images have labels; 20 images changed since they were labelled" in text
     assert "were all of them compressed anew, or resized? --allow-changed uses the labels nevertheless" in text
 
 
-def test_pictures_of_another_format(label_set):
+def test_images_of_another_format(label_set):
     keys = [key.replace(".JPEG", ".webp") for key in KEYS]
     text = refusal(label_set, keys, HASHES + np.uint64(1))
-    assert f"keys differ by the file's ending ({keys[0]} here, {KEYS[0]} there): 20 of 20 pictures" in text
+    assert f"keys differ by the file's ending ({keys[0]} here, {KEYS[0]} there): 20 of 20 images" in text
 
 
 def test_another_data_set(label_set):
     text = refusal(label_set, [f"{place}.png" for place in range(20)], HASHES + np.uint64(1))
-    assert "not one picture has a label; is this another data set" in text
+    assert "not one image has a label; is this another data set" in text
     assert "keys differ" not in text and "content of labels" not in text
 
 
@@ -162,7 +162,7 @@ def test_keys_are_renamed():
 def test_many_are_counted_and_three_are_named(label_set):
     keys = [f"new/{position:02d}" for position in range(15)] + KEYS[:5]
     hashes = np.zeros(20, np.uint64)
-    with pytest.raises(JoinError, match=r"15 pictures without labels \(new/00, new/01, new/02, …\)"):
+    with pytest.raises(JoinError, match=r"15 images without labels \(new/00, new/01, new/02, …\)"):
         join(label_set, keys, hashes, SPEC.class_names)
 
 
@@ -170,9 +170,9 @@ def test_many_are_counted_and_three_are_named(label_set):
     ("names", "words"),
     [
         (SPEC.class_names[::-1], "the order differs: class 0 is 'class 0' there and 'class 6' here"),
-        ((*SPEC.class_names[:-1], "cat"), r"1 of the pictures' classes are not in it \(cat\)"),
-        (SPEC.class_names[:-2], r"2 of its classes are not among the pictures' \(class 5, class 6\)"),
-        ((*SPEC.class_names, "cat"), r"7 classes, the pictures have 8.*cat"),
+        ((*SPEC.class_names[:-1], "cat"), r"1 of the images' classes are not in it \(cat\)"),
+        (SPEC.class_names[:-2], r"2 of its classes are not among the images' \(class 5, class 6\)"),
+        ((*SPEC.class_names, "cat"), r"7 classes, the images have 8.*cat"),
     ],
 )
 def test_another_class_list_is_refused(label_set, names, words):
@@ -181,7 +181,7 @@ def test_another_class_list_is_refused(label_set, names, words):
 
 
 def test_keys_that_are_there_twice(label_set, tmp_path):
-    with pytest.raises(InputError, match=f"the pictures hold the key {KEYS[1]} twice"):
+    with pytest.raises(InputError, match=f"the images hold the key {KEYS[1]} twice"):
         join(label_set, [KEYS[1], KEYS[2], KEYS[1]], HASHES[:3], SPEC.class_names)
     with LabelSetWriter(tmp_path, SPEC, 2) as writer:
         for index in range(2):

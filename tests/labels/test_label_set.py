@@ -35,7 +35,7 @@ def test_by_key(label_set):
     assert len(label_set) == 10 and label_set.keys == arrays.keys == list(label_set)
     assert label_set.fingerprint == sha256_file(Path(label_set.place) / "manifest.json")
     assert make_key(3) in label_set and "none" not in label_set
-    assert "10 pictures, 3×5 tokens, top 4" in repr(label_set)
+    assert "10 images, 3×5 tokens, top 4" in repr(label_set)
     for position in (7, 0, 3, 9):
         found = label_set[make_key(position)]
         assert found.key == make_key(position)

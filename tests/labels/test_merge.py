@@ -33,7 +33,7 @@ def write_part(path, first, last, shards, **settings):
 
 @pytest.fixture(params=["zarr", "webdataset"])
 def parts(request, tmp_path):
-    """Three teams' sets of 5, 4 and 7 pictures in 2, 1 and 3 shards."""
+    """Three teams' sets of 5, 4 and 7 images in 2, 1 and 3 shards."""
     bounds = ((0, 5, 2), (5, 9, 1), (9, 16, 3))
     return [write_part(tmp_path / f"team{i}", *each, container=request.param) for i, each in enumerate(bounds)]
 
@@ -54,8 +54,8 @@ def test_shards_are_copied_and_numbered_anew(parts, tmp_path):
     assert set(files(tmp_path / "all")) == {"README.md", "manifest.json", *(shard.name for shard in merged.shards)}
 
 
-def test_the_fingerprint_is_that_of_the_pictures(parts, tmp_path):
-    """As docs/format.md tells, computed anew: the same however the pictures were divided among the jobs."""
+def test_the_fingerprint_is_that_of_the_images(parts, tmp_path):
+    """As docs/format.md tells, computed anew: the same however the images were divided among the jobs."""
     merged = merge(parts, tmp_path / "all")
     whole = make_arrays(merged.spec)
     digest = hashlib.sha256()

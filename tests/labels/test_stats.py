@@ -44,10 +44,10 @@ def by_hand(label_set, shards):
         "over_half": np.mean([each[3] > 0.5 for each in tokens]),
         "agreement": np.mean([each[1][0] == each[0] for each in tokens]),
         "agreement_top_k": np.mean([each[0] in each[1] for each in tokens]),
-        "picture_agreement": agreeing / len(maps),
+        "image_agreement": agreeing / len(maps),
         "classes_best": len({int(each[1][0]) for each in tokens}),
         "classes_stored": len({int(name) for each in tokens for name in each[1]}),
-        "bytes_per_picture": sum(label_set.shards[index].bytes for index in shards) / len(maps),
+        "bytes_per_image": sum(label_set.shards[index].bytes for index in shards) / len(maps),
     }
 
 

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stl_offline.errors import FormatError
-from stl_offline.labels import containers
+from stl_offline.labels.format import containers
+from stl_offline.labels.format.tar_shard import member_names
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.spec import ENCODINGS
-from stl_offline.labels.tar_shard import member_names
 from tests.labels import tar_reader
 from tests.labels.synthetic import make_arrays, make_spec, write_set
 
@@ -95,17 +95,17 @@ def test_plain_webdataset(tmp_path, encoding):
             np.testing.assert_array_equal(record["logits"], expected.logits)
 
 
-def test_labels_join_pictures_in_webdataset(tmp_path):
-    """Tars of labels and of pictures, read side by side, meet by key."""
+def test_labels_join_images_in_webdataset(tmp_path):
+    """Tars of labels and of images, read side by side, meet by key."""
     labels = make_set(tmp_path, container="webdataset")
-    with tarfile.open(tmp_path / "pictures.tar", "w") as archive:
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
         for key in labels.keys:
             info = tarfile.TarInfo(key)
             archive.addfile(info)
-    pictures = read_with_webdataset(tmp_path / "pictures.tar", decode=False)
+    images = read_with_webdataset(tmp_path / "images.tar", decode=False)
     tars = read_with_webdataset(*(tmp_path / shard.name for shard in labels.shards))
-    assert [sample["__key__"] for sample in pictures] == [sample["__key__"] for sample in tars]
-    assert len(pictures) == 11
+    assert [sample["__key__"] for sample in images] == [sample["__key__"] for sample in tars]
+    assert len(images) == 11
 
 
 @every_encoding
@@ -151,8 +151,8 @@ def test_every_key_gives_a_name_that_webdataset_reads(tmp_path_factory, keys):
     arrays = make_arrays(spec)
     arrays.keys[:] = keys
     file = tmp_path_factory.getbasetemp() / "names.tar"
-    file.write_bytes(containers.encode(arrays, spec))
-    assert containers.decode(file, spec).keys == keys
+    file.write_bytes(containers.encode_shard(arrays, spec))
+    assert containers.decode_shard(file, spec).keys == keys
     samples = read_with_webdataset(file)
     assert [sample["labels.npy.gz"]["key"].item().decode() for sample in samples] == keys
     assert len({sample["__key__"] for sample in samples}) == len(keys)
@@ -172,7 +172,7 @@ def test_long_names():
     spec = make_spec(samples=2, container="webdataset")
     arrays = make_arrays(spec)
     arrays.keys[:] = ["d" * 150 + "/" + "é" * 100 + ".jpg", "x" * 5000 + ".jpg"]
-    assert containers.decode(containers.encode(arrays, spec), spec).equals(arrays)
+    assert containers.decode_shard(containers.encode_shard(arrays, spec), spec).equals(arrays)
 
 
 def rename(data, change):
@@ -202,16 +202,16 @@ def rename(data, change):
 )
 def test_hostile_members_are_refused_by_name(change, words):
     spec = make_spec(samples=4, container="webdataset")
-    data = containers.encode(make_arrays(spec), spec)
+    data = containers.encode_shard(make_arrays(spec), spec)
 
     def apply(index, member):
         if index == 2:
             for name, value in change.items():
                 setattr(member, name, value)
 
-    assert containers.decode(rename(data, lambda index, member: None), spec).equals(make_arrays(spec))
+    assert containers.decode_shard(rename(data, lambda index, member: None), spec).equals(make_arrays(spec))
     with pytest.raises(FormatError, match=re.escape(words)):
-        containers.decode(rename(data, apply), spec)
+        containers.decode_shard(rename(data, apply), spec)
 
 
 def test_a_hostile_key_is_refused():
@@ -219,14 +219,14 @@ def test_a_hostile_key_is_refused():
     spec = make_spec(samples=3, container="webdataset")
     arrays = make_arrays(spec)
     arrays.keys[1] = "../../etc/passwd"  # behind the back of the check that refuses it
-    data = containers.encode(arrays, spec)
+    data = containers.encode_shard(arrays, spec)
     with pytest.raises(FormatError, match="'../../etc/passwd' is no key"):
-        containers.decode(data, spec)
+        containers.decode_shard(data, spec)
 
 
 def test_a_pickle_in_a_record_is_never_read():
     spec = make_spec(samples=1, container="webdataset")
-    from stl_offline.labels import tar_shard
+    from stl_offline.labels.format import tar_shard
 
     stream = io.BytesIO()
     np.save(stream, np.array({"key": "value"}, dtype=object), allow_pickle=True)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from stl_offline.errors import FormatError, InputError, JoinError, MissingExtraError, TargetError
-from stl_offline.labels import storage, transfer
+from stl_offline.labels import transfer
 from stl_offline.labels.cache import build_token_cache
 from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.store import storage
 from stl_offline.labels.transfer import pull, push
 from stl_offline.labels.verify import verify
 from tests.labels.crash import files

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stl_offline.files import canonical_json, sha256_bytes
-from stl_offline.labels import containers, tar_shard, zarr_shard
+from stl_offline.labels.format import containers, tar_shard, zarr_shard
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.transfer import pull
 from stl_offline.labels.verify import verify
@@ -55,7 +55,7 @@ def test_every_fault_is_named(path):
     (path / names[0]).unlink()
     (path / names[1]).write_bytes(whole[1][:-100])
     (path / names[2]).write_bytes(whole[2][:300] + bytes([whole[2][300] ^ 1]) + whole[2][301:])
-    replace_shard(path, 3, containers.encode(make_arrays(labels.spec, 0, 4), labels.spec))
+    replace_shard(path, 3, containers.encode_shard(make_arrays(labels.spec, 0, 4), labels.spec))
     replace_shard(path, 4, b"no shard at all" * 100)
     told = []
     report = verify(open_label_set(path), found=told.append)
@@ -117,7 +117,7 @@ def test_a_view_that_the_manifest_denies(tmp_path):
         writer.write_shard(0, arrays)
         writer.finish()
     (fault,) = verify(open_label_set(tmp_path)).faults
-    assert f"the view of {make_key(5)} is not the whole picture" in fault
+    assert f"the view of {make_key(5)} is not the whole image" in fault
 
 
 def test_what_is_odd_but_no_fault(path, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from stl_offline.errors import FormatError, InputError, TargetError
 from stl_offline.files import sha256_bytes
-from stl_offline.labels import containers
+from stl_offline.labels.format import containers
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.writer import LabelSetWriter
 from tests.labels.crash import files, fork, kill_at_step, run, wait, write_all
@@ -25,7 +25,7 @@ SHARDS = 3
 @pytest.fixture(scope="module")
 def encoded():
     ranges = [(index * 13 // SHARDS, (index + 1) * 13 // SHARDS) for index in range(SHARDS)]
-    return [containers.encode(make_arrays(SPEC, *each), SPEC) for each in ranges]
+    return [containers.encode_shard(make_arrays(SPEC, *each), SPEC) for each in ranges]
 
 
 @pytest.fixture(scope="module")

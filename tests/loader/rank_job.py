@@ -1,6 +1,6 @@
 """A student's training whose every batch is written down: run alone, or by torchrun as one of several processes.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.loader.rank_job PICTURES LABELS FOLDER
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.loader.rank_job IMAGES LABELS FOLDER
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from stl_offline.config import StudentConfig
 from stl_offline.loader import TokenLoader
 from stl_offline.training import setup
-from stl_offline.training.student import train_student
+from stl_offline.training.train_student import train_student
 
 EPOCHS = 5
 
@@ -37,20 +37,20 @@ def digest(*tensors) -> str:
     return hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
-def train(pictures: str, labels: str, out: str, batch_size: int) -> list[list]:
+def train(images: str, labels: str, out: str, batch_size: int) -> list[list]:
     """Train for a moment, with `NotedLoader` in the loader's place; gives what its batches held."""
     NotedLoader.epochs = []
-    settings = {"data": pictures, "labels": labels, "out": out, "batch_size": batch_size, "epochs": EPOCHS}
+    settings = {"data": images, "labels": labels, "out": out, "batch_size": batch_size, "epochs": EPOCHS}
     small = {"img_size": 32, "seed": 5, "workers": 1, "device": "cpu", "color_jitter": 0.0, "token_target": "soft"}
     train_student(StudentConfig(**settings, **small))
     return NotedLoader.epochs
 
 
 def main() -> None:
-    pictures, labels, folder = sys.argv[1:]
+    images, labels, folder = sys.argv[1:]
     # For good: this process does nothing else.
     setup.TokenLoader = NotedLoader
-    epochs = train(pictures, labels, str(Path(folder) / "run"), 4)
+    epochs = train(images, labels, str(Path(folder) / "run"), 4)
     (Path(folder) / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(epochs))
 
 

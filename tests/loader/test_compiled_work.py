@@ -5,7 +5,7 @@ import pytest
 from numba import carray, cfunc
 
 from stl_offline.loader.compiled_work import WORK_SIGNATURE, pointer, run_work
-from stl_offline.loader.native import next_item
+from stl_offline.loader.decoder import next_item
 from stl_offline.loader.threads import usable_workers
 
 _RECORD = np.dtype([("items", np.int64), ("count", np.int64), ("counter", np.int64), ("calls", np.int64)])

@@ -204,4 +204,4 @@ def test_memory_stays_where_it_is(load, views):
     before = pages()
     for epoch in range(50):
         list(loader.epoch(epoch, views))
-    assert pages() - before < 2000  # 8 MB; one epoch's pictures are 0.15 MB
+    assert pages() - before < 2000  # 8 MB; one epoch's images are 0.15 MB

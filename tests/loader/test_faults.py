@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from stl_offline.errors import FormatError, InputError, TrainingError
+from stl_offline.geometry import whole_views
 from stl_offline.loader import iterator
 from stl_offline.loader.iterator import EpochThread
-from stl_offline.views import whole_views
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def erase_the_head(beton, sample):
 
 
 def claim_another_size(beton, sample):
-    """The bytes of another, smaller picture: rows that are not there must not be filled from elsewhere."""
+    """The bytes of another, smaller image: rows that are not there must not be filled from elsewhere."""
     smaller = 10  # the same stripes, 24 rows instead of 59 or so
     data = beton.stored_bytes(smaller)
     assert beton.heights[smaller] < beton.heights[sample]
@@ -48,19 +48,19 @@ def claim_another_size(beton, sample):
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("damage", [cut_entropy_data, scramble_entropy_data, erase_the_head, claim_another_size])
-def test_a_damaged_picture_is_named_in_its_batch(load, own, damage, workers):
+def test_a_damaged_image_is_named_in_its_batch(load, own, damage, workers):
     sample = 14
     assert not own.raw[sample]
     damage(own, sample)
     loader = load(own, shuffle=False, workers=workers)
     seen = []
-    with pytest.raises(InputError, match=r"folder/picture 014 \(sample 14\).*damaged"):
+    with pytest.raises(InputError, match=r"folder/image 014 \(sample 14\).*damaged"):
         for batch in loader.epoch(0, whole_views(len(own))):
             seen += batch.sample_ids.tolist()
     assert seen == list(range(10))
     # The loader is of use afterwards, and the damage is found again.
     assert len(list(loader.epoch(0, whole_views(len(own)), sample_ids=np.arange(5)))) == 1
-    with pytest.raises(InputError, match="picture 014"):
+    with pytest.raises(InputError, match="image 014"):
         list(loader.epoch(1, whole_views(len(own))))
 
 
@@ -72,16 +72,16 @@ def test_damage_below_a_crop_is_found(load, own):
     views = whole_views(len(own))
     views[:, 4] = 0.2
     for epoch in range(3):
-        with pytest.raises(InputError, match="picture 014"):
+        with pytest.raises(InputError, match="image 014"):
             list(load(own).epoch(epoch, views, sample_ids=np.array([sample])))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_sound_picture_that_is_damaged_later(load, own, workers):
+def test_a_sound_image_that_is_damaged_later(load, own, workers):
     loader = load(own, workers=workers, shuffle=False)
     assert len(list(loader.epoch(0, whole_views(len(own))))) == 5
     cut_entropy_data(own, 14)
-    with pytest.raises(InputError, match="picture 014"):
+    with pytest.raises(InputError, match="image 014"):
         list(loader.epoch(1, whole_views(len(own))))
 
 

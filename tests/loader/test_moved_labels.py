@@ -1,7 +1,7 @@
-"""Pictures with their coordinates painted in, labels that name the place: after every move both still agree.
+"""Images with their coordinates painted in, labels that name the place: after every move both still agree.
 
 Red is u, green is v, blue is full, and each cell of a label map has a class of its own. So the mean of a token's pixels
-says where in the picture it came from, and so do its classes; where there is no blue, nothing was shown.
+says where in the image it came from, and so do its classes; where there is no blue, nothing was shown.
 """
 
 import io
@@ -17,10 +17,10 @@ from stl_offline.augment import Augmentation, RandAugment, warp_images
 from stl_offline.augment.policy import MOVES
 from stl_offline.augment.warp import move_views, visible_share
 from stl_offline.errors import InputError
+from stl_offline.geometry import CropSettings, draw_views, whole_views
 from stl_offline.images.beton import BetonWriter, open_beton
 from stl_offline.images.encode import encode_image
 from stl_offline.targets import TokenTargets
-from stl_offline.views import CropSettings, draw_views, whole_views
 
 SAMPLES, SIZE, GRID = 12, (48, 72), (8, 12)
 MAP_GRID = (16, 20)
@@ -31,15 +31,15 @@ RATIO = 4
 def painted(height: int, width: int) -> bytes:
     u = (np.arange(width) + 0.5) / width * 255
     v = (np.arange(height) + 0.5) / height * 255
-    picture = np.stack([*np.meshgrid(u, v), np.full((height, width), 255.0)], axis=-1)
+    image = np.stack([*np.meshgrid(u, v), np.full((height, width), 255.0)], axis=-1)
     stream = io.BytesIO()
-    Image.fromarray(picture.round().astype(np.uint8)).save(stream, "PNG")
+    Image.fromarray(image.round().astype(np.uint8)).save(stream, "PNG")
     return stream.getvalue()
 
 
 @pytest.fixture(scope="module")
 def coordinates(tmp_path_factory):
-    """A .beton of pictures of several shapes with their coordinates painted in."""
+    """A .beton of packed of several shapes with their coordinates painted in."""
     path = tmp_path_factory.mktemp("painted") / "painted.beton"
     with open(path, "wb") as stream:
         writer = BetonWriter(stream, SAMPLES)
@@ -66,7 +66,7 @@ class Places:
         self.labelled = np.ones(len(self.map_views), dtype=np.uint8)
 
     def read(self, samples, ids, weights):
-        """Where the labels say that tokens come from: (B, N, 2) in the picture, and their weight (B, N)."""
+        """Where the labels say that tokens come from: (B, N, 2) in the image, and their weight (B, N)."""
         total = weights.sum(-1)
         row, column = np.divmod(np.maximum(ids, 0), MAP_GRID[1])
         at = [((part + 0.5) / cells * weights).sum(-1) for part, cells in ((column, MAP_GRID[1]), (row, MAP_GRID[0]))]
@@ -74,11 +74,11 @@ class Places:
         return np.einsum("bnk,bjk->bnj", points, self.map_views[samples].reshape(-1, 2, 3)), total
 
 
-def compare(load, pictures, crops, warps, cache, kind="soft"):
+def compare(load, packed, crops, warps, cache, kind="soft"):
     """Every sample's tokens by their pixels and by their labels; gives back the weights (n, N) by sample."""
-    loader = load(pictures, SIZE, 5, tokens=TokenTargets(kind, GRID, m=64, sampling_ratio=RATIO), cache=cache)
+    loader = load(packed, SIZE, 5, tokens=TokenTargets(kind, GRID, m=64, sampling_ratio=RATIO), cache=cache)
     cell = (SIZE[0] // GRID[0], SIZE[1] // GRID[1])
-    shares = np.zeros((len(pictures), GRID[0] * GRID[1]))
+    shares = np.zeros((len(packed), GRID[0] * GRID[1]))
     compared = 0
     for batch in loader.epoch(0, crops, warps=warps):
         samples = batch.sample_ids.numpy()
@@ -112,9 +112,9 @@ def compare(load, pictures, crops, warps, cache, kind="soft"):
     return shares
 
 
-def crops_of(pictures, epoch=0, **settings):
+def crops_of(packed, epoch=0, **settings):
     return draw_views(
-        2, epoch, np.arange(len(pictures)), pictures.heights, pictures.widths, CropSettings(scale=(0.4, 1), **settings)
+        2, epoch, np.arange(len(packed)), packed.heights, packed.widths, CropSettings(scale=(0.4, 1), **settings)
     )
 
 
@@ -143,7 +143,7 @@ def test_labels_of_replayed_crops_move_along(load, coordinates):
 
 
 def test_maps_of_larger_crops_say_nothing_of_what_was_not_decoded(load, coordinates):
-    """A whole picture's map has labels beyond the crop; its pixels are not there, so its labels are not either."""
+    """A whole image's map has labels beyond the crop; its pixels are not there, so its labels are not either."""
     small = np.tile(np.array([0.5, 0, 0.25, 0, 0.5, 0.25], dtype=np.float32), (SAMPLES, 1))
     moved = move_views("TranslateXRel", np.full(SAMPLES, 0.375), SIZE).astype(np.float32)
     shares = compare(load, coordinates, small, moved, Places(whole_views(SAMPLES))).reshape(SAMPLES, *GRID)

@@ -65,7 +65,7 @@ def test_ranks_together_see_what_one_rank_sees(n, batch, world):
 
 
 def test_too_few_samples_for_the_ranks():
-    with pytest.raises(InputError, match="2 pictures .* 3 processes"):
+    with pytest.raises(InputError, match="2 images .* 3 processes"):
         rank_batches(np.arange(2), 4, 0, 3, False)
     with pytest.raises(InputError, match="use fewer processes"):
         rank_batches(np.arange(5), 1, 0, 2, False)

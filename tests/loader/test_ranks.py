@@ -16,7 +16,7 @@ STORED_VIEWS = 2
 
 @pytest.fixture(scope="module")
 def labels(make_labels):
-    """The place of a label set that holds two crops of each picture."""
+    """The place of a label set that holds two crops of each image."""
     return str(make_labels(maps=STORED_VIEWS, grid=(4, 4))[0].place)
 
 

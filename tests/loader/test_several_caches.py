@@ -22,7 +22,7 @@ def targets_of(loader, views, **settings):
 
 @pytest.fixture(scope="module")
 def caches(make_labels):
-    """Of another grid, k and number of maps each; the second lacks six pictures."""
+    """Of another grid, k and number of maps each; the second lacks six images."""
     return make_labels(grid=(5, 6))[1], make_labels(grid=(3, 8), top_k=2, maps=3, leave_out=6)[1]
 
 

@@ -12,8 +12,8 @@ import torch
 from stl_offline.errors import InputError
 from stl_offline.geometry import View, relative_view
 from stl_offline.targets import TokenTargets
-from tests import targets_by_hand as by_hand
 from tests.loader.conftest import CLASS_NAMES, random_views
+from tests.targets import by_hand
 
 GRID = (4, 3)
 CLASSES = len(CLASS_NAMES)
@@ -112,7 +112,7 @@ def test_samples_without_labels_have_none(load, views, make_labels):
             assert (weights == 0).all()
 
 
-def test_pictures_are_the_same_with_and_without_targets(load, views, make_labels):
+def test_images_are_the_same_with_and_without_targets(load, views, make_labels):
     _, cache = make_labels()
     with_targets = load(tokens=TokenTargets("gumbel", GRID), cache=cache)
     for a, b in zip(with_targets.epoch(1, views), load().epoch(1, views), strict=True):

@@ -1,4 +1,4 @@
-"""Weights and pictures that are a function of a tensor's name and shape alone, to compare implementations on numbers.
+"""Weights and images that are a function of a tensor's name and shape alone, to compare implementations on numbers.
 
 The two JSON files beside this one hold what another implementation gave, in float64, for weights filled by this rule.
 """
@@ -40,7 +40,7 @@ def fill_model(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def picture(batch: int, height: int, width: int) -> torch.Tensor:
+def random_image(batch: int, height: int, width: int) -> torch.Tensor:
     """(B, 3, height, width) of values of about unit size."""
     wave = fill(f"input{batch}x{height}x{width}", (batch, 3, height, width))
     return wave / math.sqrt(2.0 / (3 * height * width))

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from stl_offline.errors import FormatError, InputError
 from stl_offline.models import load_checkpoint
-from tests.models.fan_fill import fill_model, picture
+from tests.models.fan_fill import fill_model, random_image
 
 NAME = "fan_micro_4_p8_token"
 
@@ -152,7 +152,7 @@ def test_other_class_count_only_when_asked(tmp_path, trained):
     assert set(report.adapted) == {"head.weight", "head.bias", "aux_head.weight", "aux_head.bias"}
     assert torch.equal(model.head.weight, own_head)
     assert torch.equal(model.norm.weight, trained.norm.weight)
-    assert model(picture(1, 16, 24))[1].shape == (1, 6, 3)
+    assert model(random_image(1, 16, 24))[1].shape == (1, 6, 3)
 
 
 def test_token_head_present_on_one_side_only(tmp_path, trained):
@@ -161,7 +161,7 @@ def test_token_head_present_on_one_side_only(tmp_path, trained):
     with pytest.raises(InputError, match="has a token head, and fan_micro_4_p8 has none.*fan_micro_4_p8_token"):
         load_checkpoint(plain, tmp_path / "token.safetensors")
     load_checkpoint(plain, tmp_path / "token.safetensors", adapt_head=True)
-    images = picture(2, 16, 16)
+    images = random_image(2, 16, 16)
     torch.testing.assert_close(plain(images), trained(images)[0])
 
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from stl_offline.models import inference_form
-from tests.models.fan_fill import picture
+from tests.models.fan_fill import random_image
 from tests.models.test_fan_numbers import randomise
 
 
@@ -29,7 +29,7 @@ def compare(outputs, expected):
 def test_compile_without_graph_breaks(name, form):
     torch.compiler.reset()
     model = build(name, form)
-    images = picture(2, 32, 48)
+    images = random_image(2, 32, 48)
     with torch.inference_mode():
         expected = model(images)
         compare(torch.compile(model, backend="aot_eager", fullgraph=True)(images), expected)
@@ -40,7 +40,7 @@ def test_compile_without_graph_breaks_under_autocast():
     torch.compiler.reset()
     model = build("fan_micro_4_p8_token", False)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    images = picture(2, 32, 48)
+    images = random_image(2, 32, 48)
     gradients = []
     for each in (model, compiled):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -65,11 +65,11 @@ def test_export_with_dynamic_shapes(name, stride, form):
     rows, columns = torch.export.Dim("rows", min=2, max=32), torch.export.Dim("columns", min=2, max=32)
     shapes = ({0: torch.export.Dim("batch", min=2, max=64), 2: stride * rows, 3: stride * columns},)
     with torch.no_grad():
-        example = (picture(2, 2 * stride, 3 * stride),)
+        example = (random_image(2, 2 * stride, 3 * stride),)
         program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
         # Other programs read what is exported: it may hold no operator that only this package knows.
         assert not any("stl_offline" in str(node.target) for node in program.graph.nodes)
-        images = picture(3, 5 * stride, 4 * stride)
+        images = random_image(3, 5 * stride, 4 * stride)
         compare(program.module()(images), model(images))
 
 
@@ -79,7 +79,7 @@ def test_onnx(form, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     model = build("fan_micro_4_p8_token", form)
-    images = picture(2, 16, 24)
+    images = random_image(2, 16, 24)
     with torch.no_grad():
         torch.onnx.export(model, (images,), dynamo=True, verbose=False).save(tmp_path / "fan.onnx")
         session = onnxruntime.InferenceSession(tmp_path / "fan.onnx")

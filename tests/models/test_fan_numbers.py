@@ -13,7 +13,7 @@ from stl_offline.errors import InputError
 from stl_offline.models import VARIANTS
 from stl_offline.models.layers import FourierPositions, UnbiasedLayerNorm
 from tests.benchmarks.fan_reference import reference
-from tests.models.fan_fill import fill_model, picture
+from tests.models.fan_fill import fill_model, random_image
 
 DATA = Path(__file__).parent / "data"
 
@@ -25,7 +25,7 @@ def test_conformance(name):
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == expected["shapes"]
     assert sum(parameter.numel() for parameter in model.parameters()) == expected["params"]
     with torch.inference_mode():
-        outputs = model(picture(2, 64, 64))
+        outputs = model(random_image(2, 64, 64))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     assert len(outputs) == (2 if "tokens" in expected else 1)
     for output, key in zip(outputs, ("cls", "tokens"), strict=False):
@@ -104,7 +104,7 @@ def test_token_variants_only_add_the_token_head():
     plain, token = (timm.create_model(name, num_classes=5) for name in ("fan_micro_4_p8", "fan_micro_4_p8_token"))
     assert set(token.state_dict()) - set(plain.state_dict()) == {"aux_head.weight", "aux_head.bias"}
     fill_model(plain), fill_model(token)
-    images = picture(3, 40, 72)
+    images = random_image(3, 40, 72)
     class_logits, token_logits = token(images)
     assert class_logits.shape == (3, 5)
     assert token_logits.shape == (3, 5 * 9, 5)
@@ -116,7 +116,7 @@ def test_any_size_that_the_stem_divides(name, stride):
     model = fill_model(timm.create_model(name, num_classes=3)).double()
     with torch.inference_mode():
         for rows, columns in ((1, 1), (1, 3), (2, 1), (3, 5)):
-            images = picture(1, rows * stride, columns * stride).double()
+            images = random_image(1, rows * stride, columns * stride).double()
             assert model.grid_size(rows * stride, columns * stride) == (rows, columns)
             class_logits, token_logits = model(images)
             assert token_logits.shape == (1, rows * columns, 3)
@@ -127,7 +127,7 @@ def test_any_size_that_the_stem_divides(name, stride):
 
 
 def test_rows_and_columns_are_not_swapped():
-    # The second picture is the first one transposed: tokens of a wide and a tall grid differ, since y is not x.
+    # The second image is the first one transposed: tokens of a wide and a tall grid differ, since y is not x.
     model = fill_model(timm.create_model("fan_micro_4_p8_token", num_classes=3))
     positions = model.pos_embed(2, 4)
     assert positions.shape == (1, 8, 96)

@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from stl_offline.errors import InputError
 from stl_offline.models import TokenLabeler, inference_form
 from stl_offline.models import layers as layers_module
-from stl_offline.models.folding import border_bias, border_index
-from tests.models.fan_fill import picture
+from stl_offline.models.weight_arithmetic import border_bias, border_index
+from tests.models.fan_fill import random_image
 from tests.models.test_fan_numbers import randomise
 
 STEMS = ["fan_micro_4_p8_token", "fan_tiny_12_p16_224_token", "fan_tiny_8_p4_hybrid_token"]
@@ -26,14 +26,14 @@ def build(name, **kwargs):
 @pytest.mark.parametrize("name", STEMS)
 def test_equal_to_the_model(name, strips, monkeypatch):
     if not strips:
-        monkeypatch.setattr("stl_offline.models.folded.strips_pay", lambda x, compiled: False)
+        monkeypatch.setattr("stl_offline.models.folded_parts.strips_pay", lambda x, compiled: False)
     monkeypatch.setattr(layers_module, "STRIP_VALUES", 512 * 7)  # strips that do not divide the rows
     model = build(name)
     form = inference_form(model)
     stride = model.patch_embed.stride
     with torch.inference_mode():
         for batch, rows, columns in ((1, 1, 1), (3, 1, 4), (2, 2, 1), (2, 3, 5)):
-            images = picture(batch, rows * stride, columns * stride)
+            images = random_image(batch, rows * stride, columns * stride)
             for output, expected in zip(form(images), model(images), strict=True):
                 torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
 
@@ -41,7 +41,7 @@ def test_equal_to_the_model(name, strips, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_strips_of_the_model_itself(rows, monkeypatch):
     model = build("fan_tiny_8_p4_hybrid_token")
-    images = picture(2, 32, 48)
+    images = random_image(2, 32, 48)
     expected = model(images)
     monkeypatch.setattr(layers_module, "STRIP_VALUES", 512 * rows)
     before = images.clone()
@@ -66,7 +66,7 @@ def test_the_model_stays_as_it_is():
     model = build("fan_micro_4_p8_token")
     before = copy.deepcopy(model.state_dict())
     form = inference_form(model)
-    images = picture(2, 24, 16)
+    images = random_image(2, 24, 16)
     kept = images.clone()
     with torch.inference_mode():
         first = form(images)[1]
@@ -80,7 +80,7 @@ def test_the_model_stays_as_it_is():
 
 def test_passes_make_no_difference():
     model = build("fan_micro_4_p8_token")
-    images = picture(7, 16, 24)
+    images = random_image(7, 16, 24)
     with torch.inference_mode():
         whole = inference_form(model, images_per_pass=7)(images)
         parts = inference_form(model, images_per_pass=3)(images)
@@ -106,7 +106,7 @@ def test_memory_grows_with_classes_by_the_logits_alone(in_form):
     for classes in (10, 2000):
         model = build("fan_micro_4_p8_token", num_classes=classes)
         form = inference_form(model, images_per_pass=4) if in_form else model
-        held.append(held_beside_outputs(form, picture(12, 32, 32)))
+        held.append(held_beside_outputs(form, random_image(12, 32, 32)))
     logits = 12 * 17 * 2000 * 4
     assert held[1] - held[0] < logits / 50
     assert held[0] > 12 * 17 * 96 * 4  # the measurement sees the activations
@@ -114,13 +114,13 @@ def test_memory_grows_with_classes_by_the_logits_alone(in_form):
 
 def test_works_with_gradients_enabled_too():
     model = build("fan_tiny_8_p4_hybrid_token")
-    images = picture(2, 32, 16)
+    images = random_image(2, 32, 16)
     torch.testing.assert_close(inference_form(model)(images)[1], model(images)[1].detach(), rtol=0, atol=1e-4)
 
 
 def test_heads_only_as_needed():
     model = build("fan_micro_4_p8_token")
-    images = picture(2, 16, 16)
+    images = random_image(2, 16, 16)
     class_only = inference_form(model, token_logits=False)
     torch.testing.assert_close(class_only(images), model(images)[0].detach(), rtol=0, atol=1e-4)
     assert len(class_only.heads) == 1
@@ -130,7 +130,7 @@ def test_heads_only_as_needed():
 
 def test_half_precision_keeps_float32_heads():
     model = build("fan_micro_4_p8_token")
-    images = picture(2, 32, 24)
+    images = random_image(2, 32, 24)
     form = inference_form(model, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in form.blocks.parameters()} == {torch.bfloat16}
     scale = double_precision_head_scale(model)
@@ -148,7 +148,7 @@ def double_precision_head_scale(model):
 def test_autocast_gives_close_float32_logits(dtype):
     model = build("fan_tiny_8_p4_hybrid_token")
     form = inference_form(model)
-    images = picture(2, 32, 48)
+    images = random_image(2, 32, 48)
     with torch.inference_mode():
         expected = model(images)
         with torch.autocast("cpu", dtype=dtype):

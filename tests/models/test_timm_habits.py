@@ -11,7 +11,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from stl_offline.errors import InputError
 from stl_offline.models import VARIANTS
-from tests.models.fan_fill import fill_model, picture
+from tests.models.fan_fill import fill_model, random_image
 
 MICRO = ["fan_micro_4_p8", "fan_micro_4_p8_token"]
 SMALL = [*MICRO, "fan_tiny_8_p4_hybrid", "fan_tiny_8_p4_hybrid_token"]
@@ -35,7 +35,7 @@ def test_registry():
 @pytest.mark.parametrize("name", SMALL)
 def test_forward_and_gradient_checkpointing(name):
     model = timm.create_model(name).eval()
-    images = picture(1, 64, 64)
+    images = random_image(1, 64, 64)
     outputs = everything(model(images))
     assert outputs.shape[-1] == 1000
     assert outputs.isfinite().all()
@@ -47,7 +47,7 @@ def test_forward_and_gradient_checkpointing(name):
 def test_backward_reaches_every_parameter(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=42, drop_path_rate=0.1).train()
-    everything(model(picture(2, 64, 64))).square().mean().backward()
+    everything(model(random_image(2, 64, 64))).square().mean().backward()
     missing = [key for key, parameter in model.named_parameters() if parameter.grad is None]
     assert missing == []
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -59,7 +59,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
     recomputing = copy.deepcopy(model)
     recomputing.set_grad_checkpointing()
     for each in (model, recomputing):
-        everything(each(picture(2, 32, 48))).square().sum().backward()
+        everything(each(random_image(2, 32, 48))).square().sum().backward()
     for (key, one), other in zip(model.named_parameters(), recomputing.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, msg=lambda text, key=key: f"{key}: {text}")
     # Recomputing the forward pass must not count its batch twice.
@@ -77,7 +77,7 @@ def test_default_config(name):
     for layer in (classifier,) if isinstance(classifier, str) else classifier:
         assert layer + ".weight" in state_dict
     assert config["first_conv"] + ".weight" in state_dict
-    images = picture(2, 64, 64)
+    images = random_image(2, 64, 64)
     features = model.forward_features(images)
     pooled = model.forward_head(features, pre_logits=True)
     assert features.shape[-1] == model.num_features
@@ -98,10 +98,10 @@ def test_reset_classifier_resets_both_heads():
     head, token_head = model.get_classifier()
     assert (head, token_head) == (model.head, model.aux_head)
     model.reset_classifier(11, "avg")
-    class_logits, token_logits = model.eval()(picture(1, 16, 24))
+    class_logits, token_logits = model.eval()(random_image(1, 16, 24))
     assert class_logits.shape == (1, 11)
     assert token_logits.shape == (1, 6, 11)
-    tokens = model.forward_features(picture(1, 16, 24))[:, 1:]
+    tokens = model.forward_features(random_image(1, 16, 24))[:, 1:]
     torch.testing.assert_close(class_logits, model.head(tokens.mean(dim=1)))
     with pytest.raises(InputError, match="'max' is not one of"):
         model.reset_classifier(3, "max")
@@ -125,7 +125,7 @@ def test_create_model_arguments():
 
 def test_drop_rate_and_drop_path_act_in_training_only():
     model = fill_model(timm.create_model("fan_micro_4_p8", num_classes=3, drop_rate=0.5, drop_path_rate=0.5))
-    images = picture(4, 16, 16)
+    images = random_image(4, 16, 16)
     torch.testing.assert_close(model(images), model(images))
     model.train()
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def test_features_only(name):
     channels, reductions = model.feature_info.channels(), model.feature_info.reduction()
     assert len(channels) == 4
     height, width = 64, 96
-    outputs = model(picture(1, height, width))
+    outputs = model(random_image(1, height, width))
     assert len(outputs) == len(channels)
     for output, channel, reduction in zip(outputs, channels, reductions, strict=True):
         assert output.shape == (1, channel, math.ceil(height / reduction), math.ceil(width / reduction))
@@ -157,8 +157,8 @@ def test_features_only_chosen_maps():
     whole = timm.create_model("fan_tiny_8_p4_hybrid").eval()
     own = {key.removeprefix("model."): value for key, value in model.state_dict().items()}
     whole.load_state_dict(own, strict=False)
-    maps = whole.forward_intermediates(picture(1, 32, 64), indices=[1, 3], intermediates_only=True)
-    for ours, expected in zip(model(picture(1, 32, 64)), maps, strict=True):
+    maps = whole.forward_intermediates(random_image(1, 32, 64), indices=[1, 3], intermediates_only=True)
+    for ours, expected in zip(model(random_image(1, 32, 64)), maps, strict=True):
         torch.testing.assert_close(ours, expected)
     assert len(model.model.blocks) == 2
 
@@ -167,7 +167,7 @@ def test_features_only_chosen_maps():
 def test_intermediates(name):
     model = timm.create_model(name).eval()
     info = FeatureInfo(model.feature_info, len(model.feature_info))
-    images = picture(1, 64, 96)
+    images = random_image(1, 64, 96)
     output, maps = model.forward_intermediates(images)
     assert len(maps) == len(info.channels())
     for one, channels, reduction in zip(maps, info.channels(), info.reduction(), strict=True):
@@ -187,7 +187,7 @@ def test_fx_tracing(name):
     model = fill_model(timm.create_model(name, num_classes=6))
     node = get_graph_node_names(model)[1][-1]
     traced = create_feature_extractor(model, return_nodes=[node])
-    images = picture(1, 32, 48)
+    images = random_image(1, 32, 48)
     outputs = model(images)
     expected = outputs[-1] if isinstance(outputs, tuple) else outputs
     assert torch.equal(next(iter(traced(images).values())), expected)

@@ -15,7 +15,7 @@ from torchvision.models.feature_extraction import NodePathTracer, create_feature
 
 from stl_offline.errors import InputError
 from stl_offline.models import VARIANTS
-from tests.models.fan_fill import fill_model, picture
+from tests.models.fan_fill import fill_model, random_image
 
 EVERY = sorted(name + suffix for name in VARIANTS for suffix in ("", "_token"))
 SMALL = ["fan_micro_4_p8", "fan_micro_4_p8_token", "fan_tiny_8_p4_hybrid", "fan_tiny_8_p4_hybrid_token"]
@@ -37,7 +37,7 @@ def on_meta(name, **kwargs):
         return timm.create_model(name, **kwargs).eval()
 
 
-def pictures(model, batch=2, height=None, width=None):
+def random_images(model, batch=2, height=None, width=None):
     channels, own_height, own_width = model.default_cfg["input_size"]
     return torch.empty(batch, channels, height or own_height, width or own_width, device="meta")
 
@@ -53,7 +53,7 @@ def class_part(outputs):
 @pytest.mark.parametrize("name", EVERY)
 def test_shapes_of_outputs(name):
     model = on_meta(name)
-    images = pictures(model, 3)
+    images = random_images(model, 3)
     stride = 8 if "micro" in name else 16
     tokens = (images.shape[2] // stride) * (images.shape[3] // stride)
     outputs = model(images)
@@ -88,7 +88,7 @@ def test_config_names_what_the_model_has(name):
 @pytest.mark.parametrize("name", SLOWLY_EVERY)
 def test_heads_taken_off(name):
     model = on_meta(name)
-    images = pictures(model)
+    images = random_images(model)
     features = model.forward_features(images)
     pooled = model.forward_head(features, pre_logits=True)
     assert features.shape[2] == model.num_features
@@ -144,7 +144,7 @@ def test_shapes_of_intermediates(name):
     model = on_meta(name)
     info = FeatureInfo(model.feature_info, len(model.feature_info))
     shapes = [(2, c, 64 // stride, 96 // stride) for c, stride in zip(info.channels(), info.reduction(), strict=True)]
-    images = pictures(model, 2, 64, 96)
+    images = random_images(model, 2, 64, 96)
     for flag in (False, True):
         output, maps = model.forward_intermediates(images, norm=flag, stop_early=flag)
         assert output.shape == model.forward_features(images).shape
@@ -156,7 +156,7 @@ def test_shapes_of_intermediates(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_numbers_of_intermediates(name):
     model = small(name)
-    images = picture(2, 32, 48)
+    images = random_image(2, 32, 48)
     output, maps = model.forward_intermediates(images)
     torch.testing.assert_close(output, model.forward_features(images))
     model.set_grad_checkpointing()
@@ -175,7 +175,7 @@ def test_numbers_of_intermediates(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_pruned_to_what_the_maps_need(name):
     model = small(name)
-    images = picture(1, 32, 48)
+    images = random_image(1, 32, 48)
     expected = model.forward_intermediates(images, [-3], intermediates_only=True)
     last = len(model.feature_info) - 1
     blocks = len(model.blocks)
@@ -200,7 +200,7 @@ def test_symbolic_tracing(name, training):
     tracer = NodePathTracer(**options)
     output = next(reversed(tracer.trace(model).nodes))
     nodes = [tracer.node_to_qualname[node] for node in output.all_input_nodes]
-    images = picture(2, 32, 48)
+    images = random_image(2, 32, 48)
     expected = model(images)
     expected = expected if isinstance(expected, tuple) else (expected,)
     assert len(nodes) == len(expected)

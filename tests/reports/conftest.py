@@ -1,4 +1,4 @@
-"""Labels of small pictures, runs made of numbers, and a browser."""
+"""Labels of small images, runs made of numbers, and a browser."""
 
 import dataclasses
 import json
@@ -19,13 +19,13 @@ CLASS_NAMES = ("disc", "<b>ring</b>", "heart & star", "a $name^ that is long", "
 
 
 def key_of(number: int) -> str:
-    return f"{CLASS_NAMES[number % len(CLASS_NAMES)].replace('/', '-')}/picture {number:02d}"
+    return f"{CLASS_NAMES[number % len(CLASS_NAMES)].replace('/', '-')}/image {number:02d}"
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """A tree of 18 pictures of 7 classes, each of another size, H ≠ W."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """A tree of 18 images of 7 classes, each of another size, H ≠ W."""
+    folder = tmp_path_factory.mktemp("images")
     for number in range(SAMPLES):
         draw = np.random.default_rng(number)
         height, width = 40 + 3 * (number % 4), 61 + 5 * (number % 3)
@@ -38,11 +38,11 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def make_labels(pictures, tmp_path_factory):
-    """make_labels(**settings) → the folder of a label set of these pictures, in six shards."""
+def make_labels(images, tmp_path_factory):
+    """make_labels(**settings) → the folder of a label set of these images, in six shards."""
 
     def make(maps=1, shards=6, **settings):
-        paths = sorted(pictures.rglob("*.png"))
+        paths = sorted(images.rglob("*.png"))
         names = tuple(sorted({path.parent.name for path in paths}))
         spec = make_spec(len(paths), classes=len(names), view_count=maps, class_names=names, **settings)
         folder = tmp_path_factory.mktemp("labels") / "set"
@@ -52,7 +52,7 @@ def make_labels(pictures, tmp_path_factory):
                 arrays = make_arrays(spec, mine.start, mine.stop)
                 arrays = dataclasses.replace(
                     arrays,
-                    keys=[str(path.relative_to(pictures)) for path in paths[mine]],
+                    keys=[str(path.relative_to(images)) for path in paths[mine]],
                     content_hash=np.array([content_hash(path.read_bytes()) for path in paths[mine]], dtype=np.uint64),
                     class_id=np.array([names.index(path.parent.name) for path in paths[mine]], dtype=np.uint32),
                 )
@@ -65,7 +65,7 @@ def make_labels(pictures, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def labels(make_labels):
-    """A label set of whole pictures."""
+    """A label set of whole images."""
     return make_labels()
 
 
@@ -94,7 +94,7 @@ def make_run(tmp_path):
                 "loss": 3.0 - 0.5 * epoch,
                 "lr": 0.001 / epoch,
                 "top1": 0.2 * epoch,
-                "pictures_per_second": 10.0 * epoch,
+                "images_per_second": 10.0 * epoch,
                 "seconds": 12.0 / epoch,
                 "data_wait_seconds": 0.3,
             }

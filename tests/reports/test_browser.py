@@ -5,7 +5,7 @@ import json
 import pytest
 
 from stl_offline.config import PreviewConfig, ReportConfig
-from stl_offline.reports.find_pictures import find_pictures
+from stl_offline.reports.find import find_images
 from stl_offline.reports.preview import preview_labels
 from stl_offline.reports.report import report_runs
 
@@ -43,10 +43,10 @@ CONTRAST = """
 
 
 @pytest.fixture(scope="module")
-def labels_page(labels, pictures, tmp_path_factory):
+def labels_page(labels, images, tmp_path_factory):
     out = tmp_path_factory.mktemp("page")
-    config = PreviewConfig(path=str(labels), data=str(pictures), out=str(out), samples=6, seed=2)
-    return preview_labels(config, find_pictures).page
+    config = PreviewConfig(path=str(labels), data=str(images), out=str(out), samples=6, seed=2)
+    return preview_labels(config, find_images).page
 
 
 @pytest.fixture
@@ -88,14 +88,14 @@ def test_the_mouse_shows_a_token(seen, labels_page, data):
     assert seen.run(f"{TIP}.hidden")
 
 
-def test_a_token_is_framed_in_the_other_pictures(seen, labels_page):
+def test_a_token_is_framed_in_the_other_images(seen, labels_page):
     seen.open(labels_page, *DESKTOP)
     drawn = "[...document.querySelectorAll(\"article[data-scene='0'] canvas\")].map(c => c.toDataURL())"
     left, top, width, height = seen.box("article[data-scene='0'] [data-tokens=student] .probe")
     before = seen.run(drawn)
     seen.point(left + width / 2, top + height / 2)
     after = seen.run(drawn)
-    # The picture, and the two maps of the crop; the label map's own four stay as they are.
+    # The image, and the two maps of the crop; the label map's own four stay as they are.
     assert [a != b for a, b in zip(before, after, strict=True)] == [True] + [False] * 4 + [True] * 2
 
 

@@ -14,7 +14,7 @@ from stl_offline.config import PreviewConfig
 from stl_offline.errors import InputError, JoinError
 from stl_offline.images.pack import pack
 from stl_offline.labels.label_set import LabelSet, open_label_set
-from stl_offline.reports.find_pictures import find_pictures
+from stl_offline.reports.find import find_images
 from stl_offline.reports.preview import preview_labels
 
 VOID = {"meta", "link", "img", "input", "br"}
@@ -52,18 +52,18 @@ class Page(html.parser.HTMLParser):
 
 def preview(labels, out, data=None, **settings):
     config = PreviewConfig(path=str(labels), data=None if data is None else str(data), out=str(out), **settings)
-    return preview_labels(config, None if data is None else find_pictures)
+    return preview_labels(config, None if data is None else find_images)
 
 
 @pytest.fixture(scope="module")
-def made(labels, pictures, tmp_path_factory):
-    """(report, page) of five pictures."""
+def made(labels, images, tmp_path_factory):
+    """(report, page) of five images."""
     out = tmp_path_factory.mktemp("preview")
-    report = preview(labels, out, pictures, samples=5, seed=3)
+    report = preview(labels, out, images, samples=5, seed=3)
     return report, Page(report.page.read_text())
 
 
-def test_one_page_and_its_pictures(made):
+def test_one_page_and_its_images(made):
     report, page = made
     assert report.shown == report.asked == len(page.all("article")) == 5
     assert report.bytes == report.page.stat().st_size < 5e6
@@ -86,7 +86,7 @@ def test_the_page_asks_for_nothing(made):
     assert "default-src 'none'" in policy and "unsafe-eval" not in policy
 
 
-def test_every_picture_says_in_words_what_it_shows(made):
+def test_every_image_says_in_words_what_it_shows(made):
     _, page = made
     assert all(image["alt"] for image in page.all("img"))
     named = [each for each in page.all("div") if each.get("role") == "img"]
@@ -121,7 +121,7 @@ def test_tokens_are_the_label_sets(made, label_set):
         assert len(scene["tokens"]["student"]["drawn"]) == 15
 
 
-def test_only_the_shards_of_the_chosen_labels_are_read(labels, pictures, tmp_path, monkeypatch):
+def test_only_the_shards_of_the_chosen_labels_are_read(labels, images, tmp_path, monkeypatch):
     touched = set()
     for name in ("read_bytes", "read_index"):
         original = getattr(LabelSet, name)
@@ -131,19 +131,19 @@ def test_only_the_shards_of_the_chosen_labels_are_read(labels, pictures, tmp_pat
             return original(self, index, *arguments, **options)
 
         monkeypatch.setattr(LabelSet, name, counted)
-    report = preview(labels, tmp_path, pictures, samples=1, seed=1)
+    report = preview(labels, tmp_path, images, samples=1, seed=1)
     assert len(touched) == report.shards == 1
     assert "from 1 of 6 shards" in report.page.read_text()
-    report = preview(labels, tmp_path, pictures, samples=1, seed=1, all_shards=True)
+    report = preview(labels, tmp_path, images, samples=1, seed=1, all_shards=True)
     assert touched == set(range(6))
-    assert "18 pictures, from all shards" in report.page.read_text()
+    assert "18 images, from all shards" in report.page.read_text()
 
 
-def test_a_beton_gives_the_same_page_as_its_folder(labels, pictures, tmp_path):
-    pack(str(pictures), tmp_path / "pictures.beton", workers=1)
+def test_a_beton_gives_the_same_page_as_its_folder(labels, images, tmp_path):
+    pack(str(images), tmp_path / "images.beton", workers=1)
     pages = [
         preview(labels, tmp_path / str(number), source, samples=2).page.read_bytes()
-        for number, source in enumerate((pictures, tmp_path / "pictures.beton"))
+        for number, source in enumerate((images, tmp_path / "images.beton"))
     ]
     assert pages[0] == pages[1]
 
@@ -156,46 +156,46 @@ def test_labels_alone(labels, tmp_path):
     assert len(page.all("img")) == 3 * 6
 
 
-def test_crops(make_labels, pictures, tmp_path):
+def test_crops(make_labels, images, tmp_path):
     labels = make_labels(maps=3)
-    report = preview(labels, tmp_path, pictures, samples=2, views=(0, 2))
+    report = preview(labels, tmp_path, images, samples=2, views=(0, 2))
     assert report.shown == 4
     text = report.page.read_text()
     assert "crop 2" in text and "replay" in text
-    with pytest.raises(InputError, match="3 maps of each picture, 0 to 2; got 3"):
-        preview(labels, tmp_path, pictures, views=(3,))
+    with pytest.raises(InputError, match="3 maps of each image, 0 to 2; got 3"):
+        preview(labels, tmp_path, images, views=(3,))
 
 
-def test_a_page_that_would_be_too_large_shows_less_and_says_so(labels, pictures, tmp_path):
-    full = preview(labels, tmp_path, pictures, samples=9)
-    assert full.shown == 9 and len(full.figures) == 3  # eight rows a picture
+def test_a_page_that_would_be_too_large_shows_less_and_says_so(labels, images, tmp_path):
+    full = preview(labels, tmp_path, images, samples=9)
+    assert full.shown == 9 and len(full.figures) == 3  # eight rows an image
     limit = 0.6 * full.bytes / 1e6
-    report = preview(labels, tmp_path, samples=9, data=pictures, max_mb=limit)
+    report = preview(labels, tmp_path, samples=9, data=images, max_mb=limit)
     assert 0 < report.shown < 9
     assert report.bytes <= limit * 1e6
     assert f"shows {report.shown} of the 9 chosen" in report.warnings[0]
     assert report.warnings[0].split(":")[0] in report.page.read_text()
     with pytest.raises(InputError, match="--max-mb"):
-        preview(labels, tmp_path, pictures, samples=2, max_mb=0.01)
+        preview(labels, tmp_path, images, samples=2, max_mb=0.01)
 
 
-def test_pictures_that_changed_are_refused(labels, pictures, tmp_path, label_set):
+def test_images_that_changed_are_refused(labels, images, tmp_path, label_set):
     changed = tmp_path / "changed"
-    shutil.copytree(pictures, changed)
+    shutil.copytree(images, changed)
     key = label_set.keys[2]
     Image.new("RGB", (30, 20), "red").save(changed / key)
-    with pytest.raises(JoinError, match="1 pictures changed"):
+    with pytest.raises(JoinError, match="1 images changed"):
         preview(labels, tmp_path / "out", changed, keys=(key,))
     assert not (tmp_path / "out").exists()
     assert preview(labels, tmp_path / "out", changed, keys=(key,), allow_changed=True).shown == 1
 
 
-def test_pictures_that_are_missing(labels, pictures, tmp_path, label_set):
+def test_images_that_are_missing(labels, images, tmp_path, label_set):
     fewer = tmp_path / "fewer"
-    shutil.copytree(pictures, fewer)
+    shutil.copytree(images, fewer)
     gone, kept = label_set.keys[0], label_set.keys[1]
     (fewer / gone).unlink()
-    with pytest.raises(JoinError, match="1 of the 2 labels chosen have no picture"):
+    with pytest.raises(JoinError, match="1 of the 2 labels chosen have no image"):
         preview(labels, tmp_path / "out", fewer, keys=(gone, kept))
     report = preview(labels, tmp_path / "out", fewer, keys=(gone, kept), missing="skip")
     assert report.shown == 2
@@ -210,10 +210,10 @@ def test_another_data_set_is_refused(labels, tmp_path):
         preview(labels, tmp_path / "out", tmp_path / "other")
 
 
-def test_the_command(labels, pictures, tmp_path, capsys):
+def test_the_command(labels, images, tmp_path, capsys):
     out = tmp_path / "out"
     key = open_label_set(labels).keys[7]
-    call = ["labels", "preview", str(labels), "--data", str(pictures), "--out", str(out), "--key", key]
+    call = ["labels", "preview", str(labels), "--data", str(images), "--out", str(out), "--key", key]
     assert main(call) == 0
     printed = capsys.readouterr().out
     assert str(out / "labels.html") in printed and str(out / "labels.png") in printed

@@ -7,11 +7,11 @@ import pytest
 import timm
 import torch
 
-from stl_offline.artifact import ModelDescription, load_model, save_model
 from stl_offline.cli.main import main
 from stl_offline.config import EvaluateConfig, ReportConfig
 from stl_offline.errors import InputError, JoinError
-from stl_offline.evaluate import evaluate
+from stl_offline.evaluation import evaluate
+from stl_offline.models import ModelDescription, load_model, save_model
 from stl_offline.reports.predictions import choose_examples, predict
 from stl_offline.reports.report import report_runs
 from stl_offline.reports.runs import read_runs
@@ -19,9 +19,9 @@ from stl_offline.reports.runs import read_runs
 MODEL = "fan_micro_4_p8_token"
 
 
-def add_weights(folder, pictures, seed=0):
+def add_weights(folder, images, seed=0):
     """Weights of a model that was never trained."""
-    names = tuple(sorted(path.name for path in pictures.iterdir()))
+    names = tuple(sorted(path.name for path in images.iterdir()))
     torch.manual_seed(seed)
     model = timm.create_model(MODEL, num_classes=len(names), img_size=32)
     # Untrained heads start near zero; larger ones say something.
@@ -54,7 +54,7 @@ def test_runs_side_by_side(make_run, labels, label_set, tmp_path):
     for title in ("Loss", "Top-1", "Learning rate", "Throughput"):
         assert f"{title} " in text
     page = out.read_text()
-    assert page.count('role="img"') == 4 and "loss (nats)" in page and "pictures / s" in page
+    assert page.count('role="img"') == 4 and "loss (nats)" in page and "images / s" in page
     assert "Examples None: --data SRC" in text
 
 
@@ -85,13 +85,13 @@ def test_a_run_without_an_epoch_is_shown_nevertheless(make_run, tmp_path):
 
 
 @pytest.fixture
-def run_with_weights(make_run, pictures):
-    return add_weights(make_run("student"), pictures)
+def run_with_weights(make_run, images):
+    return add_weights(make_run("student"), images)
 
 
-def test_predictions_are_the_models(run_with_weights, pictures):
-    found = predict(read_runs([run_with_weights]), str(pictures), 1000, device="cpu", workers=1)
-    scored = evaluate(EvaluateConfig(data=str(pictures), checkpoint=str(run_with_weights), device="cpu", workers=1))
+def test_predictions_are_the_models(run_with_weights, images):
+    found = predict(read_runs([run_with_weights]), str(images), 1000, device="cpu", workers=1)
+    scored = evaluate(EvaluateConfig(data=str(images), checkpoint=str(run_with_weights), device="cpu", workers=1))
     assert len(found.sample_ids) == scored["samples"] == 18
     assert found.runs[0].right.mean() == pytest.approx(scored["top1"])
     tokens = found.tokens(0, 4)
@@ -101,11 +101,11 @@ def test_predictions_are_the_models(run_with_weights, pictures):
     assert model.grid_size(32, 32) == tokens.grid
 
 
-def test_examples(run_with_weights, make_run, pictures, tmp_path):
-    other = add_weights(make_run("other"), pictures, seed=1)
+def test_examples(run_with_weights, make_run, images, tmp_path):
+    other = add_weights(make_run("other"), images, seed=1)
     config = ReportConfig(
         runs=(str(run_with_weights), str(other)),
-        data=str(pictures),
+        data=str(images),
         out=str(tmp_path / "report.html"),
         examples=2,
         device="cpu",
@@ -113,7 +113,7 @@ def test_examples(run_with_weights, make_run, pictures, tmp_path):
     )
     report = report_runs(config)
     text = text_of(config.out if hasattr(config.out, "read_text") else tmp_path / "report.html")
-    predicted = predict(read_runs([run_with_weights]), str(pictures), 1000, device="cpu", workers=1).runs[0]
+    predicted = predict(read_runs([run_with_weights]), str(images), 1000, device="cpu", workers=1).runs[0]
     right, wrong = choose_examples(predicted, 2, 0)
     assert predicted.right[right].all() and not predicted.right[wrong].any()
     assert report.examples == len(right) + len(wrong)
@@ -124,19 +124,19 @@ def test_examples(run_with_weights, make_run, pictures, tmp_path):
     assert any("Fewer examples" in warning for warning in small.warnings)
 
 
-def test_the_surest_mistakes_come_first(run_with_weights, pictures):
-    predictions = predict(read_runs([run_with_weights]), str(pictures), 1000, device="cpu", workers=1).runs[0]
+def test_the_surest_mistakes_come_first(run_with_weights, images):
+    predictions = predict(read_runs([run_with_weights]), str(images), 1000, device="cpu", workers=1).runs[0]
     _, wrong = choose_examples(predictions, 3, 0)
     assert (np.diff(predictions.confidence[wrong]) <= 0).all()
     others = np.setdiff1d(np.flatnonzero(~predictions.right), wrong)
     assert predictions.confidence[wrong].min() >= predictions.confidence[others].max()
 
 
-def test_pictures_of_other_classes_are_refused(run_with_weights, pictures, tmp_path):
-    names = [path.name for path in pictures.iterdir()]
+def test_images_of_other_classes_are_refused(run_with_weights, images, tmp_path):
+    names = [path.name for path in images.iterdir()]
     (tmp_path / "other").mkdir()
     for name in (names[0], "zebra"):
-        (tmp_path / "other" / name).symlink_to(pictures / names[0])
+        (tmp_path / "other" / name).symlink_to(images / names[0])
     config = ReportConfig(runs=(str(run_with_weights),), data=str(tmp_path / "other"), out=str(tmp_path / "x.html"))
     with pytest.raises(JoinError, match="zebra"):
         report_runs(config)

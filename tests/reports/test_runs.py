@@ -15,7 +15,7 @@ def test_a_finished_run(make_run):
     assert run.points("top1") == ((1.0, 0.2), (2.0, 0.4), (3.0, pytest.approx(0.6)))
     assert run.points("no such thing") == ((1.0, None), (2.0, None), (3.0, None))
     assert run.result("top1") == 0.6
-    assert run.result("pictures_per_second") == 30.0  # only the log has it
+    assert run.result("images_per_second") == 30.0  # only the log has it
     assert run.total("seconds") == 22.0
 
 

@@ -16,28 +16,28 @@ def striped(kind: str, seed: int) -> np.ndarray:
     position = {"horizontal": y, "vertical": x, "diagonal": x + y}[kind]
     wave = (np.sin(position * generator.uniform(0.7, 1.1) + generator.uniform(0, 6)) > 0)[..., None]
     first, second = generator.integers(0, 256, (2, 3))
-    picture = np.where(wave, first, second) + generator.normal(0, 8, (height, width, 3))
-    return picture.clip(0, 255).astype(np.uint8)
+    image = np.where(wave, first, second) + generator.normal(0, 8, (height, width, 3))
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def write_stripes(folder, count: int, seed: int, classes=CLASSES):
     for number, kind in enumerate(classes):
         (folder / kind).mkdir(parents=True)
         for index in range(count):
-            picture = Image.fromarray(striped(kind, seed * 1000 + number * 100 + index))
-            picture.save(folder / kind / f"{index:03d}.jpg", quality=95)
+            image = Image.fromarray(striped(kind, seed * 1000 + number * 100 + index))
+            image.save(folder / kind / f"{index:03d}.jpg", quality=95)
     return folder
 
 
 @pytest.fixture(scope="session")
 def make_stripes():
-    """`write_stripes`, for tests that need other pictures."""
+    """`write_stripes`, for tests that need other images."""
     return write_stripes
 
 
 @pytest.fixture(scope="session")
 def stripes(tmp_path_factory):
-    """(train folder, validation folder): 3 classes, 15 and 6 pictures each."""
+    """(train folder, validation folder): 3 classes, 15 and 6 images each."""
     folder = tmp_path_factory.mktemp("stripes")
     return write_stripes(folder / "train", 15, 1), write_stripes(folder / "val", 6, 2)
 

@@ -1,4 +1,4 @@
-"""The whole way from pictures to a student, from the command line; and what a user's mistakes give."""
+"""The whole way from images to a student, from the command line; and what a user's mistakes give."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def fails(capsys, *arguments):
     return lines[0]
 
 
-def test_from_pictures_to_a_student(stripes, tmp_path, capsys):
+def test_from_images_to_a_student(stripes, tmp_path, capsys):
     data, val = stripes
     packed, labeler, labels, student = (tmp_path / name for name in ("train.beton", "labeler", "labels", "student"))
     assert call(capsys, "pack", data, packed)[0] == 0
@@ -55,11 +55,11 @@ def test_from_pictures_to_a_student(stripes, tmp_path, capsys):
     assert scores["samples"] == 18
     assert 0 <= scores["top1"] <= scores["top5"] == 1
 
-    # Pictures of some of the label set's classes.
+    # Images of some of the label set's classes.
     some = shutil.copytree(data, tmp_path / "some", ignore=shutil.ignore_patterns("horizontal"))
     train = ["train-student", "--labels", labels, *SMALL]
     error = fails(capsys, *train, "--data", some, "--out", tmp_path / "refused")
-    assert "1 of its classes are not among the pictures' (" in error and "horizontal" in error
+    assert "1 of its classes are not among the images' (" in error and "horizontal" in error
     assert "--classes LABELS" in error
     assert call(capsys, "pack", some, tmp_path / "some.beton", "--classes", labels)[0] == 0
     assert call(capsys, *train, "--data", tmp_path / "some.beton", "--out", tmp_path / "of-some")[0] == 0
@@ -88,18 +88,18 @@ class TestMistakes:
         folder = make_stripes(tmp_path / "one", 3, 1, classes=("vertical",))
         assert "class" in self.train(capsys, tmp_path, folder)
 
-    def test_a_broken_picture_is_named_or_left_out(self, capsys, tmp_path, make_stripes, monkeypatch):
+    def test_a_broken_image_is_named_or_left_out(self, capsys, tmp_path, make_stripes, monkeypatch):
         folder = make_stripes(tmp_path / "broken", 3, 1)
         whole = (folder / "vertical" / "001.jpg").read_bytes()
         (folder / "vertical" / "001.jpg").write_bytes(whole[: len(whole) // 2])
-        (folder / "diagonal" / "000.jpg").write_text("no picture at all")
+        (folder / "diagonal" / "000.jpg").write_text("no image at all")
         assert "diagonal/000.jpg" in self.train(capsys, tmp_path, folder)
         monkeypatch.delenv("STL_OFFLINE_QUIET")
         command = ["train-labeler", "--data", folder, "--out", tmp_path / "run", *SMALL, "--skip-broken"]
         code, _, error = call(capsys, *command)
         assert code == 0
         assert "vertical/001.jpg" in error
-        assert "packed 7 pictures" in error
+        assert "packed 7 images" in error
         code, out, _ = call(capsys, "pack", folder, tmp_path / "whole.beton", "--skip-broken")
         assert code == 0
         assert re.search(r"^skipped vertical/001\.jpg: .*is cut off", out, re.MULTILINE)

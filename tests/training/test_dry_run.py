@@ -10,7 +10,7 @@ from stl_offline.cli.main import main
 from stl_offline.config import LabelerConfig, StudentConfig
 from stl_offline.errors import StlError
 from stl_offline.training.dry_run import _SavedBytes, dry_run
-from stl_offline.training.labeler import train_labeler
+from stl_offline.training.train_labeler import train_labeler
 
 
 def tree(folder):
@@ -30,7 +30,7 @@ def test_it_prints_and_writes_nothing(quick, stripes, tmp_path, capsys, monkeypa
     shown = {words[0]: " ".join(words[1:]) for words in (line.split() for line in out.splitlines()) if words}
     assert shown["epochs"] == "10"
     assert shown["warmup_epochs"] == "2.0"  # the recipe's
-    assert shown["data"].startswith("45 pictures")
+    assert shown["data"].startswith("45 images")
     assert shown["steps"].startswith("30 (3 an epoch, the first 6 of them warm-up)")
     assert "4×4 tokens" in shown["model"]
 
@@ -40,7 +40,7 @@ def test_the_numbers_are_the_runs_own(quick):
     found = dry_run(config, "labeler")
     summary = train_labeler(config)
     assert found.steps == summary["steps"] == 6
-    assert found.step_pictures == 20
+    assert found.step_images == 20
     assert found.lr == pytest.approx(5e-4)
     weights = Path(quick["out"]) / "weights.safetensors"
     assert 4 * found.parameters < weights.stat().st_size < 4.2 * found.parameters + 20_000
@@ -86,9 +86,9 @@ def test_mistakes_come_before_any_step(quick, tmp_path, make_stripes):
         dry_run(StudentConfig(**quick | online), "student")
 
 
-def test_a_steps_pictures_are_all_held(quick):
+def test_a_steps_images_are_all_held(quick):
     one, four = (dry_run(LabelerConfig(**quick | {"accumulate": count, "amp": "auto"}), "labeler") for count in (1, 4))
-    pictures = 3 * 20 * 3 * 32 * 32 * 4  # those of three batches more
-    assert four.memory - one.memory == pytest.approx(2 * pictures, rel=0.1)
+    images = 3 * 20 * 3 * 32 * 32 * 4  # those of three batches more
+    assert four.memory - one.memory == pytest.approx(2 * images, rel=0.1)
     assert (one.settings["device"], one.settings["workers"], one.settings["color_jitter"]) == ("cpu", 1, 0.4)
     assert one.settings["amp"] in ("none", "bf16")

@@ -1,26 +1,26 @@
-"""How pictures are resized is an option of every stage, and what labels speak of is compared with what is shown."""
+"""How images are resized is an option of every stage, and what labels speak of is compared with what is shown."""
 
 from dataclasses import replace
 
 import pytest
 
-from stl_offline.artifact import read_description
 from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, StudentConfig
 from stl_offline.dump import dump_labels
 from stl_offline.errors import InputError
-from stl_offline.evaluate import evaluate
+from stl_offline.evaluation import evaluate
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.loader import DECODER
+from stl_offline.models.artifact import read_description
 from stl_offline.training import setup
-from stl_offline.training.labeler import train_labeler
-from stl_offline.training.student import train_student
+from stl_offline.training.train_labeler import train_labeler
+from stl_offline.training.train_student import train_student
 
 MACHINE = {"batch_size": 15, "workers": 1, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def chain(stripes, tmp_path_factory):
-    """A labeler and its label set, both of pictures resized bicubically; and the dump's settings."""
+    """A labeler and its label set, both of images resized bicubically; and the dump's settings."""
     folder = tmp_path_factory.mktemp("bicubic")
     data = str(stripes[0])
     train_labeler(
@@ -62,7 +62,7 @@ def test_measuring_resizes_as_training_did(chain, stripes, monkeypatch):
         asked.append(settings["interpolation"])
         return original(*arguments, **settings)
 
-    monkeypatch.setattr("stl_offline.scoring.TokenLoader", noted)
+    monkeypatch.setattr("stl_offline.evaluation.scoring.TokenLoader", noted)
     evaluate(EvaluateConfig(data=str(stripes[1]), checkpoint=str(chain[0] / "labeler"), workers=1, device="cpu"))
     assert asked == ["bicubic"]
 

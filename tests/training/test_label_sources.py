@@ -10,6 +10,7 @@ import pytest
 from stl_offline.cli.main import main
 from stl_offline.config import StudentConfig
 from stl_offline.errors import InputError, JoinError
+from stl_offline.geometry import whole_views
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.label_set import open_label_set
@@ -17,8 +18,7 @@ from stl_offline.labels.writer import LabelSetWriter
 from stl_offline.training.label_choice import ChooseByDraw, ChooseByZoom, choose_between
 from stl_offline.training.label_sources import open_labels
 from stl_offline.training.setup import prepare
-from stl_offline.training.student import train_student
-from stl_offline.views import whole_views
+from stl_offline.training.train_student import train_student
 from tests.labels.synthetic import make_spec
 
 WHOLE = [1, 0, 0, 0, 1, 0]
@@ -114,7 +114,7 @@ def test_each_sample_reads_the_map_of_its_zoom(quick, make_set):
         assert len(set(classes.tolist())) == 2
 
 
-def test_whole_pictures_of_one_labeler_and_crops_of_another(quick, make_set):
+def test_whole_images_of_one_labeler_and_crops_of_another(quick, make_set):
     sets = (make_set("whole", 1, 32), make_set("crops", 2, 32, maps=3, leave_out=9, labeler="1" * 64))
     stage, source = source_of(quick, sets, labels_share=(1, 3), missing="skip")
     shares = []
@@ -149,7 +149,7 @@ def test_choices_that_cannot_be(quick, make_set):
     strange = make_set("strange", 0, 64, class_names=[names[0], names[2], names[1]])
     with pytest.raises(JoinError, match=f"strange: .*class 1 is '{names[2]}' there"):
         source_of(quick, (small, strange))
-    with pytest.raises(InputError, match="small holds whole pictures"):
+    with pytest.raises(InputError, match="small holds whole images"):
         source_of(quick, (small, crops), views="replay")
 
 

@@ -11,12 +11,12 @@ import torch
 
 from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, StudentConfig
 from stl_offline.dump import dump_labels
-from stl_offline.evaluate import evaluate
-from stl_offline.training.labeler import train_labeler
-from stl_offline.training.student import train_student
+from stl_offline.evaluation import evaluate
+from stl_offline.training.train_labeler import train_labeler
+from stl_offline.training.train_student import train_student
 from tests.training.torchrun import torchrun
 
-# Equal but for rounding: single batch, dropping nothing, mixing nothing (each process mixes its own pictures).
+# Equal but for rounding: single batch, dropping nothing, mixing nothing (each process mixes its own images).
 LOSSES = ("loss", "class_loss", "token_loss", "token_accuracy", "confidence", "labelled")
 
 
@@ -41,7 +41,7 @@ def command(quick, labels, out, *more):
 
 
 def test_two_processes_learn_as_one_with_their_joint_batch(quick, labels, tmp_path):
-    """45 pictures in steps of 20, 20 and 5, so that the processes' last batches differ; 18 to measure on."""
+    """45 images in steps of 20, 20 and 5, so that the processes' last batches differ; 18 to measure on."""
     one = StudentConfig(**quick | {"labels": labels, "residual": "ignore", "min_confidence": 0.3})
     train_student(one)
     more = ("--batch-size", 10, "--min-confidence", 0.3)
@@ -57,7 +57,7 @@ def test_two_processes_learn_as_one_with_their_joint_batch(quick, labels, tmp_pa
 
 
 def test_what_is_measured_is_what_is_saved(quick, labels, tmp_path):
-    """Without --sync-bn each process's batch norms, and averages of them, have seen other pictures."""
+    """Without --sync-bn each process's batch norms, and averages of them, have seen other images."""
     words = command(quick, labels, tmp_path / "run", "--batch-size", 5)
     words.remove("--sync-bn")
     job = torchrun(*words, fault="other")
@@ -86,7 +86,7 @@ def test_processes_with_other_settings_stop(quick, labels, tmp_path):
     job = torchrun(*command(quick, labels, tmp_path / "run", "--batch-size", 5), fault="settings")
     said, _ = job.communicate(timeout=200)
     assert job.returncode != 0
-    assert "the processes of this job have other settings, pictures or labels than each other" in said
+    assert "the processes of this job have other settings, images or labels than each other" in said
     assert not (tmp_path / "run" / "weights.safetensors").exists()
 
 

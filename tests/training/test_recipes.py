@@ -9,10 +9,10 @@ from stl_offline.config import LabelerConfig, StudentConfig
 from stl_offline.errors import InputError
 from stl_offline.models import VARIANTS
 from stl_offline.recipes import recipe_names, resolve
-from stl_offline.training import student
+from stl_offline.training import train_student as student
 from stl_offline.training.optimization import learning_rate, make_average
 
-PLACES = {"data": "pictures", "out": "run"}
+PLACES = {"data": "images", "out": "run"}
 
 # The STL recipe: learning rate, global batch, warm-up epochs, drop path.
 PUBLISHED = {
@@ -41,7 +41,7 @@ def test_every_recipe_is_listed():
     assert (micro.model, micro.img_size, micro.mixup, micro.lr_batch) == ("fan_micro_4_p8", 64, 0.0, 0)
 
 
-def test_the_learning_rate_follows_the_pictures_of_a_step():
+def test_the_learning_rate_follows_the_images_of_a_step():
     def rate(processes, **given):
         return learning_rate(resolve(LabelerConfig, "fan-base", PLACES | given), processes)
 
@@ -119,7 +119,7 @@ def test_an_unknown_name_on_the_command_line(capsys, tmp_path):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_averages_reach_the_recipes_decay(name):
-    """ImageNet's 1,281,167 pictures; and a short run averages over a ninth of its steps."""
+    """ImageNet's 1,281,167 images; and a short run averages over a ninth of its steps."""
     config = resolve(LabelerConfig, name, PLACES)
     average = make_average(nn.Linear(1, 1), config)
     steps = config.epochs * (1_281_167 // config.lr_batch)

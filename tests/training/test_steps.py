@@ -10,15 +10,15 @@ import timm
 import torch
 from torch import nn
 
-from stl_offline.artifact import load_model
 from stl_offline.config import EvaluateConfig, LabelerConfig, StudentConfig
-from stl_offline.evaluate import evaluate
+from stl_offline.evaluation import evaluate
+from stl_offline.models import load_model
 from stl_offline.training import engine, label_sources
-from stl_offline.training.labeler import train_labeler
 from stl_offline.training.optimization import make_optimizer
-from stl_offline.training.place import Progress
+from stl_offline.training.run_folder import Progress
 from stl_offline.training.steps import Share, StepInputs, token_scores
-from stl_offline.training.student import train_student
+from stl_offline.training.train_labeler import train_labeler
+from stl_offline.training.train_student import train_student
 from stl_offline.training.watch import RunWatch
 
 
@@ -46,7 +46,7 @@ def fixed_norms(monkeypatch):
 
 
 def test_accumulated_batches_are_one_larger_batch(quick, tmp_path, fixed_norms):
-    """Mixing, jitter, odd last batches and all; 45 pictures: steps of 20, 20 and 5, the last in parts of 2, 1, 1, 1."""
+    """Mixing, jitter, odd last batches and all; 45 images: steps of 20, 20 and 5, the last in parts of 2, 1, 1, 1."""
     config = quick | {"mixup": 0.8, "cutmix": 1.0}
     train_labeler(LabelerConfig(**config))
     parts = LabelerConfig(**config | {"batch_size": 5, "accumulate": 4, "out": str(tmp_path / "parts")})
@@ -57,23 +57,23 @@ def test_accumulated_batches_are_one_larger_batch(quick, tmp_path, fixed_norms):
 
 
 def test_shares_add_up_whatever_the_parts():
-    """Class losses by pictures, token losses by labelled mass: the sum over parts is the mean over all."""
+    """Class losses by images, token losses by labelled mass: the sum over parts is the mean over all."""
     generator = torch.Generator().manual_seed(3)
     weights = torch.rand(7, 4, 2, generator=generator)
     weights[5:] = 0  # a part without labels
     inputs = StepInputs(torch.zeros(7, 3, 8, 8), torch.zeros(7, 5), torch.zeros(7, 4, 2, dtype=torch.long), weights)
     values = torch.rand(7, generator=generator)
-    by_pictures = by_mass = torch.zeros(())
+    by_images = by_mass = torch.zeros(())
     row = 0
     for part in inputs.parts(3):
         rows = values[row : row + len(part)]
         row += len(part)
         share = Share.of(part, inputs.totals(), 1)
         mass = part.token_weights.sum(dim=(1, 2))
-        by_pictures = by_pictures + rows.mean() * share.pictures
+        by_images = by_images + rows.mean() * share.images
         by_mass = by_mass + (rows * mass).sum() / mass.sum().clamp(min=1e-30) * share.mass
     assert row == 7
-    torch.testing.assert_close(by_pictures, values.mean())
+    torch.testing.assert_close(by_images, values.mean())
     mass = weights.sum(dim=(1, 2))
     torch.testing.assert_close(by_mass, (values * mass).sum() / mass.sum())
     assert [len(part) for part in StepInputs(torch.zeros(2, 3, 8, 8), torch.zeros(2, 5)).parts(4)] == [1, 1]
@@ -146,23 +146,23 @@ def test_validation_every_few_epochs(quick):
     assert ["top1" in entry for entry in log(quick["out"])] == [False, True, False, True, True]
 
 
-def test_tensorboard_shows_scalars_and_pictures(quick):
+def test_tensorboard_shows_scalars_and_images(quick):
     """Read back with TensorBoard's own reader; a run that is repeated in part has every step once."""
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = StudentConfig(**quick | {"tensorboard": True, "log_every": 2})
     train_student(config)
     steps = [json.loads(line) for line in (Path(quick["out"]) / "steps.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps] == [2, 4, 6]
-    assert {"loss", "class_loss", "lr", "pictures_per_second", "data_wait_seconds"} <= steps[0].keys()
+    assert {"loss", "class_loss", "lr", "images_per_second", "data_wait_seconds"} <= steps[0].keys()
     events = reader.EventAccumulator(str(Path(quick["out"]) / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("step/loss")] == [2, 4, 6]
     assert [event.value for event in events.Scalars("epoch/top1")] == pytest.approx(
         [entry["top1"] for entry in log(quick["out"])]
     )
-    pictures = events.Images("predictions")
-    assert [event.step for event in pictures] == [1, 2]
-    assert (pictures[0].height, pictures[0].width) == (32, 32 * min(8, 5))
+    images = events.Images("predictions")
+    assert [event.step for event in images] == [1, 2]
+    assert (images[0].height, images[0].width) == (32, 32 * min(8, 5))
 
 
 def test_lines_count_from_where_an_epoch_starts(tmp_path):

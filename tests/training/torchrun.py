@@ -11,7 +11,7 @@ from stl_offline.cli.main import main
 from stl_offline.distributed import agree
 from stl_offline.training.engine import Trainer
 from stl_offline.training.run_folder import RunFolder
-from stl_offline.training.student import StudentObjective
+from stl_offline.training.train_student import StudentObjective
 
 FAULT = "STL_OFFLINE_TEST_FAULT"
 

@@ -27,7 +27,7 @@ function passes(tokens, token) {
 
 const filtering = () => filter.classId !== null || filter.least > 0;
 
-// What a token covers of the picture, through its view: four corners in units of the picture.
+// What a token covers of the image, through its view: four corners in units of the image.
 function corners(tokens, token) {
   const [rows, columns] = tokens.grid;
   const row = Math.floor(token / columns);

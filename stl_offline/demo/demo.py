@@ -1,0 +1,165 @@
+"""``stl-offline demo``: all stages on a data set that is drawn, a table of what came out, and two pages to look at.
+
+Gh, Gw: the token grid; V: views.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stl_offline.config import DumpConfig, LabelerConfig, PreviewConfig, ReportConfig, StudentConfig
+from stl_offline.demo.shapes import read_masks, write_shapes
+from stl_offline.dump import dump_labels
+from stl_offline.files import atomic_write, canonical_json
+from stl_offline.labels.label_set import LabelSet, open_label_set
+from stl_offline.reports.find import find_images
+from stl_offline.reports.preview import preview_labels
+from stl_offline.reports.report import report_runs
+from stl_offline.training.train_labeler import train_labeler
+from stl_offline.training.train_student import train_student
+
+MODEL = "fan_micro_4_p8"
+SIZE = 64
+CONFIDENT = 0.5  # a token is a confident one from here on
+IMAGES = 8  # on the page of labels
+
+
+@dataclass(frozen=True)
+class Foreground:
+    """Where confident tokens of the image's own class fall, over all labelled images.
+
+    inside, outside: their share among the tokens inside and outside the objects' masks.
+    """
+
+    inside: float
+    outside: float
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    train: int = 1600,
+    val: int = 300,
+    epochs: int = 5,
+    shards: int = 4,
+    seed: int = 0,
+    device: str = "auto",
+    workers: int = 0,
+) -> str:
+    """Run all stages below the folder ``out`` and give back the summary as text.
+
+    Every stage goes on where an earlier call stopped. Writes ``summary.json``, ``labels.html`` and
+    ``report.html`` there.
+    """
+    out = Path(out)
+    machine = {"device": device, "workers": workers}
+    rows: list[dict[str, Any]] = []
+    images = out / "images"
+    _timed(rows, "images", lambda: write_shapes(images, train=train, val=val, seed=seed, size=SIZE))
+    shared = {
+        "data": str(images / "train"),
+        "val": str(images / "val"),
+        "model": MODEL,
+        "img_size": SIZE,
+        "epochs": epochs,
+        "batch_size": 20,
+        "lr": 1e-3,
+        "scale_min": 0.4,
+        "seed": seed,
+        **machine,
+    }
+    labeler = str(out / "labeler")
+    labels = str(out / "labels")
+    _timed(rows, "labeler", lambda: train_labeler(LabelerConfig(out=labeler, **shared)))
+    dump = DumpConfig(
+        data=shared["data"], labeler=labeler, out=labels, shards=shards, licence="Apache-2.0", seed=seed, **machine
+    )
+    _timed(rows, "labels", lambda: {"bytes": dump_labels(dump).bytes})
+    runs = []
+    for name, source in (("student", labels), ("student without labels", "none")):
+        run = StudentConfig(labels=source, out=str(out / name.replace(" ", "-")), **shared)
+        runs.append(run.out)
+        _timed(rows, name, lambda run=run: train_student(run))
+    label_set = open_label_set(labels)
+    masks = read_masks(images, "train")
+    foreground = measure_foreground(label_set, masks)
+    pages = _write_pages(out, shared, labels, (*runs, labeler), machine)
+    summary = {"stages": rows, "confident_inside": foreground.inside, "confident_outside": foreground.outside}
+    atomic_write(out / "summary.json", canonical_json(summary))
+    return _table(rows, foreground, out, pages, len(label_set))
+
+
+def measure_foreground(label_set: LabelSet, masks: dict[str, np.ndarray]) -> Foreground:
+    """Compare label maps of whole images with objects' masks, key → bool (H, W).
+
+    A token is inside by the share of its cell that the mask covers.
+    """
+    grid = label_set.spec.grid
+    hits = np.zeros(2)
+    tokens = np.zeros(2)
+    for shard in range(len(label_set.shards)):
+        arrays = label_set.read_shard(shard)
+        own = arrays.class_ids[:, 0, :, :, 0] == arrays.class_id[:, None, None]
+        confident = own & (arrays.confidence[:, 0] >= CONFIDENT)
+        inside = np.stack([_cell_means(masks[key], grid) for key in arrays.keys])
+        for part, weight in enumerate((inside, 1 - inside)):
+            hits[part] += (confident * weight).sum()
+            tokens[part] += weight.sum()
+    return Foreground(*(hits / np.maximum(tokens, 1)).tolist())
+
+
+def _cell_means(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    starts = [np.arange(cells) * side // cells for side, cells in zip(mask.shape, grid, strict=True)]
+    sums = np.add.reduceat(np.add.reduceat(mask.astype(np.float64), starts[0], axis=0), starts[1], axis=1)
+    return sums * (grid[0] * grid[1] / mask.size)
+
+
+def _timed(rows: list[dict[str, Any]], name: str, stage: Callable[[], Any]) -> None:
+    started = time.perf_counter()
+    result = stage()
+    result = result if isinstance(result, dict) else {}
+    rows.append({"stage": name, "seconds": round(time.perf_counter() - started, 1), **result})
+
+
+def _write_pages(
+    out: Path, shared: dict[str, Any], labels: str, runs: tuple[str, ...], machine: dict[str, Any]
+) -> list[Path]:
+    """The page of labels and the report of all runs."""
+    preview = PreviewConfig(
+        path=labels,
+        data=shared["data"],
+        out=str(out),
+        samples=IMAGES,
+        threshold=CONFIDENT,
+        student_seed=shared["seed"],
+        scale_min=shared["scale_min"],
+        all_shards=True,
+    )
+    report = ReportConfig(
+        runs=runs, data=shared["val"], labels=(labels,), out=str(out / "report.html"), seed=shared["seed"], **machine
+    )
+    return [preview_labels(preview, find_images).page, report_runs(report).page]
+
+
+def _table(rows: list[dict[str, Any]], foreground: Foreground, out: Path, pages: list[Path], samples: int) -> str:
+    lines = [f"{'stage':<24}{'seconds':>9}{'top-1':>9}{'token top-1':>13}"]
+    for row in rows:
+        scores = "".join(
+            f"{row[name]:>{width}.1%}" if row.get(name) is not None else " " * width
+            for name, width in (("top1", 9), ("token_top1", 13))
+        )
+        lines.append(f"{row['stage']:<24}{row['seconds']:>9.1f}{scores}")
+    size = next(row["bytes"] for row in rows if "bytes" in row)
+    lines += [
+        "",
+        f"label set: {samples:,} images, {size / samples:,.0f} bytes each",
+        f"confident tokens of the image's own class: {foreground.inside:.1%} of those inside the objects' masks, "
+        f"{foreground.outside:.1%} of those outside",
+        *(f"look at: {page}" for page in pages),
+        f"numbers: {out / 'summary.json'}",
+    ]
+    return "\n".join(lines)

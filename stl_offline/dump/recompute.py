@@ -1,0 +1,158 @@
+"""``stl-offline labels verify --recompute``: run a labeler again over some of a set's images and compare.
+
+n: images of the sample; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from stl_offline.config import DumpConfig
+from stl_offline.device import pick_device
+from stl_offline.dump.labelling import Labelling
+from stl_offline.errors import FormatError, InputError
+from stl_offline.geometry import whole_views
+from stl_offline.images.pack import ensure_beton
+from stl_offline.labels.arrays import ShardArrays, concatenate, probabilities, select
+from stl_offline.labels.join import join
+from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.mismatch import rename_keys
+from stl_offline.labels.spec import differences
+from stl_offline.progress import progress_bar
+
+# What tells whether labels could be the same at all. Others (source, shards, encoding) are another matter.
+_DECIDING = ("class_names", "grid", "labeler", "preprocessing")
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What came of it.
+
+    images, tokens: how many were compared; top1: the share of tokens whose best class is the same (or as probable,
+    within the bounds); largest: the largest difference of a probability; beyond: the largest by which one exceeds what
+    the manifest's bounds allow.
+    """
+
+    images: int
+    tokens: int
+    top1: float
+    largest: float
+    beyond: float
+
+
+def recompute_labels(
+    label_set: LabelSet,
+    data: str,
+    labeler: str,
+    *,
+    images: int = 64,
+    seed: int = 0,
+    key_prefix: str = "",
+    device: str = "auto",
+    workers: int = 0,
+    **labeler_options: object,
+) -> Recomputed:
+    """Label a random sample of the set's images again, under the views that the set holds, and compare.
+
+    Args:
+        data, labeler, labeler_options: as of `DumpConfig`; images: how many; seed: of the sample.
+        key_prefix: as `stl_offline.labels.mismatch.rename_keys`.
+
+    Raises:
+        InputError: another labeler, grid, class list or input than the manifest names (each by name).
+        JoinError: not one of the images is labelled, or they have changed.
+        FormatError: the label set is damaged.
+    """
+    if images < 1:
+        raise InputError(f"--recompute wants at least 1 image, got {images}")
+    beton = ensure_beton(data)
+    config = _settings(label_set, data, labeler, device, workers, labeler_options)
+    labelling = Labelling(config, beton, pick_device(device))
+    found = [
+        line.replace(" and ", " there and ", 1) + " here"
+        for line in differences(label_set.spec, labelling.spec)
+        if line.split(" ")[0].split(".")[0] in _DECIDING and not line.startswith("labeler.licence ")
+    ]
+    if found:
+        raise InputError(f"this is not how {label_set.place} was made: {'; '.join(found)}")
+    report = join(
+        label_set,
+        rename_keys(beton.keys, key_prefix),
+        beton.content_hashes,
+        # The labeler's class list, in which the images' classes have been found.
+        label_set.spec.class_names,
+        missing="skip",
+    )
+    labelled = np.flatnonzero(report.shard >= 0)
+    drawn = np.random.default_rng(seed).permutation(len(labelled))[:images]
+    samples = np.sort(labelled[drawn])
+    # By shard, so that each is read once.
+    samples = samples[np.argsort(report.shard[samples], kind="stable")]
+    stored = _read(label_set, report.shard[samples], report.row[samples])
+    views = np.stack([whole_views(len(beton))] * stored.views.shape[1])
+    views[:, samples] = stored.views.transpose(1, 0, 2)
+    labelling.views = views
+    with progress_bar(len(samples) * len(views), "labelling again") as bar:
+        again = labelling.label(samples, bar.update)
+    return compare(stored, again, label_set.spec.bounds)
+
+
+def compare(stored: ShardArrays, again: ShardArrays, bounds: dict[str, float]) -> Recomputed:
+    """Compare what a set holds with what its labeler says now (float32, the same images and views)."""
+    old = probabilities(stored.logits, stored.confidence).astype(np.float64)
+    new = probabilities(again.logits, again.confidence).astype(np.float64)
+    same = stored.class_ids[..., :, None] == again.class_ids[..., None, :]
+    # A class that is no longer among the best k is at most as probable as the last of them.
+    now = np.where(same.any(-1), (same * new[..., None, :]).sum(-1), np.minimum(old, new[..., -1:]))
+    # Where logits are rounded, probabilities move by what both logits may move.
+    relative = bounds.get("probability_relative", 0.0) + bounds.get("confidence_relative", 0.0)
+    logits = np.abs(stored.logits.astype(np.float64))
+    relative = relative + bounds.get("logit_relative", 0.0) * (logits + logits[..., :1])
+    allowed = np.maximum(relative * np.maximum(old, now), bounds.get("probability_absolute", 0.0))
+    difference = np.abs(old - now)
+    best = now[..., 0] >= new[..., 0] - allowed[..., 0]
+    return Recomputed(
+        images=len(stored),
+        tokens=best.size,
+        top1=float(best.mean()),
+        largest=float(difference.max()),
+        beyond=float(np.maximum(0, difference - allowed).max()),
+    )
+
+
+def _settings(
+    label_set: LabelSet, data: str, labeler: str, device: str, workers: int, labeler_options: dict[str, object]
+) -> DumpConfig:
+    """The settings of the job that made the set, as far as the manifest tells them."""
+    spec = label_set.spec
+    if spec.preprocessing["height"] != spec.preprocessing["width"]:
+        raise InputError(f"{label_set.place} was labelled on images that are not square; this labeler takes squares")
+    kept = {field.name for field in fields(DumpConfig)} & {"interpolation", "amp", "batch_size"}
+    known = {name: spec.creation[name] for name in kept if name in spec.creation}
+    return DumpConfig(
+        **{
+            **known,
+            "interpolation": spec.preprocessing["interpolation"],
+            "data": data,
+            "labeler": labeler,
+            "out": "",
+            "top_k": spec.top_k,
+            "img_size": spec.preprocessing["height"],
+            # How many, not which: these come from the set.
+            "views": 0 if spec.views["kind"] == "whole" else spec.views_per_image,
+            "device": device,
+            "workers": workers,
+            **labeler_options,
+        }
+    )
+
+
+def _read(label_set: LabelSet, shards: np.ndarray, rows: np.ndarray) -> ShardArrays:
+    """The stored labels of some places, in their order."""
+    parts = []
+    for shard in np.unique(shards):
+        arrays = label_set.read_shard(int(shard))
+        parts += [select(arrays, slice(int(row), int(row) + 1)) for row in rows[shards == shard]]
+    if not parts:
+        raise FormatError(f"{label_set.place} holds no label of these images")
+    return concatenate(parts)

@@ -1,0 +1,241 @@
+"""A label shard as a webdataset tar: one member for each sample, read with tar, gzip and numpy alone.
+
+- ``__labels__``: JSON that says what the shard is. webdataset passes names of this form over.
+- ``NAME.labels.npy.gz``, in sample order: a gzipped .npy file that holds one record (shape (), a structured dtype)
+  whose fields are the sample's ``key`` (UTF-8) and its part of each array that the encoding stores.
+
+NAME is the key up to the first dot of its last part, as webdataset names an image's members, so that tars of labels
+and of images can be joined. What webdataset could not read back, and what another sample is called already, is
+written with ``%XX`` for its dots and leading underscores.
+"""
+
+import gzip
+import io
+import json
+import math
+import re
+import struct
+import tarfile
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from stl_offline.errors import FormatError
+from stl_offline.labels.arrays import ShardArrays, ShardIndex
+from stl_offline.labels.format.layout import StoredArray, check_claim, from_stored, layout, to_stored
+from stl_offline.labels.spec import FORMAT, LabelSpec
+
+_HEAD = "__labels__"
+_SUFFIX = ".labels.npy.gz"
+_BLOCK = 512
+_LEVEL = 6
+_GZIP_HEAD = b"\x1f\x8b\x08\x00" + bytes(4) + b"\x02\xff"
+# Of a record's header and key; its arrays have sizes that the spec tells.
+_MOST_HEADER = 1 << 16
+_MOST_KEY = 1 << 20
+_META = re.compile(r"__[^/]*__($|/)")
+_KEY_LENGTH = re.compile(rb"'\|S(\d{1,6})'")
+_PALETTE_LENGTH = re.compile(rb"'palette', '[^']*', \((\d{1,9}),\)")
+
+
+def encode(arrays: ShardArrays, spec: LabelSpec) -> bytes:
+    """The bytes of a shard's file.
+
+    Raises:
+        FormatError: the content does not fit the spec.
+    """
+    stored = to_stored(arrays, spec)
+    planes = layout(spec, len(arrays))
+    fields = _fields(planes)
+    palettes = _palette_bounds(stored) if "palette" in planes else None
+    head = {
+        "format": FORMAT,
+        "format_version": spec.format_version,
+        "value_kind": spec.value_kind,
+        "encoding": spec.encoding,
+        "samples": len(arrays),
+    }
+    stream = io.BytesIO()
+    _add(stream, _HEAD, json.dumps(head, separators=(",", ":")).encode())
+    for sample, name in enumerate(member_names(arrays.keys)):
+        key = arrays.keys[sample].encode()
+        palette = slice(*palettes[sample : sample + 2]) if palettes is not None else slice(0, 0)
+        header, dtype = _record(fields, len(key), palette.stop - palette.start)
+        record = np.zeros((), dtype=dtype)
+        for field in dtype.names:
+            if field == "key":
+                record[field] = key
+            else:
+                record[field] = stored[field][palette if field == "palette" else sample]
+        _add(stream, name + _SUFFIX, _gzip(header + record.tobytes()))
+    stream.write(bytes(2 * _BLOCK))
+    return stream.getvalue()
+
+
+def decode(source: bytes | str | Path, spec: LabelSpec) -> ShardArrays:
+    """A shard's content from its file or its bytes, every value checked.
+
+    Raises:
+        FormatError: not a shard of this label set: damaged, cut off, of another version or encoding, or with a member
+            of a foreign name.
+    """
+    records = _read_records(source, spec)
+    planes = layout(spec, len(records))
+    stored: dict[str, np.ndarray] = {"keys": _keys(records)}
+    for name, plane in planes.items():
+        if name == "palette":
+            stored[name] = np.concatenate([record[name] for record in records])
+        elif name != "keys":
+            stored[name] = np.empty(plane.shape, dtype=plane.dtype)
+            for sample, record in enumerate(records):
+                stored[name][sample] = record[name]
+    return from_stored(stored, spec)
+
+
+def read_index(source: bytes | str | Path, spec: LabelSpec) -> ShardIndex:
+    """Keys, content hashes and class ids. Raises FormatError as `decode` does."""
+    records = _read_records(source, spec)
+    hashes, class_ids = (
+        np.array([record[name] for record in records], dtype=dtype)
+        for name, dtype in (("content_hash", "<u8"), ("class_id", "<u4"))
+    )
+    return ShardIndex(_keys(records).tolist(), hashes, class_ids)
+
+
+def member_names(keys: list[str]) -> list[str]:
+    """The names of the samples' members, without suffix: different ones, that webdataset takes as its keys."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for key in keys:
+        folder, slash, last = key.rpartition("/")
+        name = folder + slash + last.partition(".")[0]
+        if name in taken or not last.partition(".")[0] or _META.match(name):
+            name = re.sub(r"^__", "%5F%5F", folder + slash + last.replace("%", "%25").replace(".", "%2E"))
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _palette_bounds(stored: dict[str, np.ndarray]) -> np.ndarray:
+    """Where each image's list starts and ends in the palette: a list is as long as the greatest rank + 1."""
+    ranks = stored["class_ranks"]
+    sizes = ranks.reshape(len(ranks), -1).max(axis=1).astype(np.int64) + 1
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def _fields(planes: dict[str, StoredArray]) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """Name, dtype and shape of every field but the key; the palette's length is a matter of the sample."""
+    return tuple((name, array.dtype.str, array.shape[1:]) for name, array in planes.items() if array.dtype is not None)
+
+
+@lru_cache(maxsize=1 << 16)
+def _record(
+    fields: tuple[tuple[str, str, tuple[int, ...]], ...], key_length: int, palette_length: int
+) -> tuple[bytes, np.dtype]:
+    """The .npy header of a sample's record, and its dtype."""
+    described: list[tuple] = [("key", f"S{key_length}")]
+    for name, dtype, shape in fields:
+        if name == "palette":
+            shape = (palette_length,)
+        elif name == "class_ranks" and palette_length <= 256:
+            dtype = "|u1"  # gzip, unlike zarr's codecs, pays for the empty half of larger numbers
+        described.append((name, dtype, shape) if shape else (name, dtype))
+    dtype = np.dtype(described)
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.zeros((), dtype=dtype), version=(1, 0), allow_pickle=False)
+    return stream.getvalue()[: len(stream.getvalue()) - dtype.itemsize], dtype
+
+
+def _add(stream: io.BytesIO, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    stream.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict"))
+    stream.write(data)
+    stream.write(bytes(-len(data) % _BLOCK))
+
+
+def _gzip(data: bytes) -> bytes:
+    # By hand, because gzip's own header holds the clock and the operating system.
+    packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, -15)
+    return _GZIP_HEAD + packer.compress(data) + packer.flush() + struct.pack("<LL", zlib.crc32(data), len(data))
+
+
+def _read_records(source: bytes | str | Path, spec: LabelSpec) -> list[np.void]:
+    names: list[str] = []
+    records: list[np.void] = []
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if len(data) % _BLOCK or not data.endswith(bytes(2 * _BLOCK)):
+            raise FormatError("the shard is no whole tar file: its end is missing")
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8") as archive:
+            members = iter(archive)
+            samples = _check_head(archive, next(members, None), spec)
+            fields = _fields(layout(spec, samples))
+            check_claim(spec, samples, len(data))
+            most = _most_bytes(spec)
+            for member in members:
+                # Sparse files and extended headers may claim any size; version 1 has neither.
+                if member.type != tarfile.REGTYPE or member.pax_headers or not member.name.endswith(_SUFFIX):
+                    raise FormatError(f"the shard holds a member that is no label: {member.name!r}")
+                names.append(member.name.removesuffix(_SUFFIX))
+                records.append(_read_record(archive.extractfile(member).read(), fields, most))
+    except FileNotFoundError as error:
+        raise FormatError(f"the shard {source} is missing") from error
+    except FormatError:
+        raise
+    except (tarfile.TarError, EOFError, OSError, ValueError, RecursionError, zlib.error, struct.error) as error:
+        raise FormatError(f"the shard is damaged: {type(error).__name__}: {error}") from error
+    if len(records) != samples:
+        raise FormatError(f"the shard says that it holds {samples} samples, but has {len(records)}: it is cut off")
+    for name, expected in zip(names, member_names(_keys(records).tolist()), strict=True):
+        if name != expected:
+            raise FormatError(f"the shard's member {name!r} is not named after its key ({expected!r}): refused")
+    return records
+
+
+def _check_head(archive: tarfile.TarFile, member: tarfile.TarInfo | None, spec: LabelSpec) -> int:
+    """How many samples the shard says it holds."""
+    if member is None or member.name != _HEAD or not member.isreg() or member.size > 4096:
+        raise FormatError("the shard is no label shard: it does not start with " + _HEAD)
+    head = json.loads(archive.extractfile(member).read())
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise FormatError("the shard is no label shard")
+    for name in ("format_version", "value_kind", "encoding"):
+        if head.get(name) != getattr(spec, name):
+            raise FormatError(f"the shard's {name} is {head.get(name)!r}, the manifest's is {getattr(spec, name)!r}")
+    if not isinstance(head.get("samples"), int) or head["samples"] < 1:
+        raise FormatError("the shard does not say how many samples it holds")
+    return head["samples"]
+
+
+def _most_bytes(spec: LabelSpec) -> int:
+    """Larger than any record of this label set."""
+    planes = layout(spec, 1)
+    arrays = sum(array.dtype.itemsize * math.prod(array.shape) for array in planes.values() if array.is_sized)
+    palette = spec.id_dtype.itemsize * math.prod(spec.map_shape) if "palette" in planes else 0
+    return arrays + palette + _MOST_HEADER + _MOST_KEY
+
+
+def _read_record(data: bytes, fields: tuple, most: int) -> np.void:
+    """One sample's record. Only the very header that version 1 writes is taken: a foreign dtype is never built."""
+    with gzip.open(io.BytesIO(data)) as unpacked:
+        data = unpacked.read(most)
+    key = _KEY_LENGTH.search(data, 0, 4096)
+    palette = _PALETTE_LENGTH.search(data, 0, 4096)
+    if key is None:
+        raise FormatError("the shard holds a label without a key")
+    if max(int(key[1]), int(palette[1]) if palette else 0) > len(data):
+        raise FormatError("the shard holds a label that claims to be longer than it is")
+    header, dtype = _record(fields, int(key[1]), int(palette[1]) if palette else 0)
+    if not data.startswith(header) or len(data) != len(header) + dtype.itemsize:
+        raise FormatError("the shard holds a label of another shape, or of another label set")
+    return np.frombuffer(data, dtype=dtype, count=1, offset=len(header))[0]
+
+
+def _keys(records: list[np.void]) -> np.ndarray:
+    try:
+        return np.array([bytes(record["key"]).decode() for record in records], dtype=np.dtypes.StringDType())
+    except UnicodeDecodeError as error:
+        raise FormatError(f"the shard holds a key that is not UTF-8: {error.object!r}") from error

@@ -1,0 +1,228 @@
+"""From a sample's bytes to its crop: FFCV's image operation, which takes the crop from a table of views.
+
+H, W: the output's size; n: samples of the .beton; B: batch. One decoding buffer a worker, not one a batch slot as in
+FFCV's own decoders: a batch of 256 large images would need gigabytes there.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import xxhash
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.operation import Operation
+from ffcv.pipeline.state import State
+from numba import njit, prange
+
+from stl_offline.config import INTERPOLATIONS
+from stl_offline.errors import InputError
+from stl_offline.images.beton import Beton
+from stl_offline.loader.decoder.native import Decompressors, next_item
+from stl_offline.loader.decoder.planes import NOTES_INTS, read_planes, read_rgb, scratch_bytes
+from stl_offline.loader.decoder.resample import BILINEAR
+from stl_offline.loader.decoder.resize import line_floats, make_filters, resize_pixels, resize_planes
+
+# For the manifests of label sets: other decoders, or whole decodes, give slightly other pixels.
+DECODER = "libjpeg-turbo at a DCT scale"
+# What is known of each image, int64: where its bytes are, how many, its size, whether they are plain pixels, and
+# whether they were found to be those of the source.
+_POINTER, _SIZE, _HEIGHT, _WIDTH, _RAW, _SOUND = range(6)
+_PAGE_BYTES = 4096
+# What planes save grows with the image, what they cost with the output; below so many times its pixels they lose.
+_FEW_TIMES = 3
+
+
+class ViewCrop(Operation):
+    """FFCV operation for the image field: decode, cut the sample's view out, resize it to (H, W), mirror it.
+
+    Output: uint8 (B, H, W, 3). Views must be axis-aligned crops (`stl_offline.loader.loader.check_views`);
+    interpolation: one of `stl_offline.loader.decoder.resample`. An image that cannot be decoded gives zeros, and
+    `take_broken` then names its sample: compiled code must not raise. It runs once a batch, and what it calls is
+    compiled by this module, so FFCV need not compile it.
+
+    Raises:
+        InputError: an unknown interpolation.
+    """
+
+    def __init__(self, image_size: tuple[int, int], workers: int, beton: Beton, interpolation: str = "area") -> None:
+        super().__init__()
+        if interpolation not in INTERPOLATIONS:
+            raise InputError(f"the interpolation is one of {', '.join(INTERPOLATIONS)}; got {interpolation!r}")
+        self.image_size = image_size
+        self._filters = make_filters(INTERPOLATIONS.index(interpolation), *image_size)
+        columns = (beton.pointers, beton.sizes, beton.heights, beton.widths, beton.raw, np.zeros(len(beton)))
+        self._table = np.stack([np.asarray(column, dtype=np.int64) for column in columns], axis=1)
+        needed = max(scratch_bytes(*numbers) for numbers in self._table[:, [_HEIGHT, _WIDTH, _SIZE]].tolist())
+        # Whole pages, so that workers never share a cache line. Only what images touch becomes real memory.
+        self._scratch = np.empty((workers, -(-needed // _PAGE_BYTES) * _PAGE_BYTES), dtype=np.uint8)
+        # Zeros, because weights of zero are multiplied with whatever lies behind a line's end.
+        widest = int(self._table[:, _WIDTH].max(initial=1))
+        self._lines = np.zeros((workers, line_floats(widest, image_size[1])), dtype=np.float32)
+        self._decompressors = Decompressors(workers)
+        self._notes = np.zeros((workers, NOTES_INTS), dtype=np.int64)
+        self._broken = np.zeros(1, dtype=np.int64)
+        self._content_hashes = beton.content_hashes
+        self._read_before = beton.raw.copy()
+        self._unread = int(np.count_nonzero(~self._read_before))
+        self._views: np.ndarray | None = None
+
+    def set_views(self, views: np.ndarray) -> None:
+        """Use these views, float32 (n, 6), from now on. No batch may be under way."""
+        self._views = views
+        self._broken[0] = 0
+
+    def take_broken(self) -> int | None:
+        """The id of a sample of the last batch that could not be decoded, or None."""
+        broken = int(self._broken[0])
+        self._broken[0] = 0
+        return broken - 1 if broken else None
+
+    def _look_at_bytes(self, ids: np.ndarray, storage: np.ndarray) -> None:
+        """Find out, once, which JPEGs are stored as their sources had them: later readings may stop at what they need.
+
+        After a batch, when the bytes are in memory. Those that packing had to encode are always decoded whole, since
+        a warning of the decoder is the only sign of damage there.
+        """
+        if not self._unread:
+            return
+        for sample in ids[~self._read_before[ids]].tolist():
+            start = self._table[sample, _POINTER]
+            data = storage[start : start + self._table[sample, _SIZE]]
+            self._table[sample, _SOUND] = xxhash.xxh3_64_intdigest(data) == self._content_hashes[sample]
+            self._read_before[sample] = True
+            self._unread -= 1
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        query = AllocationQuery((*self.image_size, 3), np.dtype("u1"))
+        return replace(previous_state, jit_mode=True, shape=query.shape, dtype=query.dtype), query
+
+    def generate_code(self) -> Callable:
+        handles = self._decompressors.handles
+        decode_batch = _decode_batch_parallel if len(handles) > 1 else _decode_batch
+
+        def view_crop(batch_indices, destination, _metadata, storage_state):
+            counter = np.zeros(1, dtype=np.int64)
+            # Without its class, np.memmap, which numba takes long to recognise.
+            storage = np.asarray(storage_state[0])
+            decode_batch(
+                batch_indices,
+                destination,
+                storage,
+                self._table,
+                self._views,
+                self._scratch,
+                self._lines,
+                self._notes,
+                self._filters,
+                self._broken,
+                counter,
+                handles,
+            )
+            self._look_at_bytes(batch_indices, storage)
+            return destination
+
+        return view_crop
+
+
+@njit(cache=True, nogil=True)
+def pixel_box(view, height, width):
+    """The pixels (top, bottom, left, right, flipped) of an axis-aligned view (six numbers), at least one each way."""
+    start_u = np.float64(view[2])
+    end_u = start_u + np.float64(view[0])
+    start_v = np.float64(view[5])
+    end_v = start_v + np.float64(view[4])
+    flipped = end_u < start_u
+    if flipped:
+        start_u, end_u = end_u, start_u
+    left = min(max(int(np.floor(start_u * width + 0.5)), 0), width - 1)
+    right = min(max(int(np.floor(end_u * width + 0.5)), left + 1), width)
+    top = min(max(int(np.floor(start_v * height + 0.5)), 0), height - 1)
+    bottom = min(max(int(np.floor(end_v * height + 0.5)), top + 1), height)
+    return top, bottom, left, right, flipped
+
+
+@njit(cache=True, nogil=True)
+def choose_shrink(kind, box_height, box_width, height, width):
+    """At which 1/n of its size to decode a JPEG, of whose box an output of height × width is made; 0: no resizing."""
+    if box_height == height and box_width == width:
+        return 0
+    # Chosen by the sharpness that is left (docs/benchmarks.md). The triangle is the softest filter, so it loses least.
+    ratio = min(box_height / height, box_width / width)
+    if ratio >= 12:
+        return 8
+    if ratio >= 6:
+        return 4
+    return 2 if ratio >= (2.0 if kind == BILINEAR else 2.5) else 1
+
+
+@njit(cache=True, nogil=True)
+def _decode_sample(data, image, view, filters, target, scratch, lines, handle, notes):
+    height, width = image[_HEIGHT], image[_WIDTH]
+    rows, columns = target.shape[0], target.shape[1]
+    size = 3 * height * width
+    kind = filters[0]
+    top, bottom, left, right, mirrored = pixel_box(view, height, width)
+    pixels = scratch[:size]
+    if image[_RAW]:
+        if data.size < size:
+            return False
+        pixels = data[:size]
+    else:
+        shrink = choose_shrink(kind, bottom - top, right - left, rows, columns)
+        if shrink > 0 and height * width >= _FEW_TIMES * rows * columns:
+            sound = image[_SOUND] != 0
+            status, planes, across, down = read_planes(
+                handle, data, height, width, bottom, shrink, sound, scratch, notes
+            )
+            if status == 0:
+                box = (np.float64(top), np.float64(left), np.float64(bottom - top), np.float64(right - left))
+                resize_planes(planes, box, (height, width), shrink, across, down, mirrored, kind, lines, target)
+            if status <= 0:
+                return status == 0
+        if not read_rgb(handle, data, pixels.reshape((height, width, 3)), notes):
+            return False
+    resize_pixels(pixels.reshape((height, width, 3)), top, bottom, left, right, mirrored, filters, lines, target)
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _work(ids, destination, storage, table, views, scratch, lines, notes, filters, broken, counter, handle):
+    # Images differ in size by a hundred times, so each worker takes the next one when it is free.
+    while True:
+        place = next_item(counter)
+        if place >= len(ids):
+            break
+        sample = ids[place]
+        image = table[sample]
+        # A slice never reaches past the file's end, whatever the table says.
+        data = storage[image[_POINTER] : image[_POINTER] + image[_SIZE]]
+        target = destination[place]
+        if not _decode_sample(data, image, views[sample], filters, target, scratch, lines, handle, notes):
+            target[:] = 0
+            broken[0] = sample + 1
+
+
+@njit(cache=True, nogil=True)
+def _decode_batch(ids, destination, storage, table, views, scratch, lines, notes, filters, broken, counter, handles):
+    _work(ids, destination, storage, table, views, scratch[0], lines[0], notes[0], filters, broken, counter, handles[0])
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _decode_batch_parallel(
+    ids, destination, storage, table, views, scratch, lines, notes, filters, broken, counter, handles
+):
+    for worker in prange(len(handles)):
+        _work(
+            ids,
+            destination,
+            storage,
+            table,
+            views,
+            scratch[worker],
+            lines[worker],
+            notes[worker],
+            filters,
+            broken,
+            counter,
+            handles[worker],
+        )

@@ -1,0 +1,67 @@
+"""Stage 2, ``stl-offline train-student``: a student beside whose class labels stand token labels.
+
+STL (arXiv 2401.03844), section 3.2: CE(class logits, y) + w · mean over tokens of CE(token logits, token label).
+The labels come from a label set (dumped once), from the labeler in every step (the released code's way), or nowhere.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from stl_offline.augment import mix_class_targets, mix_images, mix_token_targets
+from stl_offline.config import StudentConfig
+from stl_offline.device import autocast
+from stl_offline.distributed import leaving_world
+from stl_offline.loader import Batch
+from stl_offline.losses import soft_cross_entropy, token_cross_entropy
+from stl_offline.training.label_sources import LabelSource, open_labels
+from stl_offline.training.setup import Stage, prepare
+from stl_offline.training.steps import Share, StepInputs, StepRandom, token_scores
+
+
+def train_student(config: StudentConfig) -> dict[str, Any]:
+    """Train a student; gives back the summary that the run's folder holds. Under torchrun, as one process of it.
+
+    Raises:
+        StlError: bad input, labels that do not belong to the images, or a loss that is not finite.
+    """
+    with leaving_world():
+        stage = prepare(config, "student")
+        source = open_labels(config, stage)
+        return stage.run(StudentObjective(stage, source), source.plan, source.identity(), source.loader_arguments())
+
+
+class StudentObjective:
+    """Class loss, and each token's loss against its label."""
+
+    def __init__(self, stage: Stage, source: LabelSource) -> None:
+        self.stage, self.source = stage, source
+
+    def inputs(self, batch: Batch, random: StepRandom) -> StepInputs:
+        """From a batch: token targets, augmentation, mix of pixels and of both labels."""
+        stage = self.stage
+        tokens = self.source.tokens(batch, random)
+        images = stage.augment(batch)
+        mix = stage.draw_mix(images, random)
+        if mix is not None:
+            images = mix_images(images, mix)
+            if tokens is not None:
+                tokens = mix_token_targets(*tokens, self.source.grid, mix)
+        targets = mix_class_targets(batch.class_ids, len(stage.train.class_names), stage.config.smoothing, mix)
+        return StepInputs(images, targets, *(tokens or ()))
+
+    def losses(self, model: nn.Module, inputs: StepInputs, share: Share) -> dict[str, Tensor]:
+        config = self.stage.config
+        with autocast(self.stage.device, self.stage.amp):
+            class_logits, token_logits = model(inputs.images)
+        class_loss = soft_cross_entropy(class_logits, inputs.class_targets) * share.images
+        if inputs.token_ids is None:
+            return {"loss": class_loss, "class_loss": class_loss}
+        labels = (inputs.token_ids, inputs.token_weights)
+        token_loss = token_cross_entropy(token_logits, *labels, config.smoothing) * share.mass
+        return {
+            "loss": class_loss + config.token_weight * token_loss,
+            "class_loss": class_loss,
+            "token_loss": token_loss,
+            **token_scores(token_logits, *labels, share),
+        }

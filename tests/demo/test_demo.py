@@ -1,0 +1,58 @@
+"""The demo's way through all stages to its pages; training itself has tests of its own."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from stl_offline.demo import demo
+from stl_offline.models import ModelDescription, save_model
+
+MODEL = "fan_micro_4_p8_token"
+
+
+def leave_untrained(config) -> dict[str, float]:
+    """A run with its files, and a model as it is before the first step."""
+    folder = Path(config.out)
+    folder.mkdir(parents=True)
+    names = tuple(sorted(path.name for path in Path(config.data).iterdir()))
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, num_classes=len(names), img_size=config.img_size)
+    stage = "student" if hasattr(config, "labels") else "labeler"
+    save_model(folder / "weights.safetensors", model.state_dict(), ModelDescription(MODEL, names, 64, stage))
+    settings = {"stage": stage, "settings": {"epochs": config.epochs, "model": config.model}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "log.jsonl").write_text('{"epoch": 1, "loss": 2.5, "top1": 0.1, "seconds": 3.0}\n')
+    (folder / "summary.json").write_text('{"epochs": 1, "loss": 2.5, "top1": 0.1}')
+    return {"top1": 0.1, "token_top1": 0.2}
+
+
+def check_pages(text: str, out: Path) -> None:
+    pages = re.findall(r"^look at: (.*)$", text, re.MULTILINE)
+    assert pages == [str(out / "labels.html"), str(out / "report.html")]
+    labels, report = (Path(page).read_text() for page in pages)
+    assert labels.count("<article ") == 8
+    assert "images, from all shards" in labels
+    for name in ("student", "student-without-labels", "labeler"):
+        assert f">{name}</span>" in report
+    assert report.count("<article ") > 0
+    assert (out / "labels.png").is_file() and (out / "confidence.png").is_file()
+    stages = [row["stage"] for row in json.loads((out / "summary.json").read_text())["stages"]]
+    assert stages == ["images", "labeler", "labels", "student", "student without labels"]
+
+
+def test_the_demo_ends_with_both_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "train_labeler", leave_untrained)
+    monkeypatch.setattr(demo, "train_student", leave_untrained)
+    out = tmp_path / "demo"
+    text = demo.run_demo(out, train=20, val=10, epochs=1, shards=2, device="cpu", workers=1)
+    check_pages(text, out)
+
+
+@pytest.mark.slow
+def test_a_small_demo(tmp_path):
+    out = tmp_path / "demo"
+    check_pages(demo.run_demo(out, train=60, val=30, epochs=1, shards=2, device="cpu", workers=1), out)

@@ -1,0 +1,347 @@
+"""Stage 1: it learns, describes itself, goes on where it stopped, and stops where it must."""
+
+import json
+import pickle
+import resource
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from stl_offline import device
+from stl_offline.config import LabelerConfig, differences
+from stl_offline.distributed import World
+from stl_offline.errors import FormatError, InputError, JoinError, TargetError, TrainingError
+from stl_offline.evaluation import evaluate_model, validation
+from stl_offline.images.pack import ensure_beton
+from stl_offline.loader.order import shuffled
+from stl_offline.models.artifact import load_model, read_description
+from stl_offline.training import run_folder
+from stl_offline.training.run_folder import RunFolder
+from stl_offline.training.setup import prepare
+from stl_offline.training.train_labeler import LabelerObjective, train_labeler
+
+
+def weights(run):
+    return safetensors.torch.load_file(Path(run) / "weights.safetensors")
+
+
+def same_weights(a, b):
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_learns_and_describes_itself(quick):
+    summary = train_labeler(LabelerConfig(**quick | {"epochs": 30, "batch_size": 15, "ema_decay": 0.0}))
+    run = Path(quick["out"])
+    assert summary["top1"] > 0.6  # a third by chance
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log] == list(range(1, 31))
+    assert log[-1]["loss"] < log[0]["loss"]
+    config = json.loads((run / "config.json").read_text())
+    assert config["settings"]["batch_size"] == 15
+    assert config["data"]["class_names"] == ["diagonal", "horizontal", "vertical"]
+    assert config["versions"]["torch"] == torch.__version__.split("+")[0] or config["versions"]["torch"]
+    assert not (run / "state.pt").exists()
+    model, description = load_model(run)
+    assert description == read_description(run / "weights.safetensors")
+    assert description.model == "fan_micro_4_p8_token"
+    class_logits, token_logits = model.eval()(torch.zeros(1, 3, 32, 32))
+    assert class_logits.shape == (1, 3)
+    assert token_logits.shape == (1, 16, 3)
+
+
+def test_same_command_again_changes_nothing(quick):
+    first = train_labeler(LabelerConfig(**quick))
+    before = {path.name: path.stat().st_mtime_ns for path in Path(quick["out"]).iterdir()}
+    assert train_labeler(LabelerConfig(**quick)) == first
+    assert {path.name: path.stat().st_mtime_ns for path in Path(quick["out"]).iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "more"),
+    [
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (4, {}),
+        (2, {"amp": "fp16", "clip_grad": 1.0}),
+        (5, {"batch_size": 10, "accumulate": 2}),
+    ],
+)
+def test_stopped_anywhere_it_ends_with_the_same_weights(quick, tmp_path, monkeypatch, stop_at, more):
+    """SIGTERM in the middle of a step: the step ends, all is saved, and the same command takes the steps left."""
+    config = quick | {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1} | more
+    whole = tmp_path / "whole"
+    train_labeler(LabelerConfig(**config | {"out": str(whole)}))
+    steps = 0
+    original = LabelerObjective.losses
+
+    def step_and_stop(*arguments):
+        nonlocal steps
+        steps += 1
+        if steps == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(LabelerObjective, "losses", step_and_stop)
+    with pytest.raises(SystemExit) as stopped:
+        train_labeler(LabelerConfig(**config))
+    assert stopped.value.code == 143
+    parts = config.get("accumulate", 1)
+    assert steps == -(-stop_at // parts) * parts
+    monkeypatch.setattr(LabelerObjective, "losses", original)
+    train_labeler(LabelerConfig(**config))
+    assert same_weights(whole, config["out"])
+    best = [safetensors.torch.load_file(Path(run) / "best.safetensors") for run in (whole, config["out"])]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+    lines = (Path(config["out"]) / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+
+
+def test_stopped_while_it_measures_it_repeats_no_step(quick, tmp_path, monkeypatch):
+    """The state is stored before: the same command only measures again, and ends with the same weights and lines."""
+    whole = tmp_path / "whole"
+    train_labeler(LabelerConfig(**quick | {"out": str(whole)}))
+    measured = 0
+    original = evaluate_model
+
+    def ask_and_measure(*arguments):
+        nonlocal measured
+        measured += 1
+        if measured == 2:  # of the first epoch: the plain weights, after the averaged ones
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(validation, "evaluate_model", ask_and_measure)
+    with pytest.raises(KeyboardInterrupt):
+        train_labeler(LabelerConfig(**quick))
+    assert measured == 2
+    assert not (Path(quick["out"]) / "log.jsonl").exists()
+    steps = 0
+    losses = LabelerObjective.losses
+
+    def count(*arguments):
+        nonlocal steps
+        steps += 1
+        return losses(*arguments)
+
+    monkeypatch.setattr(LabelerObjective, "losses", count)
+    train_labeler(LabelerConfig(**quick))
+    assert steps == 3  # of the second epoch
+    assert same_weights(whole, quick["out"])
+    times = {"seconds", "cpu_seconds", "data_wait_seconds", "images_per_second"}
+    logs = [(Path(run) / "log.jsonl").read_text().splitlines() for run in (whole, quick["out"])]
+    ours, theirs = ([{k: v for k, v in json.loads(line).items() if k not in times} for line in log] for log in logs)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", ["state.pt", "weights.safetensors"])
+def test_a_full_disk_is_said_in_a_line_and_the_old_files_stay(quick, name):
+    """The kernel refuses in the middle of a write, as it does on a full disk."""
+    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+    run = Path(quick["out"])
+    (run / "state.pt").write_bytes(b"old")
+    stage = prepare(LabelerConfig(**quick), "labeler")
+    folder = stage.run_folder()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(TargetError, match=rf"cannot write .*{name}: .*File too large.*nothing was changed there"):
+            if name == "state.pt":
+                folder.save_state({"model": stage.model.state_dict()})
+            else:
+                folder.save_weights(stage.model, stage.description)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_too_few_images_for_the_processes_are_found_before_the_old_run_is_deleted(quick, monkeypatch):
+    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+    before = {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()}
+    stage = replace(prepare(LabelerConfig(**quick | {"resume": False}), "labeler"), world=World(0, 19))
+    with pytest.raises(InputError, match="18 images cannot give each of 19 processes 1 batches of up to 128"):
+        stage.run(LabelerObjective(stage), stage.random_plan)
+    assert {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()} == before
+
+
+def test_other_settings_are_refused_by_name(quick):
+    train_labeler(LabelerConfig(**quick))
+    with pytest.raises(InputError, match="lr: 0.002 → 0.01"):
+        train_labeler(LabelerConfig(**quick | {"lr": 0.01}))
+    train_labeler(LabelerConfig(**quick | {"lr": 0.01, "resume": False}))
+
+
+def test_the_precision_that_auto_came_to_is_part_of_a_run(quick, monkeypatch):
+    """A machine that would choose another one must not go on unheard; said by name, it goes on anywhere."""
+    monkeypatch.setattr(device, "_bf16_is_fast", lambda _: True)
+    train_labeler(LabelerConfig(**quick | {"epochs": 1, "amp": "auto"}))
+    monkeypatch.setattr(device, "_bf16_is_fast", lambda _: False)
+    with pytest.raises(InputError, match="other settings .amp: 'bf16' → 'none'"):
+        train_labeler(LabelerConfig(**quick | {"epochs": 1, "amp": "auto"}))
+    assert train_labeler(LabelerConfig(**quick | {"epochs": 1, "amp": "bf16"}))["epochs"] == 1
+
+
+def test_long_values_are_said_in_short():
+    old = {"names": [f"n{number:08}" for number in range(1000)], "one": 1, "text": "a" * 500}
+    new = {"names": old["names"][:-1], "one": 2, "text": "b" * 500}
+    assert differences(old, new)[:2] == ["names: 1,000 → 999 of them", "one: 1 → 2"]
+    assert len(differences(old, new)[2]) < 220
+    swapped = {"names": [*old["names"][:7], "other", *old["names"][8:]]}
+    assert differences({"names": old["names"]}, swapped) == ["names: 'n00000007' → 'other'"]
+
+
+def test_processes_compare_what_they_have_to_do_together(quick, monkeypatch):
+    said = []
+    monkeypatch.setattr(run_folder, "agree", lambda values, _: said.append(values.tolist()) or True)
+    for changes in ({}, {"log_every": 3}, {"val_every": 2}, {"flip": 0.0}):
+        config = LabelerConfig(**quick | changes)
+        same_run.check_same_run(prepare(config, "labeler").run_folder(), config, torch.device("cpu"), World(0, 2))
+    assert said[0] == said[1]
+    assert said[0] != said[2]
+    assert said[0] != said[3]
+
+
+def test_a_folder_of_something_else_is_left_alone(quick):
+    Path(quick["out"]).mkdir()
+    (Path(quick["out"]) / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="not empty"):
+        train_labeler(LabelerConfig(**quick))
+    assert [path.name for path in Path(quick["out"]).iterdir()] == ["thesis.tex"]
+    assert (Path(quick["out"]) / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_new_start_that_fails_leaves_the_old_run_alone(quick, make_stripes, tmp_path):
+    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+    before = {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()}
+    other = make_stripes(tmp_path / "other", 2, 3)
+    (other / "vertical").rename(other / "checks")
+    with pytest.raises(JoinError, match="checks"):
+        train_labeler(LabelerConfig(**quick | {"val": str(other), "resume": False}))
+    assert {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()} == before
+
+
+def with_infinite_slope(loss):
+    return loss + (loss * 0).sqrt()  # √0 adds nothing
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(lambda loss: loss * float("nan"), "the loss is nan"), (with_infinite_slope, "the gradient's norm is nan")],
+    ids=["loss", "gradient"],
+)
+def test_what_is_not_finite_stops_the_run_before_the_weights(quick, monkeypatch, spoil, said):
+    """In the third step: its samples are kept, and nothing of it is stored."""
+    original = LabelerObjective.losses
+    calls = 0
+
+    def spoil_the_third_step(*arguments):
+        nonlocal calls
+        calls += 1
+        losses = original(*arguments)
+        return losses | {"loss": spoil(losses["loss"])} if calls == 3 else losses
+
+    monkeypatch.setattr(LabelerObjective, "losses", spoil_the_third_step)
+    with pytest.raises(TrainingError, match=said + r" at epoch 1, step 3; .*not-finite\.json"):
+        train_labeler(LabelerConfig(**quick))
+    evidence = json.loads((Path(quick["out"]) / "not-finite.json").read_text())
+    beton = ensure_beton(quick["data"])
+    third = shuffled(quick["seed"], 0, len(beton))[40:]
+    assert evidence["sample_ids"] == third.tolist()
+    assert evidence["keys"] == [beton.keys[sample] for sample in third]
+    assert not (Path(quick["out"]) / "state.pt").exists()
+    assert not (Path(quick["out"]) / "weights.safetensors").exists()
+
+
+def test_a_gradient_that_no_loss_scale_makes_finite_stops_the_run(quick, monkeypatch):
+    """fp16 leaves steps out and halves the scale, from 2¹⁶ to 1."""
+    original = LabelerObjective.losses
+
+    def spoil(*arguments):
+        losses = original(*arguments)
+        return losses | {"loss": with_infinite_slope(losses["loss"])}
+
+    monkeypatch.setattr(LabelerObjective, "losses", spoil)
+    with pytest.raises(TrainingError, match=r"the gradient's norm is nan at epoch 6, step 17; "):
+        train_labeler(LabelerConfig(**quick | {"epochs": 10, "amp": "fp16"}))
+
+
+def test_a_run_that_another_job_finished_meanwhile_is_not_begun_anew(quick, monkeypatch):
+    config = LabelerConfig(**quick | {"epochs": 1})
+    train_labeler(config)
+    before = {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "summary", lambda _: None)  # as it was when this job looked
+        with pytest.raises(InputError, match="another job has just finished the run"):
+            train_labeler(config)
+    assert {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()} == before
+
+
+def test_a_state_that_does_not_fit_in_memory_is_not_called_damaged(quick, monkeypatch):
+    def load(*_, **__):
+        raise MemoryError
+
+    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+    (Path(quick["out"]) / "summary.json").unlink()
+    (Path(quick["out"]) / "state.pt").write_bytes(b"large")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError):
+        train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+
+
+def test_a_folder_that_another_job_trains_in_is_refused(quick):
+    config = LabelerConfig(**quick)
+    with (
+        prepare(config, "labeler").run_folder().held(),
+        pytest.raises(InputError, match="another job is training in .*run; wait for it"),
+    ):
+        train_labeler(config)
+    assert train_labeler(config)["epochs"] == 2
+
+
+def test_a_start_that_was_killed_at_once_is_no_foreign_folder(quick):
+    Path(quick["out"]).mkdir()
+    (Path(quick["out"]) / ".config.json.1234.abcd.tmp").write_text("{")
+    assert train_labeler(LabelerConfig(**quick | {"epochs": 1}))["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"[]"),
+        ("summary.json", b'{"epochs": 2'),
+        ("state.pt", b"PK\3\4 and no more"),
+        ("state.pt", pickle.dumps({"at": 1})),
+        ("state.pt", None),
+    ],
+)
+def test_a_damaged_run_says_so(quick, name, content):
+    train_labeler(LabelerConfig(**quick))
+    path = Path(quick["out"]) / name
+    if name == "state.pt":
+        (Path(quick["out"]) / "summary.json").unlink()
+    if content is None:
+        torch.save({"at": {}, "model": {}}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(FormatError, match=rf"{name} is damaged .*--no-resume"):
+        train_labeler(LabelerConfig(**quick))
+
+
+def test_validation_of_other_classes_is_refused(quick, tmp_path, make_stripes):
+    other = make_stripes(tmp_path / "other", 2, 5, classes=("diagonal", "vertical"))
+    (other / "vertical").rename(other / "plaid")
+    with pytest.raises(JoinError, match="plaid"):
+        train_labeler(LabelerConfig(**quick | {"val": str(other)}))
+
+
+def test_unknown_model_names_the_known_ones(quick):
+    with pytest.raises(InputError, match="fan_tiny_8_p4_hybrid"):
+        train_labeler(LabelerConfig(**quick | {"model": "resnet50"}))
