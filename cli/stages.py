@@ -24,7 +24,7 @@ def train_or_look(stage: str, said: dict[str, Any]) -> None:
         found = dry_run(config, stage)
         lines = found.lines() if found.is_first else []
     else:
-        module = importlib.import_module(f"stl_offline.training.{stage}")
+        module = importlib.import_module(f"stl_offline.training.train_{stage}")
         summary = getattr(module, f"train_{stage}")(config)
         lines = [run_line(stage, config.out, summary)] if os.environ.get("RANK", "0") == "0" else []
     for line in lines:

@@ -54,7 +54,7 @@ def test_convert_merge_and_stats(labels, tmp_path, capsys):
     )
     assert code == 0 and "12 images in 2 shards, webdataset, q8" in out
     code, out, _ = call(capsys, "stats", "tar")
-    assert code == 0 and "images:     12 in 2 shards" in out
+    assert code == 0 and "images:       12 in 2 shards" in out
     code, out, _ = call(capsys, "stats", "labels", "--shards", "1", "--json")
     assert code == 0 and json.loads(out)["samples"] == 3
     call(capsys, "pull", "labels", "a", "--shards", "0-1")

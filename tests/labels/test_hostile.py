@@ -168,7 +168,7 @@ def tar_of(change, format=tarfile.GNU_FORMAT):
 
 
 def refuse_tar(data, words):
-    for read in (containers.decode, containers.read_index):
+    for read in (containers.decode_shard, containers.read_shard_index):
         with at_most(8), pytest.raises(FormatError, match=words):
             read(data, TAR_SPEC)
 
@@ -247,7 +247,7 @@ def test_keys_that_are_no_text(container, entries):
             return member, stream
 
         data = tar_of(change)
-    for read in (containers.decode, containers.read_index):
+    for read in (containers.decode_shard, containers.read_shard_index):
         with pytest.raises(FormatError, match="shard"):
             read(data, spec)
 

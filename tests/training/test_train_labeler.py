@@ -203,7 +203,7 @@ def test_processes_compare_what_they_have_to_do_together(quick, monkeypatch):
     monkeypatch.setattr(run_folder, "agree", lambda values, _: said.append(values.tolist()) or True)
     for changes in ({}, {"log_every": 3}, {"val_every": 2}, {"flip": 0.0}):
         config = LabelerConfig(**quick | changes)
-        same_run.check_same_run(prepare(config, "labeler").run_folder(), config, torch.device("cpu"), World(0, 2))
+        run_folder.check_same_run(prepare(config, "labeler").run_folder(), config, torch.device("cpu"), World(0, 2))
     assert said[0] == said[1]
     assert said[0] != said[2]
     assert said[0] != said[3]
