@@ -1,18 +1,156 @@
-"""Token labels made once, shared like data, and students trained from them at the speed of plain training."""
+"""Token labels made once, shared like data, and students trained from them at the speed of plain training.
 
+The public interface is what this module lists in ``__all__``; every other module may change between releases. Names are
+loaded on first use, so ``import stl_offline`` is quick. Those below "Needs the extra" raise `MissingExtraError` where
+``pip install 'stl-offline[train]'`` has not been run.
+
+- Label sets: `open_label_set`, `LabelSet`, `LabelMap`; `verify`, `merge`, `convert`, `push`, `pull`.
+- Writing a label set from any model: `LabelSetWriter` with a `LabelSpec` and one `ShardArrays` per shard.
+- Labels in a training loop: `join`, `build_token_cache`, `TokenCache`, `TokenTargets`, `token_targets`.
+- Geometry: `View`, `CropSettings`, `draw_views`, `whole_views`, `center_views`, `relative_view`.
+- Needs the extra [train]: `pack`, `open_beton`, `Beton`, `TokenLoader`, `Batch`, `token_cross_entropy`;
+  `create_labeler`, `TokenLabeler`, `load_model`.
+- The commands, each a function of its settings (needs the extra [train]): `train_labeler` (`LabelerConfig`),
+  `dump_labels` (`DumpConfig`), `train_student` (`StudentConfig`), `evaluate` (`EvaluateConfig`).
+- Errors: all derive from `StlError`.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from stl_offline.errors import (
+    FormatError,
+    InputError,
+    JoinError,
+    MissingExtraError,
+    StlError,
+    TargetError,
+    TrainingError,
+)
+
 if TYPE_CHECKING:
-    from stl_offline.labels.label_set import open_label_set
+    from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, StudentConfig
+    from stl_offline.dump import dump_labels
+    from stl_offline.evaluation import evaluate
+    from stl_offline.geometry import CropSettings, View, center_views, draw_views, relative_view, whole_views
+    from stl_offline.images.beton import Beton, open_beton
+    from stl_offline.images.pack import pack
+    from stl_offline.labels.arrays import LabelMap, ShardArrays
+    from stl_offline.labels.cache import TokenCache, build_token_cache
+    from stl_offline.labels.convert import convert
+    from stl_offline.labels.join import join
+    from stl_offline.labels.label_set import LabelSet, open_label_set
+    from stl_offline.labels.merge import merge
+    from stl_offline.labels.spec import LabelSpec
+    from stl_offline.labels.transfer import pull, push
+    from stl_offline.labels.verify import verify
+    from stl_offline.labels.writer import LabelSetWriter
+    from stl_offline.loader import Batch, TokenLoader
+    from stl_offline.losses import token_cross_entropy
+    from stl_offline.models import TokenLabeler, create_labeler, load_model
+    from stl_offline.targets import TokenTargets, token_targets
+    from stl_offline.training.train_labeler import train_labeler
+    from stl_offline.training.train_student import train_student
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "open_label_set"]
+__all__ = [
+    "Batch",
+    "Beton",
+    "CropSettings",
+    "DumpConfig",
+    "EvaluateConfig",
+    "FormatError",
+    "InputError",
+    "JoinError",
+    "LabelMap",
+    "LabelSet",
+    "LabelSetWriter",
+    "LabelSpec",
+    "LabelerConfig",
+    "MissingExtraError",
+    "ShardArrays",
+    "StlError",
+    "StudentConfig",
+    "TargetError",
+    "TokenCache",
+    "TokenLabeler",
+    "TokenLoader",
+    "TokenTargets",
+    "TrainingError",
+    "View",
+    "__version__",
+    "build_token_cache",
+    "center_views",
+    "convert",
+    "create_labeler",
+    "draw_views",
+    "dump_labels",
+    "evaluate",
+    "join",
+    "load_model",
+    "merge",
+    "open_beton",
+    "open_label_set",
+    "pack",
+    "pull",
+    "push",
+    "relative_view",
+    "token_cross_entropy",
+    "token_targets",
+    "train_labeler",
+    "train_student",
+    "verify",
+    "whole_views",
+]
+
+# module → names that it gives; the same as the imports above, which type checkers read.
+_CORE = {
+    "config": ("DumpConfig", "EvaluateConfig", "LabelerConfig", "StudentConfig"),
+    "geometry": ("CropSettings", "View", "center_views", "draw_views", "relative_view", "whole_views"),
+    "labels.arrays": ("LabelMap", "ShardArrays"),
+    "labels.cache": ("TokenCache", "build_token_cache"),
+    "labels.convert": ("convert",),
+    "labels.join": ("join",),
+    "labels.label_set": ("LabelSet", "open_label_set"),
+    "labels.merge": ("merge",),
+    "labels.spec": ("LabelSpec",),
+    "labels.transfer": ("pull", "push"),
+    "labels.verify": ("verify",),
+    "labels.writer": ("LabelSetWriter",),
+    "targets": ("TokenTargets", "token_targets"),
+}
+_TRAIN = {
+    "dump": ("dump_labels",),
+    "evaluation": ("evaluate",),
+    "images.beton": ("Beton", "open_beton"),
+    "images.pack": ("pack",),
+    "loader": ("Batch", "TokenLoader"),
+    "losses": ("token_cross_entropy",),
+    "models": ("TokenLabeler", "create_labeler", "load_model"),
+    "training.train_labeler": ("train_labeler",),
+    "training.train_student": ("train_student",),
+}
+_MODULE_OF = {name: module for module, names in (_CORE | _TRAIN).items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    # Loaded when asked for: zarr and numba would make `import stl_offline` (and every --help) slow.
-    if name == "open_label_set":
-        import importlib
+if not TYPE_CHECKING:  # or type checkers would take any name to be there
 
-        return importlib.import_module("stl_offline.labels.label_set").open_label_set
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = _MODULE_OF[name]
+        try:
+            value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        except ImportError as error:
+            if module not in _TRAIN or (error.name or "").partition(".")[0] == __name__:
+                raise
+            raise MissingExtraError(
+                f"{__name__}.{name} needs the extra [train]: pip install 'stl-offline[train]' ({error})",
+                name=error.name,
+            ) from error
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

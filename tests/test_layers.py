@@ -49,9 +49,6 @@ HEAVY = ("torch", "torchvision", "ffcv", "timm", "cv2", "PIL", "safetensors", "m
 # The name that is imported → the distribution that setup.cfg asks for, where they differ.
 DISTRIBUTION_OF = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "ffcv", "llvmlite": "numba"}
 
-# The only function outside cli/ that imports: the package's own front, so that `import stl_offline` stays quick.
-LAZY = {"stl_offline"}
-
 
 def part_of(name: str) -> str:
     """The entry of the table that a module belongs to: stl_offline.labels.spec → labels."""
@@ -92,10 +89,6 @@ def test_others_come_in_through_the_door(door):
     assert not wrong, wrong
 
 
-def test_the_package_front_imports_label_sets_only():
-    assert {part_of(target) for target in own_imports(modules()["stl_offline"])} <= {"labels"}
-
-
 def test_no_module_imports_itself_through_others():
     graph = {module.name: own_imports(module) - {module.name} for module in inner_modules()}
     done: set[str] = set()
@@ -117,7 +110,7 @@ def test_functions_import_only_in_the_command_line():
         f"{module.place}:{item.line} imports {item.target}"
         for name, module in modules().items()
         for item in module.imports
-        if item.in_function and part_of(name) != "cli" and name not in LAZY
+        if item.in_function and part_of(name) != "cli"
     ]
     assert not wrong, wrong
 

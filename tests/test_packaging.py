@@ -83,7 +83,7 @@ def test_the_wheel_holds_every_module_and_no_other_package(wheel):
     }
     assert python == expected
     source = REPOSITORY / "stl_offline"
-    files = [*source.rglob("*.yaml"), *(source / "reports" / "templates").iterdir()]
+    files = [source / "py.typed", *source.rglob("*.yaml"), *(source / "reports" / "templates").iterdir()]
     assert {str(path.relative_to(REPOSITORY)) for path in files} <= names
     assert {name.split("/")[0] for name in names} == {"stl_offline", wheel.name.partition("-py3")[0] + ".dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
