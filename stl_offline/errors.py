@@ -4,9 +4,27 @@ Every message is one line that says what was given, where, and what to do about 
 that a caller of a plain Python function would expect to catch.
 """
 
+import re
+
+
+def printable(text: object) -> str:
+    """``str(text)`` with every character that does not print replaced by its Python escape.
+
+    Keys, class names and licences come from whoever made a data set. Escape codes, line breaks and marks that turn the
+    direction of writing would let them change what a terminal shows: they appear as ``\\x1b``, ``\\n`` and ``\\u202e``.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
 
 class StlError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose. Its text is one line that can be printed safely."""
+
+    def __str__(self) -> str:
+        # Exception's own text: KeyError, a base of one subclass, would give it in quotes.
+        return printable(re.sub(r"\s*[\r\n]+\s*", " ", Exception.__str__(self)))
 
 
 class InputError(StlError, ValueError):
@@ -19,6 +37,10 @@ class FormatError(StlError, ValueError):
 
 class JoinError(StlError, LookupError):
     """Labels and images do not belong together: missing keys, changed images, another class list."""
+
+
+class UnknownKeyError(JoinError, KeyError):
+    """A label set has no label for this key. Also a KeyError, so that ``labels.get(key)`` works as on any mapping."""
 
 
 class TrainingError(StlError, RuntimeError):
