@@ -1,23 +1,27 @@
 """``stl-offline demo``."""
 
-import click
+from stl_offline.cli.command import command, example, option
+from stl_offline.cli.options import debug_option, device_option, workers_option
+from stl_offline.cli.terminal import echo
 
-from stl_offline.cli.options import example, machine_options, option
 
+@command(epilog=example("stl-offline demo --out runs/demo"))
+@option("--train", group="data", default=1600, metavar="N", help="Training images to draw.")
+@option("--val", group="data", default=300, metavar="N", help="Validation images to draw.")
+@option("--shards", group="labels", default=4, metavar="N", help="Shards of the label set.")
+@option("--epochs", group="optimisation", default=5, metavar="N", help="Epochs of each training run.")
+@option("--seed", group="optimisation", default=0, metavar="N", help="Seed of the images and of every stage.")
+@option("--out", group="output", default="runs/demo", metavar="DIR", help="Folder for all results of the demo.")
+@device_option
+@workers_option
+@debug_option
+def demo(out: str, train: int, val: int, shards: int, epochs: int, seed: int, device: str, workers: int) -> None:
+    """Run all stages on drawn images: train a labeler, dump its token labels, train students, show the results.
 
-@click.command(epilog=example("stl-offline demo --out runs/demo"))
-@option("--out", default="runs/demo", metavar="DIR", help="Folder for everything that the demo makes.")
-@option("--train", default=1600, metavar="N", help="Training images to draw.")
-@option("--val", default=300, metavar="N", help="Validation images to draw.")
-@option("--epochs", default=5, metavar="N", help="Of each training stage.")
-@option("--shards", default=4, metavar="N", help="Files of the label set.")
-@option("--seed", default=0, metavar="N", help="Of the images and of every stage.")
-@machine_options
-def demo(debug: bool, **options: object) -> None:
-    """All stages on drawn images: train a labeler, dump its token labels, train students, show what happened.
-
-    Ends with a table of each stage's time and accuracy, a page of its labels and a report of its runs.
+    Prints a table of each stage's time and accuracy, and writes a page of the labels and a report of the runs.
     """
     from stl_offline.demo import run_demo
 
-    click.echo(run_demo(**options))
+    machine = {"device": device, "workers": workers}
+    summary = run_demo(out, train=train, val=val, epochs=epochs, shards=shards, seed=seed, **machine)
+    echo(*summary.splitlines())

@@ -2,12 +2,23 @@
 
 import click
 
-from stl_offline.cli.options import NUMBERS, SOURCE_HELP, example, machine_options, option
+from stl_offline.cli.command import command, example, option
+from stl_offline.cli.options import (
+    SOURCE_HELP,
+    debug_option,
+    device_option,
+    foreign_labeler_options,
+    json_option,
+    labeler_checkpoint_option,
+    skip_broken_option,
+    workers_option,
+)
 from stl_offline.cli.output import dump_line, estimate_lines, result_json
+from stl_offline.cli.terminal import echo
 from stl_offline.config import AMP_MODES, INTERPOLATIONS, DumpConfig
 
 
-@click.command(
+@command(
     epilog=example(
         "stl-offline dump-labels --data images/train --labeler runs/labeler \\",
         "    --shards 16 --top-k 5 --encoding q8 --out labels",
@@ -16,52 +27,102 @@ from stl_offline.config import AMP_MODES, INTERPOLATIONS, DumpConfig
         "    --labeler-checkpoint model.safetensors --img-size 448 --licence Apache-2.0 --out labels",
     )
 )
-@option("--data", required=True, metavar="SRC", help=f"Images to label: {SOURCE_HELP}.")
-@option("--labeler", required=True, metavar="RUN|CKPT|timm:NAME", help="The model that labels.")
-@option("--labeler-checkpoint", metavar="FILE", help="Weights for a labeler named timm:NAME.")
-@option("--labeler-by-order", is_flag=True, help="These weights have other names, but the same tensors in order.")
-@option("--labeler-mean", type=NUMBERS, metavar="R,G,B", help="Normalisation, where not as timm notes for NAME.")
-@option("--labeler-std", type=NUMBERS, metavar="R,G,B", help="Likewise.")
-@option("--out", required=True, metavar="SET", help="Folder of the label set, or its address (s3://…).")
+@json_option
+@option("--estimate", group="general", is_flag=True, help="Label a few images and print the cost. Write nothing.")
+@option("--data", group="data", required=True, metavar="SRC", help=f"Images to label: {SOURCE_HELP}.")
+@skip_broken_option
+@option(
+    "--labeler",
+    group="model",
+    required=True,
+    metavar="RUN|CKPT|timm:NAME",
+    help="Model that labels: a run's folder, one of its checkpoints, or a timm model.",
+)
+@labeler_checkpoint_option
+@option(
+    "--img-size",
+    group="model",
+    default=DumpConfig.img_size,
+    metavar="N",
+    help="Height and width of the labeler's input, in pixels (0 takes the size it was trained with).",
+)
+@option("--top-k", group="labels", default=DumpConfig.top_k, metavar="K", help="Classes stored per token.")
+@option(
+    "--views",
+    group="labels",
+    default=DumpConfig.views,
+    metavar="V",
+    help="Random crops labelled per image (0 labels the whole image once).",
+)
+@option(
+    "--encoding",
+    group="labels",
+    default=DumpConfig.encoding,
+    metavar="NAME",
+    help="Encoding of the logits: f16 stores them as they are, q8 is smaller with a bounded error.",
+)
+@option("--format", group="labels", default=DumpConfig.format, metavar="NAME", help="Container: zarr or webdataset.")
 @option(
     "--shards",
+    group="labels",
     default=DumpConfig.shards,
     metavar="N",
-    help="Files that the set is cut into, each by one process; 0: of 512 to 4,096 images, fewer of many crops.",
+    help="Number of shards, each written by one process (0 chooses 512 to 4,096 images per shard, fewer for crops).",
 )
-@option("--top-k", default=DumpConfig.top_k, metavar="K", help="Classes stored for each token.")
-@option("--views", default=DumpConfig.views, metavar="V", help="Random crops of each image; 0: one map of the whole.")
-@option("--img-size", default=DumpConfig.img_size, metavar="N", help="Side of the labeler's input; 0: as trained.")
-@option("--batch-size", default=DumpConfig.batch_size, metavar="N", help="Images a step.")
-@option("--seed", default=DumpConfig.seed, metavar="N", help="Of the random crops.")
-@option("--scale-min", default=DumpConfig.scale_min, metavar="X", help="Smallest share of the area in a random crop.")
-@option("--flip", default=DumpConfig.flip, metavar="X", help="Chance that a random crop is flipped.")
+@option(
+    "--licence",
+    group="labels",
+    default=DumpConfig.licence,
+    metavar="TEXT",
+    help="Licence of the labeler's weights, stored in the manifest and the card.",
+)
+@option(
+    "--scale-min",
+    group="augmentation",
+    default=DumpConfig.scale_min,
+    metavar="X",
+    help="Smallest part of an image's area that a random crop takes.",
+)
+@option(
+    "--flip",
+    group="augmentation",
+    default=DumpConfig.flip,
+    metavar="X",
+    help="Probability that a random crop is flipped.",
+)
+@option("--seed", group="augmentation", default=DumpConfig.seed, metavar="N", help="Seed of the random crops.")
 @option(
     "--interpolation",
+    group="augmentation",
     default=DumpConfig.interpolation,
     type=click.Choice(["auto", *INTERPOLATIONS]),
-    help="How images are resized; auto: as the labeler's run did, area for timm:NAME.",
+    help="How images are resized; auto does it as in the labeler's training, and takes area for timm:NAME.",
 )
-@option("--format", default=DumpConfig.format, metavar="NAME", help="Container of the shards: zarr or webdataset.")
+@option("--out", group="output", required=True, metavar="SET", help="Folder or address (s3://…) of the label set.")
+@option("--batch-size", group="machine", default=DumpConfig.batch_size, metavar="N", help="Images per batch.")
 @option(
-    "--encoding", default=DumpConfig.encoding, metavar="NAME", help="Of the logits: f16 as they are, or q8, compact."
+    "--amp",
+    group="machine",
+    default=DumpConfig.amp,
+    type=click.Choice(AMP_MODES),
+    help="Mixed precision of the labeler's trunk; auto chooses by device.",
 )
-@option("--amp", default=DumpConfig.amp, type=click.Choice(AMP_MODES), help="Half precision in the trunk.")
-@option("--licence", default=DumpConfig.licence, metavar="TEXT", help="Of the labeler's weights, for the set's card.")
-@option("--skip-broken", is_flag=True, default=DumpConfig.skip_broken, help="Leave out unreadable images.")
-@option("--estimate", is_flag=True, help="Only say what it would cost: label a few images, write nothing.")
-@option("--json", "as_json", is_flag=True, help="Print what was done, or the estimate, as JSON.")
-@machine_options
-def dump_labels(estimate: bool, as_json: bool, **options: object) -> None:
-    """Label every token of every image, once, and write the labels as a set of shards.
+@device_option
+@workers_option
+@foreign_labeler_options
+@debug_option
+def dump_labels(estimate: bool, as_json: bool, **settings: object) -> None:
+    """Label every token of every image once, and write the labels as a set of shards.
 
-    A killed dump goes on from its last whole shard when the same command runs again, with any number of processes; the
-    bytes come out the same. Several processes: torchrun --nproc-per-node N -m stl_offline.cli dump-labels …
+    An interrupted dump continues from its last complete shard when the same command runs again, with any number of
+    processes, and gives the same bytes. For several processes: torchrun --nproc-per-node N -m stl_offline.cli
+    dump-labels …
     """
-    config = DumpConfig(**options)
+    config = DumpConfig(**settings)
     from stl_offline.dump import dump_labels as dump
     from stl_offline.dump import estimate_dump
 
     result = estimate_dump(config) if estimate else dump(config)
     if result.is_first:
-        click.echo(result_json(result) if as_json else estimate_lines(result) if estimate else dump_line(result))
+        lines = result_json(result) if as_json else estimate_lines(result) if estimate else [dump_line(result)]
+        echo(*lines)

@@ -5,7 +5,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+ALREADY_COMPLETE = "already complete, nothing was done"
+
 _SCORES = (("top1", "top-1"), ("top5", "top-5"), ("token_top1", "token top-1"))
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: 1 shard, 2 shards, 1,000 classes."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural}"
 
 
 def percent(share: float | None) -> str:
@@ -19,42 +27,45 @@ def scores_line(result: Mapping[str, Any]) -> str:
 
 
 def run_line(stage: str, out: str, summary: Mapping[str, Any]) -> str:
-    """Where a training run lies, how long it took and how good it is."""
-    facts = [f"{summary['epochs']} epochs in {summary['train_seconds']:,.0f} s", f"loss {summary['loss']:.3f}"]
+    """Where a training run lies, how long it took and how accurate the model is."""
+    epochs = counted(summary["epochs"], "epoch")
+    facts = [f"{epochs} in {summary['train_seconds']:,.0f} s", f"loss {summary['loss']:.3f}"]
     scores = scores_line(summary)
-    return f"{stage}: {out} ({', '.join([*facts, scores] if scores else facts)})"
+    line = f"{stage}: {out} ({', '.join([*facts, scores] if scores else facts)})"
+    return f"{line}; {ALREADY_COMPLETE}" if summary.get("already_complete") else line
 
 
-def result_json(result: Any) -> str:
-    """A result (a dataclass) as JSON, with what it says of itself beyond its fields."""
+def result_json(result: Any) -> list[str]:
+    """The lines of a result (a dataclass) as JSON, with its properties."""
     fields = {name: value for name, value in dataclasses.asdict(result).items() if name != "is_first"}
-    return json.dumps(fields | ({"fits": result.fits} if hasattr(result, "fits") else {}), indent=2)
+    return json.dumps(fields | ({"fits": result.fits} if hasattr(result, "fits") else {}), indent=2).split("\n")
 
 
 def dump_line(report: Any) -> str:
     """What a dump did."""
-    return (
-        f"label set: {report.path} ({report.samples:,} images, {report.labelled:,} of them labelled now, "
-        f"{report.bytes:,} bytes, {report.seconds:,.0f} s)"
+    line = (
+        f"label set: {report.path} ({counted(report.samples, 'image')}, {report.labelled:,} of them labelled now, "
+        f"{counted(report.bytes, 'byte')}, {report.seconds:,.0f} s)"
     )
+    return line if report.labelled else f"{line}; {ALREADY_COMPLETE}"
 
 
-def estimate_lines(estimate: Any) -> str:
-    """What a dump would cost."""
+def estimate_lines(estimate: Any) -> list[str]:
+    """The cost of a dump."""
     views = f" × {estimate.views} views" if estimate.views > 1 else ""
     processes = f" by {estimate.processes} processes" if estimate.processes > 1 else ""
     lines = [
-        f"estimate: {estimate.images:,} images{views}, measured on {estimate.measured:,} of them; nothing written",
-        f"size:     {_size(estimate.bytes)} in {estimate.shards:,} shards, {estimate.bytes_per_image:,.0f} bytes a "
-        "image",
+        f"estimate: {counted(estimate.images, 'image')}{views}, measured on {estimate.measured:,} of them; nothing written",
+        f"size:     {_size(estimate.bytes)} in {counted(estimate.shards, 'shard')}, {estimate.bytes_per_image:,.0f} bytes "
+        "per image",
         f"speed:    {estimate.images_per_second:,.1f} images per second{processes}",
         f"time:     {_duration(estimate.seconds)}",
     ]
     if estimate.pack_seconds:
-        lines[-1] += f", and before it some {_duration(estimate.pack_seconds)} to pack the images"
+        lines[-1] += f", plus about {_duration(estimate.pack_seconds)} to pack the images"
     if estimate.free_bytes is not None:
         lines.append(f"disk:     {_size(estimate.free_bytes)} free, {'enough' if estimate.fits else 'NOT ENOUGH'}")
-    return "\n".join(lines)
+    return lines
 
 
 def _size(count: int) -> str:

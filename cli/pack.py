@@ -4,10 +4,13 @@ from pathlib import Path
 
 import click
 
-from stl_offline.cli.options import example, machine_options
+from stl_offline.cli.command import command, example, ignored, option
+from stl_offline.cli.options import debug_option, skip_broken_option, workers_option
+from stl_offline.cli.output import counted
+from stl_offline.cli.terminal import echo
 
 
-@click.command(
+@command(
     epilog=example(
         "stl-offline pack images/train train.beton",
         "stl-offline pack 'train-{000..015}.tar' train.beton",
@@ -16,30 +19,38 @@ from stl_offline.cli.options import example, machine_options
 )
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DEST")
-@click.option(
-    "--max-size", type=click.IntRange(min=1), metavar="N", help="Shrink images whose longer side exceeds N pixels."
+@option(
+    "--max-size",
+    group="data",
+    type=click.IntRange(min=1),
+    metavar="N",
+    show_default="none",
+    help="Shrink images whose longer side exceeds N pixels.",
 )
-@click.option(
+@option(
     "--classes",
+    "class_names",
+    group="data",
     metavar="PLACE",
-    help="The class list, also of classes without images: a label set, to train from its labels; or a text file with "
-    "one name a line.  [default: SRC's own]",
+    show_default="the classes of SRC",
+    help="Class list to use: a label set, or a text file with one name per line. Classes without images are kept.",
 )
-@click.option("--skip-broken", is_flag=True, help="Leave out and list images that cannot be decoded.")
-@machine_options
+@skip_broken_option
+@workers_option
+@debug_option
+@ignored("--device")
 def pack(
     source: str,
     destination: str,
     max_size: int | None,
-    classes: str | None,
+    class_names: str | None,
     skip_broken: bool,
     workers: int,
-    **_: object,
 ) -> None:
     """Pack the images of SRC into the file DEST (.beton) for fast loading.
 
-    RGB JPEGs are stored byte for byte; other images become RGB. The keys, class names and content hashes go into the
-    same file. Commands that are given images do this by themselves and keep the file in a cache.
+    RGB JPEGs are stored byte for byte, other images are converted to RGB. Keys, class names and content hashes go
+    into the same file. Commands that take images pack them by themselves and keep the file in a cache.
     """
     from stl_offline.images.pack import pack as pack_images
 
@@ -49,22 +60,22 @@ def pack(
         max_size=max_size,
         skip_broken=skip_broken,
         workers=workers or None,
-        class_names=_read_class_names(classes) if classes else None,
+        class_names=_read_class_names(class_names) if class_names else None,
     )
-    click.echo(
-        f"packed {report.samples:,} images of {report.classes:,} classes into {report.path} "
-        f"({report.bytes:,} bytes): {report.stored_as_is:,} as they were, "
+    echo(
+        f"packed {counted(report.samples, 'image')} of {counted(report.classes, 'class')} into {report.path} "
+        f"({counted(report.bytes, 'byte')}): {report.stored_as_is:,} as they were, "
         f"{report.converted:,} converted, {len(report.skipped):,} skipped"
     )
     for key, reason in report.skipped:
-        click.echo(f"skipped {key}: {reason}")
+        echo(f"skipped {key}: {reason}")
 
 
 def _read_class_names(place: str) -> tuple[str, ...]:
     from stl_offline.errors import InputError
     from stl_offline.labels.label_set import open_label_set
 
-    forms = "--classes takes a label set, or a text file with one class name a line"
+    forms = "--classes takes a label set, or a text file with one class name per line"
     if "://" not in place and not Path(place).exists():
         raise InputError(f"{place} is not there; {forms}")
     if not Path(place).is_file():

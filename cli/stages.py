@@ -1,31 +1,36 @@
 """What the two training commands share."""
 
-import importlib
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
+from stl_offline.cli.command import given
 from stl_offline.cli.output import run_line
-from stl_offline.config import LabelerConfig, StudentConfig
+from stl_offline.cli.terminal import echo
+from stl_offline.config import TrainConfig
 
-_CONFIGS = {"labeler": LabelerConfig, "student": StudentConfig}
+C = TypeVar("C", bound=TrainConfig)
 
 
-def train_or_look(stage: str, said: dict[str, Any]) -> None:
-    """Run a training stage from what was said, or its dry run; the first process tells how it went."""
-    recipe, look = said.pop("recipe", None), said.pop("dry_run", False)
+def settings_of_run(kind: type[C], ctx: click.Context, recipe: str | None, settings: dict[str, Any]) -> C:
+    """The settings of a run: the options given, else the recipe's settings, else the defaults."""
     from stl_offline.recipes import resolve
 
-    config = resolve(_CONFIGS[stage], recipe, said)
-    if look:
-        from stl_offline.training.dry_run import dry_run
+    named = given(ctx)
+    return resolve(kind, recipe, {name: value for name, value in settings.items() if name in named})
 
-        found = dry_run(config, stage)
-        lines = found.lines() if found.is_first else []
-    else:
-        module = importlib.import_module(f"stl_offline.training.train_{stage}")
-        summary = getattr(module, f"train_{stage}")(config)
-        lines = [run_line(stage, config.out, summary)] if os.environ.get("RANK", "0") == "0" else []
-    for line in lines:
-        click.echo(line)
+
+def print_dry_run(stage: str, config: TrainConfig) -> None:
+    """Settings, steps, time and memory of a run that is not started; printed by the first process of a job."""
+    from stl_offline.training.dry_run import dry_run
+
+    found = dry_run(config, stage)
+    if found.is_first:
+        echo(*found.lines())
+
+
+def print_run(stage: str, out: str, summary: dict[str, Any]) -> None:
+    """How a run went; printed by the first process of a job."""
+    if os.environ.get("RANK", "0") == "0":
+        echo(run_line(stage, out, summary))

@@ -2,11 +2,13 @@
 
 import click
 
-from stl_offline.cli.options import example, machine_options, said, training_options
-from stl_offline.cli.stages import train_or_look
+from stl_offline.cli.command import command, example
+from stl_offline.cli.options import training_options
+from stl_offline.cli.stages import print_dry_run, print_run, settings_of_run
+from stl_offline.config import LabelerConfig
 
 
-@click.command(
+@command(
     epilog=example(
         "stl-offline train-labeler --recipe fan-tiny --data images/train --val images/val --out runs/labeler",
         "stl-offline train-labeler --data images/train --val images/val \\",
@@ -14,12 +16,17 @@ from stl_offline.cli.stages import train_or_look
     )
 )
 @training_options
-@machine_options
 @click.pass_context
-def train_labeler(ctx: click.Context, **_: object) -> None:
-    """Stage 1: train a model whose tokens answer for the image, and so learn to label it.
+def train_labeler(ctx: click.Context, recipe: str | None, dry_run: bool, **settings: object) -> None:
+    """Stage 1: train a model whose tokens learn to classify, so that it can label them.
 
-    The loss is the class loss plus the class loss of the mean over all tokens; no token has a label of its own.
-    Several processes: torchrun --nproc-per-node N -m stl_offline.cli train-labeler …
+    The loss is the class loss plus the class loss of the mean over all tokens. No token has a label of its own.
+    For several processes: torchrun --nproc-per-node N -m stl_offline.cli train-labeler …
     """
-    train_or_look("labeler", said(ctx))
+    config = settings_of_run(LabelerConfig, ctx, recipe, settings)
+    if dry_run:
+        print_dry_run("labeler", config)
+        return
+    from stl_offline.training.train_labeler import train_labeler as train
+
+    print_run("labeler", config.out, train(config))

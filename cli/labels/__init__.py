@@ -2,16 +2,16 @@
 
 import click
 
+from stl_offline.cli.command import example
 from stl_offline.cli.lazy import lazy_group
-from stl_offline.cli.options import example
 
 COMMANDS = {
-    "inspect": ("stl_offline.cli.labels.inspect:inspect", "Print what a label set says of itself."),
+    "inspect": ("stl_offline.cli.labels.inspect:inspect", "Print a summary of a label set."),
     "stats": ("stl_offline.cli.labels.stats:stats", "Measure confidence, residual and agreement."),
-    "preview": ("stl_offline.cli.labels.preview:preview", "Look at labels: a page and images."),
-    "verify": ("stl_offline.cli.labels.verify:verify", "Check every shard, or label a sample again."),
+    "preview": ("stl_offline.cli.labels.preview:preview", "Show labels on a page and in PNG files."),
+    "verify": ("stl_offline.cli.labels.verify:verify", "Check every shard, or compare with a labeler."),
     "convert": ("stl_offline.cli.labels.convert:convert", "Change container, encoding or shard count."),
-    "merge": ("stl_offline.cli.labels.merge:merge", "Make one label set of several."),
+    "merge": ("stl_offline.cli.labels.merge:merge", "Merge several label sets into one."),
     "push": ("stl_offline.cli.labels.push:push", "Send a label set to an object store."),
     "pull": ("stl_offline.cli.labels.pull:pull", "Fetch a label set, or some of its shards."),
 }
@@ -25,5 +25,5 @@ def labels() -> None:
     """Look at label sets, check them, change their form and share them.
 
     A label set (SET) is a folder, or an address in an object store: s3://bucket/labels, gs://bucket/labels,
-    hf://datasets/user/labels. Needs neither torch nor FFCV, but for preview --data and verify --recompute.
+    hf://datasets/user/labels. Only preview --data and verify --recompute need torch and FFCV.
     """

@@ -2,11 +2,13 @@
 
 import click
 
+from stl_offline.cli.command import command, example, ignored, option
 from stl_offline.cli.labels.output import transfer_line
-from stl_offline.cli.options import example, machine_options, option
+from stl_offline.cli.options import debug_option, workers_option
+from stl_offline.cli.terminal import echo
 
 
-@click.command(
+@command(
     epilog=example(
         "stl-offline labels pull s3://bucket/labels labels",
         "stl-offline labels pull hf://datasets/user/labels labels --shards 0-3,7",
@@ -14,15 +16,17 @@ from stl_offline.cli.options import example, machine_options, option
 )
 @click.argument("url", metavar="URL")
 @click.argument("folder", metavar="DIR")
-@option("--shards", metavar="LIST", help="Only these shards, such as 0-3,7.  [default: all]")
-@machine_options
-def pull(url: str, folder: str, shards: str | None, workers: int, **_: object) -> None:
-    """Fetch a label set from an object store (or a folder), or only some of its shards.
+@option("--shards", group="labels", metavar="LIST", show_default="all", help="Shards to fetch, such as 0-3,7.")
+@workers_option
+@debug_option
+@ignored("--device")
+def pull(url: str, folder: str, shards: str | None, workers: int) -> None:
+    """Fetch a label set, or some of its shards, from an object store or a folder.
 
-    Each shard is compared with its checksum. What is there already is not fetched again, so the same command goes on
-    after an interruption, and another one brings more shards.
+    Each shard is compared with its checksum. Shards that are present are not fetched again, so the same command
+    continues after an interruption, and a later one can add shards.
     """
     from stl_offline.labels.label_set import open_label_set
     from stl_offline.labels.transfer import pull as fetch
 
-    click.echo(transfer_line(folder, fetch(open_label_set(url), folder, shards=shards, workers=workers), "fetched"))
+    echo(transfer_line(folder, fetch(open_label_set(url), folder, shards=shards, workers=workers), "fetched"))

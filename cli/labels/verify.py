@@ -4,36 +4,67 @@ from typing import Any
 
 import click
 
-from stl_offline.cli.options import NUMBERS, SOURCE_HELP, example, machine_options, option
+from stl_offline.cli.command import command, example, option
+from stl_offline.cli.options import (
+    SOURCE_HELP,
+    debug_option,
+    device_option,
+    foreign_labeler_options,
+    labeler_checkpoint_option,
+    workers_option,
+)
+from stl_offline.cli.output import counted
+from stl_offline.cli.terminal import echo
 
 # How many of the tokens must name the same class again: those of other hardware differ where two are as probable.
 LEAST_AGREEMENT = 0.99
 
 
-@click.command(
+@command(
     epilog=example(
         "stl-offline labels verify labels",
         "stl-offline labels verify labels --recompute 64 --labeler runs/labeler --data images/train",
     )
 )
 @click.argument("path", metavar="SET")
-@option("--recompute", type=int, default=0, metavar="N", help="Label N random images again, too; 0: none.")
-@option("--labeler", metavar="RUN|CKPT|timm:NAME", help="The labeler that made the set, with --recompute.")
-@option("--labeler-checkpoint", metavar="FILE", help="Weights for a labeler named timm:NAME.")
-@option("--labeler-by-order", is_flag=True, help="These weights have other names, but the same tensors in order.")
-@option("--labeler-mean", type=NUMBERS, metavar="R,G,B", help="Normalisation, where not as timm notes for NAME.")
-@option("--labeler-std", type=NUMBERS, metavar="R,G,B", help="Likewise.")
-@option("--data", metavar="SRC", help=f"The images, with --recompute: {SOURCE_HELP}.")
-@option("--key-prefix", default="", metavar="OLD=NEW", help="As of train-student.")
-@option("--seed", default=0, metavar="N", help="Of the random images.")
-@option("--tolerance", default=0.005, metavar="X", help="Of a probability, beyond the set's own bounds.")
-@machine_options
+@option(
+    "--recompute",
+    group="labels",
+    type=int,
+    default=0,
+    metavar="N",
+    help="Label N random images again and compare (0 disables it). Needs --labeler and --data.",
+)
+@option(
+    "--tolerance",
+    group="labels",
+    default=0.005,
+    metavar="X",
+    help="Difference of a probability that --recompute allows beyond the set's own bounds.",
+)
+@option("--seed", group="labels", default=0, metavar="N", help="Seed of the random images of --recompute.")
+@option("--data", group="data", metavar="SRC", help=f"Images for --recompute: {SOURCE_HELP}.")
+@option(
+    "--labeler", group="model", metavar="RUN|CKPT|timm:NAME", help="Labeler that made the set, for --recompute."
+)
+@labeler_checkpoint_option
+@option(
+    "--key-prefix",
+    group="advanced",
+    default="",
+    metavar="OLD=NEW",
+    help="Replace the start OLD of the images' keys by NEW before labels are looked up, such as 'train/='.",
+)
+@foreign_labeler_options
+@device_option
+@workers_option
+@debug_option
 def verify(path: str, recompute: int, tolerance: float, workers: int, **options: Any) -> None:
-    """Read every shard: sizes, checksums, every value, keys unique in the whole set.
+    """Check every shard: size, checksum, all values, and keys that are unique in the whole set.
 
-    Every fault is a line; the exit code is 1 where there is one. A store's shards are fetched anew. --recompute also
-    runs the labeler again on a sample, under the views that the set holds, and compares: probabilities within the
-    bounds of the encoding and --tolerance, and 99 % of the tokens with the same class (this needs the extra [train]).
+    Prints one line per fault; the exit code is then 1. Shards of an object store are fetched again. --recompute also
+    runs the labeler on a random sample, under the set's own views, and compares: probabilities must agree within the
+    bounds of the encoding plus --tolerance, and 99 % of the tokens must have the same class (needs the extra [train]).
     """
     if recompute and not (options["labeler"] and options["data"]):
         raise click.UsageError("--recompute needs --labeler and --data")
@@ -42,14 +73,14 @@ def verify(path: str, recompute: int, tolerance: float, workers: int, **options:
     from stl_offline.labels.verify import verify as check
 
     label_set = open_label_set(path)
-    report = check(label_set, workers=workers, found=click.echo)
+    report = check(label_set, workers=workers, found=echo)
     for note in report.notes:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
     if report.faults:
-        count = len(report.faults)
-        faults = "1 fault" if count == 1 else f"{count:,} faults"
-        raise FormatError(f"{path} has {faults} in {report.shards:,} shards; copy these anew")
-    click.echo(f"{path}: all {report.shards:,} shards are whole ({report.samples:,} images)")
+        faults, shards = counted(len(report.faults), "fault"), counted(report.shards, "shard")
+        raise FormatError(f"{path} has {faults} in {shards}; copy these anew")
+    whole = "its shard is whole" if report.shards == 1 else f"all {report.shards:,} shards are whole"
+    echo(f"{path}: {whole} ({counted(report.samples, 'image')})")
     if recompute:
         _recompute(label_set, recompute, tolerance, workers, options)
 
@@ -58,10 +89,9 @@ def _recompute(label_set: Any, images: int, tolerance: float, workers: int, opti
     from stl_offline.dump import recompute_labels
     from stl_offline.errors import FormatError
 
-    options.pop("debug")
     found = recompute_labels(label_set, images=images, workers=workers, **options)
-    click.echo(
-        f"{label_set.place}: {found.images:,} images labelled again; {found.top1:.2%} of {found.tokens:,} tokens "
+    echo(
+        f"{label_set.place}: {counted(found.images, 'image')} labelled again; {found.top1:.2%} of {found.tokens:,} tokens "
         f"name the same class, probabilities differ by {found.largest:.2g} at most, beyond the bounds by "
         f"{found.beyond:.2g}"
     )
