@@ -35,11 +35,12 @@ class Command(click.Command):
     """A command that lists its options by group and refuses one that is given twice."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
         for group in GROUPS:
-            options = [each for each in self.get_params(ctx) if getattr(each, "group", GROUPS[0]) == group]
-            rows = [row for option in options if (row := option.get_help_record(ctx)) is not None]
+            own = [each for each in options if getattr(each, "group", GROUPS[0]) == group]  # --help is click's own
+            rows = [row for option in own if (row := option.get_help_record(ctx)) is not None]
             if rows:
-                with formatter.section(f"{group.capitalize()} options"):
+                with formatter.section(f"{group.removesuffix('s').capitalize()} options"):
                     formatter.write_dl(rows)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -87,9 +88,7 @@ def ignored(*names: str) -> Callable[[F], F]:
             message = f"warning: {ctx.command_path} does not use {name}; the option will be removed in version 0.3"
             click.echo(message, err=True)
 
-    return together(
-        *(option(name, group="advanced", hidden=True, expose_value=False, callback=warn) for name in names)
-    )
+    return together(*(option(name, group="advanced", hidden=True, expose_value=False, callback=warn) for name in names))
 
 
 def given(ctx: click.Context) -> dict[str, Any]:

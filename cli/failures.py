@@ -13,6 +13,17 @@ from typing import Any, NoReturn
 
 import click
 
+from stl_offline.cli.advice import memory_advice, translate
+from stl_offline.cli.terminal import (
+    complain,
+    drop_output,
+    flush_output,
+    hide_warnings,
+    library_shown,
+    show_everything,
+    show_progress,
+)
+from stl_offline.cli.watcher import Watcher
 from stl_offline.errors import StlError
 
 FAILED, WRONG_USAGE, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 70, 130, 143
@@ -35,9 +46,35 @@ EXTRA_OF = {
 
 @dataclass
 class Session:
-    """What one run of the command line knows beside its options."""
+    """What one run of the command line knows beside its options.
+
+    own_process: whether the process is the command line's own, so that its streams, warnings and crashes are, too.
+    """
 
     debug: bool = False
+    own_process: bool = False
+    ctx: click.Context | None = None
+    watcher: Watcher | None = None
+
+    def begin(self, ctx: click.Context) -> None:
+        """A command is about to run; nothing heavy is loaded yet."""
+        self.ctx = ctx
+        if self.own_process:
+            self.watcher = Watcher(memory_advice(ctx), self.debug)
+            if not self.debug:
+                hide_warnings()
+        show_progress()
+        if self.debug:
+            show_everything()
+
+    def end(self) -> None:
+        """The command is done, well or not."""
+        if self.watcher is not None:
+            self.watcher.end()
+
+    def translate(self, text: str) -> str:
+        """A message of the library in terms of the running command's options."""
+        return text if self.ctx is None else translate(text, self.ctx)
 
 
 class Terminated(KeyboardInterrupt):
@@ -46,45 +83,55 @@ class Terminated(KeyboardInterrupt):
 
 def run(command: Callable[[], Any], session: Session) -> int:
     """Call ``command``; give its exit code. A failure is reported in one line, after a traceback with ``--debug``."""
-    try:
-        with _termination_raises():
-            result = command()
-            sys.stdout.flush()
-        # click gives the exit code of --help and of ctx.exit() as the result.
-        return result if isinstance(result, int) else 0
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough. What is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help(), err=True)
-        return WRONG_USAGE
-    except SystemExit as error:
-        if error.code not in (INTERRUPTED, TERMINATED):
-            raise
-        print(INTERRUPTION, file=sys.stderr)
-        return error.code
-    except (Exception, KeyboardInterrupt) as error:
-        if session.debug:
+    with library_shown(session.translate):
+        try:
+            with _termination_raises():
+                result = command()
+                flush_output()
+            # click gives the exit code of --help and of ctx.exit() as the result.
+            return result if isinstance(result, int) else 0
+        except BrokenPipeError:
+            # The reader (head, less) has seen enough. What is still buffered must not fail again at exit.
+            drop_output()
+            return FAILED
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.ctx.get_help(), err=True)
+            return WRONG_USAGE
+        except SystemExit as error:
+            if error.code not in (INTERRUPTED, TERMINATED):
+                raise
+            complain(INTERRUPTION)
+            return error.code
+        except (Exception, KeyboardInterrupt) as error:
+            return _report(error, session)
+
+
+def _report(error: BaseException, session: Session) -> int:
+    if session.debug:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             traceback.print_exc()
-        line, code = describe(error)
-        if code == MISTAKE and not session.debug:
-            line += "; run with --debug for the traceback"
-        print(" ".join(line.split()), file=sys.stderr)
-        return code
+    line, code = describe(error, session)
+    if code == MISTAKE and not session.debug:
+        line += "; run with --debug for the traceback"
+    complain(" ".join(line.split()))
+    try:
+        flush_output()
+    except OSError:  # a full disk: it must not fail again at exit, with another exit code
+        drop_output()
+    return code
 
 
 def end_process(code: int) -> NoReturn:
     """End the process with a command's exit code; at once where threads of a group that it could not leave hold it."""
     group = sys.modules.get("stl_offline.distributed")
     if group is not None and group.must_end_hard():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            flush_output()
         os._exit(code)
     sys.exit(code)
 
 
-def describe(error: BaseException) -> tuple[str, int]:
+def describe(error: BaseException, session: Session) -> tuple[str, int]:
     """The line and the exit code for an exception."""
     # click turns what it takes for a Ctrl-C into an Abort of its own.
     if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated):
@@ -97,11 +144,11 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, click.ClickException):
         return f"error: {error.format_message()}", error.exit_code
     if isinstance(error, StlError):
-        return f"error: {error}", FAILED
+        return f"error: {session.translate(str(error))}", FAILED
     if isinstance(error, ImportError):
         return _describe_import(error)
     if isinstance(error, MemoryError) or _is_allocation_failure(error):
-        return "error: out of memory; try a smaller --batch-size or fewer --workers", FAILED
+        return f"error: out of memory; {memory_advice(session.ctx)}", FAILED
     if isinstance(error, OSError) and error.errno is not None:
         return f"error: {_describe_os_error(error)}", FAILED
     return _unexpected(error)

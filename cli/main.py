@@ -11,17 +11,18 @@ import click
 
 from stl_offline.cli.failures import Session, end_process, run
 from stl_offline.cli.lazy import lazy_group
+from stl_offline.cli.terminal import prepare_streams
 
 # In the order in which the data goes: name → (module:attribute, one line of help).
 COMMANDS = {
     "pack": ("stl_offline.cli.pack:pack", "Pack images into one .beton file for fast loading."),
     "train-labeler": ("stl_offline.cli.train_labeler:train_labeler", "Stage 1: train a model that labels tokens."),
     "dump-labels": ("stl_offline.cli.dump_labels:dump_labels", "Label every token of a data set, once."),
-    "labels": ("stl_offline.cli.labels:labels", "Look at, check, convert, merge and share label sets."),
+    "labels": ("stl_offline.cli.labels:labels", "Inspect, check, convert, merge and share label sets."),
     "train-student": ("stl_offline.cli.train_student:train_student", "Stage 2: train a student from the labels."),
     "evaluate": ("stl_offline.cli.evaluate:evaluate", "Measure the accuracy of a trained model."),
     "report": ("stl_offline.cli.report:report", "Compare training runs on one page, with examples."),
-    "demo": ("stl_offline.cli.demo:demo", "All stages on images that it draws, in minutes."),
+    "demo": ("stl_offline.cli.demo:demo", "Run all stages on drawn images, in minutes."),
 }
 
 
@@ -31,7 +32,7 @@ Example:
   stl-offline dump-labels --data images/train --labeler runs/labeler --out labels
   stl-offline train-student --data images/train --val images/val --labels labels --out runs/student
 
-Each command has a --help of its own. `stl-offline demo` shows everything on a small data set that it draws."""
+Each command has its own --help. `stl-offline demo` runs everything on a small drawn data set."""
 
 
 @click.command(cls=lazy_group(COMMANDS), epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -40,21 +41,27 @@ def group() -> None:
     """Label the tokens of a data set once, share the labels, and train vision transformers from them at the speed of
     plain training.
 
-    Wherever a command wants images (SRC) it takes a folder with one folder for each class, webdataset tars such as
-    'train-{000..015}.tar', a .beton file, or the name of a timm reader.
+    Images (SRC) can be a folder with one folder per class, webdataset tars such as 'train-{000..015}.tar', a .beton
+    file, or the name of a timm reader.
     """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and give its exit code.
+def main(arguments: Sequence[str] | None = None, session: Session | None = None) -> int:
+    """Run the command line and return its exit code.
 
-    0 done; 1 the input or the machine does not allow it; 2 wrong usage; 70 a mistake in this program; 130 and 143
+    0: done. 1: the input or the machine does not allow it. 2: wrong usage. 70: a fault in this program. 130 and 143:
     interrupted by Ctrl-C and by a termination signal. Every failure is one line on standard error.
     """
-    session = Session()
+    session = session or Session()
     return run(lambda: group.main(arguments, prog_name="stl-offline", obj=session, standalone_mode=False), session)
 
 
 def command_line() -> NoReturn:
-    """The command ``stl-offline``: `main`, and the end of its process."""
-    end_process(main())
+    """The command ``stl-offline``: `main` in a process of its own."""
+    prepare_streams()
+    session = Session(own_process=True)
+    try:
+        code = main(session=session)
+    finally:
+        session.end()
+    end_process(code)

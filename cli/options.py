@@ -1,4 +1,4 @@
-"""Options that several commands share. Their defaults come from `stl_offline.config`, where the settings are defined."""
+"""Options that several commands share. Their defaults come from `stl_offline.config`, which defines the settings."""
 
 import click
 
@@ -329,7 +329,7 @@ training_options = together(
         group="advanced",
         default=TrainConfig.erase_mode,
         type=click.Choice(ERASE_MODES),
-        help="What --random-erase fills a box with: zeros, one random colour, or random pixels.",
+        help="What --random-erase fills a box with: the mean colour, one random colour, or random pixels.",
     ),
     option(
         "--checkpoint-steps",

@@ -54,10 +54,10 @@ def estimate_lines(estimate: Any) -> list[str]:
     """The cost of a dump."""
     views = f" × {estimate.views} views" if estimate.views > 1 else ""
     processes = f" by {estimate.processes} processes" if estimate.processes > 1 else ""
+    images, shards = counted(estimate.images, "image"), counted(estimate.shards, "shard")
     lines = [
-        f"estimate: {counted(estimate.images, 'image')}{views}, measured on {estimate.measured:,} of them; nothing written",
-        f"size:     {_size(estimate.bytes)} in {counted(estimate.shards, 'shard')}, {estimate.bytes_per_image:,.0f} bytes "
-        "per image",
+        f"estimate: {images}{views}, measured on {estimate.measured:,} of them; nothing written",
+        f"size:     {_size(estimate.bytes)} in {shards}, {estimate.bytes_per_image:,.0f} bytes per image",
         f"speed:    {estimate.images_per_second:,.1f} images per second{processes}",
         f"time:     {_duration(estimate.seconds)}",
     ]

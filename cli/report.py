@@ -3,7 +3,7 @@
 import click
 
 from stl_offline.cli.command import command, example, option
-from stl_offline.cli.options import SOURCE_HELP, debug_option, device_option, workers_option
+from stl_offline.cli.options import SOURCE_HELP, debug_option, device_option, skip_broken_option, workers_option
 from stl_offline.cli.output import counted
 from stl_offline.cli.terminal import echo
 from stl_offline.config import ReportConfig
@@ -31,6 +31,7 @@ from stl_offline.config import ReportConfig
     help="Correctly classified images to show, and as many wrongly classified ones.",
 )
 @option("--predict", group="data", default=ReportConfig.predict, metavar="N", help="Images to choose examples from.")
+@skip_broken_option
 @option("--seed", group="data", default=ReportConfig.seed, metavar="N", help="Seed of the choice of examples.")
 @option(
     "--labels",

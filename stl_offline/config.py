@@ -229,6 +229,7 @@ class EvaluateConfig(MachineConfig):
 
     data: str
     checkpoint: str  # a run or a .safetensors file written by one
+    skip_broken: bool = False
     batch_size: int = 128
     img_size: int = 0  # 0: what the model was trained with
     crop_pct: float = 1.0
@@ -285,6 +286,7 @@ class ReportConfig(MachineConfig):
     out: str = "report.html"
     examples: int = 4  # images that the first run gets right, and as many that it gets wrong
     predict: int = 256  # images that examples are chosen from
+    skip_broken: bool = False
     seed: int = 0
     max_mb: float = 5.0
 

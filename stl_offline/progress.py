@@ -54,6 +54,7 @@ def progress_bar(
     """Progress of a piece of work. Use it as a context manager and call ``update(n)``.
 
     A bar on a terminal; elsewhere (a log file, a pipe) a line after a second, then every 10 seconds, and at the end.
+    Work of less than a second gets no line.
 
     Args:
         total: units of work, None if unknown; initial: those that are done already.
@@ -96,7 +97,9 @@ class _Lines:
 
     def __exit__(self, *error: Any) -> None:
         seconds = time.monotonic() - self._started
-        rate = (self._done - self._first) / max(seconds, 1e-9)
+        if seconds < FIRST_LINE:
+            return
+        rate = (self._done - self._first) / seconds
         self._print(f"{rate:,.1f} {self._unit}s/s", f"{_clock(seconds)} in all")
 
     def update(self, n: int = 1) -> None:

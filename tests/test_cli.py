@@ -2,19 +2,22 @@
 
 import dataclasses
 import errno
+import inspect
 import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+from operator import attrgetter
 
 import click
 import pytest
 
+from stl_offline.cli.command import GROUPS
 from stl_offline.cli.failures import Session, run
 from stl_offline.cli.main import COMMANDS, group, main
-from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, StudentConfig
+from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, PreviewConfig, ReportConfig, StudentConfig
 from stl_offline.errors import InputError, MissingExtraError, TargetError
 
 HEAVY = "torch torchvision ffcv timm cv2 PIL safetensors matplotlib jinja2"
@@ -47,6 +50,14 @@ def leaves(command: click.Command = group, path: tuple[str, ...] = ()):
         yield from leaves(command.get_command(ctx, name), (*path, name))
 
 
+LEAVES = [pytest.param(" ".join(path), command, id=" ".join(path)) for path, command in leaves()]
+
+
+def options_of(command: click.Command) -> list[click.Option]:
+    """The options that a command shows, but for click's own --help."""
+    return [each for each in command.params if isinstance(each, click.Option) and not each.hidden]
+
+
 def test_help_is_quick_and_loads_no_heavy_package():
     look = f"main(['--help']); print(set('{HEAVY} numpy numba zarr'.split()) & set(sys.modules))"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -73,15 +84,70 @@ def test_each_command_loads_and_agrees_with_the_table(name):
     assert command.help
 
 
-def test_each_help_has_an_example_and_the_common_options():
-    found = 0
-    for path, command in leaves():
-        text = command.get_help(click.Context(command, info_name=" ".join(path)))
-        assert re.search(r"Example:\n +stl-offline", text), f"{path} shows no example"
-        for option in ("--device", "--workers", "--debug"):
-            assert option in text, f"{path} lacks {option}"
-        found += 1
-    assert found >= len(COMMANDS)
+@pytest.mark.parametrize(("path", "command"), LEAVES)
+def test_each_help_has_an_example_and_groups_of_full_phrases(path, command):
+    text = command.get_help(click.Context(command, info_name=path))
+    assert re.search(rf"Example:\n +stl-offline {path} ", text)
+    for option in options_of(command):
+        assert option.group in GROUPS, f"{option.name} is in no group"
+        assert f"  {option.opts[0]}" in text.partition(f"\n{option.group.removesuffix('s').capitalize()} options:\n")[2]
+        assert re.fullmatch(r"[A-Z].*\.", option.help, re.DOTALL), f"{option.opts[0]}: {option.help!r}"
+
+
+@pytest.mark.parametrize(("path", "command"), LEAVES)
+def test_every_option_reaches_the_command(path, command):
+    """An option is a parameter of the command's function, or a field of the settings that it makes of the rest."""
+    parameters = inspect.signature(command.callback).parameters
+    names = {name for name, each in parameters.items() if each.kind != each.VAR_KEYWORD}
+    if "settings" in parameters:
+        settings = {
+            "train-labeler": LabelerConfig,
+            "train-student": StudentConfig,
+            "dump-labels": DumpConfig,
+            "evaluate": EvaluateConfig,
+            "report": ReportConfig,
+            "labels preview": PreviewConfig,
+        }[path]
+        names |= {field.name for field in dataclasses.fields(settings)}
+    elif "options" in parameters:
+        assert path == "labels verify"
+        names |= {"labeler", "data", "seed", "key_prefix", "skip_broken", "device"}  # of recompute_labels
+        names |= {f"labeler_{name}" for name in ("checkpoint", "by_order", "mean", "std")}  # of DumpConfig
+    exposed = {each.name for each in command.params if each.expose_value}
+    assert exposed <= names, f"dropped: {exposed - names}"
+
+
+# Where nothing runs a model, or nothing is done by several threads.
+WITHOUT = {
+    "--device": {path for path, _ in map(attrgetter("values"), LEAVES) if path == "pack" or path.startswith("labels ")}
+    - {"labels verify"},
+    "--workers": {"labels inspect", "labels preview"},
+}
+
+
+@pytest.mark.parametrize(("path", "command"), LEAVES)
+@pytest.mark.parametrize("name", WITHOUT)
+def test_an_option_that_was_never_used_is_hidden_and_warns(path, command, name, capsys):
+    shown = {each.opts[0] for each in options_of(command)}
+    assert (name in shown) is (path not in WITHOUT[name])
+    if name in shown:
+        return
+    arguments = ["nowhere" for each in command.params if isinstance(each, click.Argument)]
+    assert main([*path.split(), *arguments, name, "1"]) == 1
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning == f"warning: stl-offline {path} does not use {name}; the option will be removed in version 0.3"
+    assert error.startswith("error: ") and "nowhere" in error
+
+
+@pytest.mark.parametrize(("path", "command"), LEAVES)
+def test_an_option_given_twice_is_refused(path, command, capsys):
+    for option in options_of(command):
+        for first in (option.opts[0], *option.secondary_opts[:1]):
+            value = [] if option.is_flag else [option.type.choices[0] if hasattr(option.type, "choices") else "1"]
+            code = main([*path.split(), first, *value, option.opts[0], *value])
+            error = capsys.readouterr().err
+            assert code in (1, 2) and ("is given 2 times" in error) is not option.multiple, option.name
+            assert option.opts[0] in error or option.multiple
 
 
 @pytest.mark.parametrize(
@@ -101,7 +167,7 @@ def test_options_are_the_settings_with_their_defaults(name, config):
     values = command.make_context(name, arguments).params
     for how in ("as_json", "recipe", "dry_run", "estimate"):  # ways to call it, not settings of the result
         values.pop(how, None)
-    assert values.keys() == {field.name for field in fields}
+    assert values.keys() == {field.name for field in fields} - {"debug"}
     assert config(**values) == config(**required)
 
 
@@ -231,6 +297,7 @@ def test_help_works_without_any_extra(name):
 
 WAIT = """
 import signal, sys, time
+from stl_offline.cli.command import GROUPS
 from stl_offline.cli.failures import Session, run
 
 # A shell starts what it runs in the background with Ctrl-C ignored; these tests may run there.
@@ -267,6 +334,7 @@ def test_an_exit_code_of_an_interruption_gets_the_same_line(capsys):
 def test_a_forked_worker_dies_of_the_signal_in_silence():
     code = """
 import os, signal, sys
+from stl_offline.cli.command import GROUPS
 from stl_offline.cli.failures import Session, run
 
 def fork():

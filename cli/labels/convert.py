@@ -42,9 +42,7 @@ from stl_offline.cli.terminal import echo
 @workers_option
 @debug_option
 @ignored("--device")
-def convert(
-    path: str, out: str, container: str | None, encoding: str | None, shards: int | None, workers: int
-) -> None:
+def convert(path: str, out: str, container: str | None, encoding: str | None, shards: int | None, workers: int) -> None:
     """Write a label set in another container or encoding, or with another number of shards.
 
     Nothing is lost, except from f16 to q8, which changes probabilities within the bounds in the manifest. An

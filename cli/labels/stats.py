@@ -26,7 +26,7 @@ from stl_offline.cli.terminal import echo
 @debug_option
 @ignored("--device")
 def stats(path: str, shards: int | None, as_json: bool, workers: int) -> None:
-    """Measure the labels' confidence, the probability outside the stored classes, and the agreement with class labels."""
+    """Measure the labels: confidence, probability outside the stored classes, agreement with the images' classes."""
     from stl_offline.labels.label_set import open_label_set
     from stl_offline.labels.stats import measure, table, to_json
 

@@ -11,6 +11,7 @@ from stl_offline.cli.options import (
     device_option,
     foreign_labeler_options,
     labeler_checkpoint_option,
+    skip_broken_option,
     workers_option,
 )
 from stl_offline.cli.output import counted
@@ -44,9 +45,8 @@ LEAST_AGREEMENT = 0.99
 )
 @option("--seed", group="labels", default=0, metavar="N", help="Seed of the random images of --recompute.")
 @option("--data", group="data", metavar="SRC", help=f"Images for --recompute: {SOURCE_HELP}.")
-@option(
-    "--labeler", group="model", metavar="RUN|CKPT|timm:NAME", help="Labeler that made the set, for --recompute."
-)
+@skip_broken_option
+@option("--labeler", group="model", metavar="RUN|CKPT|timm:NAME", help="Labeler that made the set, for --recompute.")
 @labeler_checkpoint_option
 @option(
     "--key-prefix",
@@ -91,12 +91,12 @@ def _recompute(label_set: Any, images: int, tolerance: float, workers: int, opti
 
     found = recompute_labels(label_set, images=images, workers=workers, **options)
     echo(
-        f"{label_set.place}: {counted(found.images, 'image')} labelled again; {found.top1:.2%} of {found.tokens:,} tokens "
-        f"name the same class, probabilities differ by {found.largest:.2g} at most, beyond the bounds by "
+        f"{label_set.place}: {counted(found.images, 'image')} labelled again; {found.top1:.2%} of {found.tokens:,} "
+        f"tokens have the same class, probabilities differ by at most {found.largest:.2g}, and exceed the bounds by "
         f"{found.beyond:.2g}"
     )
     if found.beyond > tolerance or found.top1 < LEAST_AGREEMENT:
         raise FormatError(
-            f"the labels of {label_set.place} are not what this labeler says: at most {tolerance:g} beyond the bounds "
+            f"the labels of {label_set.place} are not those of this labeler: at most {tolerance:g} beyond the bounds "
             f"and at least {LEAST_AGREEMENT:.0%} agreement are allowed"
         )

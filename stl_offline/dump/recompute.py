@@ -48,6 +48,7 @@ def recompute_labels(
     images: int = 64,
     seed: int = 0,
     key_prefix: str = "",
+    skip_broken: bool = False,
     device: str = "auto",
     workers: int = 0,
     **labeler_options: object,
@@ -56,7 +57,7 @@ def recompute_labels(
 
     Args:
         data, labeler, labeler_options: as of `DumpConfig`; images: how many; seed: of the sample.
-        key_prefix: as `stl_offline.labels.mismatch.rename_keys`.
+        key_prefix: as `stl_offline.labels.mismatch.rename_keys`; skip_broken: as `ensure_beton`.
 
     Raises:
         InputError: another labeler, grid, class list or input than the manifest names (each by name).
@@ -65,7 +66,7 @@ def recompute_labels(
     """
     if images < 1:
         raise InputError(f"--recompute wants at least 1 image, got {images}")
-    beton = ensure_beton(data)
+    beton = ensure_beton(data, skip_broken=skip_broken)
     config = _settings(label_set, data, labeler, device, workers, labeler_options)
     labelling = Labelling(config, beton, pick_device(device))
     found = [

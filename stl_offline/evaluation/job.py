@@ -17,7 +17,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """``stl-offline evaluate``: score a trained model on a folder, tars or a .beton."""
     device = pick_device(config.device)
     model, description = load_model(config.checkpoint)
-    beton = ensure_beton(config.data)
+    beton = ensure_beton(config.data, skip_broken=config.skip_broken)
     class_map = match_classes(beton, description.class_names, config.checkpoint)
     model = model.to(device).to(memory_format=torch.channels_last)
     loader = scoring_loader(

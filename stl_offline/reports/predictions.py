@@ -68,14 +68,19 @@ class Predicted:
         return TokenMap(predictions.token_ids[place], predictions.token_probabilities[place], None, None, 1.0)
 
 
-def predict(runs: Sequence[Run], data: str, count: int, *, device: str = "auto", workers: int = 0) -> Predicted:
+def predict(
+    runs: Sequence[Run], data: str, count: int, *, skip_broken: bool = False, device: str = "auto", workers: int = 0
+) -> Predicted:
     """Let runs classify ``count`` images, spread evenly over a data set.
+
+    Args:
+        skip_broken: as of `ensure_beton`.
 
     Raises:
         InputError: a run without weights, or runs with different class lists.
         JoinError: images of classes that a run does not know.
     """
-    beton = ensure_beton(data)
+    beton = ensure_beton(data, skip_broken=skip_broken)
     sample_ids = np.unique(np.linspace(0, len(beton) - 1, min(count, len(beton))).astype(np.int64))
     views = center_views(beton.heights, beton.widths)
     found = tuple(_predict_one(run, beton, sample_ids, views, device, workers) for run in runs)

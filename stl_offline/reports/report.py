@@ -96,7 +96,14 @@ def _predict(runs: Sequence[Run], config: ReportConfig, warnings: list[str]) -> 
     warnings += [f"{run.name} has no weights yet, and so no examples" for run in runs if run not in able]
     if not able:
         return None
-    return able, predict(able, config.data, config.predict, device=config.device, workers=config.workers)
+    return able, predict(
+        able,
+        config.data,
+        config.predict,
+        skip_broken=config.skip_broken,
+        device=config.device,
+        workers=config.workers,
+    )
 
 
 def _render(

@@ -90,7 +90,7 @@ class Stage:
         folder = self.run_folder(**labels or {})
         complete = folder.summary() if self.config.resume else None
         if complete is not None:
-            return complete
+            return complete | {"already_complete": True}
         loader = self.train_loader(**tokens or {})
         validation = self.validation()
         with folder.held() if self.world.is_first else contextlib.nullcontext(), failure_of_another(self.world):

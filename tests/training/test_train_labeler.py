@@ -57,7 +57,7 @@ def test_learns_and_describes_itself(quick):
 def test_same_command_again_changes_nothing(quick):
     first = train_labeler(LabelerConfig(**quick))
     before = {path.name: path.stat().st_mtime_ns for path in Path(quick["out"]).iterdir()}
-    assert train_labeler(LabelerConfig(**quick)) == first
+    assert train_labeler(LabelerConfig(**quick)) == first | {"already_complete": True}
     assert {path.name: path.stat().st_mtime_ns for path in Path(quick["out"]).iterdir()} == before
 
 
