@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from stl_offline.cli.terminal import complain
+
 F = TypeVar("F", bound=Callable[..., object])
 
 # The sections of --help, in their order.
@@ -85,8 +87,7 @@ def ignored(*names: str) -> Callable[[F], F]:
     def warn(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
         if value is not None:
             name = parameter.opts[0]
-            message = f"warning: {ctx.command_path} does not use {name}; the option will be removed in version 0.3"
-            click.echo(message, err=True)
+            complain(f"warning: {ctx.command_path} does not use {name}; the option will be removed in version 0.3")
 
     return together(*(option(name, group="advanced", hidden=True, expose_value=False, callback=warn) for name in names))
 

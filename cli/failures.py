@@ -20,6 +20,7 @@ from stl_offline.cli.terminal import (
     flush_output,
     hide_warnings,
     library_shown,
+    output_has_no_reader,
     show_everything,
     show_progress,
 )
@@ -88,12 +89,9 @@ def run(command: Callable[[], Any], session: Session) -> int:
             with _termination_raises():
                 result = command()
                 flush_output()
-            # click gives the exit code of --help and of ctx.exit() as the result.
             return result if isinstance(result, int) else 0
-        except BrokenPipeError:
-            # The reader (head, less) has seen enough. What is still buffered must not fail again at exit.
-            drop_output()
-            return FAILED
+        except click.exceptions.Exit as error:  # of --help and --version
+            return error.exit_code
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.ctx.get_help(), err=True)
             return WRONG_USAGE
@@ -107,6 +105,10 @@ def run(command: Callable[[], Any], session: Session) -> int:
 
 
 def _report(error: BaseException, session: Session) -> int:
+    if isinstance(error, BrokenPipeError) and output_has_no_reader():
+        # The reader (head, less) has seen enough. What is still buffered must not fail again at exit.
+        drop_output()
+        return FAILED
     if session.debug:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             traceback.print_exc()
@@ -133,8 +135,7 @@ def end_process(code: int) -> NoReturn:
 
 def describe(error: BaseException, session: Session) -> tuple[str, int]:
     """The line and the exit code for an exception."""
-    # click turns what it takes for a Ctrl-C into an Abort of its own.
-    if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated):
+    if isinstance(error, Terminated):
         return INTERRUPTION, TERMINATED
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return INTERRUPTION, INTERRUPTED

@@ -4,8 +4,10 @@ A command's module is loaded when the command is called, and the library behind 
 ``--help`` stays quick, and works without the packages that the command itself needs.
 """
 
+import os
+import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -53,7 +55,15 @@ def main(arguments: Sequence[str] | None = None, session: Session | None = None)
     interrupted by Ctrl-C and by a termination signal. Every failure is one line on standard error.
     """
     session = session or Session()
-    return run(lambda: group.main(arguments, prog_name="stl-offline", obj=session, standalone_mode=False), session)
+    return run(lambda: _call(sys.argv[1:] if arguments is None else list(arguments), session), session)
+
+
+def _call(arguments: list[str], session: Session) -> Any:
+    if "_STL_OFFLINE_COMPLETE" in os.environ:  # a shell asks for completions: click answers and exits
+        group.main(arguments, prog_name="stl-offline")
+    # Not click's own main: it ends the process in silence where any pipe breaks, and prints an empty line at Ctrl-C.
+    with group.make_context("stl-offline", arguments, obj=session) as ctx:
+        return group.invoke(ctx)
 
 
 def command_line() -> NoReturn:

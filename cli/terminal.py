@@ -7,12 +7,11 @@ import contextlib
 import io
 import logging
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import click
 
 from stl_offline.errors import printable
 
@@ -20,7 +19,10 @@ from stl_offline.errors import printable
 def echo(*lines: str, err: bool = False) -> None:
     """Print lines. Text from data sets stays within its line: characters that do not print are escaped."""
     for line in lines:
-        click.echo(printable(line), err=err)
+        if err:
+            complain(line)
+        else:
+            print(printable(line), flush=True)
 
 
 def complain(line: str) -> None:
@@ -34,6 +36,16 @@ def flush_output() -> None:
     """Write out what standard output still buffers."""
     if sys.stdout is not None:
         sys.stdout.flush()
+
+
+def output_has_no_reader() -> bool:
+    """Whether whoever read standard output has gone away."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def drop_output() -> None:

@@ -24,7 +24,7 @@ _CAUSES = {
     "Segmentation fault": "SIGSEGV: a fault in a library or in this program; run with --debug to see where",
     "Aborted": "SIGABRT: a library gave up, in most cases for lack of memory; {memory}",
     "Illegal instruction": "SIGILL: a library was built for another kind of processor",
-    "Floating-point exception": "SIGFPE: a fault in a library or in this program; run with --debug to see where",
+    "Floating": "SIGFPE: a fault in a library or in this program; run with --debug to see where",
 }
 _KILLED = "a signal from outside (SIGKILL), which the system sends when memory runs out; {memory}"
 

@@ -297,7 +297,6 @@ def test_help_works_without_any_extra(name):
 
 WAIT = """
 import signal, sys, time
-from stl_offline.cli.command import GROUPS
 from stl_offline.cli.failures import Session, run
 
 # A shell starts what it runs in the background with Ctrl-C ignored; these tests may run there.
@@ -334,7 +333,6 @@ def test_an_exit_code_of_an_interruption_gets_the_same_line(capsys):
 def test_a_forked_worker_dies_of_the_signal_in_silence():
     code = """
 import os, signal, sys
-from stl_offline.cli.command import GROUPS
 from stl_offline.cli.failures import Session, run
 
 def fork():

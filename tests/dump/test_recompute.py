@@ -49,7 +49,7 @@ def test_labels_that_were_changed_are_found(work, tmp_path, capsys):
     assert main(["labels", "verify", str(tmp_path / "changed"), *arguments]) == 1
     captured = capsys.readouterr()
     assert "all 3 shards are whole" in captured.out  # which no checksum can tell
-    assert captured.err.startswith("error: ") and "are not what this labeler says" in captured.err
+    assert captured.err.startswith("error: ") and "are not those of this labeler" in captured.err
     assert captured.err.count("\n") == 1
 
 
