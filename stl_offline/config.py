@@ -94,6 +94,11 @@ class TrainConfig(MachineConfig):
     resume: bool = True  # go on where the same command stopped; else start anew
     skip_broken: bool = False
 
+    @property
+    def trains_tokens(self) -> bool:
+        """Whether the token head gets a gradient."""
+        return self.token_weight > 0
+
     def __post_init__(self) -> None:
         _require(self.img_size > 0, f"img-size must be positive, got {self.img_size}")
         _require(self.epochs > 0, f"epochs must be at least 1, got {self.epochs}")
@@ -153,6 +158,10 @@ class StudentConfig(TrainConfig):
     missing: str = "error"
     allow_changed: bool = False
     key_prefix: str = ""  # OLD=NEW: what the images' keys start with, and what the labels' have there
+
+    @property
+    def trains_tokens(self) -> bool:
+        return super().trains_tokens and self.labels != ("none",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,12 @@
 """Scores of trained models."""
 
-from stl_offline.evaluation.job import evaluate
-from stl_offline.evaluation.scoring import Scores, evaluate_model, match_classes, scoring_loader
-from stl_offline.evaluation.validation import Validation
+from stl_offline.evaluation.scoring import (
+    Scores,
+    Validation,
+    evaluate,
+    evaluate_model,
+    match_classes,
+    scoring_loader,
+)
 
 __all__ = ["Scores", "Validation", "evaluate", "evaluate_model", "match_classes", "scoring_loader"]

@@ -1,31 +1,95 @@
-"""Top-1 and top-5 of the class head, and top-1 of the mean token.
+"""Top-1 and top-5 accuracy of the class head, and top-1 accuracy of the mean over tokens.
+
+`evaluate` is the ``stl-offline evaluate`` command; `Validation` scores a model between epochs; both call
+`evaluate_model`.
 
 B: batch, N: tokens, K: classes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from stl_offline.device import autocast
+from stl_offline.config import EvaluateConfig
+from stl_offline.device import autocast, pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, sum_over_world
 from stl_offline.errors import JoinError
+from stl_offline.geometry import center_views
 from stl_offline.images.beton import Beton
+from stl_offline.images.pack import ensure_beton
 from stl_offline.loader import TokenLoader
-from stl_offline.models import ModelDescription
+from stl_offline.models import ModelDescription, load_model
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares of the samples, in [0, 1]. ``token_top1`` is None for a model without a token head."""
+    """Fractions of the samples, in [0, 1]. ``token_top1`` is None for a model without a trained token head."""
 
     samples: int
     top1: float
     top5: float
     token_top1: float | None
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Score a trained model on a folder, tars or a .beton; gives the fields of `Scores`.
+
+    Raises:
+        InputError: no such checkpoint, or an input size that the model does not take.
+        FormatError: a damaged checkpoint.
+        JoinError: the images have classes that the model was not trained on.
+    """
+    device = pick_device(config.device)
+    model, description = load_model(config.checkpoint)
+    side = config.img_size or description.img_size
+    model.grid_size(side, side)  # checks the side before images are packed
+    beton = ensure_beton(config.data, skip_broken=config.skip_broken)
+    class_map = match_classes(beton, description.class_names, config.checkpoint)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    loader = scoring_loader(
+        model,
+        description,
+        beton,
+        device=device,
+        batch_size=config.batch_size,
+        workers=pick_workers(config.workers),
+        side=side,
+    )
+    views = center_views(beton.heights, beton.widths, config.crop_pct)
+    amp = pick_amp(config.amp, device)
+    return asdict(evaluate_model(model, loader, views, class_map, amp, score_tokens=description.token_head_trained))
+
+
+@dataclass
+class Validation:
+    """Scores a model on the validation images, each process on its part of them.
+
+    views: (n, 6), class_map: as in `evaluate_model`; score_tokens: whether the token head is trained.
+    """
+
+    loader: TokenLoader
+    views: np.ndarray
+    class_map: np.ndarray
+    amp: torch.dtype | None
+    world: World
+    score_tokens: bool = True
+
+    def __call__(self, model: nn.Module, after_batch: Callable[[], None]) -> Scores:
+        """``after_batch`` is called after every batch; an exception that it raises ends the scoring."""
+        return evaluate_model(
+            model,
+            self.loader,
+            self.views,
+            self.class_map,
+            self.amp,
+            self.world,
+            score_tokens=self.score_tokens,
+            after_batch=after_batch,
+        )
 
 
 def scoring_loader(
@@ -38,7 +102,7 @@ def scoring_loader(
     workers: int,
     side: int = 0,
 ) -> TokenLoader:
-    """All images in their order, as a trained model takes them; side 0: of the pixels that it was trained on."""
+    """Loader of all images in their order, with the model's normalisation; side 0 takes the side it was trained on."""
     side = side or description.img_size
     return TokenLoader(
         beton,
@@ -62,15 +126,18 @@ def evaluate_model(
     class_map: np.ndarray,
     amp: torch.dtype | None = None,
     world: World | None = None,
-    between: Callable[[], None] | None = None,
+    *,
+    score_tokens: bool = True,
+    after_batch: Callable[[], None] | None = None,
 ) -> Scores:
     """Score a model on every sample of a loader.
 
     Args:
         model: gives class logits (B, K), or (class logits, token logits (B, N, K)).
-        views: (n, 6), the view of each sample.
-        class_map: (classes of the images,) int64, each one's number in the model's class list.
-        between: called after every batch; what it raises ends the scoring.
+        views: float32 (n, 6), the view of each sample.
+        class_map: int64 (classes of the images,), each class's index in the model's class list.
+        score_tokens: False leaves ``token_top1`` out, for a token head that was never trained.
+        after_batch: called after every batch; an exception that it raises ends the scoring.
     """
     was_training = model.training
     model.eval()
@@ -86,11 +153,11 @@ def evaluate_model(
         counts[0] += len(truth)
         counts[1] += (best[:, 0] == truth).sum()
         counts[2] += (best == truth[:, None]).sum()
-        if token_logits is not None:
+        if score_tokens and token_logits is not None:
             has_tokens = True
             counts[3] += (token_logits.float().mean(dim=1).argmax(dim=1) == truth).sum()
-        if between is not None:
-            between()
+        if after_batch is not None:
+            after_batch()
     model.train(was_training)
     samples, top1, top5, token_top1 = sum_over_world(counts, world or World()).tolist()
     samples = int(samples)
@@ -98,10 +165,13 @@ def evaluate_model(
 
 
 def match_classes(beton: Beton, class_names: tuple[str, ...], whose: str) -> np.ndarray:
-    """Each class of the images as its number in ``class_names``: int64 (classes of the images,).
+    """Index in ``class_names`` of each class of the images: int64 (classes of the images,).
+
+    Args:
+        whose: what the class list belongs to, for the error message.
 
     Raises:
-        JoinError: the images have classes that the list does not hold.
+        JoinError: the images have classes that are not in the list.
     """
     numbers = {name: number for number, name in enumerate(class_names)}
     unknown = [name for name in beton.class_names if name not in numbers]

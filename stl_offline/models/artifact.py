@@ -4,7 +4,9 @@ A run's folder holds ``weights.safetensors``; that file alone is enough to use t
 """
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import timm
+import torch
 from torch import Tensor, nn
 
 from stl_offline.errors import FormatError, InputError, TargetError
@@ -20,6 +23,7 @@ from stl_offline.models.checkpoints import load_checkpoint
 
 WEIGHTS_NAME = "weights.safetensors"
 _HEADER_KEY = "stl_offline"
+_DIGEST_KEY = "stl_offline_sha256"
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class ModelDescription:
     stage: str  # "labeler" or "student"
     version: int = 1
     interpolation: str = "area"
+    token_head_trained: bool = True  # False for a student trained without token labels: its token head is random
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -51,11 +56,13 @@ class ModelDescription:
 
 
 def save_model(path: str | Path, weights: dict[str, Tensor], description: ModelDescription) -> None:
-    """Write weights and description to ``path``, whole or not at all."""
+    """Write weights, description and a digest of both to ``path``, whole or not at all."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
+    text = description.to_json()
+    metadata = {_HEADER_KEY: text, _DIGEST_KEY: _digest(text, tensors)}
     with atomic_path(path) as temporary:
         try:
-            safetensors.torch.save_file(tensors, temporary, metadata={_HEADER_KEY: description.to_json()})
+            safetensors.torch.save_file(tensors, temporary, metadata=metadata)
         except safetensors.SafetensorError as error:  # what the system says of a write, too
             raise TargetError(f"cannot write {path}: {error}; nothing was changed there") from error
 
@@ -99,8 +106,38 @@ def load_model(run_or_file: str | Path) -> tuple[nn.Module, ModelDescription]:
     model = timm.create_model(
         description.model, num_classes=len(description.class_names), img_size=description.img_size
     )
+    check_digest(path)
     load_checkpoint(model, path)
     return model, description
+
+
+def check_digest(path: Path) -> None:
+    """Compare a weights file with the digest in its header. Files of releases that wrote no digest pass.
+
+    Raises:
+        FormatError: the file is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        stored = metadata.get(_DIGEST_KEY)
+        found = stored and _digest(metadata.get(_HEADER_KEY, ""), safetensors.torch.load_file(path))
+    except (safetensors.SafetensorError, OSError, KeyError) as error:  # KeyError: a type that torch does not have
+        raise FormatError(f"{path} is damaged ({error}); copy it again, or train again") from error
+    if found != stored:
+        raise FormatError(
+            f"{path} is damaged: its content has SHA-256 {found[:12]}…, its header records {stored[:12]}…; "
+            "copy it again, or train again"
+        )
+
+
+def _digest(description: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the description and, in the order of their names, of each tensor's name, type, shape and values."""
+    digest = hashlib.sha256(description.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def weights_sha256(run_or_file: str | Path) -> str:

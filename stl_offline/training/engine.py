@@ -269,14 +269,13 @@ class Trainer:
 
         Alone, a process stops between two batches where it is asked to; several have to end the measuring together.
         """
-        between = stop.raise_if_asked if self.world.size == 1 else lambda: None
+        after_batch = stop.raise_if_asked if self.world.size == 1 else lambda: None
         models = {"": self.averaged_model()} | ({"model_": self.model} if self.average is not None else {})
         entry: dict[str, Any] = {}
         best = None
         for prefix, model in models.items():
-            scores = self.validation(model, between)
-            tokens = None if self.unused_parameters else scores.token_top1  # of a head that has learned
-            entry |= {f"{prefix}top1": scores.top1, f"{prefix}top5": scores.top5, f"{prefix}token_top1": tokens}
+            scores = self.validation(model, after_batch)
+            entry |= {f"{prefix}{name}": getattr(scores, name) for name in ("top1", "top5", "token_top1")}
             if scores.top1 > self.at.best_top1:
                 self.at.best_top1, best = scores.top1, model
         return entry | {"best_top1": self.at.best_top1}, best

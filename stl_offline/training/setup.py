@@ -155,7 +155,7 @@ class Stage:
         )
         views = center_views(self.val.heights, self.val.widths)
         class_map = match_classes(self.val, self.train.class_names, "the training images")
-        return Validation(loader, views, class_map, self.amp, self.world)
+        return Validation(loader, views, class_map, self.amp, self.world, self.config.trains_tokens)
 
     def run_folder(self, **labels: Any) -> RunFolder:
         """The run's folder. ``labels`` says by content what the labels are."""
@@ -209,6 +209,7 @@ def build_stage(
         config.img_size,
         stage,
         interpolation=config.interpolation,
+        token_head_trained=config.trains_tokens,
     )
     # The weights' first values come from the seed, whatever ran before.
     torch.manual_seed(config.seed)

@@ -15,7 +15,7 @@ from stl_offline import device
 from stl_offline.config import LabelerConfig, differences
 from stl_offline.distributed import World
 from stl_offline.errors import FormatError, InputError, JoinError, TargetError, TrainingError
-from stl_offline.evaluation import evaluate_model, validation
+from stl_offline.evaluation import evaluate_model, scoring
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader.order import shuffled
 from stl_offline.models.artifact import load_model, read_description
@@ -116,7 +116,7 @@ def test_stopped_while_it_measures_it_repeats_no_step(quick, tmp_path, monkeypat
             signal.raise_signal(signal.SIGINT)
         return original(*arguments)
 
-    monkeypatch.setattr(validation, "evaluate_model", ask_and_measure)
+    monkeypatch.setattr(scoring, "evaluate_model", ask_and_measure)
     with pytest.raises(KeyboardInterrupt):
         train_labeler(LabelerConfig(**quick))
     assert measured == 2

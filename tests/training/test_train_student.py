@@ -17,6 +17,7 @@ from stl_offline.evaluation import evaluate
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.loader import TokenLoader
+from stl_offline.models import load_model
 from stl_offline.training.label_sources import open_labels
 from stl_offline.training.online import online_targets
 from stl_offline.training.setup import prepare
@@ -129,6 +130,19 @@ def test_no_labels_train_the_same_model(quick):
     assert entry["loss"] == entry["class_loss"]
     assert "token_loss" not in entry
     assert entry["token_top1"] is None  # of a head that nothing taught
+
+
+@pytest.mark.parametrize("settings", [{"labels": "none"}, {"labels": "online", "token_weight": 0.0}])
+def test_an_untrained_token_head_is_not_scored(quick, labelled, settings):
+    """Its mean token would give the accuracy of a guess: the weights record that nothing trained it."""
+    if settings["labels"] == "online":
+        settings |= {"labeler": str(labelled[0] / "labeler")}
+    train_student(StudentConfig(**quick | {"epochs": 1} | settings))
+    config = EvaluateConfig(data=quick["val"], checkpoint=quick["out"], workers=1, device="cpu")
+    scores = evaluate(config)
+    assert scores["token_top1"] is None
+    assert scores["top1"] is not None
+    assert load_model(quick["out"])[1].token_head_trained is False
 
 
 def test_online_draws_follow_the_labelers_softmax():
