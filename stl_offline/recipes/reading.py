@@ -6,6 +6,8 @@ for that stage alone. Settings given beside the recipe win, the recipe wins over
 
 import dataclasses
 import difflib
+import re
+import reprlib
 import types
 import typing
 from pathlib import Path
@@ -58,7 +60,9 @@ def read_recipe(kind: type[TrainConfig], recipe: str) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"the recipe {path} is not YAML ({' '.join(str(error).split())})") from error
+        raise InputError(f"the recipe {path} is not YAML ({' '.join(str(error).split())[:400]})") from error
+    except RecursionError as error:
+        raise InputError(f"the recipe {path} nests lists or settings too deeply") from error
     if not isinstance(content, dict):
         raise InputError(f"the recipe {path} is no list of settings, such as 'epochs: 100'")
     # Both stages' parts are checked: a mistake is found by whichever stage comes first.
@@ -66,7 +70,7 @@ def read_recipe(kind: type[TrainConfig], recipe: str) -> dict[str, Any]:
     checked = {}
     for stage, part in parts.items():
         if not isinstance(part, dict):
-            raise InputError(f"the recipe {path}: {stage} holds settings of that stage, got {part!r}")
+            raise InputError(f"the recipe {path}: {stage} holds settings of that stage, got {_shown(part)}")
         fields = _fields(_STAGES[stage])
         checked[stage] = {name: _check(name, value, fields, f"{path}, {stage}") for name, value in part.items()}
     shared = _fields(TrainConfig)
@@ -75,7 +79,13 @@ def read_recipe(kind: type[TrainConfig], recipe: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose keys come once: the plain loader takes the last of two and says nothing."""
+    """YAML whose keys come once, and whose numbers are those of YAML 1.2.
+
+    The plain loader takes the last of two equal keys in silence. It follows YAML 1.1, where 1e-3 is a word, 1:30 is 90,
+    010 is 8, 1_000 is a number, and yes, no, on and off are booleans.
+    """
+
+    yaml_implicit_resolvers: typing.ClassVar = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
@@ -83,6 +93,18 @@ class _Loader(yaml.SafeLoader):
             if names.count(key.value) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
         return super().construct_mapping(node, deep)
+
+
+_EXPONENT = r"[eE][-+]?[0-9]+"
+for _tag, _pattern, _starts in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", rf"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)({_EXPONENT})?|[-+]?[0-9]+{_EXPONENT}", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_starts))
 
 
 def _find(recipe: str) -> Path:
@@ -109,7 +131,7 @@ def _check(name: Any, value: Any, fields: dict[str, Any], where: str) -> Any:
         if name in _PLACES:
             raise InputError(f"{where}: {name!r} is not for recipes; give --{name} with the command")
         close = difflib.get_close_matches(str(name), [*fields, *_STAGES], 1, cutoff=0.0)
-        raise InputError(f"{where}: there is no setting {name!r}; the nearest is {close[0]!r}")
+        raise InputError(f"{where}: there is no setting {_shown(name)}; the nearest is {close[0]!r}")
     hint = fields[name]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in kinds:
@@ -129,17 +151,16 @@ def _check(name: Any, value: Any, fields: dict[str, Any], where: str) -> Any:
             if all(isinstance(part, float if numbers else str) for part in each):
                 return tuple(each)
     wanted = " or ".join(_WORDS.get(kind, "a list") for kind in kinds if kind is not types.NoneType)
-    raise InputError(f"{where}: {name} takes {wanted}, got {value!r}")
+    raise InputError(f"{where}: {name} takes {wanted}, got {_shown(value)}")
 
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
 def _number(value: Any) -> float | None:
-    """A number; YAML takes 2e-3 (without a point) for a word."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _shown(value: Any) -> str:
+    """A value as it is shown in a message: its beginning, since a few aliases make lists of any length."""
+    return reprlib.repr(value)

@@ -75,7 +75,11 @@ def test_from_images_to_a_student(stripes, tmp_path, capsys):
 
 class TestMistakes:
     def train(self, capsys, tmp_path, data, *more):
-        return fails(capsys, "train-labeler", "--data", data, "--out", tmp_path / "run", *SMALL, *more)
+        small = dict(zip(SMALL[::2], SMALL[1::2], strict=True))
+        for name in more[::2]:
+            small.pop(name, None)
+        settings = [word for pair in small.items() for word in pair]
+        return fails(capsys, "train-labeler", "--data", data, "--out", tmp_path / "run", *settings, *more)
 
     def test_nothing_there(self, capsys, tmp_path):
         assert "nowhere" in self.train(capsys, tmp_path, tmp_path / "nowhere")

@@ -68,6 +68,13 @@ def test_a_file_with_parts_for_each_stage(tmp_path):
     assert (student.epochs, student.lr, student.drop_path, student.residual) == (7, 0.002, 0.0, "uniform")
 
 
+# Each list holds the one before it nine times: 59,049 words in the end.
+_LISTS = [
+    f"&{name} [{', '.join([inner] * 9)}]" for name, inner in zip("abcde", ["x", "*a", "*b", "*c", "*d"], strict=True)
+]
+NESTED = f"[{', '.join(_LISTS)}]"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -86,6 +93,17 @@ def test_a_file_with_parts_for_each_stage(tmp_path):
         ("lr: 0.1\nepochs: 3\nlr: 0.2", "lr stands there twice"),
         ("student: {columns: 2, columns: 3}", "columns stands there twice"),
         ("student: 3", "student holds settings of that stage"),
+        # What YAML 1.1 reads as something else.
+        ("epochs: 1_000", "epochs takes a whole number, got '1_000'"),
+        ("epochs: 010", "epochs takes a whole number, got '010'"),
+        ("epochs: 0x10", "epochs takes a whole number, got '0x10'"),
+        ("lr: 1:30", "lr takes a number, got '1:30'"),
+        ("compile: yes", "compile takes true or false, got 'yes'"),
+        ("lr: .inf", "lr takes a finite number, got inf"),
+        (f"epochs: {NESTED}", "epochs takes a whole number, got [['x', 'x',"),
+        ("epochs: &a [*a]", "epochs takes a whole number, got [[[["),
+        (f"epochs: {'[' * 3000}", "nests lists or settings too deeply"),
+        (f"epochs: {'x' * 5000}", "epochs takes a whole number, got 'xxxx"),
     ],
 )
 def test_mistakes(tmp_path, text, message):
@@ -95,6 +113,16 @@ def test_mistakes(tmp_path, text, message):
         resolve(StudentConfig, str(path), PLACES)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 1e-3), ("2E-3", 2e-3), (".5", 0.5), ("5.", 5.0), ("+1", 1.0), ("0.5e1", 5.0)]
+)
+def test_numbers(tmp_path, text, value):
+    (tmp_path / "mine.yaml").write_text(f"lr: {text}\nmodel: no\n")
+    config = resolve(LabelerConfig, str(tmp_path / "mine.yaml"), PLACES)
+    assert (config.lr, config.model) == (value, "no")
 
 
 def test_a_recipes_switches_can_be_turned_off(tmp_path, monkeypatch):
