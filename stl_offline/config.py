@@ -12,6 +12,7 @@ from stl_offline.errors import InputError
 
 TOKEN_TARGETS = ("gumbel", "soft", "argmax")
 RESIDUALS = ("ignore", "uniform")
+TOKEN_POOLS = ("mean", "lme")
 VIEW_MODES = ("auto", "random", "replay")
 MIX_MODES = ("batch", "pair", "elem")
 ERASE_MODES = ("const", "rand", "pixel")
@@ -137,6 +138,12 @@ class TrainConfig(MachineConfig):
 @dataclass(frozen=True, kw_only=True)
 class LabelerConfig(TrainConfig):
     """Stage 1: ``stl-offline train-labeler``."""
+
+    token_pool: str = "mean"  # how an image's token logits become the logits of the token loss
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choose("token-pool", self.token_pool, TOKEN_POOLS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,11 @@
 
 B: batch, N: tokens, K: classes, m: classes listed for a token.
 
-Stage 1 (STL, arXiv 2401.03844, section 3.1): CE(class logits, y) + w · CE(mean token logits, y).
+Stage 1 (STL, arXiv 2401.03844, section 3.1): CE(class logits, y) + w · CE(pooled token logits, y).
 Stage 2 (section 3.2): CE(class logits, y) + w · mean over tokens of CE(token logits, token target).
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -23,6 +24,21 @@ def soft_cross_entropy(logits_BK: Tensor, targets_BK: Tensor) -> Tensor:
     Equals timm's ``SoftTargetCrossEntropy``.
     """
     return F.cross_entropy(logits_BK.float(), targets_BK.float())
+
+
+def pool_tokens(token_logits_BNK: Tensor, pool: str) -> Tensor:
+    """The logits of an image, from those of its tokens, in float32: (B, N, K) → (B, K).
+
+    Args:
+        pool: "mean" (STL, section 3.1), or "lme", the log of the mean of exp over the tokens (Pinheiro and Collobert,
+            "From Image-level to Pixel-level Labeling with Convolutional Networks", CVPR 2015, equation 3). With the
+            mean every token is asked for the image's class; with the other one those that show it are enough, so that
+            the labels outline the object (docs/results.md).
+    """
+    logits = token_logits_BNK.float()
+    if pool == "mean":
+        return logits.mean(dim=1)
+    return logits.logsumexp(dim=1) - math.log(logits.shape[1])
 
 
 def token_cross_entropy(

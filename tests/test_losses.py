@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from stl_offline import losses
-from stl_offline.losses import soft_cross_entropy, token_cross_entropy
+from stl_offline.losses import pool_tokens, soft_cross_entropy, token_cross_entropy
 
 
 def dense_targets(ids, weights, classes):
@@ -144,6 +144,19 @@ def test_many_classes_take_no_memory_of_their_size():
     assert most < 1.25 * size
     expected = logits.detach().softmax(dim=-1).scatter_add(2, ids, -weights) / 192
     torch.testing.assert_close(logits.grad, expected, atol=1e-8, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooled_tokens(dtype):
+    logits = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(pool_tokens(logits, "mean"), logits.float().mean(dim=1))
+    expected = logits.float().exp().mean(dim=1).log()
+    torch.testing.assert_close(pool_tokens(logits, "lme"), expected)
+    # One token that is sure of a class decides; the mean would need all of them.
+    one = torch.zeros(1, 100, 2)
+    one[0, 3, 1] = 20
+    assert pool_tokens(one, "lme")[0, 1] > 15 > 1 > pool_tokens(one, "mean")[0, 1]
+    assert pool_tokens(torch.full((1, 4, 2), 1e4), "lme").isfinite().all()
 
 
 def test_class_loss_equals_timms():

@@ -1,6 +1,7 @@
 """Stage 1, ``stl-offline train-labeler``: a FAN whose tokens learn to classify with no label of their own.
 
-STL (arXiv 2401.03844), section 3.1: CE(class logits, y) + w · CE(mean of the token logits, y).
+STL (arXiv 2401.03844), section 3.1: CE(class logits, y) + w · CE(pooled token logits, y).
+STL pools by the mean; `stl_offline.losses.pool_tokens` has the other way.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from stl_offline.config import LabelerConfig
 from stl_offline.device import autocast
 from stl_offline.distributed import leaving_world
 from stl_offline.loader import Batch
-from stl_offline.losses import soft_cross_entropy
+from stl_offline.losses import pool_tokens, soft_cross_entropy
 from stl_offline.training.setup import Stage, prepare
 from stl_offline.training.steps import Share, StepInputs, StepRandom
 
@@ -30,7 +31,7 @@ def train_labeler(config: LabelerConfig) -> dict[str, Any]:
 
 
 class LabelerObjective:
-    """Class loss, and class loss of the mean over all tokens."""
+    """Class loss, and class loss of the pooled tokens."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -50,7 +51,9 @@ class LabelerObjective:
             class_logits, token_logits = model(inputs.images)
         token_logits = token_logits.float()
         class_loss = soft_cross_entropy(class_logits, inputs.class_targets) * share.images
-        token_loss = soft_cross_entropy(token_logits.mean(dim=1), inputs.class_targets) * share.images
+        token_loss = (
+            soft_cross_entropy(pool_tokens(token_logits, stage.config.token_pool), inputs.class_targets) * share.images
+        )
         return {
             "loss": class_loss + stage.config.token_weight * token_loss,
             "class_loss": class_loss,
