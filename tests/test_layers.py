@@ -12,7 +12,7 @@ from tests.source_tree import REPOSITORY, Module, modules, own_imports
 # From the bottom up. A module may import from rows below its own, and from its own package.
 LAYERS = (
     ("errors",),
-    ("config", "ffcv_setup", "files", "progress"),
+    ("config", "ffcv_setup", "files", "palette", "progress"),
     ("random",),
     ("geometry",),
     ("labels", "images"),
