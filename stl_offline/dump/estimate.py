@@ -15,8 +15,7 @@ from stl_offline.dump.job import free_bytes
 from stl_offline.dump.labelling import Labelling, pick_shards
 from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
-from stl_offline.images.pack import find_packed
-from stl_offline.images.sample import pack_sample
+from stl_offline.images.pack import find_packed, pack_sample
 from stl_offline.labels.arrays import ShardArrays, select
 from stl_offline.labels.card import make_card
 from stl_offline.labels.format import encode_shard
