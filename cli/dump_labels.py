@@ -9,8 +9,8 @@ from stl_offline.cli.options import (
     device_option,
     foreign_labeler_options,
     json_option,
-    labeler_checkpoint_option,
     skip_broken_option,
+    timm_labeler_options,
     workers_option,
 )
 from stl_offline.cli.output import dump_line, estimate_lines, result_json
@@ -35,10 +35,10 @@ from stl_offline.config import AMP_MODES, INTERPOLATIONS, DumpConfig
     "--labeler",
     group="model",
     required=True,
-    metavar="RUN|CKPT|timm:NAME",
+    metavar="RUN|CKPT|timm:NAME|hf-hub:NAME",
     help="Model that labels: a run's folder, one of its checkpoints, or a timm model.",
 )
-@labeler_checkpoint_option
+@timm_labeler_options
 @option(
     "--img-size",
     group="model",

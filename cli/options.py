@@ -49,8 +49,23 @@ skip_broken_option = option(
     help="Leave out images that cannot be decoded, and list them, instead of stopping.",
 )
 
-labeler_checkpoint_option = option(
-    "--labeler-checkpoint", group="model", metavar="FILE", help="Weights file for a labeler given as timm:NAME."
+timm_labeler_options = together(
+    option(
+        "--labeler-checkpoint", group="model", metavar="FILE", help="Weights file for a labeler given as timm:NAME."
+    ),
+    option(
+        "--labeler-pretrained",
+        group="model",
+        is_flag=True,
+        help="Take timm's own weights for a labeler given as timm:NAME, from the Hugging Face Hub or its local cache.",
+    ),
+    option(
+        "--labeler-classes",
+        group="model",
+        metavar="FILE|SET",
+        show_default="ImageNet's",
+        help="Class names of a timm:NAME or hf-hub:NAME labeler: a text file with one per line, or a label set.",
+    ),
 )
 
 foreign_labeler_options = together(

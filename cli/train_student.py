@@ -3,7 +3,7 @@
 import click
 
 from stl_offline.cli.command import NUMBERS, command, example, option
-from stl_offline.cli.options import labeler_checkpoint_option, training_options
+from stl_offline.cli.options import timm_labeler_options, training_options
 from stl_offline.cli.stages import print_dry_run, print_run, settings_of_run
 from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARGETS, VIEW_MODES, StudentConfig
 
@@ -30,11 +30,11 @@ from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARG
 @option(
     "--labeler",
     group="labels",
-    metavar="RUN|CKPT|timm:NAME",
+    metavar="RUN|CKPT|timm:NAME|hf-hub:NAME",
     help="Labeler to run during training (only with --labels online). Must have the student's token grid and class "
     "list.",
 )
-@labeler_checkpoint_option
+@timm_labeler_options
 @option(
     "--token-target",
     group="labels",

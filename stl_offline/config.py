@@ -155,6 +155,8 @@ class StudentConfig(TrainConfig):
     labels_share: tuple[float, ...] | None = None  # how often each of several sets is drawn; None: equally often
     labeler: str | None = None  # the labeler's run or checkpoint, for labels = "online"
     labeler_checkpoint: str | None = None  # weights for a labeler named timm:NAME
+    labeler_pretrained: bool = False  # take timm's own weights for it
+    labeler_classes: str | None = None  # its class names: a text file with one per line, or a label set
     token_target: str = "gumbel"
     residual: str = "ignore"
     views: str = "auto"  # replay the label set's crops where it has them, else draw new ones
@@ -205,6 +207,8 @@ class DumpConfig(MachineConfig):
     labeler: str  # a run, a checkpoint, or timm:NAME
     out: str
     labeler_checkpoint: str | None = None  # weights for a labeler named timm:NAME
+    labeler_pretrained: bool = False  # take timm's own weights for it
+    labeler_classes: str | None = None  # its class names: a text file with one per line, or a label set
     labeler_by_order: bool = False  # its weights have other names, but the same tensors in the same order
     labeler_mean: tuple[float, ...] | None = None  # normalisation, where timm notes another one than its weights had
     labeler_std: tuple[float, ...] | None = None

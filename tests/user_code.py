@@ -55,9 +55,18 @@ def targets(labels: LabelSet, images: stl.Beton) -> tuple[np.ndarray, np.ndarray
 def load(cache: TokenCache) -> None:
     print(stl.pack("images", "train.beton", workers=2).samples)
     images: stl.Beton = stl.open_beton("train.beton")
-    settings = stl.ImageSettings((64, 64), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    labels = stl.TokenLabels(stl.TokenTargets("soft", (8, 8)), cache)
-    loader = stl.TokenLoader(images, settings, 8, labels=labels, workers=2, seed=0, device="cpu")
+    loader = stl.TokenLoader(
+        images,
+        (64, 64),
+        8,
+        workers=2,
+        seed=0,
+        device="cpu",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        tokens=stl.TokenTargets("soft", (8, 8)),
+        cache=cache,
+    )
     ids = np.arange(len(images))
     views = stl.draw_views(0, 0, ids, images.heights, images.widths, stl.CropSettings(scale=(0.3, 1.0)))
     assert views.shape == stl.whole_views(len(images)).shape == stl.center_views(images.heights, images.widths).shape
@@ -80,5 +89,6 @@ def commands() -> None:
     print(report.samples, stl.__version__)
     print(stl.train_student(stl.StudentConfig(data="images", labels="labels", out="runs/student"))["top1"])
     print(stl.evaluate(stl.EvaluateConfig(data="val", checkpoint="runs/student"))["top1"])
-    labeler: stl.TokenLabeler = stl.create_labeler("timm:resnet18", checkpoint="weights.safetensors")
+    labeler: stl.TokenLabeler
+    labeler = stl.create_labeler("timm:resnet18", labeler_checkpoint="weights.safetensors", img_size=(224, 448))
     print(labeler.grid_size(224, 224), stl.load_model("runs/student")[1].class_names)

@@ -10,8 +10,8 @@ from stl_offline.cli.options import (
     debug_option,
     device_option,
     foreign_labeler_options,
-    labeler_checkpoint_option,
     skip_broken_option,
+    timm_labeler_options,
     workers_option,
 )
 from stl_offline.cli.output import counted
@@ -46,8 +46,13 @@ LEAST_AGREEMENT = 0.99
 @option("--seed", group="labels", default=0, metavar="N", help="Seed of the random images of --recompute.")
 @option("--data", group="data", metavar="SRC", help=f"Images for --recompute: {SOURCE_HELP}.")
 @skip_broken_option
-@option("--labeler", group="model", metavar="RUN|CKPT|timm:NAME", help="Labeler that made the set, for --recompute.")
-@labeler_checkpoint_option
+@option(
+    "--labeler",
+    group="model",
+    metavar="RUN|CKPT|timm:NAME|hf-hub:NAME",
+    help="Labeler that made the set, for --recompute.",
+)
+@timm_labeler_options
 @option(
     "--key-prefix",
     group="advanced",

@@ -1,8 +1,8 @@
-"""``stl-offline dump-labels``: run a labeler over images once and write what it says of each token."""
+"""``stl-offline dump-labels``: run a labeler over images once and write its token labels."""
 
 from stl_offline.dump.estimate import DumpEstimate, estimate_dump
 from stl_offline.dump.job import DumpReport, dump_labels
-from stl_offline.dump.labelling import Labelling, make_views, top_k_labels
+from stl_offline.dump.labelling import Labelling, load_labeler, make_views, top_k_labels
 from stl_offline.dump.recompute import recompute_labels
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Labelling",
     "dump_labels",
     "estimate_dump",
+    "load_labeler",
     "make_views",
     "recompute_labels",
     "top_k_labels",

@@ -12,17 +12,18 @@ from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
 from stl_offline.distributed import World, join_world, leaving_world, sum_over_world
 from stl_offline.dump.job import free_bytes
-from stl_offline.dump.labelling import Labelling, pick_shards
-from stl_offline.errors import InputError
+from stl_offline.dump.labelling import Labelling, check_shards, load_labeler, pick_shards
 from stl_offline.images.beton import Beton
-from stl_offline.images.pack import find_packed, pack_sample
+from stl_offline.images.pack import find_packed
+from stl_offline.images.sample import pack_sample
 from stl_offline.labels.arrays import ShardArrays, select
 from stl_offline.labels.card import make_card
 from stl_offline.labels.format import encode_shard
 from stl_offline.labels.manifest import Manifest, ShardRecord, shard_name, shard_range
 from stl_offline.labels.spec import LabelSpec
+from stl_offline.models import TokenLabeler
 
-# Measured after a first batch that is not: as many batches as fit into the seconds, within the limits.
+# A first batch warms up; then as many batches are measured as fit into the seconds, within the limits.
 _SECONDS = 10.0
 _FEWEST, _MOST = 3, 32
 
@@ -56,7 +57,7 @@ class DumpEstimate:
 
 
 def estimate_dump(config: DumpConfig) -> DumpEstimate:
-    """Label and encode a few images, and say what the whole dump takes. Leaves nothing behind, no packed images
+    """Label and encode a few images to estimate the cost of the whole dump. Leaves nothing behind, no packed images
     either. Under torchrun all processes measure at the same time, as they would work.
 
     Raises:
@@ -65,24 +66,30 @@ def estimate_dump(config: DumpConfig) -> DumpEstimate:
     device = pick_device(config.device)
     world = join_world(device, "gloo")
     with leaving_world():
+        labeler = load_labeler(config)
         packed = find_packed(config.data, skip_broken=config.skip_broken)
         if packed is not None:
-            return _measure(config, packed, len(packed), 0.0, device, world)
+            return _measure(config, labeler, packed, len(packed), 0.0, device, world)
         with tempfile.TemporaryDirectory(prefix="stl-offline-") as folder:
             started = time.perf_counter()
             most = _MOST * config.batch_size
             beton, images = pack_sample(config.data, most, folder, skip_broken=config.skip_broken)
             seconds = (time.perf_counter() - started) / len(beton) * images / len(os.sched_getaffinity(0))
-            return _measure(config, beton, images, seconds, device, world)
+            return _measure(config, labeler, beton, images, seconds, device, world)
 
 
 def _measure(
-    config: DumpConfig, beton: Beton, images: int, pack_seconds: float, device: torch.device, world: World
+    config: DumpConfig,
+    labeler: TokenLabeler,
+    beton: Beton,
+    images: int,
+    pack_seconds: float,
+    device: torch.device,
+    world: World,
 ) -> DumpEstimate:
-    if config.shards > images:
-        raise InputError(f"--shards {config.shards} is more than the {images} images; use fewer shards")
-    # The few images stand for all: as many shards as the whole set has may be more than these.
-    labelling = Labelling(replace(config, shards=1), beton, device)
+    check_shards(config.shards, images)
+    # One shard, since the whole set may have more shards than there are measured images.
+    labelling = Labelling(replace(config, shards=1), labeler, beton, device)
     views = len(labelling.views)
     _label(labelling, config.batch_size)
     _, first = _label(labelling, config.batch_size)
@@ -92,7 +99,7 @@ def _measure(
     whole = len(encode_shard(arrays, labelling.spec))
     encoding = (time.process_time() - started) / len(arrays)
     shards = config.shards or pick_shards(images, config.views)
-    # Two sizes tell what an image takes and what a shard takes; where shards are small, one is a shard's own.
+    # Two sizes give the bytes per image and the bytes that each shard adds; the smaller one is a real shard's size.
     few = select(arrays, slice(max(1, min(len(arrays) // 2, images // shards))))
     part = len(encode_shard(few, labelling.spec))
     each = (whole - part) / (len(arrays) - len(few)) if len(few) < len(arrays) else float(whole)
@@ -100,7 +107,7 @@ def _measure(
     size += _size_of_the_rest(labelling.spec, images, shards)
     one = seconds / len(arrays)
     if device.type == "cpu":
-        # Encoding is done beside labelling, but by the same cores.
+        # Encoding runs in parallel with labelling, but on the same cores.
         one += encoding / len(os.sched_getaffinity(0))
     rate = float(sum_over_world(torch.tensor([1 / max(one, encoding)], dtype=torch.float64), world))
     return DumpEstimate(

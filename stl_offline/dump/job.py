@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import os
 import secrets
 import shutil
 import sys
@@ -17,18 +18,20 @@ import torch
 from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
 from stl_offline.distributed import World, join_world, leaving_world, sum_over_world, told_by_first, wait_for_world
-from stl_offline.dump.labelling import Labelling
+from stl_offline.dump.labelling import Labelling, load_labeler
+from stl_offline.errors import TargetError
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.spec import LabelSpec
+from stl_offline.labels.store import MANIFEST, PARTIAL, open_storage
 from stl_offline.labels.writer import LabelSetWriter
 from stl_offline.progress import progress_bar
 
 
 @dataclass(frozen=True)
 class DumpReport:
-    """What a dump job did: ``labelled`` images in this run by all its processes, of ``samples`` in the set.
+    """Result of a dump job: ``labelled`` images in this run by all its processes, of ``samples`` in the set.
 
-    ``is_first``: whether this process is the one that speaks for the job.
+    ``is_first``: whether this is the process that reports for the job.
     """
 
     path: str
@@ -40,16 +43,20 @@ class DumpReport:
 
 
 def dump_labels(config: DumpConfig) -> DumpReport:
-    """Write a label set, or go on with one that a killed job left. Under torchrun, as one of the job's processes.
+    """Write a label set, or continue one that a killed job left. Under torchrun, as one of the job's processes.
 
     Raises:
         StlError: bad input, or a folder that belongs to another job; or another process of this job has failed.
     """
     device = pick_device(config.device)
-    # Only words and counts go between the processes, so gloo serves on GPUs, too.
+    # The processes exchange only counts and names, so gloo serves on GPUs, too.
     world = join_world(device, "gloo")
     with leaving_world():
-        labelling = Labelling(config, ensure_beton(config.data, skip_broken=config.skip_broken), device)
+        # What can be refused without the images is refused before they are packed, which may take hours.
+        labeler = load_labeler(config)
+        check_place(config.out)
+        beton = ensure_beton(config.data, skip_broken=config.skip_broken)
+        labelling = Labelling(config, labeler, beton, device)
         started = time.perf_counter()
         with _open_together(config.out, labelling.spec, labelling.num_shards, world) as (writer, shards):
             _write_shards(labelling, writer, shards, world)
@@ -124,6 +131,26 @@ class _Size:
                 f"has {free / 1e9:,.2f} GB free",
                 file=sys.stderr,
             )
+
+
+def check_place(place: str) -> None:
+    """Raise `TargetError` where no label set can be written: at a file, in a folder of other things, no permission."""
+    storage = open_storage(place)
+    path = storage.local
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        raise TargetError(f"{place} is a file; choose another place for the label set (`out`)")
+    others = [name for name in storage.names() if name != PARTIAL] if path.is_dir() else []
+    if others and storage.size(MANIFEST) is None and PARTIAL not in storage.names():
+        raise TargetError(
+            f"{place} is not empty and holds no label set ({others[0]} is in it); choose another place (`out`)"
+        )
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise TargetError(f"cannot write {place}: no permission for {existing}; choose another place (`out`)")
 
 
 def free_bytes(place: str) -> int | None:

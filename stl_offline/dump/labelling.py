@@ -12,59 +12,88 @@ import torch
 
 from stl_offline.config import DumpConfig, settings
 from stl_offline.device import autocast, pick_amp, pick_workers
-from stl_offline.errors import InputError
+from stl_offline.errors import FormatError, InputError
 from stl_offline.evaluation import match_classes
 from stl_offline.geometry import CropSettings, draw_views, whole_views
 from stl_offline.images.beton import Beton
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.spec import LabelSpec
-from stl_offline.loader import DECODER, ImageSettings, TokenLoader
-from stl_offline.models import NamedLabeler, find_labeler
+from stl_offline.loader import DECODER, TokenLoader
+from stl_offline.models import TokenLabeler, create_labeler
 
-# Paths say nothing about a set that its fingerprints do not say better.
-_PRIVATE = ("data", "labeler", "labeler_checkpoint", "shards")
-# Shards are read whole, and are what a killed job repeats: not too large, and not so small that each one's own
-# description weighs (7 kB; an image's labels are 1 to 3 kB).
+# Settings whose meaning the manifest records otherwise: the source's and the weights' fingerprints, the class list.
+_PRIVATE = ("data", "labeler", "labeler_checkpoint", "labeler_pretrained", "labeler_classes", "shards")
+# Shards are read whole, and a killed job repeats the one it was writing, so they must not be too large. Nor too small:
+# each has a description of 7 kB of its own, and an image's labels take 1 to 3 kB.
 _SHARD_SAMPLES, _LEAST_SHARD_SAMPLES, _SHARDS = 4096, 512, 8
 _SHARD_MAPS = 16 * _SHARD_SAMPLES
+
+
+def load_labeler(config: DumpConfig) -> TokenLabeler:
+    """The labeler that the settings name, on the CPU; what can be checked without images is checked here.
+
+    Raises:
+        StlError: as `create_labeler`; a labeler without class names, or of fewer classes than ``top_k``.
+    """
+    labeler = create_labeler(
+        config.labeler,
+        labeler_checkpoint=config.labeler_checkpoint,
+        labeler_pretrained=config.labeler_pretrained,
+        labeler_classes=config.labeler_classes,
+        labeler_by_order=config.labeler_by_order,
+        labeler_mean=config.labeler_mean,
+        labeler_std=config.labeler_std,
+        img_size=config.img_size,
+    )
+    if labeler.class_names is None:
+        raise InputError(
+            f"the {labeler.num_classes} classes of {config.labeler} have no names (timm names ImageNet's only); give "
+            "`labeler_classes`, a text file with one name per line or a label set"
+        )
+    if config.top_k > labeler.num_classes:
+        raise InputError(f"`top_k` is {config.top_k}, but the labeler has only {labeler.num_classes} classes")
+    return labeler
 
 
 class Labelling:
     """A labeler with the images that it labels, as a `DumpConfig` asks for.
 
-    spec: the label set's settings; num_shards: of how many files; views: float32 (V, n, 6).
+    config: with ``interpolation`` resolved; spec: the label set's settings; num_shards: number of files; views: float32
+    (V, n, 6).
+
+    Args:
+        labeler: what `load_labeler` gives; it is moved to ``device``.
 
     Raises:
         StlError: images, labeler and settings that do not go together.
     """
 
-    def __init__(self, config: DumpConfig, beton: Beton, device: torch.device) -> None:
-        self.config, self.beton, self.device = config, beton, device
-        self.named = find_labeler(
-            config.labeler,
-            config.labeler_checkpoint,
-            config.img_size,
-            by_order=config.labeler_by_order,
-            mean=config.labeler_mean,
-            std=config.labeler_std,
-        )
+    def __init__(self, config: DumpConfig, labeler: TokenLabeler, beton: Beton, device: torch.device) -> None:
+        self.beton, self.device = beton, device
         if config.interpolation == "auto":
-            # The set records what this came to.
-            self.config = config = replace(config, interpolation=self.named.interpolation)
+            config = replace(config, interpolation=labeler.interpolation)
+        self.config = config
         self.num_shards = config.shards or pick_shards(len(beton), config.views)
-        self.spec = _make_spec(config, self.named, beton)
-        self.class_map = match_classes(beton, self.named.class_names, f"the labeler {config.labeler}")
+        self.spec = _make_spec(config, labeler, beton)
+        _check_class_ids(beton)
+        self.class_map = match_classes(beton, labeler.class_names, f"the labeler {config.labeler}")
         self.views = make_views(config, beton)
-        self.labeler = self.named.model.to(device).eval().to(memory_format=torch.channels_last)
+        self.labeler = labeler.to(device, memory_format=torch.channels_last)
 
     @cached_property
     def loader(self) -> TokenLoader:
         """Gives the images as the labeler takes them."""
-        side = self.named.img_size
-        images = ImageSettings((side, side), self.labeler.mean, self.labeler.std, self.config.interpolation)
-        workers = pick_workers(self.config.workers)
         return TokenLoader(
-            self.beton, images, self.config.batch_size, workers=workers, device=self.device, shuffle=False
+            self.beton,
+            self.labeler.img_size,
+            self.config.batch_size,
+            workers=pick_workers(self.config.workers),
+            seed=0,
+            device=self.device,
+            mean=self.labeler.mean,
+            std=self.labeler.std,
+            shuffle=False,
+            interpolation=self.config.interpolation,
         )
 
     @torch.inference_mode()
@@ -89,9 +118,11 @@ class Labelling:
                         token_logits = self.labeler(batch.images)[1]
                     labels = top_k_labels(token_logits, self.config.top_k)
                     if not bool(torch.isfinite(labels[2]).all()):
+                        wrong = ~torch.isfinite(labels[2]).all(dim=1)
+                        key = self.beton.keys[int(batch.sample_ids[wrong.cpu()][0])]
                         raise InputError(
-                            f"the labeler gives logits that are not finite for images such as "
-                            f"{self.beton.keys[int(batch.sample_ids[0])]!r}; are its weights whole?"
+                            f"the labeler gives logits that are not finite for {int(wrong.sum())} of {len(batch)} "
+                            f"images, the first is {key!r}; check its weights, and that `amp` is not fp16"
                         )
                     rows = slice(first, first + len(batch))
                     for target, values in zip((ids, logits, confidence), labels, strict=True):
@@ -129,40 +160,56 @@ def top_k_labels(token_logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torc
 
 
 def pick_shards(samples: int, views: int) -> int:
-    """How many shards suit ``samples`` images: of some 4,000, but 8 of them where none gets smaller than 512.
+    """Number of shards for ``samples`` images: at most 4,096 images each, and at least 8 shards while none of them gets
+    smaller than 512 images.
 
-    Of many crops they hold fewer images: a process has two shards' logits in memory, and loses one's work in a kill.
+    With many crops per image a shard holds fewer images, since a process keeps the logits of two shards in memory and
+    loses the work of one when it is killed.
     """
     most = max(1, min(_SHARD_SAMPLES, _SHARD_MAPS // max(1, views)))
     least = min(_LEAST_SHARD_SAMPLES, most)
     return max(min(_SHARDS, samples // least), -(-samples // most), 1)
 
 
-def _make_spec(config: DumpConfig, named: NamedLabeler, beton: Beton) -> LabelSpec:
+def check_shards(shards: int, images: int) -> None:
+    """Raise `InputError` where there are more shards than images."""
+    if shards > images:
+        raise InputError(f"`shards` is {shards}, which is more than the {images} images; use fewer")
+
+
+def _check_class_ids(beton: Beton) -> None:
+    """Raise `FormatError` where an image's class is not in the class list: it would be written as another class."""
+    wrong = np.flatnonzero((beton.class_ids < 0) | (beton.class_ids >= len(beton.class_names)))
+    if len(wrong):
+        first = int(wrong[0])
+        raise FormatError(
+            f"{len(wrong):,} of the {len(beton):,} images of {beton.path} have a class id outside 0 … "
+            f"{len(beton.class_names) - 1}, the first is {beton.keys[first]!r} with {int(beton.class_ids[first])}; "
+            "pack the images again"
+        )
+
+
+def _make_spec(config: DumpConfig, labeler: TokenLabeler, beton: Beton) -> LabelSpec:
     """The manifest's settings. Neither paths nor dates enter it: the same job gives the same bytes anywhere."""
-    classes = len(named.class_names)
-    if config.top_k > classes:
-        raise InputError(f"--top-k {config.top_k} asks for more classes than the labeler's {classes}")
-    if config.shards > len(beton):
-        raise InputError(f"--shards {config.shards} is more than the {len(beton)} images; use fewer shards")
-    side = named.img_size
+    check_shards(config.shards, len(beton))
+    height, width = labeler.img_size
     random_views = {"kind": "random", "seed": config.seed, "scale": [config.scale_min, 1.0], "ratio": [3 / 4, 4 / 3]}
     return LabelSpec(
-        class_names=named.class_names,
-        grid=tuple(named.model.grid_size(side, side)),
+        class_names=labeler.class_names,
+        grid=labeler.grid_size(height, width),
         top_k=config.top_k,
         views_per_image=max(1, config.views),
         labeler={
-            "architecture": named.architecture,
-            "weights_sha256": named.weights_sha256,
+            "architecture": labeler.name,
+            "weights_sha256": labeler.weights_sha256,
             "licence": config.licence,
         },
         preprocessing={
-            "height": side,
-            "width": side,
+            "height": height,
+            "width": width,
             "interpolation": config.interpolation,
-            "mean": list(named.model.mean),
-            "std": list(named.model.std),
+            "mean": list(labeler.mean),
+            "std": list(labeler.std),
             "decoder": DECODER,
         },
         source={"samples": len(beton), "fingerprint": beton.fingerprint},

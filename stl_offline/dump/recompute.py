@@ -9,7 +9,7 @@ import numpy as np
 
 from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
-from stl_offline.dump.labelling import Labelling
+from stl_offline.dump.labelling import Labelling, load_labeler
 from stl_offline.errors import FormatError, InputError
 from stl_offline.geometry import whole_views
 from stl_offline.images.pack import ensure_beton
@@ -20,17 +20,17 @@ from stl_offline.labels.mismatch import rename_keys
 from stl_offline.labels.spec import differences
 from stl_offline.progress import progress_bar
 
-# What tells whether labels could be the same at all. Others (source, shards, encoding) are another matter.
+# Entries that must be equal for the labels to be comparable; others (source, shards, encoding) may differ.
 _DECIDING = ("class_names", "grid", "labeler", "preprocessing")
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What came of it.
+    """Result of `recompute_labels`.
 
-    images, tokens: how many were compared; top1: the share of tokens whose best class is the same (or as probable,
-    within the bounds); largest: the largest difference of a probability; beyond: the largest by which one exceeds what
-    the manifest's bounds allow.
+    images, tokens: numbers compared; top1: share of tokens with the same best class (or one as probable, within the
+    bounds); largest: largest difference of a probability; beyond: largest excess of a difference over what the
+    manifest's bounds allow.
     """
 
     images: int
@@ -65,10 +65,12 @@ def recompute_labels(
         FormatError: the label set is damaged.
     """
     if images < 1:
-        raise InputError(f"--recompute wants at least 1 image, got {images}")
-    beton = ensure_beton(data, skip_broken=skip_broken)
+        raise InputError(f"labels of at least 1 image must be recomputed, got {images}")
     config = _settings(label_set, data, labeler, device, workers, labeler_options)
-    labelling = Labelling(config, beton, pick_device(device))
+    chosen = pick_device(device)
+    model = load_labeler(config)
+    beton = ensure_beton(data, skip_broken=skip_broken)
+    labelling = Labelling(config, model, beton, chosen)
     found = [
         line.replace(" and ", " there and ", 1) + " here"
         for line in differences(label_set.spec, labelling.spec)
@@ -99,13 +101,13 @@ def recompute_labels(
 
 
 def compare(stored: ShardArrays, again: ShardArrays, bounds: dict[str, float]) -> Recomputed:
-    """Compare what a set holds with what its labeler says now (float32, the same images and views)."""
+    """Compare stored labels with recomputed ones (float32) of the same images and views."""
     old = probabilities(stored.logits, stored.confidence).astype(np.float64)
     new = probabilities(again.logits, again.confidence).astype(np.float64)
     same = stored.class_ids[..., :, None] == again.class_ids[..., None, :]
     # A class that is no longer among the best k is at most as probable as the last of them.
     now = np.where(same.any(-1), (same * new[..., None, :]).sum(-1), np.minimum(old, new[..., -1:]))
-    # Where logits are rounded, probabilities move by what both logits may move.
+    # A rounded logit and a rounded best logit both move a probability.
     relative = bounds.get("probability_relative", 0.0) + bounds.get("confidence_relative", 0.0)
     logits = np.abs(stored.logits.astype(np.float64))
     relative = relative + bounds.get("logit_relative", 0.0) * (logits + logits[..., :1])
@@ -124,7 +126,7 @@ def compare(stored: ShardArrays, again: ShardArrays, bounds: dict[str, float]) -
 def _settings(
     label_set: LabelSet, data: str, labeler: str, device: str, workers: int, labeler_options: dict[str, object]
 ) -> DumpConfig:
-    """The settings of the job that made the set, as far as the manifest tells them."""
+    """The settings of the job that made the set, as far as the manifest records them."""
     spec = label_set.spec
     if spec.preprocessing["height"] != spec.preprocessing["width"]:
         raise InputError(f"{label_set.place} was labelled on images that are not square; this labeler takes squares")

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from ffcv.loader import Loader
@@ -50,6 +51,7 @@ class EpochThread(EpochIterator):
 
     def run(self) -> None:
         try:
+            numba.set_num_threads(self.loader.num_workers)
             for number, ids in enumerate(self.batches):
                 slot = number % self.slots
                 if self.copied[slot] is not None:

@@ -7,6 +7,7 @@ from stl_offline.models.artifact import (
     WEIGHTS_NAME,
     ModelDescription,
     load_model,
+    read_description,
     save_model,
     weights_path,
     weights_sha256,
@@ -14,8 +15,8 @@ from stl_offline.models.artifact import (
 from stl_offline.models.checkpoints import LoadReport, load_checkpoint
 from stl_offline.models.fan import Fan
 from stl_offline.models.inference import InferenceFan, inference_form
-from stl_offline.models.named_labeler import NamedLabeler, find_labeler
-from stl_offline.models.token_labeler import TokenLabeler, create_labeler
+from stl_offline.models.labeler_by_name import create_labeler
+from stl_offline.models.token_labeler import TokenLabeler
 from stl_offline.models.variants import VARIANTS
 
 __all__ = [
@@ -25,13 +26,12 @@ __all__ = [
     "InferenceFan",
     "LoadReport",
     "ModelDescription",
-    "NamedLabeler",
     "TokenLabeler",
     "create_labeler",
-    "find_labeler",
     "inference_form",
     "load_checkpoint",
     "load_model",
+    "read_description",
     "save_model",
     "weights_path",
     "weights_sha256",

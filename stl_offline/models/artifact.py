@@ -6,6 +6,7 @@ A run's folder holds ``weights.safetensors``; that file alone is enough to use t
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from stl_offline.config import INTERPOLATIONS
 from stl_offline.errors import FormatError, InputError, TargetError
 from stl_offline.files import atomic_path, sha256_file
 from stl_offline.models.checkpoints import load_checkpoint
@@ -26,33 +28,79 @@ _HEADER_KEY = "stl_offline"
 _DIGEST_KEY = "stl_offline_sha256"
 
 
+# Limits of what a description may ask for: it comes with the file, from whoever made that.
+_LARGEST_SIDE, _MOST_CLASSES = 8192, 1 << 20
+_STAGES = ("labeler", "student")
+
+
 @dataclass(frozen=True)
 class ModelDescription:
-    """What is needed to build the model again: timm's name, the class list, the input."""
+    """What is needed to build a trained model again.
+
+    model: a name in timm's registry; class_names: K distinct names, in the order of the class ids; img_size: side of
+    the images, in pixels; stage: "labeler" or "student"; interpolation: how images were resized; token_head_trained:
+    False for a student trained without token labels, whose token head is random.
+
+    Raises:
+        InputError: a value that no model of this version has; the message names it.
+    """
 
     model: str
     class_names: tuple[str, ...]
     img_size: int
-    stage: str  # "labeler" or "student"
+    stage: str
     version: int = 1
     interpolation: str = "area"
-    token_head_trained: bool = True  # False for a student trained without token labels: its token head is random
+    token_head_trained: bool = True
+
+    def __post_init__(self) -> None:
+        if type(self.version) is not int or self.version != 1:
+            raise InputError(f"version must be 1, the only one that this release reads; got {self.version!r}")
+        # No prefix such as hf-hub: or local-dir: may make timm fetch or read anything else.
+        if not isinstance(self.model, str) or not re.fullmatch(r"[\w.]+", self.model) or not timm.is_model(self.model):
+            raise InputError(f"model must be a name in timm's registry, got {_short(self.model)}")
+        names = self.class_names
+        if not isinstance(names, list | tuple) or not 1 <= len(names) <= _MOST_CLASSES:
+            raise InputError(f"class_names must be a list of 1 to {_MOST_CLASSES:,} names, got {_short(names)}")
+        if not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+            raise InputError(f"class_names must be distinct strings, none of them empty; got {_short(names)}")
+        object.__setattr__(self, "class_names", tuple(names))
+        if type(self.img_size) is not int or not 1 <= self.img_size <= _LARGEST_SIDE:
+            raise InputError(f"img_size must be an integer from 1 to {_LARGEST_SIDE:,}, got {_short(self.img_size)}")
+        if self.stage not in _STAGES:
+            raise InputError(f"stage must be one of {', '.join(_STAGES)}; got {_short(self.stage)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise InputError(
+                f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {_short(self.interpolation)}"
+            )
+        if not isinstance(self.token_head_trained, bool):
+            raise InputError(f"token_head_trained must be true or false, got {_short(self.token_head_trained)}")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "ModelDescription":
+        """The inverse of `to_json`; ``where`` is the file, for messages. Raises `FormatError`."""
         try:
-            values: dict[str, Any] = json.loads(text)
-            if values.get("version") != 1:
-                raise FormatError(
-                    f"{where} has a model description of version {values.get('version')!r}; this release reads 1"
-                )
-            values["class_names"] = tuple(values["class_names"])
+            values: Any = json.loads(text)
+            if not isinstance(values, dict):
+                raise InputError(f"it must be a JSON object, got {_short(values)}")
+            known = {field.name for field in dataclasses.fields(cls)}
+            if unknown := sorted(values.keys() - known):
+                raise InputError(f"unknown entries {_short(unknown)}; known: {', '.join(sorted(known))}")
+            if values.get("version") is None:
+                raise InputError("it has no version")
             return cls(**values)
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
-            raise FormatError(f"{where} has a damaged model description ({error}); train or copy it again") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise FormatError(
+                f"{where} has a model description that cannot be used ({error}); train or copy it again"
+            ) from error
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def save_model(path: str | Path, weights: dict[str, Tensor], description: ModelDescription) -> None:
@@ -63,7 +111,7 @@ def save_model(path: str | Path, weights: dict[str, Tensor], description: ModelD
     with atomic_path(path) as temporary:
         try:
             safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-        except safetensors.SafetensorError as error:  # what the system says of a write, too
+        except safetensors.SafetensorError as error:  # also raised for what the system refuses
             raise TargetError(f"cannot write {path}: {error}; nothing was changed there") from error
 
 
@@ -91,21 +139,37 @@ def read_description(run_or_file: str | Path) -> ModelDescription:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         raise FormatError(
-            f"{path} is not a whole safetensors file ({error}); published .pth.tar files go with --labeler timm:NAME "
-            "--labeler-checkpoint FILE"
+            f"{path} is not a whole safetensors file ({error}); published files such as .pth.tar are the "
+            "`labeler_checkpoint` of a labeler timm:NAME"
         ) from error
     if _HEADER_KEY not in metadata:
-        raise FormatError(f"{path} was not written by stl-offline: it does not say which model it holds")
+        raise FormatError(f"{path} was not written by stl-offline: its header has no entry {_HEADER_KEY!r}")
     return ModelDescription.from_json(metadata[_HEADER_KEY], str(path))
 
 
 def load_model(run_or_file: str | Path) -> tuple[nn.Module, ModelDescription]:
-    """Build the model that a run trained and load its weights."""
+    """Build the model that a run trained and load its weights.
+
+    Args:
+        run_or_file: a run's folder, or its ``weights.safetensors`` alone.
+
+    Returns:
+        The model, as timm builds it, and its description (class names, input size, …).
+
+    Raises:
+        InputError: nothing is there.
+        FormatError: the file is damaged, or timm cannot build what it describes.
+    """
     path = weights_path(run_or_file)
     description = read_description(path)
-    model = timm.create_model(
-        description.model, num_classes=len(description.class_names), img_size=description.img_size
-    )
+    classes, side = len(description.class_names), description.img_size
+    try:
+        model = timm.create_model(description.model, num_classes=classes, img_size=side)
+    except Exception as error:  # each model checks its arguments in its own way
+        raise FormatError(
+            f"{path} describes a {description.model} of {classes:,} classes for images of {side} pixels, which timm "
+            f"cannot build ({' '.join(str(error).split())[:200]})"
+        ) from error
     check_digest(path)
     load_checkpoint(model, path)
     return model, description

@@ -15,10 +15,18 @@ from torch import nn
 
 from stl_offline.errors import InputError
 from stl_offline.models.fan import Fan
-from stl_offline.models.folded_parts import FoldedBlock, FoldedConvStem, FoldedHybridStem, folded_class_block, linear
+from stl_offline.models.folded_parts import (
+    FoldedBlock,
+    FoldedConvStem,
+    FoldedHybridStem,
+    affine_then_linear,
+    border_index,
+    double,
+    folded_class_block,
+    linear,
+)
 from stl_offline.models.layers import check_divisible
 from stl_offline.models.stems import HybridStem
-from stl_offline.models.weight_arithmetic import affine_then_linear, border_index, double
 
 # Tokens that a CPU takes in one pass: a few images of 224 px, whose activations fit its caches.
 CPU_TOKENS_PER_PASS = 1568

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.models import checkpoint, register_notrace_function, register_notrace_module
 from torch import nn
 
-from stl_offline.errors import InputError
+from stl_offline.models.input_size import InputSizeError
 
 POSITION_CHANNELS = 32  # of y, and as many of x
 POSITION_TEMPERATURE = 10000.0
@@ -23,7 +23,7 @@ POSITION_TEMPERATURE = 10000.0
 def check_divisible(height: int, width: int, stride: int) -> None:
     """Raise `InputError` unless both sides of an image (pixels) are positive multiples of the stem's stride."""
     if height < stride or width < stride or height % stride or width % stride:
-        raise InputError(
+        raise InputSizeError(
             f"this FAN cannot take images of {height}×{width} (height × width): "
             f"both sides must be positive multiples of {stride}"
         )

@@ -28,10 +28,6 @@ _STAGES: dict[str, type[TrainConfig]] = {"labeler": LabelerConfig, "student": St
 _PLACES = {"data", "val", "out", "device", "workers", "debug", "resume"}
 
 
-# Characters of a value in a message.
-_SHOWN = 100
-
-
 def recipe_names() -> tuple[str, ...]:
     """The package's own recipes."""
     return tuple(sorted(path.stem for path in FOLDER.glob(f"*{SUFFIX}")))
@@ -167,5 +163,4 @@ def _number(value: Any) -> float | None:
 
 def _shown(value: Any) -> str:
     """A value as it is shown in a message: its beginning, since a few aliases make lists of any length."""
-    text = reprlib.repr(value)  # of nested lists still long
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return reprlib.repr(value)

@@ -1,1 +1,1 @@
-"""Pages and PNGs for looking at label sets and training runs."""
+"""Images of what label sets hold."""

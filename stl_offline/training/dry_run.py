@@ -18,12 +18,12 @@ from stl_offline.device import amp_name, autocast, pick_device, pick_workers
 from stl_offline.distributed import join_world, leaving_world
 from stl_offline.evaluation import match_classes
 from stl_offline.images.beton import Beton
-from stl_offline.images.pack import find_packed, pack_sample
+from stl_offline.images.pack import find_packed
+from stl_offline.images.sample import pack_sample
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.loader import check_shares
 from stl_offline.losses import soft_cross_entropy, token_cross_entropy
-from stl_offline.models import find_labeler
-from stl_offline.training.label_sources import OnlineLabels, how_read
+from stl_offline.training.label_sources import OnlineLabels, how_read, labeler_of
 from stl_offline.training.optimization import learning_rate, make_average, make_optimizer, warmup_steps
 from stl_offline.training.setup import Stage, build_stage, check_early, validation_batch
 
@@ -98,8 +98,8 @@ def dry_run(config: TrainConfig, stage_name: str) -> DryRun:
         stage = build_stage(config, stage_name, train, val, device, world)
         if val is not None:
             match_classes(val, train.class_names, "the training images")
-            check_shares(val_images, validation_batch(config), world.size)
-        check_shares(images, config.batch_size * config.accumulate, world.size)
+            check_shares(val_images, validation_batch(config), world.size, False)
+        check_shares(images, config.batch_size * config.accumulate, world.size, False)
         stage.run_folder().look(config.resume)
         return _measure(stage, images, val_images)
 
@@ -165,8 +165,7 @@ class _Stepper:
         if isinstance(config, StudentConfig) and config.labels != ("none",):
             self.columns = config.columns if config.token_target == "soft" else 1
             if config.labels == ("online",):
-                named = find_labeler(config.labeler, config.labeler_checkpoint, config.img_size)
-                self.labeler = OnlineLabels(stage, named, config).labeler
+                self.labeler = OnlineLabels(stage, labeler_of(config), config).labeler
             else:
                 how_read([open_label_set(place) for place in config.labels], config)
         self.saved = 0

@@ -19,8 +19,8 @@ from stl_offline.errors import InputError, JoinError
 from stl_offline.labels.cache import TokenCache, build_token_cache
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.mismatch import rename_keys
-from stl_offline.loader import DECODER, Batch, TokenLabels
-from stl_offline.models import NamedLabeler, find_labeler
+from stl_offline.loader import DECODER, Batch
+from stl_offline.models import TokenLabeler, create_labeler
 from stl_offline.targets import TokenTargets
 from stl_offline.training.label_choice import LabelChoice, choose_between
 from stl_offline.training.online import online_targets
@@ -40,9 +40,8 @@ class LabelSource:
         """What the labels are, by content: a run with other labels is another run."""
         return {"kind": "none"}
 
-    def loader_labels(self) -> TokenLabels | None:
-        """What the loader makes token targets from; None where it makes none."""
-        return None
+    def loader_arguments(self) -> dict[str, Any]:
+        return {}
 
     def plan(self, epoch: int) -> dict[str, Any]:
         return self.stage.random_plan(epoch)
@@ -76,21 +75,24 @@ class TokenSource(LabelSource, abc.ABC):
 class OnlineLabels(TokenSource):
     """The labeler sees the student's crop in every step: moved as the student sees it, in its own colours."""
 
-    def __init__(self, stage: Stage, named: NamedLabeler, config: StudentConfig) -> None:
+    def __init__(self, stage: Stage, labeler: TokenLabeler, config: StudentConfig) -> None:
         super().__init__(stage, config)
-        self.named = named
-        self.labeler = named.model.to(stage.device).eval()
+        self.labeler = labeler.to(stage.device)
         side = config.img_size
         labeler_grid = tuple(self.labeler.grid_size(side, side))
         if labeler_grid != self.grid:
             raise InputError(
-                f"at {side} pixels the labeler {named.architecture} gives {labeler_grid} tokens and the student "
+                f"at {side} pixels the labeler {labeler.name} gives {labeler_grid} tokens and the student "
                 f"{stage.description.model} {self.grid}; online labels need equal grids (dumped ones do not)"
             )
-        _check_classes(named.class_names, stage, f"the labeler {config.labeler}")
+        if labeler.class_names is None:
+            raise InputError(
+                f"the {labeler.num_classes} classes of {labeler.name} have no names: give `labeler_classes`"
+            )
+        _check_classes(labeler.class_names, stage, f"the labeler {config.labeler}")
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "online", "weights_sha256": self.named.weights_sha256}
+        return {"kind": "online", "weights_sha256": self.labeler.weights_sha256}
 
     def targets(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -153,8 +155,8 @@ class DumpedLabels(TokenSource):
             return {"kind": "dumped", "fingerprint": self.fingerprints[0]}
         return {"kind": "dumped", "fingerprints": self.fingerprints}
 
-    def loader_labels(self) -> TokenLabels | None:
-        return TokenLabels(self.target_settings, self.caches)
+    def loader_arguments(self) -> dict[str, Any]:
+        return {"tokens": self.target_settings, "cache": self.caches}
 
     def plan(self, epoch: int) -> dict[str, Any]:
         plan = super().plan(epoch)
@@ -175,6 +177,17 @@ class DumpedLabels(TokenSource):
         return batch.token_ids, batch.token_weights
 
 
+def labeler_of(config: StudentConfig) -> TokenLabeler:
+    """The labeler of ``labels = "online"``, for images of the student's size. Raises as `create_labeler`."""
+    return create_labeler(
+        config.labeler,
+        labeler_checkpoint=config.labeler_checkpoint,
+        labeler_pretrained=config.labeler_pretrained,
+        labeler_classes=config.labeler_classes,
+        img_size=config.img_size,
+    )
+
+
 def open_labels(config: StudentConfig, stage: Stage) -> LabelSource:
     """The source that the settings name.
 
@@ -184,8 +197,7 @@ def open_labels(config: StudentConfig, stage: Stage) -> LabelSource:
     if config.labels == ("none",):
         return LabelSource(stage)
     if config.labels == ("online",):
-        named = find_labeler(config.labeler, config.labeler_checkpoint, config.img_size)
-        return OnlineLabels(stage, named, config)
+        return OnlineLabels(stage, labeler_of(config), config)
     return DumpedLabels(stage, [open_label_set(place) for place in config.labels], config)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stl_offline.config import StudentConfig
 from stl_offline.labels.label_set import open_label_set
-from stl_offline.models import find_labeler
+from stl_offline.models import create_labeler
 from stl_offline.training.label_sources import open_labels
 from stl_offline.training.setup import prepare
 
@@ -30,8 +30,8 @@ def measure_agreement(student: StudentConfig, online: StudentConfig) -> dict:
     """
     stage = prepare(student, "student")
     source = open_labels(student, stage)
-    labeler = find_labeler(online.labeler).model.eval()
-    loader = stage.train_loader(source.loader_labels())
+    labeler = create_labeler(online.labeler).eval()
+    loader = stage.train_loader(**source.loader_arguments())
     chosen = np.unique(np.linspace(0, len(stage.train) - 1, IMAGES).round().astype(np.int64))
     rows = []
     for batch in loader.epoch(0, sample_ids=chosen, **source.plan(0)):

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from stl_offline.errors import InputError
 from stl_offline.models import TokenLabeler, inference_form
 from stl_offline.models import layers as layers_module
-from stl_offline.models.weight_arithmetic import border_bias, border_index
+from stl_offline.models.folded_parts import border_bias, border_index
 from tests.models.fan_fill import random_image
 from tests.models.test_fan_numbers import randomise
 

@@ -3,10 +3,9 @@
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 
-from stl_offline.errors import FormatError, InputError
-from stl_offline.models import TokenLabeler, create_labeler
+from stl_offline.errors import InputError
+from stl_offline.models import TokenLabeler
 from tests.models.fan_fill import fill_model, random_image
 
 
@@ -162,35 +161,7 @@ def test_sizes_that_the_model_cannot_take():
         labeler.grid_size(100, 160)
 
 
-def test_create_labeler_from_a_file(tmp_path):
-    model = build("test_efficientnet")
-    save_file(model.state_dict(), tmp_path / "w.safetensors")
-    torch.save({f"t{i}": v for i, v in enumerate(model.state_dict().values()) if v.ndim}, tmp_path / "w.bin")
-    images = random_image(2, 64, 96)
-    labeler = create_labeler("timm:test_efficientnet", checkpoint=tmp_path / "w.safetensors", mean=(0.5, 0.5, 0.5))
-    assert labeler.num_classes == 5
-    assert labeler.mean == (0.5, 0.5, 0.5)
-    torch.testing.assert_close(labeler(images)[0], model(images))
-    renamed = create_labeler("timm:test_efficientnet", checkpoint=tmp_path / "w.bin", by_order=True, num_classes=5)
-    torch.testing.assert_close(renamed(images)[0], model(images))
-    with pytest.raises(InputError, match="does not fit test_efficientnet"):
-        create_labeler("timm:test_efficientnet", checkpoint=tmp_path / "w.bin")
-    with pytest.raises(InputError, match="has 5 classes, 9 were asked for"):
-        create_labeler("timm:test_efficientnet", checkpoint=tmp_path / "w.safetensors", num_classes=9)
-
-
-def test_create_labeler_resizes_position_embeddings(tmp_path):
-    save_file(build("test_vit").state_dict(), tmp_path / "w.safetensors")
-    labeler = create_labeler("timm:test_vit", checkpoint=tmp_path / "w.safetensors", img_size=(64, 96))
-    assert labeler.grid_size(64, 96) == (4, 6)
-    assert labeler(random_image(1, 64, 96))[1].shape == (1, 24, 5)
-
-
-def test_create_labeler_bad_specs(tmp_path):
-    with pytest.raises(InputError, match="not timm:NAME"):
-        create_labeler("timm:no_such_model", checkpoint="x")
-    with pytest.raises(InputError, match="needs weights"):
-        create_labeler("timm:test_vit")
-    (tmp_path / "x.pth").write_bytes(b"nonsense")
-    with pytest.raises(FormatError, match=r"x\.pth"):
-        create_labeler("timm:test_vit", checkpoint=tmp_path / "x.pth")
+def test_class_names_must_be_as_many_as_classes():
+    assert TokenLabeler(build("test_resnet"), class_names="abcde").class_names == tuple("abcde")
+    with pytest.raises(InputError, match="test_resnet has 5 classes, but 4 class names are given"):
+        TokenLabeler(build("test_resnet"), class_names="abcd")

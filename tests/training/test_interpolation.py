@@ -10,7 +10,7 @@ from stl_offline.errors import InputError
 from stl_offline.evaluation import evaluate
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.loader import DECODER
-from stl_offline.models.artifact import read_description
+from stl_offline.models import read_description
 from stl_offline.training import setup
 from stl_offline.training.train_labeler import train_labeler
 from stl_offline.training.train_student import train_student
@@ -59,7 +59,7 @@ def test_measuring_resizes_as_training_did(chain, stripes, monkeypatch):
     original = setup.TokenLoader
 
     def noted(*arguments, **settings):
-        asked.append(arguments[1].interpolation)
+        asked.append(settings["interpolation"])
         return original(*arguments, **settings)
 
     monkeypatch.setattr("stl_offline.evaluation.scoring.TokenLoader", noted)

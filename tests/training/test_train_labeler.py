@@ -18,7 +18,7 @@ from stl_offline.errors import FormatError, InputError, JoinError, TargetError, 
 from stl_offline.evaluation import evaluate_model, scoring
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader.order import shuffled
-from stl_offline.models.artifact import load_model, read_description
+from stl_offline.models import load_model, read_description
 from stl_offline.training import run_folder
 from stl_offline.training.run_folder import RunFolder
 from stl_offline.training.setup import prepare
@@ -109,12 +109,12 @@ def test_stopped_while_it_measures_it_repeats_no_step(quick, tmp_path, monkeypat
     measured = 0
     original = evaluate_model
 
-    def ask_and_measure(*arguments, **settings):
+    def ask_and_measure(*arguments):
         nonlocal measured
         measured += 1
         if measured == 2:  # of the first epoch: the plain weights, after the averaged ones
             signal.raise_signal(signal.SIGINT)
-        return original(*arguments, **settings)
+        return original(*arguments)
 
     monkeypatch.setattr(scoring, "evaluate_model", ask_and_measure)
     with pytest.raises(KeyboardInterrupt):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stl_offline.errors import InputError
+from stl_offline.models.input_size import InputSizeError
 
 _MEAN_POOLS = ("avg", "fast", "fastavg", "token", "cls", "")
 _CHECK_TOLERANCE = 1e-3  # of the largest logit; float32 agrees to about 1e-6, another pooling differs by about 1
@@ -89,10 +90,10 @@ class PositionHead(nn.Module):
     def _features(self, images: torch.Tensor):
         try:
             return self._model[0].forward_features(images)
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError) as error:
             height, width = images.shape[-2:]
             first = str(error).strip().split("\n", 1)[0]
-            raise InputError(f"{self._name} cannot take images of {height}×{width} pixels: {first}") from error
+            raise InputSizeError(f"{self._name} cannot take images of {height}×{width} pixels: {first}") from error
 
     def _to_float32(self, features: torch.Tensor) -> None:
         """Put every module that the head runs into float32."""
@@ -112,7 +113,7 @@ class PositionHead(nn.Module):
         """What the head pools, and whether it is linear after that; `InputError` where neither is as needed."""
         logits, by_position = self(features)
         scale = logits.abs().max().clamp(min=1e-12) * _CHECK_TOLERANCE
-        vectors = self._vectors(features)
+        vectors = self.vectors(features)
         width = vectors.shape[-1]
         if not self._normalised_affine(width, features.device):
             self._refuse("its head is not linear after the pooling (a hidden layer with an activation)")
@@ -146,7 +147,7 @@ class PositionHead(nn.Module):
         expected = angles.cos()[:, None] * along_a + angles.sin()[:, None] * along_b + centre
         return bool((values[3:] - expected).abs().max() <= _CHECK_TOLERANCE * values.abs().max().clamp(min=1e-12))
 
-    def _vectors(self, features: torch.Tensor) -> torch.Tensor:
+    def vectors(self, features: torch.Tensor) -> torch.Tensor:
         """Features → positions in row order, (B, N, C)."""
         if self._tokens:
             return features[:, self.prefix :]
@@ -167,7 +168,7 @@ class PositionHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 features as `model.forward_features` gives them → class logits (B, K), position logits (B, N, K)."""
-        vectors = self._vectors(features)
+        vectors = self.vectors(features)
         logits = self._classify(vectors.flatten(0, 1)).unflatten(0, vectors.shape[:2])
         return self._model[0].forward_head(features), logits
 
@@ -184,7 +185,9 @@ class PositionHead(nn.Module):
             else:
                 grid = _grid_of(features.shape[1] - self.prefix, height, width)
             if grid is None:
-                raise InputError(f"{self._name}: {features.shape[1]} tokens form no grid for {height}×{width} pixels")
+                raise InputSizeError(
+                    f"{self._name}: {features.shape[1]} tokens form no grid for {height}×{width} pixels"
+                )
             self._grids[height, width] = (int(grid[0]), int(grid[1]))
         return self._grids[height, width]
 
