@@ -163,4 +163,6 @@ def _number(value: Any) -> float | None:
 
 def _shown(value: Any) -> str:
     """A value as it is shown in a message: its beginning, since a few aliases make lists of any length."""
-    return reprlib.repr(value)
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    return short.repr(value)

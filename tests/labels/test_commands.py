@@ -64,6 +64,35 @@ def test_convert_merge_and_stats(labels, tmp_path, capsys):
     assert open_label_set("whole").keys == open_label_set("labels").keys
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pull", "labels", "out"],
+        ["push", "labels", "out"],
+        ["convert", "labels", "out", "--encoding", "q8"],
+        ["merge", "a", "b", "out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_finished_command_run_again_says_that_nothing_was_done(labels, tmp_path, capsys, words):
+    call(capsys, "pull", "labels", "a", "--shards", "0-1")
+    call(capsys, "pull", "labels", "b", "--shards", "2-3")
+    code, first, _ = call(capsys, *words)
+    before = files(tmp_path / "out")
+    assert code == 0 and "already complete" not in first
+    code, again, _ = call(capsys, *words)
+    assert code == 0 and again.endswith("; already complete, nothing was done\n")
+    assert files(tmp_path / "out") == before
+
+
+def test_one_shard_of_one_image(tmp_path, capsys):
+    write_set(tmp_path / "one", make_spec(samples=1), 1)
+    code, out, _ = call(capsys, "verify", str(tmp_path / "one"))
+    assert code == 0 and out.endswith("one: its shard is whole (1 image)\n")
+    code, out, _ = call(capsys, "convert", str(tmp_path / "one"), str(tmp_path / "tar"), "--format", "webdataset")
+    assert code == 0 and "(1 image in 1 shard, webdataset" in out
+
+
 def test_each_fault_is_a_line_and_the_code_is_1(labels, capsys):
     names = [shard.name for shard in open_label_set(labels).shards]
     (labels / names[0]).unlink()

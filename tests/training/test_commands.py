@@ -43,9 +43,11 @@ def test_from_images_to_a_student(stripes, tmp_path, capsys):
     assert call(capsys, "pack", data, packed)[0] == 0
     code, out, _ = call(capsys, "train-labeler", "--data", packed, "--val", val, "--out", labeler, *SMALL)
     assert code == 0
-    assert "top-1" in out
+    assert "top-1" in out and "already complete" not in out
     dump = ["--data", packed, "--labeler", labeler, "--shards", "2", "--top-k", "2", "--format", "zarr"]
-    assert call(capsys, "dump-labels", *dump, "--out", labels, *MACHINE)[0] == 0
+    for end in (" s)\n", "; already complete, nothing was done\n"):
+        code, out, _ = call(capsys, "dump-labels", *dump, "--out", labels, *MACHINE)
+        assert code == 0 and out.endswith(end)
     assert len(open_label_set(labels)) == 45
     train = ["train-student", "--data", packed, "--val", val, "--labels", labels, "--out", student, *SMALL]
     assert call(capsys, *train)[0] == 0
@@ -104,6 +106,12 @@ class TestMistakes:
         assert code == 0
         assert "vertical/001.jpg" in error
         assert "packed 7 images" in error
+        code, out, _ = call(capsys, *command)
+        assert code == 0 and out.endswith("; already complete, nothing was done\n")
+        evaluate = ["evaluate", "--data", folder, "--checkpoint", tmp_path / "run", *MACHINE]
+        assert "--skip-broken" in fails(capsys, *evaluate)
+        code, out, _ = call(capsys, *evaluate, "--skip-broken")
+        assert code == 0 and out.startswith("7 images: ")
         code, out, _ = call(capsys, "pack", folder, tmp_path / "whole.beton", "--skip-broken")
         assert code == 0
         assert re.search(r"^skipped vertical/001\.jpg: .*is cut off", out, re.MULTILINE)

@@ -101,7 +101,7 @@ NESTED = f"[{', '.join(_LISTS)}]"
         ("compile: yes", "compile takes true or false, got 'yes'"),
         ("lr: .inf", "lr takes a finite number, got inf"),
         (f"epochs: {NESTED}", "epochs takes a whole number, got [['x', 'x',"),
-        ("epochs: &a [*a]", "epochs takes a whole number, got [[[["),
+        ("epochs: &a [*a]", "epochs takes a whole number, got [[[...]]]"),
         (f"epochs: {'[' * 3000}", "nests lists or settings too deeply"),
         (f"epochs: {'x' * 5000}", "epochs takes a whole number, got 'xxxx"),
     ],
