@@ -35,6 +35,13 @@ from stl_offline.cli.terminal import echo
     show_default="the classes of SRC",
     help="Class list to use: a label set, or a text file with one name per line. Classes without images are kept.",
 )
+@option(
+    "--class-map",
+    group="data",
+    metavar="FILE",
+    show_default="none",
+    help="New names of the classes of SRC, as for tars with integer .cls: lines with a number and a name, or JSON.",
+)
 @skip_broken_option
 @workers_option
 @debug_option
@@ -44,6 +51,7 @@ def pack(
     destination: str,
     max_size: int | None,
     class_names: str | None,
+    class_map: str | None,
     skip_broken: bool,
     workers: int,
 ) -> None:
@@ -52,6 +60,7 @@ def pack(
     RGB JPEGs are stored byte for byte, other images are converted to RGB. Keys, class names and content hashes go
     into the same file. Commands that take images pack them by themselves and keep the file in a cache.
     """
+    from stl_offline.images.classes import read_class_map
     from stl_offline.images.pack import pack as pack_images
 
     report = pack_images(
@@ -61,11 +70,12 @@ def pack(
         skip_broken=skip_broken,
         workers=workers or None,
         class_names=_read_class_names(class_names) if class_names else None,
+        class_map=read_class_map(class_map) if class_map else None,
     )
     echo(
         f"packed {counted(report.samples, 'image')} of {counted(report.classes, 'class')} into {report.path} "
         f"({counted(report.bytes, 'byte')}): {report.stored_as_is:,} as they were, "
-        f"{report.converted:,} converted, {len(report.skipped):,} skipped"
+        f"{report.converted:,} converted, {len(report.skipped):,} skipped, {len(report.passed_over):,} passed over"
     )
     for key, reason in report.skipped:
         echo(f"skipped {key}: {reason}")
@@ -81,7 +91,7 @@ def _read_class_names(place: str) -> tuple[str, ...]:
     if not Path(place).is_file():
         return open_label_set(place).spec.class_names
     try:
-        text = Path(place).read_text(encoding="utf-8")
+        text = Path(place).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{place} is not UTF-8 text; {forms}") from error
     return tuple(line.strip() for line in text.splitlines() if line.strip())

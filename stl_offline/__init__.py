@@ -8,7 +8,8 @@ loaded on first use, so ``import stl_offline`` is quick. Those below "Needs the 
 - Writing a label set from any model: `LabelSetWriter` with a `LabelSpec` and one `ShardArrays` per shard.
 - Labels in a training loop: `join`, `build_token_cache`, `TokenCache`, `TokenTargets`, `token_targets`.
 - Geometry: `View`, `CropSettings`, `draw_views`, `whole_views`, `center_views`, `relative_view`.
-- Needs the extra [train]: `pack`, `open_beton`, `Beton`, `TokenLoader`, `Batch`, `token_cross_entropy`;
+- Needs the extra [train]: `pack`, `open_beton`, `Beton`, `TokenLoader`, `ImageSettings`, `TokenLabels`,
+  `Batch`, `token_cross_entropy`;
   `create_labeler`, `TokenLabeler`, `load_model`.
 - The commands, each a function of its settings (needs the extra [train]): `train_labeler` (`LabelerConfig`),
   `dump_labels` (`DumpConfig`), `train_student` (`StudentConfig`), `evaluate` (`EvaluateConfig`).
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from stl_offline.labels.transfer import pull, push
     from stl_offline.labels.verify import verify
     from stl_offline.labels.writer import LabelSetWriter
-    from stl_offline.loader import Batch, TokenLoader
+    from stl_offline.loader import Batch, ImageSettings, TokenLabels, TokenLoader
     from stl_offline.losses import token_cross_entropy
     from stl_offline.models import TokenLabeler, create_labeler, load_model
     from stl_offline.targets import TokenTargets, token_targets
@@ -60,6 +61,7 @@ __all__ = [
     "DumpConfig",
     "EvaluateConfig",
     "FormatError",
+    "ImageSettings",
     "InputError",
     "JoinError",
     "LabelMap",
@@ -74,6 +76,7 @@ __all__ = [
     "TargetError",
     "TokenCache",
     "TokenLabeler",
+    "TokenLabels",
     "TokenLoader",
     "TokenTargets",
     "TrainingError",
@@ -124,7 +127,7 @@ _TRAIN = {
     "evaluation": ("evaluate",),
     "images.beton": ("Beton", "open_beton"),
     "images.pack": ("pack",),
-    "loader": ("Batch", "TokenLoader"),
+    "loader": ("Batch", "ImageSettings", "TokenLabels", "TokenLoader"),
     "losses": ("token_cross_entropy",),
     "models": ("TokenLabeler", "create_labeler", "load_model"),
     "training.train_labeler": ("train_labeler",),

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and names made from content."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -61,13 +62,16 @@ def make_folder(path: str | Path) -> Path:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success it is synced and renamed into place, else removed.
 
-    The temporary name starts with a dot and ends in ``.tmp``, so readers that list a folder pass it over. Raises
+    The temporary name starts with a dot and ends in ``.tmp``, so readers that list a folder skip it. The file is locked
+    while it is written, so that `remove_leftovers` can tell it from one that a killed process left. Raises
     `TargetError` where the disk is full or the folder cannot be written.
     """
     path = Path(path)
     make_folder(path.parent)
     temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    lock = None
     try:
+        lock = _locked_file(temporary)
         yield temporary
         with open(temporary, "rb") as stream:
             # Some libraries make their files private; what is shared must be as readable as any new file.
@@ -82,6 +86,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
@@ -90,10 +96,31 @@ def atomic_write(path: str | Path, data: bytes) -> None:
         stream.write(data)
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove the temporary files that a killed process left in a folder that only one process writes."""
-    for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: str | Path, name: str = "*") -> None:
+    """Remove the temporary files that killed processes left in ``folder`` while they wrote ``name`` (a glob pattern).
+
+    Those that a living process writes are locked, and stay: the kernel frees a lock when its process ends.
+    """
+    for path in Path(folder).glob(f".{name}.*.tmp"):
+        with contextlib.suppress(OSError):  # held by another process, or removed by one
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _locked_file(path: Path) -> int:
+    """Make an empty file and lock it; gives its descriptor."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Between the two calls it may have been taken for a leftover.
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -6,7 +6,8 @@ and the draw. So any process, in any order, after any restart, draws the same.
 """
 
 import numpy as np
-from numba import njit
+
+from stl_offline.compiled import njit
 
 # Streams: one for each use, so that two uses never share numbers. Never renumber: stored views depend on them.
 STREAM_VIEW = 1
@@ -25,7 +26,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 
-@njit(cache=True, inline="always")
+@njit
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10: four uint32 of counter and two of key → four random uint32."""
     c0 = np.uint32(c0)
@@ -48,7 +49,7 @@ def philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@njit(cache=True, inline="always")
+@njit
 def random_bits(seed, stream, epoch, sample_id, draw):
     """Four random uint32 for one draw of one sample.
 
@@ -66,7 +67,7 @@ def random_bits(seed, stream, epoch, sample_id, draw):
     )
 
 
-@njit(cache=True, inline="always")
+@njit
 def unit_interval(bits):
     """A uint32 as a float64 in [0, 1)."""
     return np.float64(bits) * 2.3283064365386963e-10
@@ -79,7 +80,7 @@ def uniforms(seed: int, stream: int, epoch: int, sample_ids: np.ndarray, count: 
     return numbers[:, :count]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _fill_uniforms(seed, stream, epoch, sample_ids, numbers):
     for index in range(len(sample_ids)):
         for draw in range(numbers.shape[1] // 4):

@@ -1,6 +1,6 @@
 """What every test shares: a cache of its own, so that no test sees or leaves anything in the user's."""
 
-import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,10 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Compiled code is kept from run to run: it is valid for the sources it was made from. numba reads this when it is
+# imported; child processes inherit it.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "compiled"))
 
 
 @pytest.fixture(scope="session")
@@ -26,13 +30,3 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory):
         patch.setenv("STL_OFFLINE_CACHE", str(tmp_path_factory.mktemp("stl-offline-cache")))
         patch.setenv("STL_OFFLINE_QUIET", "1")
         yield
-
-
-def pytest_sessionstart() -> None:
-    """Drop compiled code that is older than any source: numba looks at a function's own file, not at what it calls."""
-    package = REPOSITORY / "stl_offline"
-    newest = max(path.stat().st_mtime for path in package.rglob("*.py"))
-    for stored in [*package.rglob("__pycache__/*.nbi"), *package.rglob("__pycache__/*.nbc")]:
-        with contextlib.suppress(FileNotFoundError):
-            if stored.stat().st_mtime < newest:
-                stored.unlink()

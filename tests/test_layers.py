@@ -12,7 +12,8 @@ from tests.source_tree import REPOSITORY, Module, modules, own_imports
 # From the bottom up. A module may import from rows below its own, and from its own package.
 LAYERS = (
     ("errors",),
-    ("config", "ffcv_setup", "files", "progress"),
+    ("config", "ffcv_setup", "files", "palette", "progress"),
+    ("compiled",),
     ("random",),
     ("geometry",),
     ("labels", "images"),
@@ -43,7 +44,7 @@ DOORS = (
 )
 
 # What a team with a training loop of its own uses: it must load where only the core is installed.
-LIGHT = ("errors", "config", "files", "progress", "geometry", "random", "labels", "targets", "cli")
+LIGHT = ("errors", "compiled", "config", "files", "progress", "geometry", "random", "labels", "targets", "cli")
 HEAVY = ("torch", "torchvision", "ffcv", "timm", "cv2", "PIL", "safetensors", "matplotlib", "jinja2")
 
 # The name that is imported → the distribution that setup.cfg asks for, where they differ.

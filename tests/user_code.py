@@ -55,18 +55,9 @@ def targets(labels: LabelSet, images: stl.Beton) -> tuple[np.ndarray, np.ndarray
 def load(cache: TokenCache) -> None:
     print(stl.pack("images", "train.beton", workers=2).samples)
     images: stl.Beton = stl.open_beton("train.beton")
-    loader = stl.TokenLoader(
-        images,
-        (64, 64),
-        8,
-        workers=2,
-        seed=0,
-        device="cpu",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        tokens=stl.TokenTargets("soft", (8, 8)),
-        cache=cache,
-    )
+    settings = stl.ImageSettings((64, 64), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    labels = stl.TokenLabels(stl.TokenTargets("soft", (8, 8)), cache)
+    loader = stl.TokenLoader(images, settings, 8, labels=labels, workers=2, seed=0, device="cpu")
     ids = np.arange(len(images))
     views = stl.draw_views(0, 0, ids, images.heights, images.widths, stl.CropSettings(scale=(0.3, 1.0)))
     assert views.shape == stl.whole_views(len(images)).shape == stl.center_views(images.heights, images.widths).shape

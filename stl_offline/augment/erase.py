@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from stl_offline.compiled import njit
 from stl_offline.errors import InputError
 from stl_offline.random import STREAM_ERASE, random_bits, unit_interval
 
@@ -82,7 +82,7 @@ def erase_boxes(
     return images
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _draw_boxes(seed, epoch, sample_ids, height, width, prob, low, high, log_low, log_high, boxes):
     area = float(height * width)
     for index in range(len(sample_ids)):

@@ -14,8 +14,7 @@ from stl_offline.distributed import World, join_world, leaving_world, sum_over_w
 from stl_offline.dump.job import free_bytes
 from stl_offline.dump.labelling import Labelling, check_shards, load_labeler, pick_shards
 from stl_offline.images.beton import Beton
-from stl_offline.images.pack import find_packed
-from stl_offline.images.sample import pack_sample
+from stl_offline.images.pack import find_packed, pack_sample
 from stl_offline.labels.arrays import ShardArrays, select
 from stl_offline.labels.card import make_card
 from stl_offline.labels.format import encode_shard

@@ -18,7 +18,7 @@ from stl_offline.geometry import CropSettings, draw_views, whole_views
 from stl_offline.images.beton import Beton
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.spec import LabelSpec
-from stl_offline.loader import DECODER, TokenLoader
+from stl_offline.loader import DECODER, ImageSettings, TokenLoader
 from stl_offline.models import TokenLabeler, create_labeler
 
 # Settings whose meaning the manifest records otherwise: the source's and the weights' fingerprints, the class list.
@@ -83,17 +83,11 @@ class Labelling:
     @cached_property
     def loader(self) -> TokenLoader:
         """Gives the images as the labeler takes them."""
+        labeler = self.labeler
+        images = ImageSettings(labeler.img_size, labeler.mean, labeler.std, self.config.interpolation)
+        workers = pick_workers(self.config.workers)
         return TokenLoader(
-            self.beton,
-            self.labeler.img_size,
-            self.config.batch_size,
-            workers=pick_workers(self.config.workers),
-            seed=0,
-            device=self.device,
-            mean=self.labeler.mean,
-            std=self.labeler.std,
-            shuffle=False,
-            interpolation=self.config.interpolation,
+            self.beton, images, self.config.batch_size, workers=workers, device=self.device, shuffle=False
         )
 
     @torch.inference_mode()

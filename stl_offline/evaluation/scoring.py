@@ -21,7 +21,7 @@ from stl_offline.errors import JoinError
 from stl_offline.geometry import center_views
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
-from stl_offline.loader import TokenLoader
+from stl_offline.loader import ImageSettings, TokenLoader
 from stl_offline.models import ModelDescription, load_model
 
 
@@ -104,18 +104,9 @@ def scoring_loader(
 ) -> TokenLoader:
     """Loader of all images in their order, with the model's normalisation; side 0 takes the side it was trained on."""
     side = side or description.img_size
-    return TokenLoader(
-        beton,
-        (side, side),
-        batch_size,
-        workers=workers,
-        seed=0,
-        device=device,
-        mean=model.pretrained_cfg["mean"],
-        std=model.pretrained_cfg["std"],
-        shuffle=False,
-        interpolation=description.interpolation,
-    )
+    cfg = model.pretrained_cfg
+    images = ImageSettings((side, side), cfg["mean"], cfg["std"], description.interpolation)
+    return TokenLoader(beton, images, batch_size, workers=workers, device=device, shuffle=False)
 
 
 @torch.inference_mode()
@@ -177,7 +168,7 @@ def match_classes(beton: Beton, class_names: tuple[str, ...], whose: str) -> np.
     unknown = [name for name in beton.class_names if name not in numbers]
     if unknown:
         raise JoinError(
-            f"{len(unknown)} of the {len(beton.class_names)} classes of {beton.path} are not among the "
+            f"{len(unknown)} of the {len(beton.class_names)} classes of {beton.place} are not among the "
             f"{len(class_names)} of {whose} (such as {', '.join(map(repr, unknown[:3]))}); use the same classes"
         )
     return np.array([numbers[name] for name in beton.class_names], dtype=np.int64)

@@ -10,8 +10,8 @@ n: samples; a view is six float32, the rows of its 2×3 matrix.
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
+from stl_offline.compiled import njit
 from stl_offline.errors import InputError
 from stl_offline.random import STREAM_VIEW, random_bits, unit_interval
 
@@ -76,7 +76,7 @@ def center_views(heights: np.ndarray, widths: np.ndarray, crop_pct: float = 1.0,
     return views
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _draw_views(seed, epoch, sample_ids, heights, widths, scale, ratio, flip, views):
     low_ratio = np.log(ratio[0])
     high_ratio = np.log(ratio[1])

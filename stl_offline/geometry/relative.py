@@ -4,7 +4,8 @@ A view is six numbers, the rows of its 2×3 matrix; a window is (left, right, to
 """
 
 import numpy as np
-from numba import njit
+
+from stl_offline.compiled import njit
 
 # A view this near to the identity is the identity: views are stored in float32.
 IDENTITY_TOLERANCE = 1e-6
@@ -14,7 +15,7 @@ EDGE_TOLERANCE = 1e-6
 WHOLE_MAP = (0.0, 1.0, 0.0, 1.0)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def relative_view_into(map_view, student_view, relative):
     """M⁻¹·S of two views of six float32 each, as six float64 that hold float32 numbers; equal views: the identity."""
     determinant = np.float64(map_view[0]) * map_view[4] - np.float64(map_view[1]) * map_view[3]
@@ -32,7 +33,7 @@ def relative_view_into(map_view, student_view, relative):
     relative[5] = np.float32(c * shift_u + d * shift_v)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def window_of(relative):
     """(left, right, top, bottom): what of the map lies in a crop, given by its relative view of six numbers.
 
@@ -47,7 +48,7 @@ def window_of(relative):
     )
 
 
-@njit(cache=True, nogil=True)
+@njit
 def is_identity(r00, r01, r02, r10, r11, r12):
     """Whether a relative view is the identity to `IDENTITY_TOLERANCE`."""
     return (
@@ -60,19 +61,19 @@ def is_identity(r00, r01, r02, r10, r11, r12):
     )
 
 
-@njit(cache=True, nogil=True)
+@njit
 def is_in_window(x, y, window):
     """Whether a point (unit coordinates of the map) lies in the window."""
     return is_within(x, window[0], window[1]) and is_within(y, window[2], window[3])
 
 
-@njit(cache=True, nogil=True)
+@njit
 def is_within(position, low, high):
     """Whether a unit coordinate lies between two others, to `EDGE_TOLERANCE`."""
     return low - EDGE_TOLERANCE <= position <= high + EDGE_TOLERANCE
 
 
-@njit(cache=True, nogil=True)
+@njit
 def holds_map(window):
     """Whether a window shows the whole map."""
     low = EDGE_TOLERANCE

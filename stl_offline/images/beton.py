@@ -12,6 +12,10 @@ descriptor's ``arguments``, which FFCV leaves unread:
 
     "STLINDEX" │ version u32 │ zero u32 │ offset u64 │ size u64 │ xxh3_64 of the index u64 │ xxh3_64 of the metadata u64
 
+The index holds ``class_names``, ``keys``, ``source``, ``fingerprint`` and ``converted``: the ``rows`` of images whose
+stored bytes are not their source's, and the ``xxh3`` of what is stored of them. For all others that is the content
+hash, so the bytes of every image can be checked. Files of earlier releases lack ``converted``.
+
 n: images.
 """
 
@@ -65,9 +69,11 @@ _INDEX_PLACE = np.dtype(
 class Beton:
     """A packed data set, opened: everything but the pixels, which FFCV reads.
 
+    path: the file; place: what the user named, for messages: the images that were packed into ``path``, or ``path``.
     keys: n names, in order; class_ids (n,) int64, each below ``len(class_names)``; key_hashes, content_hashes (n,)
     uint64; heights, widths (n,) int64, pixels; raw (n,) bool: stored as pixels; pointers, sizes (n,) int64: where in
-    the file, bytes; source: how it was packed; fingerprint: sha256 over class names, keys, class ids, content hashes.
+    the file, bytes; source: how it was packed; fingerprint: sha256 over class names, keys, class ids, content hashes;
+    stored_hashes: (n,) uint64, xxh3_64 of the stored bytes, None in files of releases that did not keep them.
     """
 
     path: Path
@@ -83,6 +89,8 @@ class Beton:
     sizes: np.ndarray
     source: dict[str, Any]
     fingerprint: str
+    stored_hashes: np.ndarray | None
+    place: str
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -101,16 +109,28 @@ class Beton:
         """
         height, width = int(self.heights[index]), int(self.widths[index])
         data = self.stored_bytes(index)
+        if self.stored_hashes is not None and xxhash.xxh3_64_intdigest(data) != self.stored_hashes[index]:
+            raise self.damaged(index, "its bytes changed since packing")
         if self.raw[index]:
             if len(data) != height * width * 3:
-                raise FormatError(f"{self.path}: the image {self.keys[index]!r} is damaged; pack the images again")
+                raise self.damaged(index, "the file ends within it")
             return np.frombuffer(data, np.uint8).reshape(height, width, 3).copy()
         pixels, complaint = decode_jpeg(data, width, height)
         if complaint:
-            raise FormatError(
-                f"{self.path}: the image {self.keys[index]!r} is damaged ({complaint}); pack the images again"
-            )
+            raise self.damaged(index, complaint)
         return pixels
+
+    def damaged(self, index: int, reason: str) -> FormatError:
+        """The error for an image whose stored bytes cannot be used."""
+        return FormatError(f"{self.path}: the image {self.keys[index]!r} is damaged: {reason}; pack the images again")
+
+    def require_classes(self) -> None:
+        """Raise `InputError` where there is nothing to tell apart: fewer than two classes."""
+        if len(self.class_names) < 2:
+            raise InputError(
+                f"{self.place} has only one class ({self.class_names[0]!r}); training takes two: "
+                "give a folder that has one folder of images per class"
+            )
 
 
 class BetonWriter:
@@ -133,6 +153,7 @@ class BetonWriter:
         self._metadata = np.zeros(capacity, _METADATA_TYPE)
         self._allocations = np.zeros(capacity, ALLOC_TABLE_TYPE)
         self._keys: list[str] = []
+        self._converted: dict[int, int] = {}
         stream.seek(self._page_start)  # a hole: reads as zeros, costs no disk
 
     def __len__(self) -> int:
@@ -164,6 +185,8 @@ class BetonWriter:
         )
         self._allocations[row] = (row, pointer, size)
         self._keys.append(key)
+        if not image.as_is:
+            self._converted[row] = xxhash.xxh3_64_intdigest(image.data)
 
     def finish(self, class_names: tuple[str, ...], source: dict[str, Any]) -> None:
         """Write what stands around the pages; the file is complete after this."""
@@ -172,6 +195,7 @@ class BetonWriter:
         metadata = self._metadata[:count]
         index = {
             "class_names": list(class_names),
+            "converted": {"rows": list(self._converted), "xxh3": list(self._converted.values())},
             "fingerprint": _fingerprint(self._keys, class_names, metadata),
             "keys": self._keys,
             "source": source,
@@ -223,10 +247,17 @@ def open_beton(path: str | Path) -> Beton:
             raise FormatError(f"{path} is no .beton file of version {CURRENT_VERSION}, which is all FFCV reads")
         place = _index_place(path, start)
         count, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
-        if size != table + count * ALLOC_TABLE_TYPE.itemsize or int(place["offset"]) + int(place["size"]) != table:
+        offset = int(place["offset"])
+        whole = (
+            size == table + count * ALLOC_TABLE_TYPE.itemsize
+            and offset + int(place["size"]) == table
+            and _METADATA_START + count * _METADATA_TYPE.itemsize <= offset
+            and start == _start(header, place)
+        )
+        if not whole:
             raise FormatError(f"{path} is cut off or damaged ({size:,} bytes); copy it again, or pack again")
         metadata_bytes = stream.read(count * _METADATA_TYPE.itemsize)
-        stream.seek(int(place["offset"]))
+        stream.seek(offset)
         packed = stream.read(int(place["size"]))
         allocations = np.frombuffer(stream.read(), ALLOC_TABLE_TYPE)
     if (
@@ -234,24 +265,87 @@ def open_beton(path: str | Path) -> Beton:
         or xxhash.xxh3_64_intdigest(metadata_bytes) != place["metadata_xxh3"]
     ):
         raise FormatError(f"{path} is damaged: its index does not fit its checksum; copy it again, or pack again")
-    index = json.loads(Zstd().decode(packed))
     metadata = np.frombuffer(metadata_bytes, _METADATA_TYPE)
     images = metadata[_IMAGE]
-    return Beton(
-        path=path,
-        keys=index["keys"],
-        class_names=tuple(index["class_names"]),
-        class_ids=metadata[_CLASS_ID].astype(np.int64),
-        key_hashes=metadata[_KEY_HASH].astype(np.int64).view(np.uint64),
-        content_hashes=metadata[_CONTENT_HASH].astype(np.int64).view(np.uint64),
-        heights=images["height"].astype(np.int64),
-        widths=images["width"].astype(np.int64),
-        raw=images["mode"] == _MODES["raw"],
-        pointers=images["data_ptr"].astype(np.int64),
-        sizes=allocations["size"].astype(np.int64),
-        source=index["source"],
-        fingerprint=index["fingerprint"],
-    )
+    content_hashes = metadata[_CONTENT_HASH].astype(np.int64).view(np.uint64)
+    try:
+        index = json.loads(Zstd().decode(packed))
+        beton = Beton(
+            path=path,
+            keys=index["keys"],
+            class_names=tuple(index["class_names"]),
+            class_ids=metadata[_CLASS_ID].astype(np.int64),
+            key_hashes=metadata[_KEY_HASH].astype(np.int64).view(np.uint64),
+            content_hashes=content_hashes,
+            heights=images["height"].astype(np.int64),
+            widths=images["width"].astype(np.int64),
+            raw=images["mode"] == _MODES["raw"],
+            pointers=images["data_ptr"].astype(np.int64),
+            sizes=allocations["size"].astype(np.int64),
+            source=index["source"],
+            fingerprint=index["fingerprint"],
+            stored_hashes=_stored_hashes(index.get("converted"), content_hashes),
+            place=str(path),
+        )
+        problem = _first_problem(beton, metadata, allocations, header, offset)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        problem = f"its index cannot be read ({type(error).__name__})"
+    except (RuntimeError, MemoryError) as error:  # as numcodecs has it
+        problem = f"its index cannot be decompressed ({error})"
+    if problem:
+        raise FormatError(f"{path} is damaged: {problem}; copy it again, or pack again")
+    return beton
+
+
+def _stored_hashes(converted: dict[str, list[int]] | None, content_hashes: np.ndarray) -> np.ndarray | None:
+    if converted is None:
+        return None
+    hashes = content_hashes.copy()
+    hashes[np.array(converted["rows"], np.int64)] = np.array(converted["xxh3"], np.uint64)
+    return hashes
+
+
+def _first_problem(beton: Beton, metadata: np.ndarray, allocations: np.ndarray, header: np.void, pages_end: int) -> str:
+    """What in a file contradicts itself, or "". Checksums find accidents; this finds what a wrong writer wrote."""
+    count, page_size = len(metadata), int(header["page_size"])
+    ends = beton.pointers + beton.sizes
+    pages_start = _METADATA_START + metadata.nbytes
+    texts = (*beton.keys, *beton.class_names, beton.fingerprint)
+    checks = {
+        "it holds no images": count > 0,
+        "a key or a class name is no text": all(isinstance(text, str) and text for text in texts)
+        and isinstance(beton.keys, list)
+        and isinstance(beton.source, dict),
+        f"it has {len(beton.keys):,} keys for {count:,} images": len(beton.keys) == count,
+        "a key stands twice": len(set(beton.keys)) == len(beton.keys),
+        "a class name stands twice": len(set(beton.class_names)) == len(beton.class_names) > 0,
+        "a class id is out of range": bool(
+            (beton.class_ids >= 0).all() and (beton.class_ids < len(beton.class_names)).all()
+        ),
+        "its page size is out of range": page_size >= MIN_PAGE_SIZE and not page_size & (page_size - 1),
+        "its images and its table of places differ": bool(
+            (allocations["ptr"] == metadata[_IMAGE]["data_ptr"]).all()
+            and (allocations["sample_id"] == np.arange(count)).all()
+        ),
+        "an image lies outside of its page": page_size > 0
+        and bool(
+            (beton.pointers >= pages_start).all()
+            and (beton.sizes > 0).all()
+            and (beton.sizes <= page_size).all()
+            and (ends <= pages_end).all()
+            and (beton.pointers // page_size == (ends - 1) // page_size).all()
+            and (ends[:-1] <= beton.pointers[1:]).all()
+        ),
+        "an image has no pixels": bool((beton.heights > 0).all() and (beton.widths > 0).all()),
+        "an image is of an unknown kind": bool(np.isin(metadata[_IMAGE]["mode"], list(_MODES.values())).all()),
+        "an image has another number of pixels": bool(
+            (~beton.raw | (beton.sizes == 3 * beton.heights * beton.widths)).all()
+        ),
+    }
+    problem = next((what for what, fine in checks.items() if not fine), "")
+    if not problem:
+        "".join(texts).encode()  # lone surrogates, which JSON can hold: a ValueError
+    return problem
 
 
 def _index_place(path: Path, start: bytes) -> np.void:
@@ -270,6 +364,12 @@ def _index_place(path: Path, start: bytes) -> np.void:
             "pack the images again"
         )
     return place
+
+
+def _start(header: np.void, place: np.void) -> bytes:
+    """The header and descriptors that a file with these numbers begins with: every other byte of them is fixed."""
+    numbers = (int(header[name]) for name in ("num_samples", "page_size", "alloc_table_ptr"))
+    return _header(*numbers) + _field_descriptors(place)
 
 
 def _fingerprint(keys: list[str], class_names: tuple[str, ...], metadata: np.ndarray) -> str:
@@ -291,7 +391,7 @@ def _header(count: int, page_size: int, table: int) -> bytes:
     return header.tobytes()
 
 
-def _field_descriptors(place: np.ndarray) -> bytes:
+def _field_descriptors(place: np.ndarray | np.void) -> bytes:
     descriptors = np.zeros(len(_FIELDS), FieldDescType)
     type_ids = {handler: type_id for type_id, handler in TYPE_ID_HANDLER.items()}
     for descriptor, (name, field) in zip(descriptors, _FIELDS.items(), strict=True):

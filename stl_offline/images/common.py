@@ -1,12 +1,33 @@
-"""What every source of images shares: its interface, and the rules for class lists and names."""
+"""What every source of images shares: its interface, and which files are images.
+
+Images are regular files (or links to them) with the extension of an image format. A file with an unknown extension, or
+none, is taken where its first bytes are those of an image. Hidden files and what file managers leave (``.x``,
+``._x.jpg``, ``@eaDir``, ``__MACOSX``, ``Thumbs.db``) are no part of a data set. Everything else is passed over and
+counted by kind. A pipe, device, folder or dangling link with an image's name is a broken image, which ``skip_broken``
+leaves out.
+"""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from stl_offline.errors import InputError
 from stl_offline.images.encode import IMAGE_SUFFIXES
+
+MAX_KEY_BYTES = 4096
+
+_SYSTEM_FILES = frozenset(
+    ("@eadir", "__macosx", "__pycache__", "thumbs.db", "desktop.ini", "#recycle", "$recycle.bin", "lost+found")
+)
+# Never opened to look for an image: other data beside images, and copies that editors and downloads leave.
+_OTHER = (
+    "txt md rst csv tsv json jsonl xml yaml yml html htm log cls npy npz mat pkl pt pth bin db h5 hdf5 parquet zip gz "
+    "tgz bz2 xz zst 7z rar tar pdf py sh mp4 avi mov mkv wav mp3 bak orig old tmp part crdownload swp lock thm psd xcf "
+    "svg ai eps beton zarr safetensors ini cfg toml sha256 md5 dvc"
+)
+_OTHER_SUFFIXES = frozenset("." + suffix for suffix in _OTHER.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,65 +43,64 @@ class SourceImage:
         return self.load()
 
 
+@dataclass
+class PassedOver:
+    """Files that a source leaves out because they are no images: how many of each kind, and the first of each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str) -> None:
+        """Count a file by its extension."""
+        kind = os.path.splitext(name)[1].lower() or "without extension"
+        self.counts[kind] += 1
+        self.examples.setdefault(kind, name)
+
+    def __len__(self) -> int:
+        return self.counts.total()
+
+    def __str__(self) -> str:
+        kinds = sorted(self.counts, key=lambda kind: (-self.counts[kind], kind))
+        shown = [f"{self.counts[kind]:,} {kind} (such as {self.examples[kind]})" for kind in kinds[:8]]
+        return ", ".join(shown + (["…"] if len(kinds) > 8 else []))
+
+
 class Source(Protocol):
     """A data set of images, in a fixed order.
 
-    kind: "folder", "tar" or "timm"; class_names: the names that class ids count through; len: how many images there
-    are (at most); files: (name, path) of each file that the images come from, for naming a cache by content.
+    kind: "folder", "tar" or "timm"; class_names: the names that class ids count through; passed_over: files that are
+    no images; len: how many images there are (at most).
     """
 
     kind: str
     class_names: tuple[str, ...]
+    passed_over: PassedOver
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[SourceImage]: ...
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name says that it is an image."""
+    """Whether a file name's extension is that of an image format."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def choose_class_names(found: Iterable[str], wanted: Sequence[str] | None, where: str) -> tuple[str, ...]:
-    """The class list: that which is wanted, else what was found, sorted (whole numbers by value).
-
-    Raises:
-        InputError: fewer than two classes, or classes that the wanted list does not have.
-    """
-    found = set(found)
-    if wanted is not None:
-        wanted = check_class_names(wanted)
-        unknown = sorted(found - set(wanted))
-        if unknown:
-            raise InputError(
-                f"{where} has {len(unknown):,} classes that the given list of {len(wanted):,} lacks, for example "
-                f"{unknown[0]!r}; both must use the same class names"
-            )
-        return wanted
-    numbers = all(name.isascii() and name.isdigit() for name in found)
-    names = tuple(sorted(found, key=lambda name: (int(name), name) if numbers else (0, name)))
-    if len(names) < 2:
-        raise InputError(f"{where} holds only one class ({''.join(names)!r}); training and measuring take two")
-    return check_class_names(names)
+def is_system_name(name: str) -> bool:
+    """Whether a file or folder is hidden, or left by a file manager: no part of a data set."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FILES
 
 
-def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
-    """A class list as a tuple; raises `InputError` where it has fewer than two names, doubles, or odd text."""
-    names = tuple(names)
-    if len(names) < 2:
-        raise InputError(f"a class list needs at least two names, got {list(names)}")
-    if len(set(names)) != len(names):
-        double = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"the class list names {double!r} twice")
-    for name in names:
-        check_text(name, "class name")
-    return names
+def may_hold_image(name: str) -> bool:
+    """Whether a file that `is_image_name` does not take is worth a look at its first bytes."""
+    return not name.endswith("~") and os.path.splitext(name)[1].lower() not in _OTHER_SUFFIXES
 
 
 def check_text(text: str, what: str) -> str:
     """Text that can be stored as UTF-8, unchanged; else raises `InputError`."""
     try:
-        text.encode()
+        size = len(text.encode())
     except UnicodeEncodeError as error:
         raise InputError(f"the {what} {text!r} is not UTF-8; rename it") from error
+    if size > MAX_KEY_BYTES:
+        raise InputError(f"the {what} {text[:40]!r}… is {size:,} bytes long, over {MAX_KEY_BYTES:,}; shorten it")
     return text

@@ -31,6 +31,9 @@ MAX_SIDE = 65_500  # libjpeg's limit
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm pnm avif"
 IMAGE_SUFFIXES = frozenset("." + suffix for suffix in _SUFFIXES.split())
+IMAGE_HEAD = 32  # bytes that `is_image_head` looks at
+# A JPEG may have this many pixels where it is to be made smaller: checking it decodes it whole, 3 bytes a pixel.
+_MAX_SHRUNK_PIXELS = 1 << 30
 # turbojpeg keeps the first warning of a decode. These mean that pixels are lost or invented.
 _DAMAGE = re.compile(r"premature end|bad huffman|instead of rst|arithmetic code|inconsistent progress", re.IGNORECASE)
 _STRAY_BYTES = re.compile(r"(\d+) extraneous bytes before marker (\w+)")
@@ -47,7 +50,11 @@ _Stored = tuple[str, int, int, bytes]
 
 
 class ImageError(InputError):
-    """An image cannot be read, is damaged, or is of a kind that has no meaning as RGB."""
+    """An image cannot be read, is damaged, or is of a kind that has no meaning as RGB. advice: what to do about it."""
+
+    def __init__(self, reason: str, advice: str = "repair or remove it") -> None:
+        super().__init__(reason)
+        self.advice = advice
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,20 @@ def key_hash(key: str) -> int:
     return xxhash.xxh3_64_intdigest(key.encode())
 
 
+def is_image_head(head: bytes) -> bool:
+    """Whether a file begins as an image. TIFF is left to names: the raw files of cameras begin in the same way."""
+    return (
+        head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a"))
+        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+        or head[4:12] in (b"ftypavif", b"ftypavis")
+        or (
+            head[:2] == b"BM"
+            and head[6:10] == bytes(4)
+            and head[14:18] in (b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0")
+        )
+    )
+
+
 def encode_image(data: bytes, *, max_size: int | None = None) -> EncodedImage:
     """Check an image's bytes by decoding all of them, and give what a .beton stores.
 
@@ -88,7 +109,7 @@ def encode_image(data: bytes, *, max_size: int | None = None) -> EncodedImage:
     """
     if not data:
         raise ImageError("the file is empty")
-    image = _open(data)
+    image = _open(data, max_size)
     if image.format in ("JPEG", "MPO"):
         mode, width, height, stored = _encode_jpeg(image, data, max_size)
     else:
@@ -128,15 +149,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ImageError(f"cannot be decoded: {_one_line(error)}") from error
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_size: int | None) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except Image.UnidentifiedImageError as error:
+        if data.startswith(b"\xff\xd8\xff"):
+            # What Image.open calls for a JPEG, without Pillow's limit: an image that is to be shrunk may exceed it.
+            image = JpegImagePlugin.jpeg_factory(io.BytesIO(data))
+        else:
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"cannot be decoded: {_one_line(error)}", "make it smaller with another program") from error
+    except (Image.UnidentifiedImageError, SyntaxError) as error:
         raise ImageError("is not an image of a known format") from error
-    except Exception as error:  # as above
+    except Exception as error:  # PIL's readers raise nearly every built-in on bad bytes
         raise ImageError(f"cannot be decoded: {_one_line(error)}") from error
-    if min(image.size) < 1:
-        raise ImageError(f"has no pixels: {image.width} × {image.height}")
+    width, height = image.size
+    if min(width, height) < 1:
+        raise ImageError(f"has no pixels: {width} × {height}")
+    usual = 2 * (Image.MAX_IMAGE_PIXELS or _MAX_SHRUNK_PIXELS)
+    if width * height > (usual if max_size is None else _MAX_SHRUNK_PIXELS):
+        advice = "pack with --max-size to shrink such images" if max_size is None else "make it smaller first"
+        raise ImageError(f"is {width} × {height} pixels, which is too large to train on", advice)
     return image
 
 
@@ -179,7 +211,9 @@ def _store(image: Image.Image, raw_bytes: int, **jpeg_options: Any) -> _Stored:
     if width * height * 3 <= raw_bytes:
         return "raw", width, height, image.tobytes()
     if max(width, height) > MAX_SIDE:
-        raise ImageError(f"is {width} × {height} pixels, a side over {MAX_SIDE:,}; use --max-size")
+        raise ImageError(
+            f"is {width} × {height} pixels, a side over {MAX_SIDE:,}", "pack with --max-size to shrink such images"
+        )
     stream = io.BytesIO()
     image.save(stream, "JPEG", **(jpeg_options or {"quality": JPEG_QUALITY, "subsampling": 0}))
     return "jpg", width, height, stream.getvalue()

@@ -7,25 +7,30 @@ depend on how many threads there are.
 
 import contextlib
 import fcntl
+import glob
+import logging
 import os
-import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from stl_offline.errors import FormatError, InputError, TargetError
-from stl_offline.files import atomic_path, cache_dir, canonical_json, make_folder
+from stl_offline.files import atomic_path, cache_dir, canonical_json, make_folder, remove_leftovers
 from stl_offline.images.beton import INDEX_VERSION, PAGE_SIZE, Beton, BetonWriter, open_beton
-from stl_offline.images.common import SourceImage
+from stl_offline.images.classes import UNLABELLED
+from stl_offline.images.common import PassedOver, SourceImage
 from stl_offline.images.encode import EncodedImage, ImageError, encode_image
 from stl_offline.images.sources import open_source, source_state
 from stl_offline.progress import progress_bar
+
+_log = logging.getLogger(__name__)
 
 # Images that a thread takes at once: enough that small ones do not spend their time in queues.
 _CHUNK = 16
@@ -33,8 +38,11 @@ _CHUNK = 16
 
 @dataclass(frozen=True)
 class PackReport:
-    """What packing did. samples, stored_as_is, converted: images; classes; bytes: the file's size; skipped: (key,
-    reason) of each broken image that was left out."""
+    """What packing did.
+
+    samples, stored_as_is, converted: images; classes: of the class list; bytes: the file's size; skipped: (key, reason)
+    of each broken image that was left out; passed_over: files that are no images.
+    """
 
     path: Path
     samples: int
@@ -43,14 +51,17 @@ class PackReport:
     converted: int
     skipped: tuple[tuple[str, str], ...]
     bytes: int
+    passed_over: PassedOver = field(default_factory=PassedOver)
 
 
 @dataclass(frozen=True)
 class _Result:
+    """An image as it is stored, or the error that it is broken with."""
+
     key: str
     class_id: int
     image: EncodedImage | None
-    reason: str
+    error: ImageError | None = None
 
 
 def pack(
@@ -61,9 +72,12 @@ def pack(
     skip_broken: bool = False,
     workers: int | None = None,
     class_names: Sequence[str] | None = None,
+    class_map: Mapping[str, str] | None = None,
     page_size: int = PAGE_SIZE,
 ) -> PackReport:
     """Write the images of a source into a .beton, which appears whole or not at all.
+
+    Temporary files that killed processes left at ``destination`` are removed.
 
     Args:
         source_spec: what `open_source` takes.
@@ -72,6 +86,7 @@ def pack(
         skip_broken: leave out (and report) images that cannot be decoded, instead of stopping.
         workers: threads; None: one per processor.
         class_names: the class list to use, else the source's own.
+        class_map: new names of the source's classes (`stl_offline.images.classes.read_class_map`).
         page_size: bytes; see `BetonWriter`.
 
     Raises:
@@ -88,7 +103,14 @@ def pack(
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers < 1:
         raise InputError(f"packing needs at least one worker, got {workers}")
-    source = open_source(source_spec, class_names)
+    source = open_source(source_spec, class_names, class_map)
+    if source.class_names == (UNLABELLED,):
+        _log.warning(
+            "%s has no class folders: its images can be labelled, but no model can be trained on them", source_spec
+        )
+    if source.passed_over:
+        _log.warning("passed over %s files of %s: %s", f"{len(source.passed_over):,}", source_spec, source.passed_over)
+    remove_leftovers(destination.parent, glob.escape(destination.name))
 
     as_is = 0
     skipped: list[tuple[str, str]] = []
@@ -108,12 +130,9 @@ def pack(
                 writer.add(result.key, result.class_id, result.image)
                 as_is += result.image.as_is
             elif skip_broken:
-                skipped.append((result.key, result.reason))
+                skipped.append((result.key, str(result.error)))
             else:
-                raise ImageError(
-                    f"the image {result.key!r} of {source_spec} {result.reason}; mend or remove it, or leave broken "
-                    "images out with --skip-broken"
-                )
+                raise _broken(result.key, source_spec, result.error)
         if not len(writer):
             raise InputError(f"{source_spec} has no image that can be used; {len(skipped):,} are broken")
         writer.finish(source.class_names, {"kind": source.kind, "max_size": max_size})
@@ -126,6 +145,7 @@ def pack(
         converted=samples - as_is,
         skipped=tuple(skipped),
         bytes=destination.stat().st_size,
+        passed_over=source.passed_over,
     )
 
 
@@ -137,10 +157,10 @@ def ensure_beton(
     workers: int | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Beton:
-    """Open a .beton; pack anything else once, into the cache, and open that. Says on stderr what was done, and where.
+    """Open a .beton; pack anything else once, into the cache, and open that. Logs what was done, and where.
 
-    The packed file's name comes from what is packed (names, sizes and times of the files) and how, so changed images
-    are packed again. Of several processes that want the same images, one packs and the others wait for it.
+    The packed file's name comes from what is packed (`stl_offline.images.sources.source_state`) and how, so other or
+    changed images are packed again. Of several processes that want the same images, one packs and the others wait.
 
     Raises:
         InputError, FormatError, TargetError: as `pack` and `open_beton`; or a .beton has another class list than
@@ -161,17 +181,16 @@ def ensure_beton(
             try:
                 beton = open_beton(path)
             except FormatError as error:
-                _say(f"packing again: {error}")
+                _log.warning("packing again: %s", error)
             else:
-                _say(f"using packed images {path}")
-                return beton
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed process: the lock says that none is alive
-            left.unlink(missing_ok=True)
+                _log.info("using packed images %s", path)
+                return replace(beton, place=os.fspath(spec))
+        remove_leftovers(path.parent)
         report = pack(spec, path, max_size=max_size, skip_broken=skip_broken, workers=workers, class_names=class_names)
-    _say(f"packed {report.samples:,} images of {report.classes:,} classes → {path}")
+    _log.info("packed %s images of %s classes → %s", f"{report.samples:,}", f"{report.classes:,}", path)
     for key, reason in report.skipped:
-        _say(f"left out {key}: {reason}")
-    return open_beton(path)
+        _log.warning("left out %s: %s", key, reason)
+    return replace(open_beton(path), place=os.fspath(spec))
 
 
 def find_packed(spec: str | Path, *, skip_broken: bool = False) -> Beton | None:
@@ -180,8 +199,35 @@ def find_packed(spec: str | Path, *, skip_broken: bool = False) -> Beton | None:
         return open_beton(spec)
     path = _packed_path(spec, None, skip_broken, None)
     with contextlib.suppress(FormatError):
-        return open_beton(path) if path.exists() else None
+        return replace(open_beton(path), place=os.fspath(spec)) if path.exists() else None
     return None
+
+
+def pack_sample(spec: str | Path, count: int, folder: str | Path, *, skip_broken: bool = False) -> tuple[Beton, int]:
+    """Pack at most ``count`` images, spread evenly over the source, into ``folder``, to measure on them.
+
+    Returns: the packed images, and how many the source has.
+
+    Raises:
+        InputError: as `stl_offline.images.sources.open_source`; or one of these images is broken.
+    """
+    source = open_source(spec)
+    wanted = set(np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64).tolist())
+    path = Path(folder) / "sample.beton"
+    with open(path, "wb") as stream:
+        writer = BetonWriter(stream, len(wanted))
+        for position, image in enumerate(source):
+            if position not in wanted:
+                continue
+            result = _encode(image, None)
+            if result.image is not None:
+                writer.add(result.key, result.class_id, result.image)
+            elif not skip_broken:
+                raise _broken(result.key, spec, result.error)
+        if not len(writer):
+            raise InputError(f"{spec} has no image that can be used")
+        writer.finish(source.class_names, {"kind": source.kind, "max_size": None})
+    return replace(open_beton(path), place=os.fspath(spec)), len(source)
 
 
 def _packed_path(spec: str | Path, max_size: int | None, skip_broken: bool, class_names: Sequence[str] | None) -> Path:
@@ -209,9 +255,16 @@ def _encode_all(source: Iterable[SourceImage], max_size: int | None, workers: in
 def _encode(image: SourceImage, max_size: int | None) -> _Result:
     encode = partial(_Result, image.key, image.class_id)
     try:
-        return encode(encode_image(image.data, max_size=max_size), "")
+        return encode(encode_image(image.data, max_size=max_size))
     except ImageError as error:
-        return encode(None, str(error))
+        return encode(None, error)
+
+
+def _broken(key: str, spec: str | Path, error: ImageError) -> ImageError:
+    return ImageError(
+        f"the image {key!r} of {spec} {error}; {error.advice}, or leave such images out: "
+        f"stl-offline pack --skip-broken {spec} DEST.beton"
+    )
 
 
 @contextlib.contextmanager
@@ -225,14 +278,9 @@ def _lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"waiting for another process that packs the same images ({path})")
+            _log.info("waiting for another process that packs the same images (%s)", path)
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
-
-
-def _say(line: str) -> None:
-    if not os.environ.get("STL_OFFLINE_QUIET"):
-        print(line, file=sys.stderr)
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -1,55 +1,42 @@
-"""Images in tars: webdataset's samples, or a class-per-folder tree that somebody put into a tar.
+"""Images in tars: webdataset's samples, or a class-per-folder tree that was put into a tar.
 
-A sample is every member whose path is the same up to the first dot of its base name (webdataset's rule); that part is
-the key. Its class stands in a ``.cls`` member, or in a ``.json`` member's ``class_name`` or ``label``; where no sample
-has one, the class is the name of the folder that the member lies in.
+Names follow webdataset's grammar. A member's key is its path up to the first dot of its base name; the rest, in lower
+case, is its extension. ``__NAME__`` at the top is no part of a sample. So ``a/x0.jpg``, ``a/x0.CLS`` and
+``a/x0.mask.png`` are the members ``jpg``, ``cls`` and ``mask.png`` of the sample ``a/x0``.
+
+The image of a sample is the member whose whole extension is an image format's (``jpg``), else its only member that ends
+in one (``v2.jpg``). The image ``v2.jpg`` has its class in ``v2.cls``, else in ``cls``, else in the ``class_name`` or
+``label`` of ``v2.json`` or ``json``. Where no sample has a class of its own, folders are classes
+(`stl_offline.images.classes`). Two images, or a ``.cls`` that belongs to another name, are errors.
 """
 
-import gzip
 import json
-import os
 import posixpath
-import shutil
-import tarfile
-import tempfile
-import weakref
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 from stl_offline.errors import InputError
-from stl_offline.images.common import SourceImage, check_text, choose_class_names, is_image_name
-from stl_offline.images.encode import ImageError
+from stl_offline.images.archive import Member, tar_members
+from stl_offline.images.classes import ClassChoice, folder_classes
+from stl_offline.images.common import PassedOver, SourceImage, check_text, is_image_name, may_hold_image
+from stl_offline.images.encode import IMAGE_HEAD, is_image_head
 
-_BLOCK = 512
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-
-
-@dataclass(slots=True)
-class _Member:
-    """A file in a tar: where its bytes lie."""
-
-    archive: "_Archive"
-    name: str
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        return self.archive.read(self.name, self.offset, self.size)
+_LABEL_KINDS = ("cls", "json")
+_MAX_LABEL_BYTES = 1 << 20
+# As in webdataset: names of its own, which are no samples.
+_META = re.compile(r"__[^/]*__($|/)")
 
 
 @dataclass(slots=True)
 class _Sample:
-    """One sample: its image members and its class by the extension that said so."""
+    """One sample, members by extension. images: by name; guesses: by their first bytes; labels: cls and json."""
 
-    images: list[_Member] = field(default_factory=list)
-    labels: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str | None:
-        return self.labels.get("cls", self.labels.get("json"))
+    images: dict[str, Member] = field(default_factory=dict)
+    guesses: dict[str, Member] = field(default_factory=dict)
+    labels: dict[str, Member] = field(default_factory=dict)
 
 
 class TarSource:
@@ -57,10 +44,11 @@ class TarSource:
 
     kind = "tar"
 
-    def __init__(self, paths: Sequence[Path], class_names: Sequence[str] | None = None) -> None:
+    def __init__(self, paths: Sequence[Path], choice: ClassChoice) -> None:
+        self.passed_over = PassedOver()
         samples: dict[str, _Sample] = {}
         for path in paths:
-            mine = _read_samples(path)
+            mine = _read_samples(path, self.passed_over)
             double = samples.keys() & mine.keys()
             if double:
                 raise InputError(
@@ -69,15 +57,18 @@ class TarSource:
                 )
             samples |= mine
         where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
-        samples = {key: sample for key, sample in samples.items() if sample.images}
+        samples = {key: sample for key, sample in samples.items() if sample.images or sample.guesses}
         if not samples:
-            raise InputError(f"{where} holds no images")
+            passed = f" (passed over: {self.passed_over})" if self.passed_over else ""
+            raise InputError(f"{where} holds no images{passed}")
         self._keys = sorted(samples)
-        labels = _labels(samples, where)
-        self.class_names = choose_class_names(labels.values(), class_names, where)
+        chosen = {key: _one_image(key, samples[key]) for key in self._keys}
+        self._members = [member for _, member in chosen.values()]
+        found = _classes({key: _own_class(key, samples[key], chosen[key][0]) for key in self._keys}, choice, where)
+        renamed = {name: choice.rename(name, where) for name in sorted(set(found))}
+        self.class_names = choice.class_list(renamed.values(), where)
         class_ids = {name: number for number, name in enumerate(self.class_names)}
-        self._class_ids = [class_ids[labels[key]] for key in self._keys]
-        self._members = [_one_image(key, samples[key]) for key in self._keys]
+        self._class_ids = [class_ids[renamed[name]] for name in found]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -87,127 +78,93 @@ class TarSource:
             yield SourceImage(key, class_id, partial(member.read))
 
 
-class _Archive:
-    """A tar's bytes at any place. A compressed tar is unpacked into a nameless temporary file first."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._unpacked: int | None = None
-        if path.suffix in (".gz", ".tgz"):
-            with gzip.open(path) as packed, tempfile.TemporaryFile() as unpacked:
-                shutil.copyfileobj(packed, unpacked, 1 << 20)
-                unpacked.flush()
-                self._unpacked = os.dup(unpacked.fileno())
-            weakref.finalize(self, os.close, self._unpacked)
-
-    def open(self) -> IO[bytes]:
-        if self._unpacked is None:
-            return open(self.path, "rb")
-        os.lseek(self._unpacked, 0, os.SEEK_SET)
-        return open(self._unpacked, "rb", closefd=False)
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        try:
-            if self._unpacked is not None:
-                data = os.pread(self._unpacked, size, offset)
-            else:
-                with open(self.path, "rb", buffering=0) as stream:
-                    data = os.pread(stream.fileno(), size, offset)
-        except OSError as error:
-            raise ImageError(f"cannot be read from {self.path}: {error.strerror or error}") from error
-        if len(data) != size:
-            raise ImageError(f"cannot be read: {self.path} ends within {name}")
-        return data
-
-
-def _read_samples(path: Path) -> dict[str, _Sample]:
+def _read_samples(path: Path, passed_over: PassedOver) -> dict[str, _Sample]:
     samples: dict[str, _Sample] = {}
-    for member in _members(path):
+    for member in tar_members(path):
         folder, base = posixpath.split(member.name)
-        stem, _, extension = base.partition(".")
-        key = posixpath.join(folder, stem)
-        if is_image_name(base):
-            samples.setdefault(check_text(key, "member name"), _Sample()).images.append(member)
-        elif extension in ("cls", "json"):
-            label = _label(member, extension)
-            if label is not None:
-                samples.setdefault(check_text(key, "member name"), _Sample()).labels[extension] = label
+        stem, dot, extension = base.partition(".")
+        extension = extension.lower()
+        if _META.match(member.name):
+            continue
+        if dot and is_image_name(base):
+            kind = "images"
+        elif dot and extension.rpartition(".")[2] in _LABEL_KINDS:
+            kind = "labels"
+        elif may_hold_image(base) and is_image_head(member.read(IMAGE_HEAD)):
+            kind = "guesses"
+        else:
+            passed_over.add(member.name)
+            continue
+        key = check_text(posixpath.join(folder, stem), "member name")
+        members = getattr(samples.setdefault(key, _Sample()), kind)
+        if extension in members:
+            first = members[extension].name
+            names = f"{member.name} twice" if first == member.name else f"{first} and {member.name}"
+            raise InputError(
+                f"{path} holds {names}, which are one name in webdataset; make the tar again with each member once"
+            )
+        members[extension] = member
     return samples
 
 
-def _members(path: Path) -> Iterator[_Member]:
-    """The regular files of a tar, with clean names; the whole tar's structure is checked."""
-    try:
-        archive = _Archive(path)
-        with archive.open() as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for info in tar:
-                tar.members = []  # tarfile keeps every header it has seen; a big tar has millions
-                name = _clean_name(info.name, path)
-                if any(part.startswith(".") for part in name.split("/")) or info.isdir():
-                    continue
-                if not info.isreg() or info.issparse():
-                    if is_image_name(posixpath.basename(name)):
-                        raise InputError(f"{path}: {name} is a link, not an image; make the tar with --dereference")
-                    continue
-                yield _Member(archive, name, info.offset_data, info.size)
-            # tarfile takes any end for the end. A whole tar ends in blocks of zeros.
-            stream.seek(tar.offset)
-            end = stream.read(_BLOCK)
-            if len(end) < _BLOCK or end.strip(b"\0"):
-                raise InputError(f"{path} is cut off or damaged after {tar.offset:,} bytes; copy it again")
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile) as error:
-        raise InputError(f"{path} is no whole tar ({error}); copy it again") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+def _one_image(key: str, sample: _Sample) -> tuple[str, Member]:
+    """The extension and the member of a sample's image."""
+    images = sample.images or sample.guesses
+    # "a.jpg" is the image of "a"; "a.mask.png" is something else about it, unless "a" has no other image.
+    plain = {extension: member for extension, member in images.items() if "." not in extension} or images
+    if len(plain) > 1:
+        names = ", ".join(member.name for member in list(plain.values())[:3])
+        raise InputError(
+            f"the sample {key!r} has {len(plain)} images ({names}): webdataset takes names that differ only after "
+            "their first dot as one sample; keep one of these images, or rename the members (x.left.jpg → x_left.jpg)"
+        )
+    return next(iter(plain.items()))
 
 
-def _clean_name(name: str, path: Path) -> str:
-    if name.startswith("/") or ".." in name.split("/"):
-        raise InputError(f"{path}: the member name {name!r} points out of the tar; make the tar with relative names")
-    return posixpath.normpath(name)
+def _own_class(key: str, sample: _Sample, extension: str) -> str | None:
+    """The class of a sample's own cls or json member, by the image's extension; None where it has none."""
+    prefix = extension.rpartition(".")[0]
+    for kind in _LABEL_KINDS:
+        for name in (f"{prefix}.{kind}", kind):
+            if name in sample.labels and (label := _read_class(sample.labels[name], kind)) is not None:
+                return label
+    strays = [member.name for name, member in sample.labels.items() if name.endswith(".cls")]
+    if strays:
+        raise InputError(
+            f"{strays[0]} is no class of the image {key}.{extension}: their names differ after the first dot; name it "
+            f"{posixpath.basename(key)}.{prefix + '.' if prefix else ''}cls"
+        )
+    return None
 
 
-def _label(member: _Member, extension: str) -> str | None:
+def _read_class(member: Member, kind: str) -> str | None:
     where = f"{member.archive.path}: {member.name}"
+    if member.size > _MAX_LABEL_BYTES:
+        raise InputError(f"{where} has {member.size:,} bytes, too many for a class")
     try:
-        text = member.read().decode()
-        value = json.loads(text) if extension == "json" else text.strip()
-    except ValueError as error:
+        text = member.read().decode("utf-8-sig")
+        value = json.loads(text) if kind == "json" else text.strip()
+        if kind == "json":
+            value = value if isinstance(value, dict) else {}
+            value = value.get("class_name", value.get("label"))
+        name = str(value)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} cannot be read as a class: {error}") from error
-    if extension == "json":
-        value = value if isinstance(value, dict) else {}
-        value = value.get("class_name", value.get("label"))
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise InputError(f"{where} has the class {value!r}; a class is a name or a whole number")
-    return check_text(str(value), "class name")
+    if isinstance(value, bool) or not isinstance(value, int | str) or not name or re.fullmatch(r"-\d+", name):
+        raise InputError(f"{where} has the class {value!r}; a class is a name or a whole number from 0")
+    return check_text(name, "class name")
 
 
-def _labels(samples: dict[str, _Sample], where: str) -> dict[str, str]:
-    without = sorted(key for key, sample in samples.items() if sample.label is None)
-    if without and len(without) < len(samples):
+def _classes(own: dict[str, str | None], choice: ClassChoice, where: str) -> list[str]:
+    """The class of every key, by its own members or by folders."""
+    without = sorted(key for key, name in own.items() if name is None)
+    if not without:
+        return [str(name) for name in own.values()]
+    if len(without) < len(own):
         raise InputError(
-            f"{where}: {len(without):,} of {len(samples):,} samples have no class, for example {without[0]!r}; "
+            f"{where}: {len(without):,} of {len(own):,} samples have no class, for example {without[0]!r}; "
             "give each a .cls member"
         )
-    if not without:
-        return {key: str(sample.label) for key, sample in samples.items()}
-    labels = {key: posixpath.basename(posixpath.dirname(key)) for key in samples}
-    if not all(labels.values()):
-        bare = min(key for key, label in labels.items() if not label)
-        raise InputError(f"{where}: the sample {bare!r} has no class; add .cls members, or put classes into folders")
-    return labels
-
-
-def _one_image(key: str, sample: _Sample) -> _Member:
-    # "a.jpg" is the image of "a"; "a.mask.png" is something else about it, unless "a" has no other image.
-    plain = [member for member in sample.images if posixpath.basename(member.name).count(".") == 1]
-    images = plain or sample.images
-    if len(images) > 1:
-        names = ", ".join(member.name for member in images[:3])
-        raise InputError(
-            f"the sample {key!r} has {len(images)} images ({names}): names that differ only after their first dot "
-            "are one sample; rename them"
-        )
-    return images[0]
+    return folder_classes(list(own), choice, where)

@@ -1,21 +1,27 @@
 """Images from timm's readers: data sets of Hugging Face, TensorFlow and torchvision, and timm's own folders and tars.
 
-The words are timm's, with options behind a question mark: ``hfds/NAME?split=validation&root=FOLDER``. Class ids keep
-the reader's numbering, so that models trained elsewhere on the same data fit.
+A reader is named as timm names it, with options after a question mark: ``hfds/NAME?split=validation&root=FOLDER``.
+Class ids keep the reader's numbering, so that models trained elsewhere on the same data fit.
 """
 
 import io
+import logging
+import os
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl
 
+import xxhash
 from PIL import Image
 from timm.data import create_dataset, create_reader
 
 from stl_offline.errors import InputError
-from stl_offline.images.common import SourceImage, check_class_names, check_text, choose_class_names
+from stl_offline.images.classes import ClassChoice, check_class_names
+from stl_offline.images.common import PassedOver, SourceImage, check_text
 from stl_offline.images.encode import ImageError, to_rgb
+
+_log = logging.getLogger(__name__)
 
 TIMM_PREFIXES = ("hfds/", "hfids/", "tfds/", "torch/", "wds/")
 
@@ -28,31 +34,24 @@ class TimmSource:
 
     kind = "timm"
 
-    def __init__(self, words: str, class_names: Sequence[str] | None = None) -> None:
+    def __init__(self, words: str, choice: ClassChoice) -> None:
         self._words = words
+        self.passed_over = PassedOver()
         self._reader = _open_reader(words)
-        self._has_index = hasattr(self._reader, "__getitem__")
         self._keys = self._file_names()
-        found = self._reader_class_names()
+        found = [choice.rename(name, words) for name in self._reader_class_names()]
         # The reader's numbers, as places in the class list that is used.
-        self.class_names = (
-            check_class_names(found) if class_names is None else choose_class_names(found, class_names, words)
-        )
+        self.class_names = check_class_names(found) if choice.names is None else choice.class_list(found, words)
         self._class_ids = [self.class_names.index(name) for name in found]
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def __iter__(self) -> Iterator[SourceImage]:
-        for number, (image, target) in enumerate(self._samples()):
+        for number, (image, target) in enumerate(_samples(self._reader)):
             key = self._keys[number] if self._keys else f"{number:08d}"
             data = _bytes_of(image)
             yield SourceImage(key, self._class_ids[self._target(target, key)], lambda data=data: data)
-
-    def _samples(self) -> Iterator[tuple[Any, Any]]:
-        items = (self._reader[number] for number in range(len(self))) if self._has_index else iter(self._reader)
-        for item in items:
-            yield item[0], item[1]
 
     def _target(self, target: Any, key: str) -> int:
         try:
@@ -68,7 +67,7 @@ class TimmSource:
     def _file_names(self) -> list[str]:
         try:
             names = list(self._reader.filenames(absolute=False))
-        except Exception:  # a reader without names has no one way to say so
+        except Exception:  # readers without names raise different errors
             return []
         if any(not isinstance(name, str) or not name for name in names):
             return []
@@ -85,7 +84,7 @@ class TimmSource:
         if numbers and sorted(numbers.values()) == list(range(len(numbers))):
             return [str(name) for name, _ in sorted(numbers.items(), key=lambda item: item[1])]
         # Without names the numbers must do: look at every target once.
-        samples = self._samples()
+        samples = _samples(reader)
         targets = reader.iter_targets() if hasattr(reader, "iter_targets") else (target for _, target in samples)
         try:
             last = max((int(target) for target in targets), default=-1)
@@ -96,9 +95,53 @@ class TimmSource:
         return [str(number) for number in range(last + 1)]
 
 
-def _open_reader(words: str) -> Any:
+def timm_files(words: str) -> tuple[list[str], list[str]]:
+    """What the images of a reader come from: (files, other marks of its content).
+
+    Files are those that the reader names, or that its options name. The other mark is Hugging Face's fingerprint of a
+    data set, or else a hash of all images: then the whole data set is read.
+
+    Raises:
+        InputError: timm cannot open it.
+    """
+    reader = _open_reader(words)
+    _, options = _options(words)
+    # A class map, or a tar in place of a root.
+    files = sorted(str(value) for value in options.values() if os.path.isfile(str(value)))
+    root = os.path.realpath(str(options.get("root", "")))
+    if root in map(os.path.realpath, files):
+        return files, []
+    try:
+        named = [os.path.realpath(name) for name in reader.filenames(absolute=True)]
+    except Exception:  # as above
+        named = []
+    # Members of tars may be called as other files on this machine are: only names below the root are files.
+    if named and all(name.startswith(root + os.sep) and os.path.isfile(name) for name in named):
+        return files + named, []
+    fingerprint = getattr(getattr(reader, "dataset", None), "_fingerprint", None)
+    if isinstance(fingerprint, str):
+        return files, [fingerprint]
+    _log.info("reading all images of %s, because nothing else shows whether they changed", words)
+    digest = xxhash.xxh3_128()
+    for image, target in _samples(reader):
+        digest.update(_bytes_of(image))
+        digest.update(repr(target).encode())
+    return files, [digest.hexdigest()]
+
+
+def _samples(reader: Any) -> Iterator[tuple[Any, Any]]:
+    items = (reader[number] for number in range(len(reader))) if hasattr(reader, "__getitem__") else iter(reader)
+    for item in items:
+        yield item[0], item[1]
+
+
+def _options(words: str) -> tuple[str, dict[str, Any]]:
     name, _, query = words.partition("?")
-    options: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
+    return name, dict(parse_qsl(query, keep_blank_values=True))
+
+
+def _open_reader(words: str) -> Any:
+    name, options = _options(words)
     if options.get("download", "").lower() in ("1", "true", "yes"):
         options["download"] = True
     else:

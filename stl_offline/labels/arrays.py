@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from stl_offline.compiled import njit
 from stl_offline.errors import FormatError, InputError
 from stl_offline.geometry import View
 from stl_offline.labels.spec import LabelSpec
@@ -219,7 +219,7 @@ def _order_bits(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values).view(f"<u{values.dtype.itemsize}")
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _first_fault(class_ids, logits, confidence, classes, sign, infinity, one):
     # Floats come as their bits: compiled code knows no float16, and converting would take longer than all the rest.
     samples, cells, stored = class_ids.shape
@@ -243,7 +243,7 @@ def _first_fault(class_ids, logits, confidence, classes, sign, infinity, one):
     return -1, 0
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _is_above(bits, other, sign):
     """Whether one finite float, given as its bits, is greater than another: sign and magnitude."""
     value = np.int64(bits & ~sign)

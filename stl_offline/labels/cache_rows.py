@@ -4,8 +4,8 @@ n: samples of the shard; V: views; cells: V·Gh·Gw, the cells of all maps of an
 """
 
 import numpy as np
-from numba import njit
 
+from stl_offline.compiled import njit
 from stl_offline.errors import FormatError
 from stl_offline.labels.arrays import ShardArrays, probabilities
 from stl_offline.labels.format import confidence_table, logit_table, read_stored
@@ -89,7 +89,7 @@ def _are_views(views: np.ndarray) -> bool:
     return bool(np.isfinite(views).all() and (determinant != 0).all())
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _place(ranks, gaps, palette, steps, confidences, shares, classes, target, class_ids, probabilities, confidence):
     """Fill the cache's rows ``target`` (n), −1 for none. False where the shard is not as an encoder writes it."""
     samples, cells, k = ranks.shape

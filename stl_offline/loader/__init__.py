@@ -3,7 +3,8 @@
 import stl_offline.ffcv_setup  # noqa: F401  # isort: split
 from stl_offline.loader.batch import Batch
 from stl_offline.loader.decoder import DECODER
-from stl_offline.loader.loader import TokenLoader
+from stl_offline.loader.loader import ImageSettings, TokenLoader
 from stl_offline.loader.order import check_shares
+from stl_offline.loader.token_op import TokenLabels
 
-__all__ = ["DECODER", "Batch", "TokenLoader", "check_shares"]
+__all__ = ["DECODER", "Batch", "ImageSettings", "TokenLabels", "TokenLoader", "check_shares"]

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from ffcv.loader import Loader
@@ -51,7 +50,6 @@ class EpochThread(EpochIterator):
 
     def run(self) -> None:
         try:
-            numba.set_num_threads(self.loader.num_workers)
             for number, ids in enumerate(self.batches):
                 slot = number % self.slots
                 if self.copied[slot] is not None:

@@ -5,7 +5,8 @@ n: samples of the .beton; B: batch; H, W: image; N: tokens; m: targets a token.
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,99 +14,120 @@ import torch
 from ffcv.loader import Loader
 from ffcv.pipeline import Compiler, PipelineSpec
 
+from stl_offline.config import INTERPOLATIONS
+from stl_offline.distributed import World
 from stl_offline.errors import FormatError, InputError
 from stl_offline.geometry import compose_views
 from stl_offline.images.beton import Beton
-from stl_offline.labels.cache import TokenCache
 from stl_offline.loader.batch import Batch, ToDevice
 from stl_offline.loader.decoder import ViewCrop
 from stl_offline.loader.iterator import Epoch, EpochThread
 from stl_offline.loader.order import check_shares, count_batches, rank_batches, shuffled
-from stl_offline.loader.threads import torch_threads_kept, usable_workers
-from stl_offline.loader.token_op import TokenDraw
-from stl_offline.targets import TokenTargets
+from stl_offline.loader.threads import Workers, torch_threads_kept
+from stl_offline.loader.token_op import TokenDraw, TokenLabels
 
 _BATCHES_AHEAD = 2
 # Views are float32: an edge this far outside the image is on it.
 _VIEW_TOLERANCE = 1e-4
 
 
-class TokenLoader:
-    """Loads a .beton through FFCV's compiled pipelines.
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a model takes images.
 
     Args:
-        beton: the packed images.
-        image_size: (H, W) of the images handed out.
-        batch_size: B; the last batch of an epoch may be smaller.
-        workers: loading threads; no more than numba may start (normally the cores) are used.
-        seed: of the order and of drawn token targets.
-        device: where batches go.
-        mean, std: of the normalisation, per channel, for pixels in [0, 1].
-        shuffle: a new order each epoch, from (seed, epoch) alone; else the .beton's order.
-        drop_last: leave the last, smaller batch out.
-        tokens: what token targets to give; needs ``cache``.
-        cache: the labels, in the .beton's order; or several, of which each sample reads one.
-        rank, world_size: this process and how many share the samples.
+        size: (H, W) in pixels.
+        mean, std: of the normalisation, per channel, for pixels in [0, 1]; ImageNet's by default.
         interpolation: "area", "bilinear" or "bicubic" (`stl_offline.loader.decoder.resample`).
 
     Raises:
+        InputError: a value out of its range.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: str = "area"
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise InputError(f"the image size must be two positive numbers (H, W), got {self.size}")
+        if min(self.std) <= 0:
+            raise InputError(f"std must be positive, got {tuple(self.std)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise InputError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {self.interpolation!r}")
+
+
+class TokenLoader:
+    """Loads a .beton through FFCV: crops, class ids and, with ``labels``, token targets.
+
+    Args:
+        beton: the packed images.
+        images: size and normalisation of the images handed out.
+        batch_size: B; the last batch of an epoch may be smaller.
+        labels: what token targets are made from; None: batches without token targets.
+        workers: loading threads; at most as many as there are cores are used.
+        seed: seed of the order and of drawn token targets.
+        device: where batches go.
+        shuffle: a new order each epoch, from (seed, epoch) alone; otherwise the .beton's order.
+        world: this process among those that share the samples.
+
+    Raises:
         InputError: an argument that cannot be used, or a cache that belongs to another .beton.
-        FormatError: the .beton is shorter than its own table says.
+        FormatError: the .beton is shorter than its own table requires.
+
+    Example:
+        ::
+
+            beton = open_beton("train.beton")
+            cache = build_token_cache(labels, beton.keys, beton.content_hashes, beton.class_names)
+            labels = TokenLabels(TokenTargets("gumbel", grid=(14, 14)), cache)
+            loader = TokenLoader(beton, ImageSettings((224, 224)), batch_size=256, labels=labels, workers=8)
+            for epoch in range(epochs):
+                views = draw_views(0, epoch, np.arange(len(beton)), beton.heights, beton.widths, CropSettings())
+                for batch in loader.epoch(epoch, views):
+                    ...
     """
 
     def __init__(
         self,
         beton: Beton,
-        image_size: tuple[int, int],
+        images: ImageSettings,
         batch_size: int,
         *,
-        workers: int,
-        seed: int,
-        device: torch.device | str,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
+        labels: TokenLabels | None = None,
+        workers: int = 1,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
         shuffle: bool = True,
-        drop_last: bool = False,
-        tokens: TokenTargets | None = None,
-        cache: TokenCache | Sequence[TokenCache] | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        interpolation: str = "area",
+        world: World = World(),  # noqa: B008
     ) -> None:
-        if batch_size < 1 or min(image_size) < 1:
-            raise InputError(f"batch size and image size must be positive, got {batch_size} and {image_size}")
-        if not 0 <= rank < world_size:
-            raise InputError(f"the rank must lie in 0 … {world_size - 1}, got {rank}")
-        caches = () if cache is None else tuple(cache) if isinstance(cache, Sequence) else (cache,)
-        if (tokens is None) != (not caches):
-            raise InputError("token targets need both what to give (tokens) and labels (cache)")
-        for one in caches:
-            if len(one.labelled) != len(beton):
+        if batch_size < 1:
+            raise InputError(f"the batch size must be positive, got {batch_size}")
+        if not 0 <= world.rank < world.size:
+            raise InputError(f"the rank must lie in 0 … {world.size - 1}, got {world.rank}")
+        for cache in labels.caches if labels else ():
+            if len(cache.labelled) != len(beton):
                 raise InputError(
-                    f"the token cache is of {len(one.labelled):,} samples, {beton.path} of {len(beton):,}: "
-                    "join them anew"
+                    f"the token cache has {len(cache.labelled):,} samples, {beton.path} has {len(beton):,}; "
+                    "build the cache from this .beton's keys"
                 )
-            if one.num_classes != caches[0].num_classes:
-                raise InputError(f"token caches of {caches[0].num_classes} and of {one.num_classes} classes cannot mix")
-        check_shares(len(beton), batch_size, world_size, drop_last)
-        if min(std) <= 0:
-            raise InputError(f"std must be positive, got {tuple(std)}")
+        check_shares(len(beton), batch_size, world.size)
         _check_size(beton)
         self.beton = beton
-        self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.image_size = (int(images.size[0]), int(images.size[1]))
         self.batch_size = batch_size
         self.seed = seed
         self.device = torch.device(device)
-        self.tokens = tokens
-        self._shuffle, self._drop_last = shuffle, drop_last
-        self._rank, self._world_size = rank, world_size
-        self._to_device = ToDevice(self.device, self.image_size[1], mean, std)
+        self.tokens = labels.targets if labels else None
+        self._shuffle, self._world = shuffle, world
+        self._to_device = ToDevice(self.device, self.image_size[1], images.mean, images.std)
         self._thread: EpochThread | None = None
         self._views: np.ndarray | None = None
         self._warps: np.ndarray | None = None
         self._epoch = 0
-        workers = usable_workers(workers)
-        self._crop = ViewCrop(self.image_size, workers, beton, interpolation)
+        threads = Workers(workers)
+        self._crop = ViewCrop(self.image_size, threads, beton, images.interpolation)
         pipelines: dict[str, Any] = {
             "image": PipelineSpec("image", self._crop),
             "class_id": None,
@@ -113,16 +135,16 @@ class TokenLoader:
             "content_hash": None,
         }
         self._draw = None
-        if tokens is not None:
-            self._draw = TokenDraw(tokens, caches, workers, seed)
+        if labels is not None:
+            self._draw = TokenDraw(labels, threads, seed)
             pipelines["class_id"] = PipelineSpec("class_id", self._draw)
-        # The operations call code that this package has compiled, and that numba keeps on disk. FFCV would compile its
-        # part anew for every loader.
+        # The operations run compiled code of this package on threads of their own. FFCV would compile its part anew
+        # for every loader.
         with torch_threads_kept(), _compiler_off():
             self._ffcv = Loader(
                 str(beton.path),
                 batch_size,
-                num_workers=workers,
+                num_workers=1,
                 os_cache=True,
                 pipelines=pipelines,
                 drop_last=False,
@@ -133,7 +155,7 @@ class TokenLoader:
 
     def __len__(self) -> int:
         """Batches of one epoch for this rank."""
-        return count_batches(len(self.beton), self.batch_size, self._world_size, self._drop_last)
+        return count_batches(len(self.beton), self.batch_size, self._world.size)
 
     def epoch(
         self,
@@ -162,7 +184,8 @@ class TokenLoader:
             An iterator of `Batch`, with ``close()``; also a context manager.
 
         Raises:
-            InputError: views, map_index or sample_ids do not fit; while iterating: an image that cannot be decoded.
+            InputError: views, map_index or sample_ids do not fit.
+            FormatError: while iterating: an image that cannot be decoded, or has changed since packing.
             TrainingError: while iterating: the loading thread failed.
         """
         self.close()
@@ -181,7 +204,7 @@ class TokenLoader:
             order = shuffled(self.seed, epoch, len(self.beton))
         else:
             order = np.arange(len(self.beton))
-        batches = rank_batches(order, self.batch_size, self._rank, self._world_size, self._drop_last)
+        batches = rank_batches(order, self.batch_size, self._world)
         if not 0 <= start_batch <= len(batches):
             raise InputError(f"start_batch must lie in 0 … {len(batches)}, got {start_batch}")
         self._crop.set_views(views)
@@ -200,19 +223,16 @@ class TokenLoader:
             self._thread = None
 
     def _check_batch(self, ids: np.ndarray) -> None:
-        broken = self._crop.take_broken()
-        if broken is not None:
-            raise InputError(
-                f"{self.beton.path}: the image {self.beton.keys[broken]} (sample {broken}) cannot be decoded: "
-                "the file is damaged; pack the images again"
-            )
+        damaged = self._crop.take_damaged()
+        if damaged is not None:
+            raise self.beton.damaged(*damaged)
 
     def _make_batch(self, item: tuple[int, np.ndarray, tuple]) -> Batch:
         _, ids, (pixels, *tokens) = item
         to_device = self._to_device
         token_ids = token_weights = None
         if tokens:
-            shape = (len(ids), self.tokens.tokens, self.tokens.columns)
+            shape = (len(ids), self.tokens.tokens, self.tokens.targets_per_token)
             token_ids = to_device.copy(tokens[0][0].reshape(shape), torch.int64)
             token_weights = to_device.copy(tokens[0][1].reshape(shape), torch.float32)
         return Batch(

@@ -6,8 +6,9 @@ n: samples; B: batch size of one rank.
 import itertools
 
 import numpy as np
-from numba import njit
 
+from stl_offline.compiled import njit
+from stl_offline.distributed import World
 from stl_offline.errors import InputError
 from stl_offline.random import STREAM_ORDER, random_bits
 
@@ -19,26 +20,26 @@ def shuffled(seed: int, epoch: int, samples: int) -> np.ndarray:
     return np.argsort(keys, kind="stable").astype(np.int64)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _draw_keys(seed, epoch, keys):
     for sample_id in range(len(keys)):
         high, low, _, _ = random_bits(seed, STREAM_ORDER, epoch, sample_id, 0)
         keys[sample_id] = (np.uint64(high) << np.uint64(32)) | np.uint64(low)
 
 
-def count_batches(samples: int, batch_size: int, world_size: int, drop_last: bool) -> int:
+def count_batches(samples: int, batch_size: int, world_size: int) -> int:
     """Batches that every rank gets."""
     together = batch_size * world_size
-    return samples // together if drop_last else -(-samples // together)
+    return -(-samples // together)
 
 
-def check_shares(samples: int, batch_size: int, world_size: int, drop_last: bool) -> None:
+def check_shares(samples: int, batch_size: int, world_size: int) -> None:
     """Whether every rank can have its part of every step.
 
     Raises:
         InputError: there are fewer samples than ranks, or single-sample batches that do not come out even.
     """
-    steps = count_batches(samples, batch_size, world_size, drop_last)
+    steps = count_batches(samples, batch_size, world_size)
     if samples < steps * world_size:
         raise InputError(
             f"{samples} images cannot give each of {world_size} processes {steps} batches of up to {batch_size}: "
@@ -46,29 +47,29 @@ def check_shares(samples: int, batch_size: int, world_size: int, drop_last: bool
         )
 
 
-def rank_batches(order: np.ndarray, batch_size: int, rank: int, world_size: int, drop_last: bool) -> list[np.ndarray]:
+def rank_batches(order: np.ndarray, batch_size: int, world: World) -> list[np.ndarray]:
     """One rank's batches of an order of sample ids, each int64 (≤ B,).
 
     Step i of all ranks together takes the i-th ``batch_size · world_size`` samples of the order, so what the ranks
     see together is what one rank with the joint batch size sees. Every rank gets the same number of batches, none of
     them empty (ranks that step together must not wait for each other in vain), and no sample comes twice: the last,
-    partial step is dropped if asked, else shared evenly.
+    partial step is shared evenly.
 
     Raises:
         InputError: as `check_shares`.
     """
-    together = batch_size * world_size
+    together = batch_size * world.size
     order = np.asarray(order, dtype=np.int64)
-    check_shares(len(order), batch_size, world_size, drop_last)
-    steps = count_batches(len(order), batch_size, world_size, drop_last)
+    check_shares(len(order), batch_size, world.size)
+    steps = count_batches(len(order), batch_size, world.size)
     if steps == 0:
         return []
     starts = np.arange(steps + 1) * together
     starts[-1] = min(starts[-1], len(order))
     # A last step with fewer samples than ranks would leave a rank without: it takes some of the step before.
-    if steps > 1 and starts[-1] - starts[-2] < world_size:
-        starts[-2] = starts[-1] - world_size
+    if steps > 1 and starts[-1] - starts[-2] < world.size:
+        starts[-2] = starts[-1] - world.size
     return [
-        np.ascontiguousarray(np.array_split(order[start:end], world_size)[rank])
+        np.ascontiguousarray(np.array_split(order[start:end], world.size)[world.rank])
         for start, end in itertools.pairwise(starts)
     ]

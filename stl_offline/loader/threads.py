@@ -1,33 +1,49 @@
-"""Threads of numba and torch, which FFCV changes for the whole process.
-
-Two loaders work at the same time (training and validation), each with a thread of its own that starts compiled loops.
-numba's fallback threading layer, workqueue, crashes there, so one that is safe for it is asked for, which works until
-the first parallel loop runs.
-"""
+"""The loader's threads, and torch's number of threads, which FFCV changes for the whole process."""
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 
-import numba
 import torch
 
 from stl_offline.errors import InputError
 
-if numba.config.THREADING_LAYER == "default":
-    numba.config.THREADING_LAYER = "threadsafe"
 
+class Workers:
+    """Threads that run one compiled function together; ``len(workers)`` of them.
 
-def usable_workers(asked: int) -> int:
-    """``asked`` threads, or as many as numba may start here if that is fewer (normally the cores).
-
-    Raises:
-        InputError: fewer than one worker was asked for, or numba was told to use its layer that is not thread-safe.
+    Compiled functions work without the GIL, so plain threads keep all cores busy. numba's own parallel loops do the
+    same, but compile everything that the loop calls a second time, and have threading layers of which some crash where
+    two loaders work at once.
     """
-    if asked < 1:
-        raise InputError(f"the loader needs at least one worker, got {asked}")
-    if asked > 1 and numba.config.THREADING_LAYER == "workqueue":
-        raise InputError("numba's threading layer 'workqueue' cannot serve two loaders: unset NUMBA_THREADING_LAYER")
-    return min(asked, numba.config.NUMBA_NUM_THREADS)
+
+    def __init__(self, count: int) -> None:
+        """Start ``count`` threads, or as many as there are cores if that is fewer.
+
+        Raises:
+            InputError: fewer than one thread was asked for.
+        """
+        if count < 1:
+            raise InputError(f"the loader needs at least one worker, got {count}")
+        self._count = min(count, len(os.sched_getaffinity(0)))
+        # The calling thread is the first worker. The others end once nothing refers to the pool any more.
+        others = self._count - 1
+        self._pool = ThreadPoolExecutor(others, thread_name_prefix="stl-offline-worker") if others else None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def run(self, work: Callable[..., None], arguments: Sequence[tuple]) -> None:
+        """Call ``work`` once per worker, with that worker's arguments, and wait until all calls have returned."""
+        futures = [self._pool.submit(work, *own) for own in arguments[1:]]
+        try:
+            work(*arguments[0])
+        finally:
+            # Even after a failure: the others still write to the batch.
+            wait(futures)
+        for future in futures:
+            future.result()
 
 
 @contextlib.contextmanager

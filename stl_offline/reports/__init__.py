@@ -1,1 +1,1 @@
-"""Images of what label sets hold."""
+"""Pages and PNGs for looking at label sets and training runs."""

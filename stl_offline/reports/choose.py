@@ -1,4 +1,4 @@
-"""Which labels to look at: by key, by pattern, or drawn at random, reading no more of a label set than that takes."""
+"""Choosing labels: by key, by pattern, or drawn at random, reading as little of the label set as possible."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _MAGIC = frozenset("*?[")
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where a label lies: shard, and row within the shard."""
+    """Where a label is stored: shard, and row within the shard."""
 
     shard: int
     row: int
@@ -22,7 +22,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Choice:
-    """places: in stored order; found: how many labels the patterns fit, all of them where there were none."""
+    """places: in stored order; found: number of labels that match the keys, all labels where no keys were given."""
 
     places: tuple[Place, ...]
     found: int
@@ -37,14 +37,14 @@ def choose_labels(label_set: LabelSet, keys: Sequence[str], samples: int, seed: 
     """Choose labels.
 
     Args:
-        label_set: no labels are read; without ``keys`` no shard is touched at all.
-        keys: whole keys, or patterns with ``*``, ``?`` and ``[…]``. Keys that are named whole are always chosen.
-        samples: how many to draw at random (of those that patterns fit, where there are patterns).
+        label_set: only its keys are read, and without ``keys`` no shard at all.
+        keys: exact keys, or patterns with ``*``, ``?`` and ``[…]``. Exact keys are always chosen.
+        samples: how many to draw at random, among the matches of the patterns if there are any.
         seed: of the draw.
 
     Raises:
         InputError: fewer than one sample.
-        JoinError: a key or a pattern that fits no label.
+        JoinError: a key or a pattern matches no label.
     """
     if samples < 1:
         raise InputError(f"samples must be at least 1, got {samples}")
@@ -70,8 +70,8 @@ def choose_labels(label_set: LabelSet, keys: Sequence[str], samples: int, seed: 
     missing = [key for key in open_keys if key not in patterns or key in fruitless]
     if missing:
         raise JoinError(
-            f"{len(missing):,} of the keys asked for fit no label of {label_set.place}, for example {missing[0]!r}; "
-            "keys are paths below the data set's root, as labels.keys lists them"
+            f"{len(missing):,} of the keys given match no label of {label_set.place}, for example {missing[0]!r}; "
+            "keys are paths below the data set's root folder"
         )
     room = max(0, samples - len(named))
     drawn = draw.choice(len(fitting), min(room, len(fitting)), replace=False) if fitting else []

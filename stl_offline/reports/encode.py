@@ -1,4 +1,4 @@
-"""Pixels for pages: what a view shows of an image, and small images as data: URLs.
+"""Pixels for pages: an image under a view, and small images as data: URLs.
 
 H, W: pixels; Gh, Gw: a token grid.
 """
@@ -18,9 +18,9 @@ _OVERSHOOT = 1e-3
 
 
 def see_through(image: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarray:
-    """An image (H, W, 3) as a view shows it, in ``size`` (height, width); off the image its border repeats.
+    """An image (H, W, 3) under a view, resized to ``size`` (height, width). Outside the image its border is repeated.
 
-    Crops are resized as a box, with antialiasing; views that rotate or shear take the nearest pixels.
+    Crops are resized with antialiasing; views that rotate, shear or leave the image take the nearest pixels.
     """
     height, width = image.shape[:2]
     try:
@@ -37,7 +37,7 @@ def see_through(image: np.ndarray, view: View, size: tuple[int, int]) -> np.ndar
 
 
 def shrink(image: np.ndarray, longest: int) -> np.ndarray:
-    """An image (H, W, 3) with no side over ``longest`` pixels."""
+    """An image (H, W, 3), resized if its longer side exceeds ``longest`` pixels."""
     height, width = image.shape[:2]
     factor = longest / max(height, width)
     if factor >= 1:
@@ -54,7 +54,7 @@ def jpeg_url(image: np.ndarray) -> str:
 
 
 def cells_url(cells: np.ndarray) -> str:
-    """One pixel for each token, uint8 (Gh, Gw, 3 or 4), as a data: URL; the page enlarges it without smoothing."""
+    """One pixel per token, uint8 (Gh, Gw, 3 or 4), as a data: URL. The page enlarges it without smoothing."""
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(cells)).save(stream, "PNG", optimize=True)
     return _url("image/png", stream.getvalue())

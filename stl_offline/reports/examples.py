@@ -1,71 +1,66 @@
-"""Examples of a report: images that a run gets right and wrong, with what each run says of their tokens."""
+"""Examples of a report: images that a run gets right and wrong, with every run's predictions for their tokens."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from stl_offline.reports.colors import class_marks
-from stl_offline.reports.encode import jpeg_url
-from stl_offline.reports.html import Article, Panel, class_rows, label_cells, page_data, say_shares, token_data
+from stl_offline.errors import printable
+from stl_offline.palette import class_marks
+from stl_offline.reports.html import Article, class_rows, page_data, token_data
+from stl_offline.reports.names import display_names
+from stl_offline.reports.panels import IMAGE, Panel, describe_shares, label_panel
 from stl_offline.reports.predictions import Predicted, choose_examples
 from stl_offline.reports.runs import Run
 
 
 @dataclass(frozen=True)
-class NumberedArticle(Article):
-    """An article with its number on the page."""
+class ExampleGroup:
+    """Articles below one heading."""
 
-    number: int = 0
+    title: str
+    articles: tuple[Article, ...]
 
 
 @dataclass(frozen=True)
-class ExampleGroup:
-    """Articles below one heading; class_names and marks are the page's."""
+class Examples:
+    """All groups, and the class names and letters that their articles share."""
 
-    title: str
-    articles: tuple[NumberedArticle, ...]
-    class_names: tuple[str, ...]
-    marks: dict[int, str]
+    groups: tuple[ExampleGroup, ...] = ()
+    class_names: tuple[str, ...] = ()
+    marks: dict[int, str] = field(default_factory=dict)
 
-    def without_last(self) -> "ExampleGroup":
-        """One example less."""
-        return replace(self, articles=self.articles[:-1])
+    @property
+    def articles(self) -> list[Article]:
+        """All articles, in the page's order."""
+        return [article for group in self.groups for article in group.articles]
+
+    @property
+    def data(self) -> str:
+        """All articles' tokens as JSON."""
+        return page_data(self.articles, self.class_names, self.marks)
+
+    def shorter(self) -> "Examples":
+        """Without the last article of each group."""
+        groups = (replace(group, articles=group.articles[:-1]) for group in self.groups)
+        return replace(self, groups=tuple(group for group in groups if group.articles))
 
 
-def example_groups(runs: Sequence[Run], predicted: Predicted, count: int, seed: int) -> list[ExampleGroup]:
+def make_examples(runs: Sequence[Run], predicted: Predicted, count: int, seed: int) -> Examples:
     """Images that the first run gets right, then those that it gets wrong, with every run's tokens."""
     first = predicted.runs[0]
     right, wrong = choose_examples(first, count, seed)
     marks = _marks(predicted, right + wrong)
-    score = f"{first.right.sum():,} of the {len(first.right):,} images looked at"
-    groups = []
-    for title, places in (
-        (f"{runs[0].name} gets right ({score})", right),
-        (f"{runs[0].name} gets wrong, those it is surest of", wrong),
-    ):
-        articles = tuple(_article(runs, predicted, place, marks) for place in places)
-        groups.append(ExampleGroup(title, articles, first.class_names, marks))
-    return [group for group in groups if group.articles]
-
-
-def page_of(groups: Sequence[ExampleGroup]) -> str:
-    """All groups' tokens as JSON, in the order of their articles' numbers."""
-    articles = [article for group in groups for article in group.articles]
-    if not articles:
-        return page_data([], (), {})
-    return page_data(articles, groups[0].class_names, groups[0].marks)
-
-
-def numbered(groups: Sequence[ExampleGroup]) -> list[ExampleGroup]:
-    """The same groups, their articles numbered in the page's order."""
-    found, number = [], 0
-    for group in groups:
-        articles = []
-        for article in group.articles:
-            articles.append(replace(article, number=number))
-            number += 1
-        found.append(replace(group, articles=tuple(articles)))
-    return found
+    names = display_names(first.class_names)
+    score = f"{first.right.sum():,} of the {len(first.right):,} images scored"
+    name = runs[0].name
+    groups = (
+        ExampleGroup(title, tuple(_article(runs, predicted, place, names, marks) for place in places))
+        for title, places in (
+            (f"Images that {name} gets right ({score})", right),
+            (f"Images that {name} gets wrong, most confident first", wrong),
+        )
+    )
+    return Examples(tuple(group for group in groups if group.articles), names, marks)
 
 
 def _marks(predicted: Predicted, places: Sequence[int]) -> dict[int, str]:
@@ -77,11 +72,13 @@ def _marks(predicted: Predicted, places: Sequence[int]) -> dict[int, str]:
     return class_marks(counts)
 
 
-def _article(runs: Sequence[Run], predicted: Predicted, place: int, marks: dict[int, str]) -> NumberedArticle:
-    key = predicted.beton.keys[int(predicted.sample_ids[place])]
-    names = predicted.runs[0].class_names
+def _article(
+    runs: Sequence[Run], predicted: Predicted, place: int, names: Sequence[str], marks: dict[int, str]
+) -> Article:
+    key = printable(predicted.beton.keys[int(predicted.sample_ids[place])])
     own = int(predicted.runs[0].truth[place])
-    panels = [Panel("image", f"The image {key}, of the class {names[own]}", 1.0, pixels="image", grey=False)]
+    pixels = predicted.pixels(place)
+    panels = [Panel(IMAGE, f"The image {key} of the class {names[own]}", 1.0, pixels, source="image", grey=False)]
     maps, tokens, tables, tags = [], {}, {}, []
     for number, (run, predictions) in enumerate(zip(runs, predicted.runs, strict=True)):
         right = bool(predictions.right[place])
@@ -92,26 +89,15 @@ def _article(runs: Sequence[Run], predicted: Predicted, place: int, marks: dict[
         if found is None:
             continue
         name = f"run{number}"
+        found = replace(found, pixels=pixels)
         maps.append(found)
         tokens[name] = token_data(found)
         tables[name] = run.name
-        panels.append(
-            Panel(
-                f"tokens of {run.name}",
-                f"Tokens of {run.name} on {key}: {say_shares(found, names)}",
-                1.0,
-                pixels="image",
-                cells=label_cells(found),
-                tokens=name,
-                letters="best",
-                reach=True,
-            )
-        )
-    return NumberedArticle(
+        alt = f"Tokens of {run.name} on {key}: {describe_shares(found, names)}"
+        panels.append(label_panel(f"tokens of {run.name}", alt, found, name, "image"))
+    return Article(
         key=key,
         title=f"{key} ({names[own]})",
-        note="",
-        pixels={"image": jpeg_url(predicted.pixels(place))},
         panels=tuple(panels),
         rows=class_rows(maps, own, names, marks) if maps else (),
         tokens=tokens,

@@ -1,4 +1,4 @@
-"""The few images that a page shows, found by key in any source, decoded as training decodes them."""
+"""The images of a page, found by key in any source and decoded as in training."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from stl_offline.images.sources import open_source
 
 @dataclass(frozen=True)
 class FoundImage:
-    """One image of a source. position: its number in the source, which the loader draws its crops by; content_hash:
-    xxh3 of its bytes; load: gives RGB uint8 (H, W, 3)."""
+    """One image of a source. position: its number in the source, from which the loader derives its crops;
+    content_hash: xxh3 of its bytes; load: returns RGB uint8 (H, W, 3)."""
 
     position: int
     content_hash: int
@@ -26,18 +26,20 @@ class FoundImage:
 
 @dataclass(frozen=True)
 class FoundImages:
-    """Images by key, and the class list of the source that they are from."""
+    """Images by key, and the class list of their source."""
 
     class_names: tuple[str, ...]
     by_key: dict[str, FoundImage]
 
 
-# (source, keys, class names) → the images with these keys, as many as the source has.
+# (source, keys, class names) → the images with these keys, without those that the source lacks.
 FindImages = Callable[[str, Iterable[str], tuple[str, ...]], FoundImages]
 
 
 def find_images(spec: str | Path, keys: Iterable[str], class_names: tuple[str, ...]) -> FoundImages:
-    """The images with these keys, as many as the source has. Nothing is packed, and no other image is read.
+    """Find the images with these keys. Keys that the source lacks are left out.
+
+    Nothing is packed, and no other image is read.
 
     Args:
         spec: a .beton, or what `open_source` takes.
@@ -45,7 +47,7 @@ def find_images(spec: str | Path, keys: Iterable[str], class_names: tuple[str, .
         class_names: the class list that folders and tars are read with; a .beton has its own.
 
     Raises:
-        InputError: the source cannot be used, or an image is broken.
+        InputError: the source cannot be used, or an image is damaged.
     """
     wanted = set(keys)
     if Path(spec).suffix == ".beton":

@@ -1,6 +1,6 @@
-"""What trained models say of some images, and of each of their tokens.
+"""Predictions of trained models for some images and each of their tokens.
 
-B: batch; K: classes; N: tokens on the grid (h, w); k: classes kept of each token.
+B: batch; K: classes; N: tokens on the grid (h, w); k: classes kept per token.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from stl_offline.reports.runs import Run
 from stl_offline.reports.scene import TokenMap
 
 TOP_K = 5
-PIXELS = 256  # side of an image as it is kept
+PIXELS = 256  # side of an image on the page
 BATCH = 64
 
 
@@ -29,7 +29,7 @@ BATCH = 64
 class Predictions:
     """One run on some images.
 
-    class_ids: (n,) the class it gives each; confidence: (n,) with which probability; token_ids, token_probabilities:
+    class_ids: (n,) predicted classes; confidence: (n,) their probabilities; token_ids, token_probabilities:
     (n, h, w, k), best first, None for a model without a token head; class_names: of the run; truth: (n,) in these.
     """
 
@@ -48,7 +48,7 @@ class Predictions:
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """Several runs on the same images. sample_ids: (n,) positions in ``beton``; views: (n, 6), what models saw."""
+    """Several runs on the same images. sample_ids: (n,) positions in ``beton``; views: (n, 6), the models' input."""
 
     beton: Beton
     sample_ids: np.ndarray
@@ -61,7 +61,7 @@ class Predicted:
         return see_through(image, View.from_array(self.views[place]), (PIXELS, PIXELS))
 
     def tokens(self, run: int, place: int) -> TokenMap | None:
-        """What one run's tokens say of the image number ``place``; None without a token head."""
+        """One run's tokens of the image number ``place``; None without a token head."""
         predictions = self.runs[run]
         if predictions.token_ids is None:
             return None
@@ -71,27 +71,29 @@ class Predicted:
 def predict(
     runs: Sequence[Run], data: str, count: int, *, skip_broken: bool = False, device: str = "auto", workers: int = 0
 ) -> Predicted:
-    """Let runs classify ``count`` images, spread evenly over a data set.
+    """Classify ``count`` images, spread evenly over a data set, with several runs.
 
     Args:
         skip_broken: as of `ensure_beton`.
 
     Raises:
-        InputError: a run without weights, or runs with different class lists.
-        JoinError: images of classes that a run does not know.
+        InputError: a run has no weights, or runs have different class lists.
+        JoinError: images have classes that a run lacks.
     """
     beton = ensure_beton(data, skip_broken=skip_broken)
     sample_ids = np.unique(np.linspace(0, len(beton) - 1, min(count, len(beton))).astype(np.int64))
     views = center_views(beton.heights, beton.widths)
     found = tuple(_predict_one(run, beton, sample_ids, views, device, workers) for run in runs)
     if len({each.class_names for each in found}) > 1:
-        raise InputError("these runs have different class lists, so no examples can be compared; report them apart")
+        raise InputError(
+            "the runs have different class lists, so their examples cannot be compared; write one report per class list"
+        )
     return Predicted(beton, sample_ids, views[sample_ids], found)
 
 
 def choose_examples(predictions: Predictions, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Places of images that a run gets right (drawn at random) and wrong (those it is surest of), at most ``count``
-    of each."""
+    """Places of images that a run gets right (drawn at random) and wrong (most confident first), at most ``count`` of
+    each."""
     right = np.flatnonzero(predictions.right)
     drawn = np.random.default_rng(seed).choice(right, min(count, len(right)), replace=False)
     wrong = np.flatnonzero(~predictions.right)

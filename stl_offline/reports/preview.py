@@ -1,35 +1,35 @@
-"""``stl-offline labels preview``: a page and images of some labels of a label set."""
+"""``stl-offline labels preview``: a page and PNGs of some label maps of a label set."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from stl_offline.config import PreviewConfig
-from stl_offline.errors import InputError, JoinError
+from stl_offline.errors import InputError, JoinError, printable
 from stl_offline.geometry import CropSettings
 from stl_offline.labels.arrays import LabelMap, ShardArrays
 from stl_offline.labels.join import check_class_names, join
 from stl_offline.labels.label_set import LabelSet, open_label_set
+from stl_offline.palette import CONFIDENT, UNCONFIDENT, hex_color
+from stl_offline.reports.charts import Chart, ConfidenceCounts, confidence_chart, confidence_figure
 from stl_offline.reports.choose import Choice, Place, choose_labels
-from stl_offline.reports.colors import CONFIDENT, UNCONFIDENT, confidence_pixels, hex_color
 from stl_offline.reports.facts import label_set_facts
 from stl_offline.reports.find import FindImages, FoundImage
-from stl_offline.reports.histogram import ConfidenceCounts, confidence_figure, histogram_bars
-from stl_offline.reports.html import Article, page_data
-from stl_offline.reports.label_page import scene_article, scene_marks
-from stl_offline.reports.page import render_page, write_page
+from stl_offline.reports.html import Article, class_rows, page_data, render_page, token_data, write_page
+from stl_offline.reports.names import display_names
+from stl_offline.reports.panels import confidence_pixels, scene_marks, scene_panels
 from stl_offline.reports.png import label_figure
 from stl_offline.reports.scene import Scene, StudentSettings, make_scenes
 
-ROWS = 8  # of one PNG
+ROWS = 8  # label maps per PNG
 
 
 @dataclass(frozen=True)
 class PreviewReport:
-    """What was written. shown, asked: scenes on the page and those chosen; shards: how many were read."""
+    """What was written. shown, asked: label maps on the page and those chosen; shards: number of shards read."""
 
     page: Path
     figures: tuple[Path, ...]
@@ -41,16 +41,16 @@ class PreviewReport:
 
 
 def preview_labels(config: PreviewConfig, find_images: FindImages | None) -> PreviewReport:
-    """Write ``labels.html``, ``labels.png`` (and more, for many images) and ``confidence.png`` into ``config.out``.
+    """Write ``labels.html``, ``labels.png`` (and ``labels-2.png``, …) and ``confidence.png`` into ``config.out``.
 
-    Only the shards that hold the chosen labels are read, unless ``all_shards``.
+    Reads only the shards that hold the chosen labels, unless ``config.all_shards``.
 
     Args:
-        find_images: `stl_offline.reports.find.find_images`, which needs FFCV; None for labels alone.
+        find_images: `stl_offline.reports.find.find_images`, which needs FFCV; None shows labels without images.
 
     Raises:
-        StlError: a label set or images that cannot be used, keys without a label, images that are missing or have
-            changed, a page that does not fit into its size.
+        StlError: the label set or the images cannot be used, keys have no label, images are missing or have changed,
+            or a page of one image exceeds ``config.max_mb``.
     """
     label_set = open_label_set(config.path)
     _check_views(label_set, config.views)
@@ -61,15 +61,17 @@ def preview_labels(config: PreviewConfig, find_images: FindImages | None) -> Pre
     if find_images is not None:
         images = _join(label_set, choice, maps, find_images, config)
     scenes = _scenes(label_set, choice, maps, images, config)
+    names = display_names(label_set.spec.class_names)
     out = Path(config.out)
     figures = []
     for number, first in enumerate(range(0, len(scenes), ROWS), 1):
         name = "labels.png" if number == 1 else f"labels-{number}.png"
-        label_figure(scenes[first : first + ROWS], label_set.spec.class_names, out / name, config.threshold)
+        label_figure(scenes[first : first + ROWS], names, out / name, config.threshold)
         figures.append(out / name)
     note = _histogram_note(label_set, counts)
     confidence_figure(counts, note, out / "confidence.png")
-    page, shown, warnings = _fit(label_set, scenes, counts, note, choice, config)
+    histogram = confidence_chart(counts, note)
+    page, shown, warnings = _fit(label_set, scenes, names, histogram, choice, config)
     path = write_page(out / "labels.html", page)
     return PreviewReport(
         page=path,
@@ -85,11 +87,13 @@ def preview_labels(config: PreviewConfig, find_images: FindImages | None) -> Pre
 def _check_views(label_set: LabelSet, views: Sequence[int]) -> None:
     there = label_set.spec.views_per_image
     if max(views) >= there:
-        raise InputError(f"{label_set.place} holds {there} maps of each image, 0 to {there - 1}; got {max(views)}")
+        raise InputError(
+            f"{label_set.place} holds {there} label maps per image, 0 to {there - 1}; got the view {max(views)}"
+        )
 
 
 def _read(label_set: LabelSet, choice: Choice, counts: ConfidenceCounts, all_shards: bool) -> dict[Place, LabelMap]:
-    """The chosen label maps; every shard that is read is counted."""
+    """The chosen label maps. Adds every shard that is read to ``counts``."""
     maps = {}
     for shard in label_set.present if all_shards else choice.shards:
         arrays = label_set.read_shard(shard)
@@ -121,7 +125,7 @@ def _join(
     find_images: FindImages,
     config: PreviewConfig,
 ) -> dict[str, FoundImage]:
-    """The chosen labels' images by key, joined as training joins them: by key, contents compared."""
+    """The images of the chosen labels by key, joined as in training: by key, with content hashes compared."""
     keys = [maps[place].key for place in choice.places]
     found = find_images(config.data, keys, label_set.spec.class_names)
     check_class_names(label_set.spec.class_names, found.class_names)
@@ -129,12 +133,12 @@ def _join(
     if missing and (config.missing == "error" or len(missing) == len(keys)):
         raise JoinError(
             f"{len(missing):,} of the {len(keys):,} labels chosen have no image in {config.data}, for example "
-            f"{missing[0]!r}; is it another data set or root folder? Without --data labels are shown alone, and "
-            "--missing skip shows those of missing images so"
+            f"{missing[0]!r}; check that it is the labels' data set with the same root folder, pass --missing skip to "
+            "show these labels without images, or leave --data out to show all labels without images"
         )
     there = [key for key in keys if key in found.by_key]
     hashes = np.array([found.by_key[key].content_hash for key in there], dtype=np.uint64)
-    # Of a part of the set: no other shard is looked into.
+    # A partial set, so that no other shard is opened.
     part = LabelSet(label_set.storage, label_set.manifest, choice.shards)
     join(part, there, hashes, found.class_names, allow_changed=config.allow_changed)
     return found.by_key
@@ -160,78 +164,104 @@ def _scenes(
     return scenes
 
 
+def scene_article(scene: Scene, class_names: Sequence[str], threshold: float, marks: Mapping[int, str]) -> Article:
+    """One label map as a part of the page."""
+    key = printable(scene.key)
+    tokens, tables = {"map": token_data(scene.tokens, scene.view)}, {"map": "label map"}
+    if scene.student is not None:
+        tokens["student"] = token_data(scene.student, scene.student_view)
+        tables["student"] = "student's crop"
+    return Article(
+        key=key,
+        title=key if scene.whole else f"{key}, crop {scene.view_index}",
+        note="" if scene.image is not None else "The image is not available. Only its labels are shown.",
+        panels=tuple(scene_panels(scene, class_names, threshold)),
+        rows=class_rows([scene.tokens], scene.class_id, class_names, marks),
+        tokens=tokens,
+        own=scene.class_id,
+        tables=tables,
+        caption=_caption(scene, threshold),
+    )
+
+
+def _caption(scene: Scene, threshold: float) -> str:
+    tokens = scene.tokens
+    own = tokens.own(scene.class_id)
+    confident = own & (tokens.confidence >= threshold)
+    text = (
+        f"{own.sum()} of {own.size} tokens have the image's class as their most probable one, "
+        f"{confident.sum()} of them confidently. The draw keeps the most probable class of {tokens.kept.sum()} tokens"
+    )
+    if scene.student is not None:
+        return f"{text}, and of {scene.student.kept.sum()} under the student's crop."
+    return f"{text}. Students replay this crop and get these labels bit for bit."
+
+
 def _fit(
     label_set: LabelSet,
     scenes: Sequence[Scene],
-    counts: ConfidenceCounts,
-    note: str,
+    names: Sequence[str],
+    histogram: Chart,
     choice: Choice,
     config: PreviewConfig,
 ) -> tuple[bytes, int, tuple[str, ...]]:
-    """The page with as many scenes as its size allows, how many these are, and what to say about it."""
-    names, marks = label_set.spec.class_names, scene_marks(scenes)
+    """(page, label maps on it, warnings): the page with as many label maps as its size allows."""
+    marks = scene_marks(scenes)
     articles = [scene_article(scene, names, config.threshold, marks) for scene in scenes]
     warnings: tuple[str, ...] = ()
     limit = config.max_mb * 1e6
     while True:
-        page = _render(label_set, articles, counts, note, choice, config, warnings, marks)
+        values = _page_values(label_set, articles, names, choice, config)
+        data = page_data(articles, names, marks)
+        page = render_page("labels.html", warnings=warnings, histogram=histogram, data=data, **values)
         if len(page) <= limit:
             return page, len(articles), warnings
         if len(articles) == 1:
-            raise InputError(f"one image alone makes a page of {len(page) / 1e6:.1f} MB; --max-mb allows more")
-        # Parts differ little in size; one more round takes what is still too much.
+            raise InputError(
+                f"a page of one image takes {len(page) / 1e6:.1f} MB, more than the {config.max_mb:g} MB allowed; "
+                "raise --max-mb"
+            )
+        # Articles differ little in size; another round removes what is still too much.
         articles = articles[: max(1, min(len(articles) - 1, int(len(articles) * limit / len(page))))]
         warnings = (
-            f"The page shows {len(articles)} of the {len(scenes)} chosen: more would not fit into "
-            f"{config.max_mb:g} MB. --max-mb allows a larger page; the PNGs show all.",
+            f"The page shows {len(articles)} of the {len(scenes)} label maps chosen: more would exceed "
+            f"{config.max_mb:g} MB. Raise --max-mb to show more; the PNGs show all.",
         )
 
 
-def _render(
-    label_set: LabelSet,
-    articles: Sequence[Article],
-    counts: ConfidenceCounts,
-    note: str,
-    choice: Choice,
-    config: PreviewConfig,
-    warnings: tuple[str, ...],
-    marks: dict[int, str],
-) -> bytes:
-    spec = label_set.spec
-    shown = Counter(row.class_id for article in articles for row in article.rows)
-    classes = sorted((spec.class_names[class_id].lower(), class_id) for class_id in shown if class_id >= 0)
-    crop = "Students of this label set replay its crops, and get exactly these labels."
-    if spec.views["kind"] == "whole":
+def _page_values(
+    label_set: LabelSet, articles: Sequence[Article], names: Sequence[str], choice: Choice, config: PreviewConfig
+) -> dict[str, Any]:
+    """What the template ``labels.html`` shows, besides the histogram and the tokens."""
+    shown = {row.class_id for article in articles for row in article.rows if row.class_id >= 0}
+    crop = "Students of this label set replay its crops and get exactly these labels."
+    if label_set.spec.views["kind"] == "whole":
         crop = (
             f"The student's crop is the one that a student with --seed {config.student_seed} gets in epoch "
-            f"{config.epoch + 1}, and its labels are the label map seen through it."
+            f"{config.epoch + 1}. Its labels are the label map sampled under that crop."
         )
-    return render_page(
-        "labels.html",
-        title=f"Label set {Path(config.path).name or config.path}",
-        shown=_shown(label_set, articles, choice, config),
-        warnings=warnings,
-        articles=articles,
-        classes=[(class_id, spec.class_names[class_id]) for _, class_id in classes],
-        look={
+    return {
+        "title": f"Label set {printable(Path(config.path).name or config.path)}",
+        "shown": _shown(label_set, articles, choice, config),
+        "articles": articles,
+        "classes": sorted(((class_id, names[class_id]) for class_id in shown), key=lambda each: each[1].lower()),
+        "look": {
             "confident": hex_color(CONFIDENT),
             "unconfident": hex_color(UNCONFIDENT),
             "threshold": f"{config.threshold:g}",
             "scale": ["rgb({}, {}, {})".format(*color) for color in confidence_pixels(np.linspace(0, 1, 9)).tolist()],
             "student": crop,
         },
-        histogram=histogram_bars(counts, note),
-        facts=label_set_facts(label_set),
-        data=page_data(articles, spec.class_names, marks),
-    )
+        "facts": label_set_facts(label_set),
+    }
 
 
 def _shown(label_set: LabelSet, articles: Sequence[Article], choice: Choice, config: PreviewConfig) -> str:
-    among = f"{choice.found:,} labels" + (" that the keys fit" if config.keys else "")
+    among = f"{choice.found:,} labels" + (" that match the keys" if config.keys else "")
     how = f"drawn at random from {among} (seed {config.seed})" if choice.found > len(choice.places) else f"of {among}"
-    alone = "" if config.data else "; no images were given, so labels stand alone"
+    alone = "" if config.data else " No images were given: labels are shown alone."
     maps = "label map" if len(articles) == 1 else "label maps"
-    return f"{len(articles)} {maps} {how}, from {label_set.place}{alone}."
+    return f"{len(articles)} {maps} {how}, from {label_set.place}.{alone}"
 
 
 def _histogram_note(label_set: LabelSet, counts: ConfidenceCounts) -> str:

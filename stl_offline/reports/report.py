@@ -8,16 +8,14 @@ from typing import Any
 from stl_offline.config import ReportConfig
 from stl_offline.errors import InputError
 from stl_offline.labels.label_set import LabelSet, open_label_set
-from stl_offline.reports.charts import Chart, Series, line_chart
-from stl_offline.reports.examples import ExampleGroup, example_groups, numbered, page_of
+from stl_offline.reports.charts import DASHES, Chart, Series, line_chart
+from stl_offline.reports.examples import Examples, make_examples
 from stl_offline.reports.facts import label_set_facts
-from stl_offline.reports.page import render_page, write_page
-from stl_offline.reports.predictions import Predicted, predict
+from stl_offline.reports.html import render_page, write_page
+from stl_offline.reports.predictions import predict
 from stl_offline.reports.runs import Run, read_runs, setting_rows
 
-STYLES = 6  # line styles that the page's CSS has
-
-# Title, axis label with its unit, name in the log, how it is written.
+# Title, axis label with its unit, name in the log, format of its values.
 CURVES = (
     ("Loss", "loss (nats)", "loss", ".3f"),
     ("Class loss", "class loss (nats)", "class_loss", ".3f"),
@@ -31,7 +29,7 @@ CURVES = (
 
 @dataclass(frozen=True)
 class RunReport:
-    """What was written. warnings: what was left out, and why."""
+    """What was written. warnings: what was left out and why."""
 
     page: Path
     bytes: int
@@ -41,7 +39,7 @@ class RunReport:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table of results. better: 1 where more is better, −1 where less is, 0 where neither."""
+    """A column of the table of results. better: 1 where higher is better, −1 where lower is, 0 for neither."""
 
     head: str
     value: Callable[[Run], float | None]
@@ -54,7 +52,7 @@ COLUMNS = (
     Column("top-5", lambda run: run.result("top5"), "{:.2%}".format, 1),
     Column("token top-1", lambda run: run.result("token_top1"), "{:.2%}".format, 1),
     Column("top-1, not averaged", lambda run: run.result("top1_not_averaged"), "{:.2%}".format, 1),
-    # Losses of runs with and without token labels are not comparable: none is called the best.
+    # Losses of runs with and without token labels are not comparable, so none is marked as the best.
     Column("loss", lambda run: run.result("loss"), "{:.3f}".format),
     Column("training", lambda run: run.total("seconds") or None, "{:,.0f} s".format),
     Column("images / s", lambda run: _throughput(run), "{:,.1f}".format, 1),
@@ -66,37 +64,40 @@ def report_runs(config: ReportConfig) -> RunReport:
     """Write the page.
 
     Raises:
-        StlError: no run there, damaged files, images that do not fit, a page that does not fit into its size.
+        StlError: a folder holds no run, files are damaged, images do not belong to the runs, or the page exceeds
+            ``config.max_mb`` even without examples.
     """
     runs = read_runs(config.runs)
     warnings = [f"{run.name}: {note}" for run in runs for note in run.notes]
     warnings += [f"{run.name} is {run.status}" for run in runs if run.summary is None]
-    sets = [open_label_set(place) for place in config.labels]
-    predicted = _predict(runs, config, warnings)
-    groups = example_groups(predicted[0], predicted[1], config.examples, config.seed) if predicted else []
+    values = _page_values(runs, [open_label_set(place) for place in config.labels])
+    examples = _make_examples(runs, config, warnings)
     limit = config.max_mb * 1e6
+    cut: tuple[str, ...] = ()
     while True:
-        groups = numbered(groups)
-        page = _render(runs, groups, sets, warnings, config)
+        shown = {"groups": examples.groups, "note": _examples_note(examples, config)}
+        page = render_page("report.html", warnings=(*warnings, *cut), examples=shown, data=examples.data, **values)
         if len(page) <= limit:
             break
-        if not any(group.articles for group in groups):
-            raise InputError(f"the page is {len(page) / 1e6:.1f} MB without examples; --max-mb allows more")
-        groups = [group.without_last() for group in groups]
-        text = f"Fewer examples than asked for are shown: more would not fit into {config.max_mb:g} MB (--max-mb)."
-        warnings = [*(line for line in warnings if line != text), text]
+        if not examples.groups:
+            raise InputError(
+                f"the page takes {len(page) / 1e6:.1f} MB without examples, more than the {config.max_mb:g} MB "
+                "allowed; raise --max-mb"
+            )
+        examples = examples.shorter()
+        cut = (f"Fewer examples than requested are shown: more would exceed {config.max_mb:g} MB (--max-mb).",)
     path = write_page(config.out, page)
-    return RunReport(path, len(page), sum(len(group.articles) for group in groups), tuple(warnings))
+    return RunReport(path, len(page), len(examples.articles), (*warnings, *cut))
 
 
-def _predict(runs: Sequence[Run], config: ReportConfig, warnings: list[str]) -> tuple[list[Run], Predicted] | None:
+def _make_examples(runs: Sequence[Run], config: ReportConfig, warnings: list[str]) -> Examples:
     if config.data is None or config.examples == 0:
-        return None
+        return Examples()
     able = [run for run in runs if (run.path / "weights.safetensors").is_file()]
-    warnings += [f"{run.name} has no weights yet, and so no examples" for run in runs if run not in able]
+    warnings += [f"{run.name} has no weights yet and is left out of the examples" for run in runs if run not in able]
     if not able:
-        return None
-    return able, predict(
+        return Examples()
+    predicted = predict(
         able,
         config.data,
         config.predict,
@@ -104,34 +105,31 @@ def _predict(runs: Sequence[Run], config: ReportConfig, warnings: list[str]) -> 
         device=config.device,
         workers=config.workers,
     )
+    return make_examples(able, predicted, config.examples, config.seed)
 
 
-def _render(
-    runs: Sequence[Run],
-    groups: Sequence[ExampleGroup],
-    sets: Sequence[LabelSet],
-    warnings: Sequence[str],
-    config: ReportConfig,
-) -> bytes:
+def _page_values(runs: Sequence[Run], sets: Sequence[LabelSet]) -> dict[str, Any]:
+    """What the template ``report.html`` shows, besides warnings and examples."""
     differ, same = setting_rows(runs)
     if len(runs) == 1:
         differ, same = [(name, [value]) for name, value in same], []
     names = ", ".join(run.name for run in runs)
-    return render_page(
-        "report.html",
-        title=f"Report of {names}" if len(runs) < 4 else f"Report of {len(runs)} runs",
-        shown=_shown(runs),
-        warnings=warnings,
-        results=_results(runs),
-        runs=[
-            {"name": run.name, "number": number % STYLES, "labels": _labels(run, sets)}
+    return {
+        "title": f"Report of {names}" if len(runs) < 4 else f"Report of {len(runs)} runs",
+        "shown": _shown(runs),
+        "results": _results(runs),
+        "runs": [
+            {
+                "name": run.name,
+                "color": f"var(--s{number % len(DASHES)})",
+                "dashes": " ".join(map(str, DASHES[number % len(DASHES)])),
+                "labels": _labels(run, sets),
+            }
             for number, run in enumerate(runs)
         ],
-        charts=_charts(runs),
-        settings={"rows": differ, "same": same},
-        examples={"groups": groups, "note": _examples_note(groups, config)},
-        data=page_of(groups),
-    )
+        "charts": _charts(runs),
+        "settings": {"rows": differ, "same": same},
+    }
 
 
 def _shown(runs: Sequence[Run]) -> str:
@@ -158,7 +156,7 @@ def _results(runs: Sequence[Run]) -> dict[str, Any]:
 def _charts(runs: Sequence[Run]) -> list[Chart]:
     charts = []
     for title, label, name, form in CURVES:
-        series = [Series(run.name, number % STYLES, run.points(name)) for number, run in enumerate(runs)]
+        series = [Series(run.name, number % len(DASHES), run.points(name)) for number, run in enumerate(runs)]
         chart = line_chart(title, "epoch", label, series, form)
         if chart is not None:
             charts.append(chart)
@@ -169,29 +167,29 @@ def _labels(run: Run, sets: Sequence[LabelSet]) -> dict[str, str]:
     labels = run.data.get("labels")
     if not isinstance(labels, dict) or labels.get("kind", "none") == "none":
         if run.stage == "labeler":
-            return {"labels": "none: a labeler learns from class labels, its tokens from their mean"}
-        return {"labels": "none: the token head was not trained, and what its tokens say means nothing"}
+            return {"labels": "none: a labeler is trained on class labels, its tokens through their mean"}
+        return {"labels": "none: the token head was not trained, so its token predictions are meaningless"}
     facts = {name: str(value) for name, value in labels.items() if not name.startswith("fingerprint")}
     fingerprints = labels.get("fingerprints") or [labels.get("fingerprint")]
     for position, fingerprint in enumerate(fingerprints, 1):
         prefix = f"set {position}: " if len(fingerprints) > 1 else ""
         known = next((each for each in sets if each.fingerprint == fingerprint), None)
-        said = {"label set": known.place} | label_set_facts(known) if known else {"fingerprint": str(fingerprint)}
-        facts |= {prefix + name: text for name, text in said.items() if fingerprint}
+        found = {"label set": known.place} | label_set_facts(known) if known else {"fingerprint": str(fingerprint)}
+        facts |= {prefix + name: text for name, text in found.items() if fingerprint}
     return facts
 
 
-def _examples_note(groups: Sequence[ExampleGroup], config: ReportConfig) -> str:
-    if not groups:
-        return "None: --data SRC names the images (such as the validation images) to show some of."
+def _examples_note(examples: Examples, config: ReportConfig) -> str:
+    if not examples.groups:
+        return "None. Pass --data SRC, such as the validation images, to show some."
     return (
-        f"From {config.data}. What the models say of each token, and of the whole. Point at a token, tap it, or go "
-        "there with Tab and the arrow keys to see its most probable classes."
+        f"From {config.data}. Predictions for the whole image and for each of its tokens. Point at a token, tap it, or "
+        "move to it with Tab and the arrow keys to see its most probable classes."
     )
 
 
 def _throughput(run: Run) -> float | None:
-    """Images a second over all epochs."""
+    """Images per second over all epochs."""
     seconds = run.total("seconds")
     images = sum(
         rate * time
@@ -202,6 +200,6 @@ def _throughput(run: Run) -> float | None:
 
 
 def _waiting(run: Run) -> float | None:
-    """The share of the time in which training waited for images."""
+    """Share of the training time spent waiting for images."""
     seconds, known = run.total("seconds"), any(value is not None for _, value in run.points("data_wait_seconds"))
     return run.total("data_wait_seconds") / seconds if seconds and known else None

@@ -1,4 +1,4 @@
-"""What a training run left behind, read for looking at it: finished or not, whole or a little damaged.
+"""The files of a training run, read for its report: finished or not, intact or with damaged log lines.
 
 The files are those of `stl_offline.training.run_folder`; reading them needs no torch.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stl_offline.errors import FormatError, InputError
+from stl_offline.errors import FormatError, InputError, printable
 
 _ABSENT = "–"
 
@@ -19,9 +19,9 @@ _ABSENT = "–"
 class Run:
     """One run.
 
-    name: its folder's name (with as much of the path as tells runs apart); stage: "labeler" or "student"; settings,
-    data, versions: of ``config.json``; history: one entry an epoch, in order; summary: the result, or None where the
-    run is not finished; notes: what is wrong with its files.
+    name: its folder's name, with as much of the path as distinguishes the runs; stage: "labeler" or "student";
+    settings, data, versions: of ``config.json``; history: one entry per epoch, in order; summary: the result, None if
+    the run is not finished; notes: faults of its files.
     """
 
     path: Path
@@ -36,12 +36,12 @@ class Run:
 
     @property
     def epochs(self) -> int:
-        """Epochs that it was meant to have; 0 where its settings do not say."""
+        """Epochs set for it; 0 where its settings have none."""
         return int(self.settings.get("epochs") or 0)
 
     @property
     def status(self) -> str:
-        """Finished, or how far it came."""
+        """Finished, or how many epochs of how many."""
         if self.summary is not None:
             return "finished"
         return f"unfinished, {len(self.history)} of {self.epochs} epochs"
@@ -66,16 +66,16 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """Read runs.
 
     Raises:
-        InputError: no run there, or the same one twice.
-        FormatError: a ``config.json`` or ``summary.json`` that is no JSON object.
+        InputError: a folder holds no run, or is given twice.
+        FormatError: ``config.json`` or ``summary.json`` is not a JSON object.
     """
     places = [Path(path) for path in paths]
     for place in places:
         if not (place / "config.json").is_file():
-            what = "is no folder" if not place.is_dir() else "holds no config.json"
-            raise InputError(f"{place} is no run: it {what}; give the folder that --out named when it was trained")
+            what = "is not a folder" if not place.is_dir() else "holds no config.json"
+            raise InputError(f"{place} is not a run: it {what}; pass the folder that training wrote (--out)")
     if len({place.resolve() for place in places}) < len(places):
-        raise InputError("the same run is named twice; name each once")
+        raise InputError("the same run is given twice; pass each run once")
     return [_read_run(place, name) for place, name in zip(places, _names(places), strict=True)]
 
 
@@ -105,7 +105,7 @@ def _read_run(place: Path, name: str) -> Run:
     history = _read_log(place / "log.jsonl", notes)
     summary = _read_object(place / "summary.json") if (place / "summary.json").is_file() else None
     if (place / "not-finite.json").is_file() and summary is None:
-        notes.append("its loss was not finite; not-finite.json has the batch")
+        notes.append("the loss was not finite; the batch is recorded in not-finite.json")
     return Run(
         path=place,
         name=name,
@@ -130,9 +130,9 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_log(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
-    """Each epoch's entry. Lines that are broken are left out and noted; of an epoch that is there twice, the last."""
+    """One entry per epoch. Broken lines are skipped and noted; the last entry of an epoch counts."""
     if not path.is_file():
-        notes.append("no epoch has ended yet" if path.parent.is_dir() else "it has no log")
+        notes.append("no epoch has finished yet" if path.parent.is_dir() else "it has no log")
         return ()
     entries: dict[int, dict[str, Any]] = {}
     broken = []
@@ -146,7 +146,7 @@ def _read_log(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
             broken.append(line_number)
     if broken:
         lines = ", ".join(map(str, broken[:5])) + (", …" if len(broken) > 5 else "")
-        notes.append(f"{len(broken)} of the lines of {path.name} are broken and left out (line {lines})")
+        notes.append(f"{len(broken)} lines of {path.name} are broken and were skipped (line {lines})")
     return tuple(entries[epoch] for epoch in sorted(entries))
 
 
@@ -160,11 +160,11 @@ def _names(places: Sequence[Path]) -> list[str]:
         names = ["/".join(each[-depth:]) for each in parts]
         if len(set(names)) == len(names):
             break
-    return names
+    return [printable(name) for name in names]
 
 
 def _flatten(run: Run) -> dict[str, Any]:
-    """Everything that a run's configuration says, in one level."""
+    """A run's whole configuration, in one level."""
     flat = {"stage": run.stage} | run.settings
     for name, value in run.data.items():
         if name == "class_names":

@@ -1,7 +1,7 @@
-"""What there is to see of a label: the image, its tokens, one draw, and the same under a student's crop.
+"""What a label map shows: the image, its tokens, one draw, and the same under a student's crop.
 
 All of it goes through the code that training uses: crops (`stl_offline.geometry`), alignment (`stl_offline.targets`)
-and draws (`stl_offline.targets`), with the sample's number, so a page shows what a student with that seed gets in that
+and draws (`stl_offline.targets`), with the sample's number. So a page shows what a student with that seed gets in that
 epoch.
 
 H, W: pixels; Gh, Gw: a label map's grid; k: its stored classes; N: tokens.
@@ -39,10 +39,10 @@ class TokenMap:
     """Tokens, and the pixels beneath.
 
     class_ids: (Gh, Gw, k), best first, −1 where there is none; probabilities: (Gh, Gw, k); drawn: (Gh, Gw), the class
-    of one Gumbel draw, −1: none; pixels: uint8 (H, W, 3) or None; aspect: width / height of what the grid covers.
+    of one Gumbel draw, −1 for none; pixels: uint8 (H, W, 3) or None; aspect: width / height of what the grid covers.
 
     Raises:
-        InputError: shapes that do not fit each other.
+        InputError: shapes that do not match.
     """
 
     class_ids: np.ndarray
@@ -54,13 +54,13 @@ class TokenMap:
     def __post_init__(self) -> None:
         if self.class_ids.ndim != 3 or self.class_ids.shape != self.probabilities.shape:
             raise InputError(
-                f"tokens are (Gh, Gw, k) class ids and probabilities, got {self.class_ids.shape} and "
+                f"class ids and probabilities must both be (Gh, Gw, k), got {self.class_ids.shape} and "
                 f"{self.probabilities.shape}"
             )
         if self.drawn is not None and self.drawn.shape != self.grid:
-            raise InputError(f"a draw has a class for each token {self.grid}, got {self.drawn.shape}")
+            raise InputError(f"a draw must have one class per token {self.grid}, got {self.drawn.shape}")
         if self.pixels is not None and (self.pixels.dtype != np.uint8 or self.pixels.shape[2:] != (3,)):
-            raise InputError(f"pixels are uint8 (H, W, 3), got {self.pixels.dtype} {self.pixels.shape}")
+            raise InputError(f"pixels must be uint8 (H, W, 3), got {self.pixels.dtype} {self.pixels.shape}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -69,7 +69,7 @@ class TokenMap:
 
     @property
     def best(self) -> np.ndarray:
-        """(Gh, Gw): each token's most probable class, −1: none."""
+        """(Gh, Gw): each token's most probable class, −1 for none."""
         return self.class_ids[..., 0]
 
     @property
@@ -83,18 +83,18 @@ class TokenMap:
         return (self.drawn == self.best) & (self.best >= 0)
 
     def own(self, class_id: int) -> np.ndarray:
-        """bool (Gh, Gw): the foreground, tokens that say the image's own class."""
+        """bool (Gh, Gw): the foreground, tokens whose most probable class is the image's own."""
         return self.best == class_id
 
     @cached_property
     def shares(self) -> Counter[int]:
-        """Class id → tokens that say it."""
+        """Class id → number of tokens with this most probable class."""
         return Counter(self.best.ravel().tolist())
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One label map and what a student gets of it.
+    """One label map, and the tokens that a student gets from it.
 
     view: what the labeler saw of the image; view_index: which of the label set's maps; tokens: its tokens, over the
     labeler's pixels; student_view, student: a student's crop and its tokens; None where students replay ``view``.
@@ -115,7 +115,7 @@ class Scene:
         return self.view == View.identity()
 
     def all_tokens(self) -> Counter[int]:
-        """Class id → tokens that say it, in the label map or under the student's crop."""
+        """Class id → number of its tokens in the label map and under the student's crop."""
         counts = Counter(self.tokens.shares)
         return counts + self.student.shares if self.student is not None else counts
 
@@ -131,7 +131,7 @@ def make_scenes(
     """A scene for each of the chosen maps of one label.
 
     Args:
-        image: uint8 (H, W, 3), or None where only the labels are at hand.
+        image: uint8 (H, W, 3), or None to show the labels alone.
         sample_id: the image's number in the data set, which its crops and draws depend on.
     """
     height, width = (spec.preprocessing["height"], spec.preprocessing["width"])
@@ -167,7 +167,7 @@ def make_scenes(
 def _seen(
     image: np.ndarray | None, view: View, spec: LabelSpec, size: tuple[int, int]
 ) -> tuple[np.ndarray | None, float]:
-    """The pixels under a label map, and their shape: the image itself, or the crop as the labeler saw it."""
+    """(pixels, aspect) under a label map: the image itself, or the crop as the labeler saw it."""
     if view == View.identity():
         return image, size[1] / size[0]
     aspect = spec.preprocessing["width"] / spec.preprocessing["height"]

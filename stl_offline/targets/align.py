@@ -9,8 +9,8 @@ output cell; s: sampling ratio; u to the right, v down, both in [0, 1].
 """
 
 import numpy as np
-from numba import njit
 
+from stl_offline.compiled import njit
 from stl_offline.errors import InputError
 from stl_offline.geometry import WHOLE_MAP, View, holds_map, is_identity, is_in_window, is_within
 
@@ -78,7 +78,7 @@ def roi_align_topk(
     return out_ids, out_probabilities, out_covered
 
 
-@njit(cache=True, nogil=True)
+@njit
 def neighbours(position, cells):
     """The two cells around a unit coordinate along one axis, and the second one's bilinear weight; border clamped."""
     at = min(max(position * cells - 0.5, 0.0), cells - 1.0)
@@ -86,7 +86,7 @@ def neighbours(position, cells):
     return low, min(low + 1, cells - 1), at - low
 
 
-@njit(cache=True, nogil=True)
+@njit
 def roi_align_topk_into(
     class_ids,
     probabilities,
@@ -180,7 +180,7 @@ def roi_align_topk_into(
             out_covered[row, column] = covered * share
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _align_crop(
     class_ids, probabilities, r00, r02, r11, r12, window, s, scratch, touched, out_ids, out_probabilities, out_covered
 ):
@@ -212,7 +212,7 @@ def _align_crop(
             out_covered[row, column] = row_covered[row] * column_covered[column]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _axis_weights(scale, shift, start, end, s, outputs, cells):
     """Along one axis, the map cells under each output cell: (outputs, 2s) indices and float32 weights, how many of
     them, and the share of samples that lie between ``start`` and ``end``, the window's edges."""
@@ -245,7 +245,7 @@ def _axis_weights(scale, shift, start, end, s, outputs, cells):
     return indices, weights, counts, covered
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _copy_cell(ids, probabilities, out_ids, out_probabilities):
     """The first m entries as they are stored; a stable sort, in case that they are not by descending probability."""
     kept = len(out_ids)
@@ -261,7 +261,7 @@ def _copy_cell(ids, probabilities, out_ids, out_probabilities):
         out_probabilities[place] = 0.0
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _keep_best(scratch, touched, count, row, column, out_ids, out_probabilities):
     """The m classes with the highest sums into an output cell, and zeros back into the scratch row.
 
@@ -295,7 +295,7 @@ def _keep_best(scratch, touched, count, row, column, out_ids, out_probabilities)
         out_probabilities[row, column, place] = 0.0
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _insert(class_id, probability, place, filled, kept, out_ids, out_probabilities):
     """Put an entry at its place in a list of at most ``kept``; gives the new length."""
     if place >= kept:

@@ -1,4 +1,4 @@
-"""What a student's tokens should say, drawn from one label map seen through the student's view.
+"""The targets of a student's tokens, from one label map seen through the student's view.
 
 A map is a grid of top-k class probabilities; what they leave out of 1 is the residual. A student's token is the mean
 of s×s bilinear sample points of the map (`stl_offline.targets.align`). Three kinds of target:
@@ -9,23 +9,39 @@ of s×s bilinear sample points of the map (`stl_offline.targets.align`). Three k
 - ``soft``: the m most probable classes of the mixture, with their probabilities.
 - ``argmax``: the most probable class, weighted by the share of the token that lies on the map.
 
-Gh, Gw: the map's grid; k: its stored classes; K: classes; h, w: the student's grid, N = h·w tokens; m: targets a
-token. A target's id −1 with a weight above zero means that weight spread evenly over all K classes; −1 with weight 0
-means nothing.
+Gh, Gw: the map's grid; k: its stored classes; K: classes; h, w: the student's grid, N = h·w tokens; m: classes kept
+by "soft"; T: targets per token. A target with id −1 and a weight above zero is that weight spread evenly over all K
+classes; −1 with weight 0 is no target.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from stl_offline.compiled import njit, read_only
 from stl_offline.errors import InputError
 from stl_offline.geometry import WHOLE_MAP, holds_map, is_identity, is_in_window
 from stl_offline.random import STREAM_TOKEN, random_bits, unit_interval
 from stl_offline.targets.align import neighbours, roi_align_topk_into
 
-KINDS = ("gumbel", "soft", "argmax")
+
+class Kind(NamedTuple):
+    """How a kind of target is made.
+
+    is_drawn: one class is drawn and the mixture is never formed; lists_classes: m classes of the mixture are given,
+    not one.
+    """
+
+    is_drawn: bool
+    lists_classes: bool
+
+
+KINDS = {
+    "gumbel": Kind(is_drawn=True, lists_classes=False),
+    "soft": Kind(is_drawn=False, lists_classes=True),
+    "argmax": Kind(is_drawn=False, lists_classes=False),
+}
 RESIDUALS = ("ignore", "uniform")
 
 
@@ -33,10 +49,17 @@ RESIDUALS = ("ignore", "uniform")
 class TokenTargets:
     """Which token targets a student gets.
 
-    kind: "gumbel", "soft" or "argmax"; grid: the student's (h, w); m: classes kept by "soft" (the others give one);
-    sampling_ratio: s, sample points along each side of a token; residual: what becomes of mass outside the known
-    classes, "ignore" (it asks for nothing) or "uniform" (spread evenly over all classes); min_confidence: tokens
-    whose nearest map cell has a lower confidence get no target.
+    Args:
+        kind: "gumbel", "soft" or "argmax".
+        grid: the student's token grid (h, w).
+        m: classes kept by "soft"; the other kinds give one.
+        sampling_ratio: s, sample points along each side of a token.
+        residual: what becomes of the mass outside the known classes: "ignore" (no target) or "uniform" (spread evenly
+            over all classes).
+        min_confidence: tokens whose nearest map cell has a lower confidence get no target.
+
+    Raises:
+        InputError: a value out of its range.
     """
 
     kind: str
@@ -48,13 +71,13 @@ class TokenTargets:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise InputError(f"token targets are one of {', '.join(KINDS)}; got {self.kind!r}")
+            raise InputError(f"the kind of token targets must be one of {', '.join(KINDS)}; got {self.kind!r}")
         if self.residual not in RESIDUALS:
-            raise InputError(f"the residual is one of {', '.join(RESIDUALS)}; got {self.residual!r}")
+            raise InputError(f"residual must be one of {', '.join(RESIDUALS)}; got {self.residual!r}")
         if len(self.grid) != 2 or min(*self.grid, self.m, self.sampling_ratio) < 1:
-            raise InputError(f"grid, m and sampling ratio must be positive, got {self}")
+            raise InputError(f"grid, m and sampling_ratio must be positive, got {self}")
         if not 0 <= self.min_confidence <= 1:
-            raise InputError(f"a confidence lies in [0, 1], got {self.min_confidence}")
+            raise InputError(f"min_confidence must lie in [0, 1], got {self.min_confidence}")
 
     @property
     def tokens(self) -> int:
@@ -62,16 +85,24 @@ class TokenTargets:
         return self.grid[0] * self.grid[1]
 
     @property
-    def kept(self) -> int:
-        """Classes of the aligned mixture that are looked at."""
-        return self.m if self.kind == "soft" else 1
+    def is_drawn(self) -> bool:
+        """Whether a class is drawn; otherwise the mixture is formed."""
+        return KINDS[self.kind].is_drawn
 
     @property
-    def columns(self) -> int:
-        """Targets a token: m, and one more for the residual of "soft" where that is spread evenly."""
-        if self.kind != "soft":
-            return 1
-        return self.m + (self.residual == "uniform")
+    def best_only(self) -> bool:
+        """Whether of a mixture only the most probable class is given."""
+        return not KINDS[self.kind].lists_classes
+
+    @property
+    def kept(self) -> int:
+        """Classes of the mixture that are kept."""
+        return 1 if self.best_only else self.m
+
+    @property
+    def targets_per_token(self) -> int:
+        """T: m for "soft", and one more for a residual that is spread evenly; 1 for the other kinds."""
+        return self.kept + (not self.best_only and self.residual == "uniform")
 
 
 def token_targets(
@@ -90,26 +121,25 @@ def token_targets(
     """One sample's token targets, as the loader makes them.
 
     Args:
-        targets: what to give.
+        targets: which targets to give.
         class_ids, probabilities: (Gh, Gw, k); confidence: (Gh, Gw); the label map.
         relative_view: (2, 3), from the student's unit coordinates to the map's.
         num_classes: K.
-        seed, epoch, sample_id: what the draws depend on.
+        seed, epoch, sample_id: the draws are a pure function of these.
         window: (left, right, top, bottom) of what the student can see of the map, in the map's unit coordinates.
 
     Returns:
-        ids (N, columns) int32 and weights (N, columns) float32.
+        ids (N, T) int32 and weights (N, T) float32.
     """
-    ids = np.empty((targets.tokens, targets.columns), dtype=np.int32)
-    weights = np.empty((targets.tokens, targets.columns), dtype=np.float32)
-    # Writable arrays all have one type in compiled code, so that what is compiled here serves the loader, too.
-    class_ids = np.require(class_ids, requirements="CW")
-    probabilities = np.require(probabilities, np.float32, "CW")
+    ids = np.empty((targets.tokens, targets.targets_per_token), dtype=np.int32)
+    weights = np.empty((targets.tokens, targets.targets_per_token), dtype=np.float32)
+    class_ids = read_only(class_ids)
+    probabilities = read_only(probabilities, np.float32)
     relative = np.array(relative_view, dtype=np.float64).ravel()
     window = tuple(float(edge) for edge in window)
-    out_ids = ids.reshape(*targets.grid, targets.columns)
-    out_weights = weights.reshape(*targets.grid, targets.columns)
-    if targets.kind == "gumbel":
+    out_ids = ids.reshape(*targets.grid, targets.targets_per_token)
+    out_weights = weights.reshape(*targets.grid, targets.targets_per_token)
+    if targets.is_drawn:
         draw_classes_into(
             class_ids,
             probabilities,
@@ -132,18 +162,18 @@ def token_targets(
             window,
             targets.sampling_ratio,
             targets.residual == "uniform",
-            targets.kind == "argmax",
+            targets.best_only,
             AlignScratch.make(targets, num_classes),
             out_ids,
             out_weights,
         )
     if targets.min_confidence > 0:
-        confidence = np.require(confidence, np.float32, "CW")
+        confidence = read_only(confidence, np.float32)
         drop_unsure(confidence, relative, np.float32(targets.min_confidence), out_ids, out_weights)
     return ids, weights
 
 
-@njit(cache=True, nogil=True)
+@njit
 def draw_classes_into(
     class_ids,
     probabilities,
@@ -234,14 +264,14 @@ class AlignScratch(NamedTuple):
         )
 
 
-@njit(cache=True, nogil=True)
+@njit
 def align_classes_into(
     class_ids, probabilities, relative, window, s, uniform_residual, best_only, scratch, out_ids, out_weights
 ):
     """`token_targets` of the kinds "soft" and, with ``best_only``, "argmax", for compiled pipelines.
 
     relative: (6,) float64; window: four floats, what can be seen of the map; scratch: an `AlignScratch`; out_ids,
-    out_weights: (h, w, columns).
+    out_weights: (h, w, T).
     """
     roi_align_topk_into(
         class_ids,
@@ -279,7 +309,7 @@ def align_classes_into(
                 out_weights[row, column, kept] = max(covered - total, 0.0)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def drop_unsure(confidence, relative, min_confidence, out_ids, out_weights):
     """Take the target from each token whose nearest cell of the map is less confident than ``min_confidence``."""
     map_rows, map_columns = confidence.shape

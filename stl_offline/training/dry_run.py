@@ -18,8 +18,7 @@ from stl_offline.device import amp_name, autocast, pick_device, pick_workers
 from stl_offline.distributed import join_world, leaving_world
 from stl_offline.evaluation import match_classes
 from stl_offline.images.beton import Beton
-from stl_offline.images.pack import find_packed
-from stl_offline.images.sample import pack_sample
+from stl_offline.images.pack import find_packed, pack_sample
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.loader import check_shares
 from stl_offline.losses import soft_cross_entropy, token_cross_entropy
@@ -98,8 +97,8 @@ def dry_run(config: TrainConfig, stage_name: str) -> DryRun:
         stage = build_stage(config, stage_name, train, val, device, world)
         if val is not None:
             match_classes(val, train.class_names, "the training images")
-            check_shares(val_images, validation_batch(config), world.size, False)
-        check_shares(images, config.batch_size * config.accumulate, world.size, False)
+            check_shares(val_images, validation_batch(config), world.size)
+        check_shares(images, config.batch_size * config.accumulate, world.size)
         stage.run_folder().look(config.resume)
         return _measure(stage, images, val_images)
 

@@ -19,7 +19,7 @@ from stl_offline.errors import InputError, JoinError
 from stl_offline.labels.cache import TokenCache, build_token_cache
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.mismatch import rename_keys
-from stl_offline.loader import DECODER, Batch
+from stl_offline.loader import DECODER, Batch, TokenLabels
 from stl_offline.models import TokenLabeler, create_labeler
 from stl_offline.targets import TokenTargets
 from stl_offline.training.label_choice import LabelChoice, choose_between
@@ -40,8 +40,9 @@ class LabelSource:
         """What the labels are, by content: a run with other labels is another run."""
         return {"kind": "none"}
 
-    def loader_arguments(self) -> dict[str, Any]:
-        return {}
+    def loader_labels(self) -> TokenLabels | None:
+        """What the loader makes token targets from; None where it makes none."""
+        return None
 
     def plan(self, epoch: int) -> dict[str, Any]:
         return self.stage.random_plan(epoch)
@@ -155,8 +156,8 @@ class DumpedLabels(TokenSource):
             return {"kind": "dumped", "fingerprint": self.fingerprints[0]}
         return {"kind": "dumped", "fingerprints": self.fingerprints}
 
-    def loader_arguments(self) -> dict[str, Any]:
-        return {"tokens": self.target_settings, "cache": self.caches}
+    def loader_labels(self) -> TokenLabels | None:
+        return TokenLabels(self.target_settings, self.caches)
 
     def plan(self, epoch: int) -> dict[str, Any]:
         plan = super().plan(epoch)

@@ -18,7 +18,7 @@ from stl_offline.evaluation import Validation, match_classes
 from stl_offline.geometry import CropSettings, center_views, draw_views
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
-from stl_offline.loader import Batch, TokenLoader
+from stl_offline.loader import Batch, ImageSettings, TokenLabels, TokenLoader
 from stl_offline.models import Fan, ModelDescription
 from stl_offline.training.engine import EpochPlan, Trainer
 from stl_offline.training.run_folder import RunFolder, check_same_run
@@ -79,19 +79,19 @@ class Stage:
         objective: Objective,
         plan: EpochPlan,
         labels: dict[str, Any] | None = None,
-        tokens: dict[str, Any] | None = None,
+        tokens: TokenLabels | None = None,
     ) -> dict[str, Any]:
         """Train, or go on, or find that all is done; gives the summary.
 
         Args:
             objective, plan: the stage's.
-            labels: what the labels are, by content; tokens: the loader's arguments for them.
+            labels: what the labels are, by content; tokens: what the loader makes token targets from.
         """
         folder = self.run_folder(**labels or {})
         complete = folder.summary() if self.config.resume else None
         if complete is not None:
             return complete | {"already_complete": True}
-        loader = self.train_loader(**tokens or {})
+        loader = self.train_loader(tokens)
         validation = self.validation()
         with folder.held() if self.world.is_first else contextlib.nullcontext(), failure_of_another(self.world):
             meet(self.world)
@@ -116,42 +116,37 @@ class Stage:
             del state  # as large as the model, its average and the optimiser
             return trainer.fit()
 
-    def train_loader(self, **tokens: Any) -> TokenLoader:
-        """Batches of a whole step's images of this process."""
+    @property
+    def images(self) -> ImageSettings:
+        """How the model takes images."""
         side = self.config.img_size
+        return ImageSettings((side, side), self.mean, self.std, self.config.interpolation)
+
+    def train_loader(self, labels: TokenLabels | None) -> TokenLoader:
+        """Batches of a whole step's images of this process."""
         return TokenLoader(
             self.train,
-            (side, side),
+            self.images,
             self.config.batch_size * self.config.accumulate,
+            labels=labels,
             workers=pick_workers(self.config.workers),
             seed=self.config.seed,
             device=self.device,
-            mean=self.mean,
-            std=self.std,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            interpolation=self.config.interpolation,
-            **tokens,
+            world=self.world,
         )
 
     def validation(self) -> Validation | None:
         """Scores on the validation images, or None where there are none."""
         if self.val is None:
             return None
-        side = self.config.img_size
         loader = TokenLoader(
             self.val,
-            (side, side),
+            self.images,
             validation_batch(self.config),
             workers=pick_workers(self.config.workers),
-            seed=0,
             device=self.device,
-            mean=self.mean,
-            std=self.std,
             shuffle=False,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            interpolation=self.config.interpolation,
+            world=self.world,
         )
         views = center_views(self.val.heights, self.val.widths)
         class_map = match_classes(self.val, self.train.class_names, "the training images")
@@ -181,6 +176,7 @@ def prepare(config: TrainConfig, stage: str) -> Stage:
     device = pick_device(config.device)
     world = join_world(device)
     train = ensure_beton(config.data, skip_broken=config.skip_broken)
+    train.require_classes()
     val = ensure_beton(config.val, skip_broken=config.skip_broken) if config.val else None
     return build_stage(config, stage, train, val, device, world)
 

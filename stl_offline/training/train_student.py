@@ -28,7 +28,7 @@ def train_student(config: StudentConfig) -> dict[str, Any]:
     with leaving_world():
         stage = prepare(config, "student")
         source = open_labels(config, stage)
-        return stage.run(StudentObjective(stage, source), source.plan, source.identity(), source.loader_arguments())
+        return stage.run(StudentObjective(stage, source), source.plan, source.identity(), source.loader_labels())
 
 
 class StudentObjective:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from stl_offline.config import TrainConfig
 from stl_offline.errors import MissingExtraError
 from stl_offline.files import atomic_write
+from stl_offline.palette import class_pixels
 from stl_offline.training.run_folder import Progress
 from stl_offline.training.steps import StepInputs
 
 STEPS_NAME = "steps.jsonl"
 BOARD_NAME = "tensorboard"
-_GOLDEN = 0.618033988749895  # hues a golden section apart stay distinct at any count
 
 
 class Means:
@@ -171,9 +171,7 @@ def image_rows(model: nn.Module, inputs: StepInputs, most: int) -> dict[str, Ten
 
 
 def _map_image(ids_BN: Tensor, brightness_BN: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Class maps as colours: (B, 3, H, W) in [0, 1]."""
-    hue = ids_BN.clamp(min=0) * _GOLDEN % 1.0
-    # A wheel of colours: three raised cosines a third of a turn apart.
-    turns = torch.stack([hue, hue - 1 / 3, hue + 1 / 3], dim=1)
-    colours = (0.5 + 0.5 * torch.cos(2 * math.pi * turns)) * brightness_BN[:, None].float().clamp(0, 1)
+    """Class maps in the palette's colours: (B, 3, H, W) in [0, 1]."""
+    colours_BN3 = torch.from_numpy(class_pixels(ids_BN.cpu().numpy())).to(ids_BN.device) / 255
+    colours = colours_BN3.mT * brightness_BN[:, None].float().clamp(0, 1)
     return F.interpolate(colours.unflatten(2, grid), size=size, mode="nearest")

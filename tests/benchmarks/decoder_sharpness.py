@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 from stl_offline.config import INTERPOLATIONS
 from stl_offline.geometry import whole_views
 from stl_offline.images.pack import ensure_beton
-from stl_offline.loader import TokenLoader
+from stl_offline.loader import ImageSettings, TokenLoader
 from stl_offline.loader.decoder.decode import pixel_box
 
 RATIOS = (1.0, 1.9, 2.0, 2.5, 3.0, 4.0, 5.9, 6.0, 8.0, 11.9, 12.0)
@@ -67,17 +67,7 @@ def main() -> None:
     print("| interpolation | crop ÷ output | images | sharpness, median | 5 % of images below | PSNR, median dB |")
     print("|---|---|---|---|---|---|")
     for interpolation in INTERPOLATIONS:
-        loader = TokenLoader(
-            beton,
-            (side, side),
-            64,
-            workers=1,
-            seed=0,
-            device="cpu",
-            mean=(0, 0, 0),
-            std=(1, 1, 1),
-            interpolation=interpolation,
-        )
+        loader = TokenLoader(beton, ImageSettings((side, side), (0, 0, 0), (1, 1, 1), interpolation), 64)
         for ratio in arguments.ratios:
             samples, views = crops(beton, side, ratio)
             samples = samples[: arguments.samples]

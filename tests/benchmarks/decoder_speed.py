@@ -17,7 +17,7 @@ import torch
 from stl_offline.config import INTERPOLATIONS
 from stl_offline.geometry import CropSettings, draw_views
 from stl_offline.images.pack import ensure_beton
-from stl_offline.loader import TokenLoader
+from stl_offline.loader import ImageSettings, TokenLoader
 from stl_offline.loader.batch import ToDevice
 from stl_offline.loader.threads import torch_threads_kept
 
@@ -60,17 +60,7 @@ def stock(beton, side: int, scale: tuple[float, float], workers: int):
 
 def ours(beton, side: int, scale: tuple[float, float], workers: int, interpolation: str):
     """One epoch of this package's loader."""
-    loader = TokenLoader(
-        beton,
-        (side, side),
-        BATCH,
-        workers=workers,
-        seed=0,
-        device="cpu",
-        mean=MEAN,
-        std=STD,
-        interpolation=interpolation,
-    )
+    loader = TokenLoader(beton, ImageSettings((side, side), MEAN, STD, interpolation), BATCH, workers=workers)
 
     def run(epoch: int) -> int:
         views = draw_views(

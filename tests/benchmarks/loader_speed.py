@@ -19,7 +19,7 @@ from stl_offline.geometry import CropSettings, draw_views
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.cache import build_token_cache
 from stl_offline.labels.label_set import open_label_set
-from stl_offline.loader import TokenLoader
+from stl_offline.loader import ImageSettings, TokenLabels, TokenLoader
 from stl_offline.targets import TokenTargets
 
 CLASSES, STORED, STUDENT_GRID = 1000, 5, (14, 14)
@@ -66,18 +66,9 @@ def main() -> None:
     arguments = parser.parse_args()
     beton = ensure_beton(str(arguments.images))
 
-    def make(**tokens):
-        return TokenLoader(
-            beton,
-            (224, 224),
-            arguments.batch_size,
-            workers=arguments.workers,
-            seed=0,
-            device="cpu",
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-            **tokens,
-        )
+    def make(labels=None):
+        settings = ImageSettings((224, 224))
+        return TokenLoader(beton, settings, arguments.batch_size, labels=labels, workers=arguments.workers)
 
     plain = make()
     caches = {f"random, {side}×{side}": random_cache(len(beton), side) for side in (14, 28)}
@@ -87,7 +78,7 @@ def main() -> None:
         # The images may be of some of the classes only: that makes no difference here.
         caches[name] = build_token_cache(labels, beton.keys, beton.content_hashes, labels.spec.class_names)
     others = {
-        (kind, name): make(tokens=TokenTargets(kind, STUDENT_GRID, m=5), cache=cache)
+        (kind, name): make(TokenLabels(TokenTargets(kind, STUDENT_GRID, m=5), cache))
         for name, cache in caches.items()
         for kind in ("gumbel", "soft")
     }

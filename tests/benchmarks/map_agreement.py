@@ -24,7 +24,7 @@ from stl_offline.dump import dump_labels
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.cache import TokenCache, build_token_cache
 from stl_offline.labels.label_set import open_label_set
-from stl_offline.loader import TokenLoader
+from stl_offline.loader import ImageSettings, TokenLabels, TokenLoader
 from stl_offline.targets import TokenTargets
 from stl_offline.training.label_choice import ChooseByZoom
 
@@ -108,9 +108,7 @@ def main() -> None:
 
     def loader(caches) -> TokenLoader:
         targets = TokenTargets("soft", GRID, m=LISTED, residual="uniform")
-        return TokenLoader(
-            beton, (32, 32), 64, workers=1, seed=0, device="cpu", mean=MEAN, std=STD, tokens=targets, cache=caches
-        )
+        return TokenLoader(beton, ImageSettings((32, 32), MEAN, STD), 64, labels=TokenLabels(targets, caches))
 
     ways = {
         f"whole images, {SIDES[0]} px": loader(whole[:1]),

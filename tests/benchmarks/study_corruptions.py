@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stl_offline.files import atomic_path, atomic_write, canonical_json
 from stl_offline.geometry import center_views
 from stl_offline.images.pack import ensure_beton
-from stl_offline.loader import TokenLoader
+from stl_offline.loader import ImageSettings, TokenLoader
 
 ALWAYS = {"p": 1.0}
 # family → kind → (what makes it from a strength, the strengths of the severities, weakest first).
@@ -87,9 +87,7 @@ def _clean(val: str, side: int, images: int) -> tuple[np.ndarray, np.ndarray, tu
     """Evenly spread validation images as evaluation shows them."""
     beton = ensure_beton(val)
     chosen = np.unique(np.linspace(0, len(beton) - 1, min(images, len(beton))).round().astype(np.int64))
-    loader = TokenLoader(
-        beton, (side, side), 100, workers=1, seed=0, device="cpu", mean=(0,) * 3, std=(1,) * 3, shuffle=False
-    )
+    loader = TokenLoader(beton, ImageSettings((side, side), (0, 0, 0), (1, 1, 1)), 100, shuffle=False)
     views = center_views(beton.heights, beton.widths)
     batches = [_bytes(batch.images) for batch in loader.epoch(0, views, sample_ids=chosen)]
     return np.concatenate(batches), beton.class_ids[chosen], beton.class_names

@@ -31,7 +31,7 @@ def measure_agreement(student: StudentConfig, online: StudentConfig) -> dict:
     stage = prepare(student, "student")
     source = open_labels(student, stage)
     labeler = create_labeler(online.labeler).eval()
-    loader = stage.train_loader(**source.loader_arguments())
+    loader = stage.train_loader(source.loader_labels())
     chosen = np.unique(np.linspace(0, len(stage.train) - 1, IMAGES).round().astype(np.int64))
     rows = []
     for batch in loader.epoch(0, sample_ids=chosen, **source.plan(0)):

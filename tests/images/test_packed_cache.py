@@ -1,4 +1,4 @@
-"""Images that a command is given are packed once, into the cache, and it says so."""
+"""Images that a command is given are packed once, into the cache, and that is logged."""
 
 import shutil
 import threading
@@ -14,22 +14,22 @@ from stl_offline.images.pack import ensure_beton, pack
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A cache of this test alone; what is said is heard."""
+def cache(tmp_path, monkeypatch, caplog):
+    """A cache of this test alone; messages are recorded."""
     monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("STL_OFFLINE_QUIET", raising=False)
+    caplog.set_level("INFO", "stl_offline")
     return tmp_path / "cache" / "betons"
 
 
-def test_images_are_packed_once(cats_and_dogs, cache, capsys):
+def test_images_are_packed_once(cats_and_dogs, cache, caplog):
     first = ensure_beton(cats_and_dogs)
     assert first.path.parent == cache == cache_dir() / "betons"
-    assert f"packed 6 images of 2 classes → {first.path}" in capsys.readouterr().err
+    assert f"packed 6 images of 2 classes → {first.path}" in caplog.text
     before = first.path.stat()
     again = ensure_beton(cats_and_dogs)
     assert again.path == first.path and again.keys == first.keys and again.fingerprint == first.fingerprint
     assert first.path.stat() == before
-    assert capsys.readouterr().err == f"using packed images {first.path}\n"
+    assert caplog.messages[-1] == f"using packed images {first.path}"
 
 
 def test_other_images_and_other_settings_are_packed_apart(cats_and_dogs, cache):
@@ -43,7 +43,7 @@ def test_other_images_and_other_settings_are_packed_apart(cats_and_dogs, cache):
     assert changed.content_hashes[0] == changed.content_hashes[3]
 
 
-def test_a_damaged_cache_is_packed_again_and_leftovers_go(cats_and_dogs, cache, capsys):
+def test_a_damaged_cache_is_packed_again_and_leftovers_go(cats_and_dogs, cache, caplog):
     path = ensure_beton(cats_and_dogs).path
     path.write_bytes(path.read_bytes()[:-5])
     left = path.parent / f".{path.name}.123.abcd.tmp"
@@ -51,22 +51,22 @@ def test_a_damaged_cache_is_packed_again_and_leftovers_go(cats_and_dogs, cache, 
     with pytest.raises(FormatError):
         open_beton(path)
     assert len(ensure_beton(cats_and_dogs)) == 6
-    assert "packing again" in capsys.readouterr().err and not left.exists()
+    assert "packing again" in caplog.text and not left.exists()
 
 
-def test_broken_images_in_the_cache_way(broken, cache, capsys):
+def test_broken_images_in_the_cache_way(broken, cache, caplog):
     with pytest.raises(InputError, match="cat-1"):
         ensure_beton(broken)
     assert not list(cache.glob("*.beton"))
     assert len(ensure_beton(broken, skip_broken=True)) == 4
-    assert "left out cat/cat-1.jpg: is cut off" in capsys.readouterr().err
+    assert "left out cat/cat-1.jpg: is cut off" in caplog.text
 
 
-def test_a_beton_is_opened_as_it_is(cats_and_dogs, cache, tmp_path, capsys):
+def test_a_beton_is_opened_as_it_is(cats_and_dogs, cache, tmp_path, caplog):
     path = pack(cats_and_dogs, tmp_path / "x.beton").path
-    capsys.readouterr()
+    caplog.clear()
     assert ensure_beton(path).path == path and ensure_beton(str(path), class_names=["cat", "dog"]).path == path
-    assert capsys.readouterr().err == "" and not cache.exists()
+    assert not caplog.messages and not cache.exists()
     with pytest.raises(InputError, match=r"another class list \(2: 'cat', 'dog'\) .*\(2: 'dog', 'cat'\)"):
         ensure_beton(path, class_names=["dog", "cat"])
     with pytest.raises(InputError, match="there is no file"):

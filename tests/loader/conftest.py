@@ -13,7 +13,7 @@ from stl_offline.images.encode import encode_image
 from stl_offline.labels.cache import build_token_cache
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.writer import LabelSetWriter
-from stl_offline.loader import TokenLoader
+from stl_offline.loader import ImageSettings, TokenLabels, TokenLoader
 from tests.labels.synthetic import make_arrays, make_spec
 
 SAMPLES = 23
@@ -107,9 +107,11 @@ def load(beton):
     """load(…) → a `TokenLoader` of small images whose pixels are left in [0, 1]; closed when the test ends."""
     made = []
 
-    def make(images=beton, image_size=(20, 28), batch_size=5, **settings):
-        settings = {"workers": 1, "seed": 3, "device": "cpu", "mean": (0, 0, 0), "std": (1, 1, 1)} | settings
-        made.append(TokenLoader(images, image_size, batch_size, **settings))
+    def make(images=beton, image_size=(20, 28), batch_size=5, *, tokens=None, cache=None, **settings):
+        see = {name: settings.pop(name) for name in ("mean", "std", "interpolation") if name in settings}
+        labels = None if tokens is None and cache is None else TokenLabels(tokens, cache)
+        shape = ImageSettings(image_size, **{"mean": (0, 0, 0), "std": (1, 1, 1)} | see)
+        made.append(TokenLoader(images, shape, batch_size, labels=labels, **{"seed": 3} | settings))
         return made[-1]
 
     yield make

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from stl_offline.distributed import World
 from stl_offline.errors import InputError, TrainingError
 
 
@@ -46,12 +47,6 @@ def test_every_sample_comes_once_with_its_class_and_view(load, beton, views, bat
         assert batch.class_ids.dtype == batch.sample_ids.dtype == torch.int64
 
 
-def test_drop_last_leaves_the_partial_batch_out(load, views):
-    loader = load(drop_last=True)
-    assert [len(batch) for batch in loader.epoch(0, views)] == [5] * 4 == [5] * len(loader)
-    assert list(load(batch_size=24, drop_last=True).epoch(0, views)) == []
-
-
 def test_orders(load, views):
     loader = load()
     first, second, again = (ids_of(loader.epoch(epoch, views)) for epoch in (0, 1, 0))
@@ -70,7 +65,7 @@ def test_batches_are_the_readers_own(load, views):
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, 5])
-@pytest.mark.parametrize("share", [{}, {"rank": 1, "world_size": 2, "batch_size": 2}])
+@pytest.mark.parametrize("share", [{}, {"world": World(1, 2), "batch_size": 2}])
 def test_going_on_in_the_middle_gives_the_batches_that_would_have_come(load, views, start, share):
     whole = list(load(**share).epoch(2, views))
     rest = list(load(workers=2, **share).epoch(2, views, start_batch=start))
@@ -155,9 +150,9 @@ def test_more_workers_than_cores_are_as_many_as_cores(load, views):
 
 def test_ranks_see_disjoint_samples_and_together_all(load, views):
     one = ids_of(load(batch_size=6).epoch(1, views))
-    ranks = [ids_of(load(batch_size=3, rank=rank, world_size=2).epoch(1, views)) for rank in (0, 1)]
+    ranks = [ids_of(load(batch_size=3, world=World(rank, 2)).epoch(1, views)) for rank in (0, 1)]
     assert [a + b for a, b in zip(*ranks, strict=True)] == one
-    assert {len(load(batch_size=3, rank=rank, world_size=2)) for rank in (0, 1)} == {4}
+    assert {len(load(batch_size=3, world=World(rank, 2))) for rank in (0, 1)} == {4}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +161,7 @@ def test_ranks_see_disjoint_samples_and_together_all(load, views):
         ({"batch_size": 0}, "batch size"),
         ({"image_size": (0, 4)}, "image size"),
         ({"workers": 0}, "worker"),
-        ({"rank": 2, "world_size": 2}, "rank"),
+        ({"world": World(2, 2)}, "rank"),
         ({"std": (1, 0, 1)}, "std"),
     ],
 )

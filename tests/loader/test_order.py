@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from stl_offline.distributed import World
 from stl_offline.errors import InputError
 from stl_offline.loader.order import count_batches, rank_batches, shuffled
 
@@ -36,37 +37,32 @@ def test_every_sample_comes_to_every_place():
     assert np.abs(places - 500).max() < 5 * np.sqrt(500)
 
 
-@given(n=st.integers(1, 120), batch=st.integers(1, 12), world=st.integers(1, 5), drop_last=st.booleans())
-def test_ranks_share_every_sample_and_none_twice(n, batch, world, drop_last):
-    steps = count_batches(n, batch, world, drop_last)
+@given(n=st.integers(1, 120), batch=st.integers(1, 12), world=st.integers(1, 5))
+def test_ranks_share_every_sample_and_none_twice(n, batch, world):
+    steps = count_batches(n, batch, world)
     assume(n >= steps * world)
     order = shuffled(1, 0, n)
-    ranks = [rank_batches(order, batch, rank, world, drop_last) for rank in range(world)]
+    ranks = [rank_batches(order, batch, World(rank, world)) for rank in range(world)]
     assert {len(batches) for batches in ranks} == {steps}
     seen = [ids for batches in ranks for ids in batches]
     assert all(1 <= len(ids) <= batch for ids in seen)
     together = np.sort(np.concatenate(seen)) if seen else np.array([])
     assert len(np.unique(together)) == len(together)
-    if drop_last:
-        assert all(len(ids) == batch for ids in seen)
-        assert len(together) == n // (batch * world) * batch * world
-    else:
-        np.testing.assert_array_equal(together, np.arange(n))
+    np.testing.assert_array_equal(together, np.arange(n))
 
 
 @given(n=st.integers(8, 120), batch=st.integers(2, 12), world=st.integers(2, 4))
 def test_ranks_together_see_what_one_rank_sees(n, batch, world):
     order = shuffled(1, 0, n)
-    one = rank_batches(order, batch * world, 0, 1, False)
+    one = rank_batches(order, batch * world, World())
     assume(len(one[-1]) >= world)
     for step, ids in enumerate(one):
-        parts = [rank_batches(order, batch, rank, world, False)[step] for rank in range(world)]
+        parts = [rank_batches(order, batch, World(rank, world))[step] for rank in range(world)]
         np.testing.assert_array_equal(np.concatenate(parts), ids)
 
 
 def test_too_few_samples_for_the_ranks():
     with pytest.raises(InputError, match="2 images .* 3 processes"):
-        rank_batches(np.arange(2), 4, 0, 3, False)
+        rank_batches(np.arange(2), 4, World(0, 3))
     with pytest.raises(InputError, match="use fewer processes"):
-        rank_batches(np.arange(5), 1, 0, 2, False)
-    assert rank_batches(np.arange(2), 4, 0, 3, True) == []
+        rank_batches(np.arange(5), 1, World(0, 2))

@@ -52,5 +52,5 @@ def test_choices_that_cannot_be(load, views, caches):
         loader.epoch(0, views, map_index=np.ones(len(views), dtype=int))
     with pytest.raises(InputError, match="without token targets"):
         load().epoch(0, views, cache_index=np.zeros(len(views), dtype=int))
-    with pytest.raises(InputError, match="labels"):
+    with pytest.raises(InputError, match="at least one token cache"):
         load(tokens=TARGETS, cache=())

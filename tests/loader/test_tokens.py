@@ -124,11 +124,7 @@ def test_images_are_the_same_with_and_without_targets(load, views, make_labels):
 def test_targets_that_cannot_be(load, views, make_labels, make_beton, tmp_path):
     _, cache = make_labels()
     targets = TokenTargets("gumbel", GRID)
-    with pytest.raises(InputError, match="both"):
-        load(tokens=targets)
-    with pytest.raises(InputError, match="both"):
-        load(cache=cache)
-    with pytest.raises(InputError, match="23 samples.* of 9"):
+    with pytest.raises(InputError, match="23 samples, .* has 9"):
         load(make_beton(tmp_path / "other.beton", 9), tokens=targets, cache=cache)
     loader = load(tokens=targets, cache=cache)
     for index in (np.ones(23, dtype=int), np.full(23, -1), np.zeros(22, dtype=int)):

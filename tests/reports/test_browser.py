@@ -232,7 +232,7 @@ def test_the_page_of_a_report(seen, make_run, tmp_path):
             assert seen.run("document.documentElement.scrollWidth") <= size[0]
             assert seen.run(CONTRAST) == []
     seen.open(page, *DESKTOP)
-    left, top, width, height = seen.box(".chart circle")
+    left, top, width, height = seen.box(".chart use[data-tip]")
     seen.point(left + width / 2, top + height / 2)
     assert seen.run(f"{TIP}.innerText") == "one: epoch 1, 2.500\ntwo: epoch 1, 2.500"  # one lies on the other
     assert "table" in {role for role, _ in seen.names()}

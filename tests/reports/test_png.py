@@ -8,9 +8,10 @@ from PIL import Image
 
 from stl_offline.errors import InputError, TargetError
 from stl_offline.geometry import View
-from stl_offline.reports.colors import CONFIDENT, UNCONFIDENT, class_color
+from stl_offline.palette import CONFIDENT, UNCONFIDENT, class_color
 from stl_offline.reports.encode import see_through, shrink
-from stl_offline.reports.png import OVERLAY, draw_cells, label_figure, own_cells
+from stl_offline.reports.panels import OVERLAY, draw_cells, own_cells
+from stl_offline.reports.png import label_figure
 from stl_offline.reports.scene import Scene, TokenMap
 
 NAMES = ("disc", "ring", "a $name^ that looks like mathematics and is long", "heart")
@@ -74,11 +75,12 @@ def test_labels_appear_in_their_classes_colours(tmp_path):
 
 def test_the_foreground_is_split_at_the_threshold():
     found = TokenMap(np.array([[[1], [1], [2]]]), np.array([[[0.5], [0.49], [0.9]]]), np.array([[1, 2, -1]]), None, 3.0)
-    opacity, colors = own_cells(found, 1, 0.5)
+    cells = own_cells(found, 1, 0.5)
+    opacity, colors = cells[..., 3], cells[..., :3]
     assert (opacity > 0).tolist() == [[True, True, False]]
     assert (colors[0, 0] == np.round(np.array(CONFIDENT) * 255)).all()
     assert (colors[0, 1] == np.round(np.array(UNCONFIDENT) * 255)).all()
-    opacity, _ = draw_cells(found)
+    opacity = draw_cells(found)[..., 3].astype(int)
     assert opacity[0, 0] > opacity[0, 1] > opacity[0, 2] == 0  # kept, another class, none
 
 

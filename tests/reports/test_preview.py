@@ -151,7 +151,7 @@ def test_a_beton_gives_the_same_page_as_its_folder(labels, images, tmp_path):
 def test_labels_alone(labels, tmp_path):
     report = preview(labels, tmp_path, samples=3)
     page = Page(report.page.read_text())
-    assert "labels stand alone" in report.page.read_text()
+    assert "labels are shown alone" in report.page.read_text()
     assert not [each for each in page.all("div") if each.get("role") == "img"]
     assert len(page.all("img")) == 3 * 6
 
@@ -162,7 +162,7 @@ def test_crops(make_labels, images, tmp_path):
     assert report.shown == 4
     text = report.page.read_text()
     assert "crop 2" in text and "replay" in text
-    with pytest.raises(InputError, match="3 maps of each image, 0 to 2; got 3"):
+    with pytest.raises(InputError, match="3 label maps per image, 0 to 2; got the view 3"):
         preview(labels, tmp_path, images, views=(3,))
 
 
@@ -173,7 +173,7 @@ def test_a_page_that_would_be_too_large_shows_less_and_says_so(labels, images, t
     report = preview(labels, tmp_path, samples=9, data=images, max_mb=limit)
     assert 0 < report.shown < 9
     assert report.bytes <= limit * 1e6
-    assert f"shows {report.shown} of the 9 chosen" in report.warnings[0]
+    assert f"shows {report.shown} of the 9 label maps chosen" in report.warnings[0]
     assert report.warnings[0].split(":")[0] in report.page.read_text()
     with pytest.raises(InputError, match="--max-mb"):
         preview(labels, tmp_path, images, samples=2, max_mb=0.01)
@@ -199,7 +199,7 @@ def test_images_that_are_missing(labels, images, tmp_path, label_set):
         preview(labels, tmp_path / "out", fewer, keys=(gone, kept))
     report = preview(labels, tmp_path / "out", fewer, keys=(gone, kept), missing="skip")
     assert report.shown == 2
-    assert "not at hand" in report.page.read_text()
+    assert "not available" in report.page.read_text()
 
 
 def test_another_data_set_is_refused(labels, tmp_path):
@@ -218,7 +218,7 @@ def test_the_command(labels, images, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert str(out / "labels.html") in printed and str(out / "labels.png") in printed
     assert main(["labels", "preview", str(labels), "--key", "nowhere", "--out", str(out)]) == 1
-    assert capsys.readouterr().err.startswith("error: 1 of the keys asked for fit no label")
+    assert capsys.readouterr().err.startswith("error: 1 of the keys given match no label")
 
 
 def test_labels_alone_need_neither_torch_nor_ffcv(labels, tmp_path, monkeypatch):

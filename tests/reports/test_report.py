@@ -55,7 +55,7 @@ def test_runs_side_by_side(make_run, labels, label_set, tmp_path):
         assert f"{title} " in text
     page = out.read_text()
     assert page.count('role="img"') == 4 and "loss (nats)" in page and "images / s" in page
-    assert "Examples None: --data SRC" in text
+    assert "Examples None. Pass --data SRC" in text
 
 
 def test_a_run_that_learned_from_two_label_sets(make_run, labels, label_set, tmp_path):
@@ -80,8 +80,8 @@ def test_a_run_without_an_epoch_is_shown_nevertheless(make_run, tmp_path):
     folder = make_run("early", epochs=0, done=False)
     (folder / "log.jsonl").unlink()
     report = report_runs(ReportConfig(runs=(str(folder),), out=str(tmp_path / "report.html")))
-    assert report.warnings == ("early: no epoch has ended yet", "early is unfinished, 0 of 3 epochs")
-    assert "nothing to draw" in text_of(tmp_path / "report.html")
+    assert report.warnings == ("early: no epoch has finished yet", "early is unfinished, 0 of 3 epochs")
+    assert "no curves to show" in text_of(tmp_path / "report.html")
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_the_command(make_run, tmp_path, capsys):
     assert main(["report", str(make_run("one")), "--out", str(out)]) == 0
     assert f"page: {out}" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "nowhere"), "--out", str(out)]) == 1
-    assert "is no run" in capsys.readouterr().err
+    assert "is not a run" in capsys.readouterr().err
     assert main(["report", "--out", str(out)]) == 2
 
 

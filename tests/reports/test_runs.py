@@ -5,7 +5,6 @@ import json
 import pytest
 
 from stl_offline.errors import FormatError, InputError
-from stl_offline.reports.charts import Series, line_chart
 from stl_offline.reports.runs import number, read_runs, setting_rows
 
 
@@ -30,7 +29,7 @@ def test_a_run_without_an_epoch(make_run):
     (folder / "log.jsonl").unlink()
     (run,) = read_runs([folder])
     assert run.history == ()
-    assert run.notes == ("no epoch has ended yet",)
+    assert run.notes == ("no epoch has finished yet",)
     assert run.result("loss") is None
 
 
@@ -44,7 +43,7 @@ def test_broken_lines_are_left_out_and_named(make_run):
     assert [entry["epoch"] for entry in run.history] == [1, 3]
     assert run.points("loss")[0] == (1.0, 9.0)  # of two, the last
     assert run.points("top1")[0] == (1.0, None)
-    assert "3 of the lines of log.jsonl are broken and left out (line 2, 3, 4)" in run.notes
+    assert "3 lines of log.jsonl are broken and were skipped (line 2, 3, 4)" in run.notes
 
 
 def test_a_loss_that_was_not_finite_is_noted(make_run):
@@ -65,7 +64,7 @@ def test_damaged_files_are_named(make_run, name, content):
 
 def test_what_is_no_run_is_named(make_run, tmp_path):
     (tmp_path / "empty").mkdir()
-    for place, words in ((tmp_path / "empty", "no config.json"), (tmp_path / "nowhere", "no folder")):
+    for place, words in ((tmp_path / "empty", "no config.json"), (tmp_path / "nowhere", "not a folder")):
         with pytest.raises(InputError, match=words):
             read_runs([place])
     run = make_run("student")
@@ -98,28 +97,3 @@ def test_settings_that_differ(make_run):
 )
 def test_numbers(value, expected):
     assert number(value) == expected
-
-
-def test_a_chart_has_ticks_around_its_points_and_gaps_where_values_lack():
-    series = [Series("a", 0, ((1.0, 0.5), (2.0, None), (3.0, 0.75), (4.0, 0.71))), Series("b", 1, ((2.0, 0.6),))]
-    chart = line_chart("Top-1", "epoch", "accuracy", series, ".1%")
-    assert chart.lines[0].path.count("M") == 2
-    assert [line.path.count("L") for line in chart.lines] == [1, 0]
-    places = [y for line in chart.lines for _, y, _ in line.dots]
-    assert chart.top <= min(places) <= max(places) <= chart.bottom
-    ys = dict(zip((0.5, 0.75, 0.71), [dot[1] for dot in chart.lines[0].dots], strict=True))
-    assert ys[0.5] > ys[0.71] > ys[0.75]  # up is more
-    assert chart.table[1] == ("2", "–", "60.0%")
-    assert all(tick.text.endswith("%") for tick in chart.y_ticks)
-    assert {tick.text for tick in chart.x_ticks} >= {"1", "2", "3", "4"}
-
-
-@pytest.mark.parametrize("points", [((1.0, 2.0),), ((1.0, 0.0), (2.0, 0.0)), ((1.0, 1e-9), (2.0, 2e-9))])
-def test_charts_of_little(points):
-    chart = line_chart("x", "epoch", "loss", [Series("a", 0, points)])
-    assert len(chart.lines[0].dots) == len(points)
-    assert len(chart.y_ticks) >= 2
-
-
-def test_no_chart_of_nothing():
-    assert line_chart("x", "epoch", "loss", [Series("a", 0, ((1.0, None), (2.0, float("nan"))))]) is None

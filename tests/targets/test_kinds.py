@@ -252,8 +252,8 @@ def test_settings_that_cannot_be(settings):
         TokenTargets(**({"kind": "soft", "grid": (2, 2)} | settings))
 
 
-def test_columns():
-    assert TokenTargets("soft", (2, 3), m=4).columns == 4
-    assert TokenTargets("soft", (2, 3), m=4, residual="uniform").columns == 5
-    assert TokenTargets("gumbel", (2, 3), m=4, residual="uniform").columns == 1
+def test_targets_per_token():
+    assert TokenTargets("soft", (2, 3), m=4).targets_per_token == 4
+    assert TokenTargets("soft", (2, 3), m=4, residual="uniform").targets_per_token == 5
+    assert TokenTargets("gumbel", (2, 3), m=4, residual="uniform").targets_per_token == 1
     assert TokenTargets("argmax", (2, 3), m=4).tokens == 6

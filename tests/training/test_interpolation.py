@@ -59,7 +59,7 @@ def test_measuring_resizes_as_training_did(chain, stripes, monkeypatch):
     original = setup.TokenLoader
 
     def noted(*arguments, **settings):
-        asked.append(settings["interpolation"])
+        asked.append(arguments[1].interpolation)
         return original(*arguments, **settings)
 
     monkeypatch.setattr("stl_offline.evaluation.scoring.TokenLoader", noted)

@@ -17,7 +17,8 @@ COMMAND = [sys.executable, "-m", "stl_offline.cli", "train-labeler"]
 @pytest.fixture
 def words(quick):
     options = quick | {"epochs": 4, "batch_size": 5, "mixup": 0.8, "drop_path": 0.1}
-    return [str(word) for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    given = {name: value for name, value in options.items() if name != "out"}
+    return [str(word) for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 def steps_of(run):

@@ -71,7 +71,7 @@ def said(stage, source, epoch):
     """What each sample's labels say in an epoch of the real loader (−1: nothing), and the epoch's plan."""
     plan = source.plan(epoch)
     classes = np.full(len(stage.train), -1)
-    for batch in stage.train_loader(**source.loader_arguments()).epoch(epoch, **plan):
+    for batch in stage.train_loader(source.loader_labels()).epoch(epoch, **plan):
         found = batch.token_ids.flatten(1)
         assert (found == found[:, :1]).all()
         classes[batch.sample_ids.numpy()] = found[:, 0].numpy()
@@ -179,7 +179,7 @@ def test_the_command_line_takes_several_sets(capsys):
     assert main([*call, "0.7"]) == 1
     assert "labels-share takes 2 positive numbers, got (0.7,)" in capsys.readouterr().err
     assert main([*call, "0.7,many"]) == 2
-    assert "not numbers with commas" in capsys.readouterr().err
+    assert "not a list of numbers with commas" in capsys.readouterr().err
 
 
 STRONG = {"auto_augment": "rand-m9-n3-mstd0.5-inc1", "random_erase": 0.6, "color_jitter": 0.3}

@@ -109,12 +109,12 @@ def test_stopped_while_it_measures_it_repeats_no_step(quick, tmp_path, monkeypat
     measured = 0
     original = evaluate_model
 
-    def ask_and_measure(*arguments):
+    def ask_and_measure(*arguments, **settings):
         nonlocal measured
         measured += 1
         if measured == 2:  # of the first epoch: the plain weights, after the averaged ones
             signal.raise_signal(signal.SIGINT)
-        return original(*arguments)
+        return original(*arguments, **settings)
 
     monkeypatch.setattr(scoring, "evaluate_model", ask_and_measure)
     with pytest.raises(KeyboardInterrupt):

@@ -16,7 +16,7 @@ from stl_offline.errors import InputError, JoinError, StlError, TargetError
 from stl_offline.evaluation import evaluate
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.label_set import open_label_set
-from stl_offline.loader import TokenLoader
+from stl_offline.loader import ImageSettings, TokenLoader
 from stl_offline.models import load_model
 from stl_offline.training.label_sources import open_labels
 from stl_offline.training.online import online_targets
@@ -185,9 +185,7 @@ def test_a_dump_holds_what_the_labeler_says(labelled, stripes):
     labeler = create_labeler(str(folder / "labeler"))
     beton = ensure_beton(str(stripes[0]))
     label_set = open_label_set(folder / "views")
-    loader = TokenLoader(
-        beton, (32, 32), 1, workers=1, seed=0, device="cpu", mean=labeler.mean, std=labeler.std, shuffle=False
-    )
+    loader = TokenLoader(beton, ImageSettings((32, 32), labeler.mean, labeler.std), 1, shuffle=False)
     for view in range(3):
         views = np.stack([label_set[key].views[view] for key in beton.keys])
         for batch in loader.epoch(0, views):

@@ -20,8 +20,8 @@ n: samples; V: views of each; Gh, Gw: the token grid; k: classes kept for each c
 from functools import cache
 
 import numpy as np
-from numba import njit
 
+from stl_offline.compiled import njit
 from stl_offline.errors import FormatError
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.spec import LabelSpec
@@ -99,7 +99,7 @@ def logit_table() -> np.ndarray:
     return (-LOGIT_STEP * np.arange(_MOST_STEPS + 1, dtype=np.float64) + 0.0).astype("<f2")
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _rank_classes(class_ids, classes, ranks, palette):
     """Fill ranks (n, entries) and the palettes' differences; gives how much of the palette is used."""
     counts = np.zeros(classes, dtype=np.int64)
@@ -133,7 +133,7 @@ def _rank_classes(class_ids, classes, ranks, palette):
     return used
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _quantize(logits, confidence, confidences, steps, gaps):
     samples, cells, stored = logits.shape
     for sample in range(samples):
@@ -151,7 +151,7 @@ def _quantize(logits, confidence, confidences, steps, gaps):
                 before = total
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _restore(ranks, gaps, differences, logit_bits, class_ids, logits):
     samples, cells, stored = ranks.shape
     palette = np.empty(cells * stored, dtype=class_ids.dtype)

@@ -12,8 +12,8 @@ import xxhash
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
-from numba import njit, prange
 
+from stl_offline.compiled import njit
 from stl_offline.config import INTERPOLATIONS
 from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
@@ -21,6 +21,7 @@ from stl_offline.loader.decoder.native import Decompressors, next_item
 from stl_offline.loader.decoder.planes import NOTES_INTS, read_planes, read_rgb, scratch_bytes
 from stl_offline.loader.decoder.resample import BILINEAR
 from stl_offline.loader.decoder.resize import line_floats, make_filters, resize_pixels, resize_planes
+from stl_offline.loader.threads import Workers
 
 # For the manifests of label sets: other decoders, or whole decodes, give slightly other pixels.
 DECODER = "libjpeg-turbo at a DCT scale"
@@ -37,58 +38,72 @@ class ViewCrop(Operation):
 
     Output: uint8 (B, H, W, 3). Views must be axis-aligned crops (`stl_offline.loader.loader.check_views`);
     interpolation: one of `stl_offline.loader.decoder.resample`. An image that cannot be decoded gives zeros, and
-    `take_broken` then names its sample: compiled code must not raise. It runs once a batch, and what it calls is
+    `take_damaged` then names its sample: compiled code must not raise. It runs once a batch, and what it calls is
     compiled by this module, so FFCV need not compile it.
 
     Raises:
         InputError: an unknown interpolation.
     """
 
-    def __init__(self, image_size: tuple[int, int], workers: int, beton: Beton, interpolation: str = "area") -> None:
+    def __init__(
+        self, image_size: tuple[int, int], workers: Workers, beton: Beton, interpolation: str = "area"
+    ) -> None:
         super().__init__()
         if interpolation not in INTERPOLATIONS:
             raise InputError(f"the interpolation is one of {', '.join(INTERPOLATIONS)}; got {interpolation!r}")
         self.image_size = image_size
+        self._workers = workers
         self._filters = make_filters(INTERPOLATIONS.index(interpolation), *image_size)
         columns = (beton.pointers, beton.sizes, beton.heights, beton.widths, beton.raw, np.zeros(len(beton)))
         self._table = np.stack([np.asarray(column, dtype=np.int64) for column in columns], axis=1)
         needed = max(scratch_bytes(*numbers) for numbers in self._table[:, [_HEIGHT, _WIDTH, _SIZE]].tolist())
         # Whole pages, so that workers never share a cache line. Only what images touch becomes real memory.
-        self._scratch = np.empty((workers, -(-needed // _PAGE_BYTES) * _PAGE_BYTES), dtype=np.uint8)
+        self._scratch = np.empty((len(workers), -(-needed // _PAGE_BYTES) * _PAGE_BYTES), dtype=np.uint8)
         # Zeros, because weights of zero are multiplied with whatever lies behind a line's end.
         widest = int(self._table[:, _WIDTH].max(initial=1))
-        self._lines = np.zeros((workers, line_floats(widest, image_size[1])), dtype=np.float32)
-        self._decompressors = Decompressors(workers)
-        self._notes = np.zeros((workers, NOTES_INTS), dtype=np.int64)
+        self._lines = np.zeros((len(workers), line_floats(widest, image_size[1])), dtype=np.float32)
+        self._decompressors = Decompressors(len(workers))
+        self._notes = np.zeros((len(workers), NOTES_INTS), dtype=np.int64)
         self._broken = np.zeros(1, dtype=np.int64)
-        self._content_hashes = beton.content_hashes
-        self._read_before = beton.raw.copy()
+        self._hashes, self._keeps_hashes = beton.content_hashes, beton.stored_hashes is not None
+        if self._keeps_hashes:
+            self._hashes = beton.stored_hashes
+        self._read_before = np.zeros(len(beton), dtype=bool) if self._keeps_hashes else beton.raw.copy()
         self._unread = int(np.count_nonzero(~self._read_before))
+        self._changed: int | None = None
         self._views: np.ndarray | None = None
 
     def set_views(self, views: np.ndarray) -> None:
         """Use these views, float32 (n, 6), from now on. No batch may be under way."""
         self._views = views
         self._broken[0] = 0
+        self._changed = None
 
-    def take_broken(self) -> int | None:
-        """The id of a sample of the last batch that could not be decoded, or None."""
-        broken = int(self._broken[0])
-        self._broken[0] = 0
-        return broken - 1 if broken else None
+    def take_damaged(self) -> tuple[int, str] | None:
+        """A sample of the last batch whose stored bytes cannot be used, and why; or None."""
+        broken, changed = int(self._broken[0]), self._changed
+        self._broken[0], self._changed = 0, None
+        if changed is not None:
+            return changed, "its bytes changed since packing"
+        return (broken - 1, "it cannot be decoded") if broken else None
 
-    def _look_at_bytes(self, ids: np.ndarray, storage: np.ndarray) -> None:
-        """Find out, once, which JPEGs are stored as their sources had them: later readings may stop at what they need.
+    def _check_bytes(self, ids: np.ndarray, storage: np.ndarray) -> None:
+        """Compare stored bytes with their hash, once per sample. Of sound JPEGs later readings decode only a part.
 
-        After a batch, when the bytes are in memory. Those that packing had to encode are always decoded whole, since
-        a warning of the decoder is the only sign of damage there.
+        After a batch, when the bytes are in memory. Files of earlier releases keep the hash of the source alone, so
+        images that packing converted cannot be compared: they are always decoded whole, since a warning of the decoder
+        is the only sign of damage there.
         """
         if not self._unread:
             return
         for sample in ids[~self._read_before[ids]].tolist():
             start = self._table[sample, _POINTER]
             data = storage[start : start + self._table[sample, _SIZE]]
-            self._table[sample, _SOUND] = xxhash.xxh3_64_intdigest(data) == self._content_hashes[sample]
+            sound = xxhash.xxh3_64_intdigest(data) == self._hashes[sample]
+            if self._keeps_hashes and not sound:
+                self._changed = sample
+                continue
+            self._table[sample, _SOUND] = sound
             self._read_before[sample] = True
             self._unread -= 1
 
@@ -97,34 +112,30 @@ class ViewCrop(Operation):
         return replace(previous_state, jit_mode=True, shape=query.shape, dtype=query.dtype), query
 
     def generate_code(self) -> Callable:
-        handles = self._decompressors.handles
-        decode_batch = _decode_batch_parallel if len(handles) > 1 else _decode_batch
+        own = list(zip(self._scratch, self._lines, self._notes, self._decompressors.handles, strict=True))
 
         def view_crop(batch_indices, destination, _metadata, storage_state):
             counter = np.zeros(1, dtype=np.int64)
             # Without its class, np.memmap, which numba takes long to recognise.
             storage = np.asarray(storage_state[0])
-            decode_batch(
+            common = (
                 batch_indices,
                 destination,
                 storage,
                 self._table,
                 self._views,
-                self._scratch,
-                self._lines,
-                self._notes,
                 self._filters,
                 self._broken,
                 counter,
-                handles,
             )
-            self._look_at_bytes(batch_indices, storage)
+            self._workers.run(_decode_items, [(*common, *memory) for memory in own])
+            self._check_bytes(batch_indices, storage)
             return destination
 
         return view_crop
 
 
-@njit(cache=True, nogil=True)
+@njit
 def pixel_box(view, height, width):
     """The pixels (top, bottom, left, right, flipped) of an axis-aligned view (six numbers), at least one each way."""
     start_u = np.float64(view[2])
@@ -141,7 +152,7 @@ def pixel_box(view, height, width):
     return top, bottom, left, right, flipped
 
 
-@njit(cache=True, nogil=True)
+@njit
 def choose_shrink(kind, box_height, box_width, height, width):
     """At which 1/n of its size to decode a JPEG, of whose box an output of height × width is made; 0: no resizing."""
     if box_height == height and box_width == width:
@@ -155,7 +166,7 @@ def choose_shrink(kind, box_height, box_width, height, width):
     return 2 if ratio >= (2.0 if kind == BILINEAR else 2.5) else 1
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _decode_sample(data, image, view, filters, target, scratch, lines, handle, notes):
     height, width = image[_HEIGHT], image[_WIDTH]
     rows, columns = target.shape[0], target.shape[1]
@@ -185,13 +196,12 @@ def _decode_sample(data, image, view, filters, target, scratch, lines, handle, n
     return True
 
 
-@njit(cache=True, nogil=True)
-def _work(ids, destination, storage, table, views, scratch, lines, notes, filters, broken, counter, handle):
+@njit
+def _decode_items(ids, destination, storage, table, views, filters, broken, counter, scratch, lines, notes, handle):
+    """Decode images of a batch until none is left; run by every worker, with memory of its own."""
     # Images differ in size by a hundred times, so each worker takes the next one when it is free.
-    while True:
-        place = next_item(counter)
-        if place >= len(ids):
-            break
+    place = next_item(counter)
+    while place < len(ids):
         sample = ids[place]
         image = table[sample]
         # A slice never reaches past the file's end, whatever the table says.
@@ -200,29 +210,4 @@ def _work(ids, destination, storage, table, views, scratch, lines, notes, filter
         if not _decode_sample(data, image, views[sample], filters, target, scratch, lines, handle, notes):
             target[:] = 0
             broken[0] = sample + 1
-
-
-@njit(cache=True, nogil=True)
-def _decode_batch(ids, destination, storage, table, views, scratch, lines, notes, filters, broken, counter, handles):
-    _work(ids, destination, storage, table, views, scratch[0], lines[0], notes[0], filters, broken, counter, handles[0])
-
-
-@njit(cache=True, nogil=True, parallel=True)
-def _decode_batch_parallel(
-    ids, destination, storage, table, views, scratch, lines, notes, filters, broken, counter, handles
-):
-    for worker in prange(len(handles)):
-        _work(
-            ids,
-            destination,
-            storage,
-            table,
-            views,
-            scratch[worker],
-            lines[worker],
-            notes[worker],
-            filters,
-            broken,
-            counter,
-            handles[worker],
-        )
+        place = next_item(counter)

@@ -4,8 +4,8 @@ w: pixels of a source row; W: of an output row.
 """
 
 import numpy as np
-from numba import njit
 
+from stl_offline.compiled import njit
 from stl_offline.loader.decoder.native import blend_pixels
 
 _COLOURS = 3
@@ -15,7 +15,7 @@ _PIXEL_BYTES = _COLOURS * _FLOAT_BYTES
 LINE_SLACK = 4
 
 
-@njit(cache=True, nogil=True)
+@njit
 def weighted_rows(plane, first_row, row_weights, line):
     """The weighted sum of rows from ``first_row`` on of ``plane``, uint8 (h, w), into ``line``, float32 (w,)."""
     count = min(len(row_weights), plane.shape[0] - first_row)
@@ -33,7 +33,7 @@ def weighted_rows(plane, first_row, row_weights, line):
             line[x] += weight * np.float32(row[x])
 
 
-@njit(cache=True, nogil=True)
+@njit
 def enlarge_line(narrow, factor, of_means, wide):
     """Colours that are stored ``factor`` times narrower, beside the brightness.
 
@@ -58,7 +58,7 @@ def enlarge_line(narrow, factor, of_means, wide):
             wide[place] = narrow[place // factor + 1]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def join_colours(brightness, first, second, line):
     """JPEG's Y Cb Cr (JFIF 1.02), float32 (w,) each, to red, green and blue, float32 (w · 3,)."""
     for x in range(len(brightness)):
@@ -69,7 +69,7 @@ def join_colours(brightness, first, second, line):
         line[3 * x + 2] = brightness[x] + np.float32(1.772) * blueness
 
 
-@njit(cache=True, nogil=True)
+@njit
 def resample_line(line, begin, firsts, weights, used, mirrored, result):
     """Filter a row of pixels along itself.
 
@@ -94,7 +94,7 @@ def resample_line(line, begin, firsts, weights, used, mirrored, result):
         target += _PIXEL_BYTES
 
 
-@njit(cache=True, nogil=True)
+@njit
 def to_bytes(values, target):
     """Round float32 to uint8, both of one length, within 0 … 255."""
     for place in range(len(target)):

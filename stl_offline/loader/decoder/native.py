@@ -11,8 +11,10 @@ import llvmlite.binding
 import numpy as np
 from ffcv.libffcv import lib as _ffcv_library
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from stl_offline.compiled import njit
 
 # TurboJPEG's constants (turbojpeg.h, 2.0 and later).
 TJPF_RGB = 0
@@ -52,7 +54,7 @@ def _atomic_add(typing_context, address, amount):
     return types.int64(types.int64, types.int64), generate
 
 
-@njit(cache=True, nogil=True)
+@njit
 def next_item(counter):
     """Take the next number from ``counter``, int64 (1,), shared by threads: each item goes to whoever is free."""
     return _atomic_add(np.int64(counter.ctypes.data), np.int64(1))

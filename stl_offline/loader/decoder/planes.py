@@ -8,8 +8,8 @@ H, W: the image's size; h, w: a plane's.
 """
 
 import numpy as np
-from numba import njit
 
+from stl_offline.compiled import njit
 from stl_offline.loader.decoder.native import (
     TJCS_YCBCR,
     TJERR_WARNING,
@@ -33,7 +33,7 @@ def scratch_bytes(height: int, width: int, stored: int) -> int:
     return 3 * (height + 4) * (width + 4) + stored
 
 
-@njit(cache=True, nogil=True)
+@njit
 def read_planes(handle, data, height, width, bottom, shrink, may_cut, scratch, notes):
     """Decode a JPEG into planes of brightness and colours at 1/``shrink`` of its size.
 
@@ -78,7 +78,7 @@ def read_planes(handle, data, height, width, bottom, shrink, may_cut, scratch, n
     return (-1 if failed else 0), (brightness, first, second), across, down
 
 
-@njit(cache=True, nogil=True)
+@njit
 def keep_rows(data, rows, copy):
     """Copy a JPEG, claiming that it ends after ``rows`` rows: a decoder stops there and skips the rest.
 
@@ -110,7 +110,7 @@ def keep_rows(data, rows, copy):
     return False
 
 
-@njit(cache=True, nogil=True)
+@njit
 def read_rgb(handle, data, pixels, notes):
     """Decode a JPEG of any kind into ``pixels``, uint8 (H, W, 3); False if it is damaged or of another size.
 
@@ -125,7 +125,7 @@ def read_rgb(handle, data, pixels, notes):
     return tj_decompress(handle, source, data.size, target, width, 3 * width, height, TJPF_RGB, TJFLAG_ACCURATEDCT) == 0
 
 
-@njit(cache=True, nogil=True)
+@njit
 def frame_size(data):
     """(rows, columns) as a JPEG's frame header has them; zeros where a look at the segments before it does not lead."""
     place = 2
@@ -141,7 +141,7 @@ def frame_size(data):
     return np.int64(0), np.int64(0)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _read_head(handle, data, height, width, notes):
     """Whether a JPEG has this size; its width, height, subsampling and colour space into ``notes``."""
     at = notes.ctypes.data

@@ -14,8 +14,8 @@ H, W: the output's size; t: weights of an output pixel.
 """
 
 import numpy as np
-from numba import njit
 
+from stl_offline.compiled import njit
 from stl_offline.config import INTERPOLATIONS
 
 AREA, BILINEAR, _BICUBIC = range(len(INTERPOLATIONS))
@@ -25,7 +25,7 @@ _LONGEST_KEPT = 256
 _ENLARGING_TAPS = 4
 
 
-@njit(cache=True, nogil=True)
+@njit
 def filter_weights(kind, start, length, outputs, pixels):
     """Weights along one axis for the box [start, start + length) of ``pixels`` source pixels.
 
@@ -73,7 +73,7 @@ def filter_weights(kind, start, length, outputs, pixels):
     return firsts, weights, used
 
 
-@njit(cache=True, nogil=True)
+@njit
 def enlarging_weights(kind, outputs):
     """What `filter_weights` gives for whole pixels that are no more than the outputs, ahead of time.
 
@@ -89,7 +89,7 @@ def enlarging_weights(kind, outputs):
     return firsts, weights, used
 
 
-@njit(cache=True, nogil=True)
+@njit
 def kept_weights(kind, length, outputs, firsts, weights, used):
     """`filter_weights` for ``length`` whole pixels, from the tables of `enlarging_weights` if they have it."""
     if length < len(used):
@@ -97,7 +97,7 @@ def kept_weights(kind, length, outputs, firsts, weights, used):
     return filter_weights(kind, 0.0, float(length), outputs, length)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def through_shrinking(firsts, weights, shrink, pixels):
     """The weights on a plane whose ``pixels`` pixels are the means of ``shrink`` of those that ``weights`` are for.
 
@@ -128,7 +128,7 @@ def through_shrinking(firsts, weights, shrink, pixels):
     return narrow_firsts, narrow, used
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _kernel(kind, x):
     x = abs(x)
     if kind == BILINEAR:
@@ -140,7 +140,7 @@ def _kernel(kind, x):
     return 0.0
 
 
-@njit(cache=True, nogil=True)
+@njit
 def through_upsampling(firsts, weights, pixels):
     """The weights on a plane of ``pixels`` that libjpeg would enlarge by two before they are used.
 

@@ -3,8 +3,7 @@
 H, W: the output's size; h, w: a plane's.
 """
 
-from numba import njit
-
+from stl_offline.compiled import njit
 from stl_offline.loader.decoder.lines import (
     LINE_SLACK,
     enlarge_line,
@@ -33,7 +32,7 @@ def make_filters(kind: int, height: int, width: int) -> tuple:
     return kind, *down, *(down if width == height else enlarging_weights(kind, width))
 
 
-@njit(cache=True, nogil=True)
+@njit
 def resize_pixels(pixels, top, bottom, left, right, mirrored, filters, lines, target):
     """Resize rows top:bottom and columns left:right of red, green and blue to fill ``target``.
 
@@ -55,7 +54,7 @@ def resize_pixels(pixels, top, bottom, left, right, mirrored, filters, lines, ta
         to_bytes(result, written[row])
 
 
-@njit(cache=True, nogil=True)
+@njit
 def resize_planes(planes, box, sizes, shrink, across, down, mirrored, kind, lines, target):
     """Resize a box of planes of brightness and colours to fill ``target``.
 

@@ -1,4 +1,4 @@
-// Filters by class, confidence and key; where a page has no form for them, the legends' classes still filter tokens.
+// Filters by class, confidence and key. On pages without the form, the legends' classes still filter tokens.
 
 const form = byId("filters");
 function applyFilters() {

@@ -1,5 +1,5 @@
 "use strict";
-// What every page has: the button for its theme, and the tip that stands beside what is pointed at.
+// Common to all pages: the theme button, and the tip beside the element under the pointer.
 
 const byId = (id) => document.getElementById(id);
 const make = (name, text, attributes = {}) => {
@@ -27,7 +27,7 @@ themeButton.addEventListener("click", () => {
   try {
     localStorage.setItem("theme", next);
   } catch (error) {
-    // Kept for this page only.
+    // Storage is not available: the choice holds for this page only.
   }
   nameTheme();
   stages.forEach(paint);
@@ -51,7 +51,7 @@ function hideTip() {
 let shownAt = 0;
 document.querySelectorAll("[data-tip]").forEach((element) => {
   const show = (event) => {
-    // Points of several lines may lie on each other: all of them are named.
+    // Points of several lines may coincide: all of them are listed.
     const here = document.elementsFromPoint(event.clientX, event.clientY).filter((each) => each.dataset?.tip);
     tip.replaceChildren(...(here.length ? here.reverse() : [element]).map((each) => make("div", each.dataset.tip)));
     placeTip(element.getBoundingClientRect());

@@ -1,8 +1,8 @@
 "use strict";
-// Before anything is drawn: the theme that the reader chose last, else the system's.
+// Runs before anything is drawn: applies the theme that the reader chose last, else the system's.
 try {
   const theme = localStorage.getItem("theme");
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
 } catch (error) {
-  // Storage is closed to this page; the system's theme it is.
+  // Storage is not available to this page: use the system's theme.
 }

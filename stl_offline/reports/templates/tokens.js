@@ -1,5 +1,5 @@
-// Tokens that can be looked at one by one. A scene is one article; its tokens have names ("map", "student"), and every
-// stage with that name shows them.
+// Inspecting single tokens. A scene is one article. Its tokens have names ("map", "student"), and every stage with that
+// name shows them.
 
 const data = byId("data") ? JSON.parse(byId("data").textContent) : { classes: {}, scenes: [] };
 const nameOf = (id) => (id < 0 ? "no label" : data.classes[id][0]);
@@ -27,7 +27,7 @@ function passes(tokens, token) {
 
 const filtering = () => filter.classId !== null || filter.least > 0;
 
-// What a token covers of the image, through its view: four corners in units of the image.
+// The area of the image that a token covers under its view: four corners in unit coordinates.
 function corners(tokens, token) {
   const [rows, columns] = tokens.grid;
   const row = Math.floor(token / columns);
@@ -105,7 +105,7 @@ function describe(scene, name, token) {
   let drawn = "";
   if (tokens.drawn) {
     const id = tokens.drawn[token];
-    drawn = id < 0 ? "the draw leaves it unlabelled" : `the draw gives ${nameOf(id)}`;
+    drawn = id < 0 ? "draw: unlabelled" : `draw: ${nameOf(id)}`;
   }
   return { where, known, rest, drawn };
 }
@@ -210,17 +210,17 @@ for (const scene of scenes) {
   }
 }
 document.addEventListener("pointerdown", (event) => {
-  // A finger's tip stays until the next touch elsewhere.
+  // On touch screens the tip stays until the next touch elsewhere.
   if (event.target.closest(".probe, [data-tip]")) return;
   scenes.filter((scene) => scene.at).forEach(leave);
   hideTip();
 });
 addEventListener("scroll", () => {
-  // The tip stands still while the page moves away beneath it.
+  // The tip has a fixed position, so it is hidden once the page has scrolled away beneath it.
   if (Math.abs(scrollY - shownAt) > 30) hideTip();
 }, { passive: true });
 
-// ---- tables of every token, made when they are opened --------------------------------------------------------------
+// ---- tables of all tokens, filled when they are opened -------------------------------------------------------------
 
 function fillTable(scene, name, place) {
   const table = make("table");

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
 
-from stl_offline.reports.colors import (
+from stl_offline.palette import (
     CONFIDENT,
     FIRST_COLORS,
     UNCONFIDENT,
@@ -12,8 +11,9 @@ from stl_offline.reports.colors import (
     class_color,
     class_marks,
     class_pixels,
-    confidence_pixels,
+    hex_color,
     ink_on,
+    rgb,
 )
 
 # Machado, Oliveira and Fernandes 2009, severity 1.0, on linear RGB.
@@ -45,13 +45,13 @@ def nearest(colors: list, matrix) -> float:
 @pytest.mark.parametrize("who", SEEN_BY)
 def test_the_first_colours_stay_apart(who):
     # Four times the distance that is just noticed (0.02).
-    assert nearest([*map(to_rgb, FIRST_COLORS), UNLABELLED], SEEN_BY[who]) > 0.085
+    assert nearest([*map(rgb, FIRST_COLORS), UNLABELLED], SEEN_BY[who]) > 0.085
     assert nearest([CONFIDENT, UNCONFIDENT], SEEN_BY[who]) > 0.3
 
 
 def test_the_measure_finds_colours_that_do_not():
-    assert nearest([to_rgb("#c87137"), to_rgb("#7f8f2b")], SEEN_BY["deuteranopes"]) < 0.07
-    assert nearest([to_rgb("#c87137"), to_rgb("#7f8f2b")], SEEN_BY["all"]) > 0.12
+    assert nearest([rgb("#c87137"), rgb("#7f8f2b")], SEEN_BY["deuteranopes"]) < 0.07
+    assert nearest([rgb("#c87137"), rgb("#7f8f2b")], SEEN_BY["all"]) > 0.12
 
 
 def test_colours_depend_on_the_class_alone_and_differ():
@@ -69,9 +69,9 @@ def test_pixels_are_the_classes_colours():
         assert pixels[place] == pytest.approx(np.array(class_color(int(class_id))) * 255, abs=0.51)
 
 
-def test_confidence_grows_lighter():
-    luminance = linear(confidence_pixels(np.linspace(0, 1, 50)) / 255) @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(luminance) > 0).all()
+def test_hexadecimal_notation_round_trips():
+    assert rgb("#0b5fa5") == (11 / 255, 95 / 255, 165 / 255)
+    assert all(hex_color(rgb(text)) == text for text in FIRST_COLORS)
 
 
 def test_ink_has_the_contrast_that_text_needs():

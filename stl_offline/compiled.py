@@ -1,0 +1,149 @@
+"""`njit`: numba's decorator with this package's options, and a cache of compiled code that works everywhere.
+
+numba by itself keeps compiled code beside the source or in the user's cache folder, raises on import where it can write
+to neither, and does not notice a change in a function of another file that a compiled one calls. Here compiled code is
+kept in the folder ``compiled`` of `stl_offline.files.cache_dir` (or in ``NUMBA_CACHE_DIR``), is valid for exactly the
+sources that it was made from, and is not kept at all where the folder cannot be written.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+
+from stl_offline.files import cache_dir
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = Path(__file__).resolve().parent
+
+
+def njit(function: Callable | None = None, *, inner: bool = False) -> Callable:
+    """`numba.njit` without the GIL, with compiled code kept on disk.
+
+    Args:
+        function: what is decorated, where there are no options.
+        inner: only compiled code calls it. No wrapper for Python is made, which is a third of the compilation of a
+            small function; tests call its ``py_func``.
+    """
+    if function is None:
+        return functools.partial(njit, inner=inner)
+    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, no_cpython_wrapper=inner)(function)
+    if not numba.config.DISABLE_JIT:
+        dispatcher._cache = _Cache(function)
+    return dispatcher
+
+
+def read_only(array: np.ndarray, dtype: Any = None) -> np.ndarray:
+    """The array as compiled code takes what it only reads: contiguous, not writable, no subclass such as np.memmap.
+
+    numba compiles anew for each combination of these, so all callers of a function give the same.
+    """
+    array = np.ascontiguousarray(array, dtype).view()
+    array.flags.writeable = False
+    return array
+
+
+class _Locator(_CacheLocator):
+    """Tells numba where the compiled code of a function lies, and what it is valid for."""
+
+    def __init__(self, function: Callable, path: str) -> None:
+        self._py_file = path
+        self._line = function.__code__.co_firstlineno
+
+    @classmethod
+    def from_function(cls, function: Callable, path: str) -> "_Locator":
+        return cls(function, path)
+
+    def get_cache_path(self) -> str:
+        return os.path.join(_folder(), self.get_suitable_cache_subpath(self._py_file))
+
+    def get_source_stamp(self) -> str:
+        return _digest()
+
+    def get_disambiguator(self) -> str:
+        return str(self._line)
+
+
+class _CacheImpl(CompileResultCacheImpl):
+    _locator_classes = (_Locator,)
+
+
+class _FunctionCache(FunctionCache):
+    _impl_class = _CacheImpl
+
+
+class _Cache:
+    """The cache of one function, looked for at its first call: importing touches no folder."""
+
+    cache_path = None
+
+    def __init__(self, function: Callable) -> None:
+        self._function = function
+
+    @functools.cached_property
+    def _files(self) -> FunctionCache | None:
+        return _FunctionCache(self._function) if _folder() else None
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        found = None
+        try:
+            # Without a cache, what a load does beside: numba's tables have to be there before anything is compiled.
+            found = self._files.load_overload(signature, target_context) if self._files else target_context.refresh()
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            logger.debug("compiled code of %s cannot be read, compiling it: %s", self._function.__name__, error)
+        if found is None:
+            _announce()
+        return found
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        if self._files:
+            try:
+                self._files.save_overload(signature, data)
+            except OSError as error:
+                logger.debug("compiled code of %s cannot be kept: %s", self._function.__name__, error)
+
+    def flush(self) -> None:
+        if self._files:
+            self._files.flush()
+
+
+@functools.cache
+def _folder() -> str | None:
+    """Where compiled code is kept, or None where no folder can be written."""
+    try:
+        folder = Path(numba.config.CACHE_DIR or cache_dir() / "compiled")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        logger.warning(
+            "compiled code cannot be kept (%s), so every process compiles again; set STL_OFFLINE_CACHE to a folder "
+            "that can be written",
+            error,
+        )
+    return None
+
+
+@functools.cache
+def _digest() -> str:
+    """SHA-256 of the package's sources: a compiled function holds those that it calls, and constants of other files."""
+    digest = hashlib.sha256()
+    for path in sorted(_SOURCES.rglob("*.py")):
+        digest.update(f"{path.relative_to(_SOURCES)}\n".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _announce() -> None:
+    logger.info("compiling for this machine: about 10 seconds in all, once")
