@@ -291,7 +291,7 @@ class TestDeath:
         assert done.stderr == ("interrupted; run the same command again to go on\n" if code > 128 else "")
 
     def test_a_signal_to_the_whole_group_comes_once(self):
-        lines = "print('ready', flush=True)", "try: time.sleep(30)", "finally: print('tidied', flush=True)"
+        lines = "try: print('ready', flush=True); time.sleep(30)", "finally: print('tidied', flush=True)"
         code = STUB.format(lines="\n".join(f"    {line}" for line in lines))
         with subprocess.Popen(
             [sys.executable, "-c", code, "stub"],
