@@ -49,8 +49,9 @@ from stl_offline.config import AMP_MODES, INTERPOLATIONS, DumpConfig
 @option("--top-k", group="labels", default=DumpConfig.top_k, metavar="K", help="Classes stored per token.")
 @option(
     "--views",
+    "crops_per_image",
     group="labels",
-    default=DumpConfig.views,
+    default=DumpConfig.crops_per_image,
     metavar="V",
     help="Random crops labelled per image (0 labels the whole image once).",
 )

@@ -3,7 +3,8 @@
 import click
 
 from stl_offline.cli.command import NUMBERS, option, together
-from stl_offline.config import AMP_MODES, ERASE_MODES, INTERPOLATIONS, MIX_MODES, MachineConfig, TrainConfig
+from stl_offline.config import AMP_MODES, INTERPOLATIONS, MachineConfig, TrainConfig
+from stl_offline.settings import ERASE_MODES, MIX_MODES
 
 SOURCE_HELP = "a folder of class folders, tars, a .beton file, or a timm reader"
 

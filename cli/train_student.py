@@ -5,7 +5,8 @@ import click
 from stl_offline.cli.command import NUMBERS, command, example, option
 from stl_offline.cli.options import timm_labeler_options, training_options
 from stl_offline.cli.stages import print_dry_run, print_run, settings_of_run
-from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARGETS, VIEW_MODES, StudentConfig
+from stl_offline.config import CROP_MODES, ERASED_LABELS, LABEL_PICKS, StudentConfig
+from stl_offline.settings import RESIDUALS, TOKEN_TARGETS
 
 
 @command(
@@ -53,9 +54,10 @@ from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARG
 )
 @option(
     "--views",
+    "crops",
     group="labels",
-    default=StudentConfig.views,
-    type=click.Choice(VIEW_MODES),
+    default=StudentConfig.crops,
+    type=click.Choice(CROP_MODES),
     help="Crops to train on: new ones (random), those of the label set (replay), or whichever the set allows (auto).",
 )
 @option(
@@ -89,8 +91,9 @@ from stl_offline.config import ERASED_LABELS, LABEL_PICKS, RESIDUALS, TOKEN_TARG
 )
 @option(
     "--columns",
+    "soft_classes",
     group="advanced",
-    default=StudentConfig.columns,
+    default=StudentConfig.soft_classes,
     metavar="N",
     help="Classes kept per token of a soft target.",
 )

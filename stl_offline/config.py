@@ -1,172 +1,194 @@
-"""The settings of each command, validated where they are built.
+"""The settings of each command, checked where they are built.
 
-A field's meaning, unit and default stand here once; the command line shows the same defaults.
+Each field stands here once: its default, its help text (metadata ``help``), what it affects and which values it takes.
+Whatever needs these reads them from the field (`stl_offline.settings.setting`): what a run or a label set records, what
+must be equal when a job is resumed, what a recipe may name. Settings that another part of the package owns, such as
+random crops, are checked by building the owner's class.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from stl_offline.errors import InputError
+from stl_offline.settings import (
+    INPUT,
+    JOB,
+    RESULT,
+    CropSettings,
+    EraseSettings,
+    MixSettings,
+    check_settings,
+    check_token_targets,
+    recorded,
+    setting,
+)
 
-TOKEN_TARGETS = ("gumbel", "soft", "argmax")
-RESIDUALS = ("ignore", "uniform")
 TOKEN_POOLS = ("mean", "lme")
-VIEW_MODES = ("auto", "random", "replay")
-MIX_MODES = ("batch", "pair", "elem")
-ERASE_MODES = ("const", "rand", "pixel")
+CROP_MODES = ("auto", "random", "replay")
 ERASED_LABELS = ("drop", "keep")
 LABEL_PICKS = ("auto", "zoom", "draw")
 INTERPOLATIONS = ("area", "bilinear", "bicubic")
 AMP_MODES = ("auto", "none", "bf16", "fp16")
+MISSING = ("error", "skip")
 
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-def _require_seed(seed: int) -> None:
-    _require(0 <= seed < 1 << 63, f"seed lies in [0, 2^63), got {seed}")
-
-
-def _require_finite(config: "MachineConfig") -> None:
-    for name, value in dataclasses.asdict(config).items():
-        fine = not isinstance(value, float) or math.isfinite(value)
-        _require(fine, f"{name.replace('_', '-')} takes a finite number, got {value}")
-
-
-def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name} is one of {', '.join(choices)}, got {value!r}")
+_SEEDS = f"[0, {1 << 63})"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineConfig:
-    """Where a command runs. None of it changes what comes out, beyond rounding."""
+class Config:
+    """Settings of a command. Raises `InputError` for a value that the command does not take."""
 
-    device: str = "auto"  # "auto" takes a GPU where there is one
-    workers: int = 0  # loading threads of a process; 0: one for each core, shared by a machine's processes
-    debug: bool = False
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig(Config):
+    """Where a command runs. Results do not depend on it, beyond rounding."""
+
+    device: str = setting(
+        "auto", "Device: auto (a GPU if there is one), cpu, cuda or cuda:N.", affects=JOB, in_recipes=False
+    )
+    workers: int = setting(0, "Loading threads per process (0 shares the cores out).", affects=JOB, in_recipes=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(MachineConfig):
     """What both training stages share. The defaults suit a small model on 64-pixel images."""
 
-    data: str
-    out: str
-    val: str | None = None
-    model: str = "fan_micro_4_p8"
-    img_size: int = 64
-    epochs: int = 24
-    batch_size: int = 100
-    seed: int = 0
-    accumulate: int = 1  # batches that make one step
-    lr: float = 2e-3
-    lr_batch: int = 0  # images of a step that lr is for: it grows and shrinks with them; 0: lr as it is
-    warmup_epochs: float = 2.0
-    weight_decay: float = 0.05
-    clip_grad: float = 0.0  # largest gradient norm; 0: no clipping
-    ema_decay: float = 0.99992  # reached by a warm-up; 0: no averaged weights
-    smoothing: float = 0.1
-    drop_path: float = 0.0
-    mixup: float = 0.0  # alpha of the Beta distribution; 0: off
-    cutmix: float = 0.0
-    mix_prob: float = 1.0
-    mix_mode: str = "batch"
-    scale_min: float = 0.25  # smallest share of an image's area that a random crop takes
-    flip: float = 0.5
-    color_jitter: float | None = None  # strength; None: 0.4, or 0 with auto_augment
-    auto_augment: str | None = None  # timm's string for RandAugment, such as rand-m9-mstd0.5-inc1
-    random_erase: float = 0.0  # chance that a box of an image is erased
-    erase_mode: str = "pixel"
-    interpolation: str = "area"  # how crops are resized, antialiased in any case
-    amp: str = "auto"
-    compile: bool = False
-    channels_last: bool = True  # memory layout of the model's weights
-    sync_bn: bool = False  # batch norms look at the images of all processes
-    token_weight: float = 1.0  # weight of the token loss beside the class loss
-    val_every: int = 1  # epochs from one measurement on the validation images to the next
-    checkpoint_every: float = 300.0  # seconds between stored states within an epoch
-    checkpoint_steps: int = 0  # steps between them, beside the seconds; 0: seconds alone
-    log_every: int = 50  # steps from one line of steps.jsonl to the next
-    tensorboard: bool = False
-    resume: bool = True  # go on where the same command stopped; else start anew
-    skip_broken: bool = False
+    data: str = setting(help="Training images.", affects=INPUT, in_recipes=False)
+    out: str = setting(help="Folder of the run.", affects=JOB, in_recipes=False)
+    val: str | None = setting(None, "Validation images.", affects=INPUT, in_recipes=False)
+    model: str = setting("fan_micro_4_p8", "FAN variant to train.")
+    img_size: int = setting(64, "Height and width of the model's input, in pixels.", bounds="[1, inf)")
+    epochs: int = setting(24, "Passes over the training data.", bounds="[1, inf)")
+    batch_size: int = setting(100, "Images per batch and process.", bounds="[1, inf)")
+    seed: int = setting(0, "Seed of everything random.", bounds=_SEEDS)
+    accumulate: int = setting(1, "Batches whose gradients are summed for one step.", bounds="[1, inf)")
+    lr: float = setting(2e-3, "Peak learning rate.", bounds="(0, inf)")
+    lr_batch: int = setting(
+        0, "Images per step that lr is meant for; lr is scaled to the real number (0 disables it).", bounds="[0, inf)"
+    )
+    warmup_epochs: float = setting(2.0, "Epochs of rising learning rate.", bounds="[0, inf)")
+    weight_decay: float = setting(0.05, "Weight decay of AdamW.", bounds="[0, inf)")
+    clip_grad: float = setting(0.0, "Maximum norm of the gradient (0 disables clipping).", bounds="[0, inf)")
+    ema_decay: float = setting(
+        0.99992, "Decay of the averaged weights, reached by a warm-up (0 disables averaging).", bounds="[0, 1)"
+    )
+    smoothing: float = setting(0.1, "Label smoothing.", bounds="[0, 1)")
+    drop_path: float = setting(0.0, "Rate of stochastic depth (0 disables it).", bounds="[0, 1)")
+    mixup: float = setting(0.0, "Alpha of mixup's Beta distribution (0 disables mixup).")
+    cutmix: float = setting(0.0, "Alpha of cutmix's Beta distribution (0 disables cutmix).")
+    mix_prob: float = setting(1.0, "Probability that a batch, pair or image is mixed.")
+    mix_mode: str = setting("batch", "What is mixed in the same way: a batch, a pair, or each image by itself (elem).")
+    scale_min: float = setting(0.25, "Smallest part of an image's area that a random crop takes.")
+    flip: float = setting(0.5, "Probability that a random crop is flipped.")
+    color_jitter: float | None = setting(
+        None, "Strength of colour jitter; None takes 0.4, or 0 with auto_augment.", bounds="[0, inf)"
+    )
+    auto_augment: str | None = setting(None, "timm's string for RandAugment, such as rand-m9-mstd0.5-inc1.")
+    random_erase: float = setting(0.0, "Probability that a box of an image is erased.")
+    erase_mode: str = setting("pixel", "What fills an erased box: the mean, one random colour, or noise per pixel.")
+    interpolation: str = setting("area", "How crops are resized; antialiased in any case.", choices=INTERPOLATIONS)
+    amp: str = setting("auto", "Mixed precision; auto chooses by device.", choices=AMP_MODES)
+    compile: bool = setting(False, "Compile the model with torch.compile.")
+    channels_last: bool = setting(True, "Memory layout of the model's weights.")
+    sync_bn: bool = setting(False, "Compute batch norm over the images of all processes.")
+    token_weight: float = setting(1.0, "Weight of the token loss (0 disables it).", bounds="[0, inf)")
+    val_every: int = setting(1, "Epochs between validations.", affects=JOB, bounds="[1, inf)")
+    checkpoint_every: float = setting(
+        300.0, "Seconds between states stored within an epoch.", affects=JOB, bounds="[0, inf)"
+    )
+    checkpoint_steps: int = setting(
+        0, "Steps between stored states, in addition to the seconds (0 disables it).", affects=JOB, bounds="[0, inf)"
+    )
+    log_every: int = setting(50, "Steps between lines of steps.jsonl.", affects=JOB, bounds="[1, inf)")
+    tensorboard: bool = setting(False, "Write TensorBoard files.", affects=JOB)
+    resume: bool = setting(
+        True, "Continue a run that was interrupted; False starts anew.", affects=JOB, in_recipes=False
+    )
+    skip_broken: bool = setting(False, "Leave out images that cannot be decoded, instead of stopping.")
+
+    def __post_init__(self) -> None:
+        if self.auto_augment == "none":  # how a command turns a recipe's auto_augment off
+            object.__setattr__(self, "auto_augment", None)
+        super().__post_init__()
+        self.crop_settings()
+        self.mix_settings()
+        self.erase_settings()
 
     @property
     def trains_tokens(self) -> bool:
         """Whether the token head gets a gradient."""
         return self.token_weight > 0
 
-    def __post_init__(self) -> None:
-        _require(self.img_size > 0, f"img-size must be positive, got {self.img_size}")
-        _require(self.epochs > 0, f"epochs must be at least 1, got {self.epochs}")
-        _require(self.batch_size > 0, f"batch-size must be at least 1, got {self.batch_size}")
-        _require(self.accumulate > 0, f"accumulate must be at least 1, got {self.accumulate}")
-        if self.auto_augment == "none":  # what a command says to leave out a recipe's
-            object.__setattr__(self, "auto_augment", None)
-        _require_finite(self)
-        _require(self.lr_batch >= 0, f"lr-batch must not be negative, got {self.lr_batch}")
-        _require(self.checkpoint_every >= 0, f"checkpoint-every must not be negative, got {self.checkpoint_every}")
-        _require(self.checkpoint_steps >= 0, f"checkpoint-steps must not be negative, got {self.checkpoint_steps}")
-        _require(self.log_every > 0, f"log-every must be at least 1, got {self.log_every}")
-        _require_seed(self.seed)
-        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
-        _require(self.warmup_epochs >= 0, f"warmup-epochs must not be negative, got {self.warmup_epochs}")
-        _require(self.weight_decay >= 0, f"weight-decay must not be negative, got {self.weight_decay}")
-        _require(self.clip_grad >= 0, f"clip-grad must not be negative, got {self.clip_grad}")
-        _require(0 <= self.ema_decay < 1, f"ema-decay lies in [0, 1), got {self.ema_decay}")
-        _require(0 <= self.smoothing < 1, f"smoothing lies in [0, 1), got {self.smoothing}")
-        _require(0 <= self.drop_path < 1, f"drop-path lies in [0, 1), got {self.drop_path}")
-        _require(self.mixup >= 0 and self.cutmix >= 0, "mixup and cutmix must not be negative")
-        _require(0 <= self.mix_prob <= 1, f"mix-prob lies in [0, 1], got {self.mix_prob}")
-        _choose("mix-mode", self.mix_mode, MIX_MODES)
-        _require(0 < self.scale_min <= 1, f"scale-min lies in (0, 1], got {self.scale_min}")
-        _require(0 <= self.flip <= 1, f"flip lies in [0, 1], got {self.flip}")
-        jitter = self.color_jitter
-        _require(jitter is None or jitter >= 0, f"color-jitter must not be negative, got {jitter}")
-        _require(0 <= self.random_erase <= 1, f"random-erase lies in [0, 1], got {self.random_erase}")
-        _choose("erase-mode", self.erase_mode, ERASE_MODES)
-        _choose("interpolation", self.interpolation, INTERPOLATIONS)
-        _choose("amp", self.amp, AMP_MODES)
-        _require(self.val_every > 0, f"val-every must be at least 1, got {self.val_every}")
-        _require(self.token_weight >= 0, f"token-weight must not be negative, got {self.token_weight}")
+    def crop_settings(self) -> CropSettings:
+        """How random crops are drawn."""
+        return CropSettings(scale=(self.scale_min, 1.0), flip=self.flip)
+
+    def mix_settings(self) -> MixSettings:
+        """How images of a batch are mixed."""
+        return MixSettings(self.mixup, self.cutmix, self.mix_prob, mode=self.mix_mode)
+
+    def erase_settings(self) -> EraseSettings:
+        """How boxes of images are erased."""
+        return EraseSettings(self.random_erase, self.erase_mode)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelerConfig(TrainConfig):
     """Stage 1: ``stl-offline train-labeler``."""
 
-    token_pool: str = "mean"  # how an image's token logits become the logits of the token loss
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _choose("token-pool", self.token_pool, TOKEN_POOLS)
+    token_pool: str = setting(
+        "mean", "How an image's token logits become the logits of the token loss.", choices=TOKEN_POOLS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig(TrainConfig):
     """Stage 2: ``stl-offline train-student``."""
 
-    labels: str | tuple[str, ...] = "none"  # label sets, "none" or "online"
-    labels_pick: str = "auto"  # which of several sets a sample reads: by its crop's zoom, or drawn
-    labels_share: tuple[float, ...] | None = None  # how often each of several sets is drawn; None: equally often
-    labeler: str | None = None  # the labeler's run or checkpoint, for labels = "online"
-    labeler_checkpoint: str | None = None  # weights for a labeler named timm:NAME
-    labeler_pretrained: bool = False  # take timm's own weights for it
-    labeler_classes: str | None = None  # its class names: a text file with one per line, or a label set
-    token_target: str = "gumbel"
-    residual: str = "ignore"
-    views: str = "auto"  # replay the label set's crops where it has them, else draw new ones
-    columns: int = 8  # classes kept for each token of a soft target
-    sampling_ratio: int = 2
-    min_confidence: float = 0.0
-    erased_labels: str = "drop"  # of erased cells: they weigh what is left to see of them, or stay
-    missing: str = "error"
-    allow_changed: bool = False
-    key_prefix: str = ""  # OLD=NEW: what the images' keys start with, and what the labels' have there
+    labels: str | tuple[str, ...] = setting("none", 'Label sets, or "none", or "online".', affects=INPUT)
+    labels_pick: str = setting(
+        "auto",
+        "How one of several label sets is chosen for a sample: by its crop's scale (zoom), or at random (draw).",
+        choices=LABEL_PICKS,
+    )
+    labels_share: tuple[float, ...] | None = setting(
+        None, "How often each of several label sets is drawn; None draws them equally often."
+    )
+    labeler: str | None = setting(
+        None, 'The labeler of labels="online": a run, a checkpoint, or timm:NAME.', affects=INPUT
+    )
+    labeler_checkpoint: str | None = setting(None, "Weights of a labeler named timm:NAME.", affects=INPUT)
+    labeler_pretrained: bool = setting(False, "Take timm's own weights for a labeler named timm:NAME.", affects=INPUT)
+    labeler_classes: str | None = setting(
+        None, "Class names of a labeler named timm:NAME: a text file with one per line, or a label set.", affects=INPUT
+    )
+    token_target: str = setting(
+        "gumbel", "Target of a token: a class drawn in each step (gumbel), the distribution (soft), or its best class."
+    )
+    residual: str = setting(
+        "ignore", "Probability outside the stored classes: left unlabelled (ignore), or spread over all (uniform)."
+    )
+    crops: str = setting(
+        "auto",
+        "Crops to train on: new ones (random), those of the label set (replay), or whichever the set allows (auto).",
+        choices=CROP_MODES,
+        recorded_as="views",
+    )
+    soft_classes: int = setting(8, "Classes kept per token of a soft target.", recorded_as="columns")
+    sampling_ratio: int = setting(2, "RoIAlign's sampling points per cell, along each side.")
+    min_confidence: float = setting(0.0, "Confidence below which a token is left unlabelled.")
+    erased_labels: str = setting(
+        "drop", "Labels of erased cells: weighted by what is left to see (drop), or kept.", choices=ERASED_LABELS
+    )
+    missing: str = setting(
+        "error", "Images without labels: stop, or train on them without token labels.", choices=MISSING
+    )
+    allow_changed: bool = setting(False, "Use labels of images whose content has changed.")
+    key_prefix: str = setting("", "OLD=NEW: the start of the images' keys, and what the labels have instead.")
 
     @property
     def trains_tokens(self) -> bool:
@@ -174,160 +196,152 @@ class StudentConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(not self.key_prefix or self.key_prefix.count("=") == 1, "key-prefix is OLD=NEW, such as train/=")
+        check_token_targets(
+            self.token_target, self.residual, self.soft_classes, self.sampling_ratio, self.min_confidence
+        )
+        if self.key_prefix and self.key_prefix.count("=") != 1:
+            raise InputError(f"`key_prefix` must be OLD=NEW, such as train/=; got {self.key_prefix!r}")
         sets = (self.labels,) if isinstance(self.labels, str) else tuple(self.labels)
         object.__setattr__(self, "labels", sets)
-        _require(len(sets) > 0, "labels takes at least one label set, none or online")
-        _require(len(sets) == 1 or not {"none", "online"} & set(sets), "several --labels must all be label sets")
-        _choose("labels-pick", self.labels_pick, LABEL_PICKS)
+        if not sets:
+            raise InputError('`labels` must be at least one label set, "none" or "online"')
+        if len(sets) > 1 and {"none", "online"} & set(sets):
+            raise InputError(f"several `labels` must all be label sets, got {', '.join(sets)}")
         if self.labels_share is not None:
-            _require(len(sets) > 1 and self.labels_pick != "zoom", "labels-share goes with several sets that are drawn")
+            if len(sets) == 1 or self.labels_pick == "zoom":
+                raise InputError('`labels_share` needs several `labels` and a `labels_pick` other than "zoom"')
             fine = len(self.labels_share) == len(sets) and all(0 < share < math.inf for share in self.labels_share)
-            _require(fine, f"labels-share takes {len(sets)} positive numbers, got {self.labels_share}")
-        _choose("erased-labels", self.erased_labels, ERASED_LABELS)
-        _choose("token-target", self.token_target, TOKEN_TARGETS)
-        _choose("residual", self.residual, RESIDUALS)
-        _choose("views", self.views, VIEW_MODES)
-        _choose("missing", self.missing, ("error", "skip"))
-        _require(self.columns > 0, f"columns must be at least 1, got {self.columns}")
-        _require(self.sampling_ratio > 0, f"sampling-ratio must be at least 1, got {self.sampling_ratio}")
-        _require(0 <= self.min_confidence < 1, f"min-confidence lies in [0, 1), got {self.min_confidence}")
+            if not fine:
+                raise InputError(f"`labels_share` must be {len(sets)} positive numbers, got {self.labels_share}")
         if sets == ("online",):
-            _require(self.labeler is not None, "labels online need --labeler RUN|CKPT|timm:NAME")
-            _require(self.views != "replay", "labels online have no stored views to replay; leave --views out")
-        else:
-            _require(self.labeler is None, "--labeler goes with --labels online; a label set names its own labeler")
+            if self.labeler is None:
+                raise InputError('`labels="online"` needs `labeler`: a run, a checkpoint, or timm:NAME')
+            if self.crops == "replay":
+                raise InputError('`crops="replay"` needs a label set of crops, and `labels="online"` has none')
+        elif self.labeler is not None:
+            raise InputError('`labeler` needs `labels="online"`; a label set records its own labeler')
 
 
 @dataclass(frozen=True, kw_only=True)
 class DumpConfig(MachineConfig):
     """``stl-offline dump-labels``."""
 
-    data: str
-    labeler: str  # a run, a checkpoint, or timm:NAME
-    out: str
-    labeler_checkpoint: str | None = None  # weights for a labeler named timm:NAME
-    labeler_pretrained: bool = False  # take timm's own weights for it
-    labeler_classes: str | None = None  # its class names: a text file with one per line, or a label set
-    labeler_by_order: bool = False  # its weights have other names, but the same tensors in the same order
-    labeler_mean: tuple[float, ...] | None = None  # normalisation, where timm notes another one than its weights had
-    labeler_std: tuple[float, ...] | None = None
-    shards: int = 0  # 0: of some 4,000 images each; fewer, smaller ones for small data
-    top_k: int = 5
-    views: int = 0  # random crops for each image; 0: one map of the whole image
-    img_size: int = 0  # the labeler's input side in pixels; 0: what it was trained with
-    batch_size: int = 64
-    seed: int = 0
-    scale_min: float = 0.25
-    flip: float = 0.5
-    interpolation: str = "auto"  # as the labeler's run resized its images; area for timm:NAME
-    format: str = "zarr"
-    encoding: str = "f16"
-    amp: str = "none"
-    licence: str = "unstated"  # of the labeler's weights, for those who get the labels
-    skip_broken: bool = False
+    data: str = setting(help="Images to label.", affects=INPUT)
+    labeler: str = setting(help="Model that labels: a run, a checkpoint, or timm:NAME.", affects=INPUT)
+    out: str = setting(help="Folder or address of the label set.", affects=JOB)
+    labeler_checkpoint: str | None = setting(None, "Weights of a labeler named timm:NAME.", affects=INPUT)
+    labeler_pretrained: bool = setting(False, "Take timm's own weights for a labeler named timm:NAME.", affects=INPUT)
+    labeler_classes: str | None = setting(
+        None, "Class names of a labeler named timm:NAME: a text file with one per line, or a label set.", affects=INPUT
+    )
+    labeler_by_order: bool = setting(False, "Match these weights by the order of their tensors, not by their names.")
+    labeler_mean: tuple[float, ...] | None = setting(None, "Mean per channel to normalise with; None takes timm's.")
+    labeler_std: tuple[float, ...] | None = setting(None, "Standard deviation per channel; None takes timm's.")
+    # The manifest's table of shards tells their number.
+    shards: int = setting(0, "Number of shards (0 chooses it).", affects=JOB, bounds="[0, inf)")
+    top_k: int = setting(5, "Classes stored per token.", bounds="[1, inf)")
+    crops_per_image: int = setting(
+        0, "Random crops labelled per image (0 labels the whole image once).", bounds="[0, inf)", recorded_as="views"
+    )
+    img_size: int = setting(
+        0, "Height and width of the labeler's input, in pixels (0 takes the size trained with).", bounds="[0, inf)"
+    )
+    batch_size: int = setting(64, "Images per batch.", bounds="[1, inf)")
+    seed: int = setting(0, "Seed of the random crops.", bounds=_SEEDS)
+    scale_min: float = setting(0.25, "Smallest part of an image's area that a random crop takes.")
+    flip: float = setting(0.5, "Probability that a random crop is flipped.")
+    interpolation: str = setting(
+        "auto",
+        "How images are resized; auto does it as in the labeler's training, and takes area for timm:NAME.",
+        choices=("auto", *INTERPOLATIONS),
+    )
+    format: str = setting("zarr", "Container: zarr or webdataset.")
+    encoding: str = setting("f16", "Encoding of the logits: f16 stores them as they are, q8 is smaller.")
+    amp: str = setting("none", "Mixed precision; auto chooses by device.", choices=AMP_MODES)
+    licence: str = setting("unstated", "Licence of the labeler's weights, recorded with the labels.")
+    skip_broken: bool = setting(False, "Leave out images that cannot be decoded, instead of stopping.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("labeler_mean", "labeler_std"):
             values = getattr(self, name)
-            _require(values is None or len(values) == 3, f"{name} takes three numbers, got {values}")
-        _require(self.shards >= 0, f"shards must not be negative, got {self.shards}; 0 picks a number")
-        _require(self.top_k > 0, f"top-k must be at least 1, got {self.top_k}")
-        _require(self.views >= 0, f"views must not be negative, got {self.views}")
-        _require(self.img_size >= 0, f"img-size must not be negative, got {self.img_size}")
-        _require(self.batch_size > 0, f"batch-size must be at least 1, got {self.batch_size}")
-        _require_seed(self.seed)
-        _require(0 < self.scale_min <= 1, f"scale-min lies in (0, 1], got {self.scale_min}")
-        _require(0 <= self.flip <= 1, f"flip lies in [0, 1], got {self.flip}")
-        _choose("interpolation", self.interpolation, ("auto", *INTERPOLATIONS))
-        _choose("amp", self.amp, AMP_MODES)
+            if values is not None and (len(values) != 3 or not all(map(math.isfinite, values))):
+                raise InputError(f"`{name}` must be three finite numbers, got {values}")
+        self.crop_settings()
+
+    def crop_settings(self) -> CropSettings:
+        """How random crops are drawn."""
+        return CropSettings(scale=(self.scale_min, 1.0), flip=self.flip)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(MachineConfig):
     """``stl-offline evaluate``."""
 
-    data: str
-    checkpoint: str  # a run or a .safetensors file written by one
-    skip_broken: bool = False
-    batch_size: int = 128
-    img_size: int = 0  # 0: what the model was trained with
-    crop_pct: float = 1.0
-    amp: str = "none"
-
-    def __post_init__(self) -> None:
-        _require(self.batch_size > 0, f"batch-size must be at least 1, got {self.batch_size}")
-        _require(0 < self.crop_pct <= 1, f"crop-pct lies in (0, 1], got {self.crop_pct}")
-        _require(self.img_size >= 0, f"img-size must not be negative, got {self.img_size}")
-        _choose("amp", self.amp, AMP_MODES)
+    data: str = setting(help="Images to evaluate on.", affects=INPUT)
+    checkpoint: str = setting(help="A run, or a .safetensors file written by one.", affects=INPUT)
+    skip_broken: bool = setting(False, "Leave out images that cannot be decoded, instead of stopping.")
+    batch_size: int = setting(128, "Images per batch.", bounds="[1, inf)")
+    img_size: int = setting(0, "Height and width of the input (0 takes the size trained with).", bounds="[0, inf)")
+    crop_pct: float = setting(1.0, "Part of the shorter side that the central crop takes.", bounds="(0, 1]")
+    amp: str = setting("none", "Mixed precision; auto chooses by device.", choices=AMP_MODES)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreviewConfig(MachineConfig):
+class PreviewConfig(Config):
     """``stl-offline labels preview``."""
 
-    path: str  # the label set
-    data: str | None = None  # the images; None: label maps alone
-    out: str = "preview"
-    keys: tuple[str, ...] = ()  # keys, or patterns with * and ?
-    samples: int = 12  # images to draw at random where no keys are named
-    seed: int = 0  # of the samples
-    views: tuple[int, ...] = (0,)  # which maps of each image, where a set holds crops
-    threshold: float = 0.5  # confidence from which a token counts as confident
-    student_seed: int = 0
-    epoch: int = 0  # of the student's crop and draws, counted from 0
-    scale_min: float = 0.25
-    flip: float = 0.5
-    missing: str = "error"
-    allow_changed: bool = False
-    all_shards: bool = False  # read the whole set for the histogram
-    max_mb: float = 5.0  # largest page
+    path: str = setting(help="The label set.", affects=INPUT)
+    data: str | None = setting(None, "Images of the labels; None shows labels alone.", affects=INPUT)
+    out: str = setting("preview", "Folder for the page and the PNG files.", affects=JOB)
+    keys: tuple[str, ...] = setting((), "Keys to show, or patterns with * and ?.")
+    samples: int = setting(12, "Number of images to draw at random where no keys are given.", bounds="[1, inf)")
+    seed: int = setting(0, "Seed of the random choice.", bounds="[0, inf)")
+    map_index: tuple[int, ...] = setting((0,), "Which of an image's stored maps to show, from 0.")
+    threshold: float = setting(0.5, "Confidence from which a token counts as confident.", bounds="[0, 1]")
+    student_seed: int = setting(0, "Seed of the student's crops and drawn classes.", bounds="[0, inf)")
+    epoch: int = setting(0, "Epoch of the student, counted from 0.", bounds="[0, inf)")
+    scale_min: float = setting(0.25, "Smallest part of an image's area that the student's crop takes.")
+    flip: float = setting(0.5, "Probability that the student's crop is flipped.")
+    missing: str = setting("error", "Labels without an image: stop, or show them alone.", choices=MISSING)
+    allow_changed: bool = setting(False, "Show images whose content has changed.")
+    all_shards: bool = setting(False, "Read all shards for the histogram, not only those shown.")
+    max_mb: float = setting(5.0, "Maximum size of the page, in megabytes.", bounds="(0, inf)")
 
     def __post_init__(self) -> None:
-        _require(self.samples > 0, f"samples must be at least 1, got {self.samples}")
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
-        _require(self.student_seed >= 0, f"student-seed must not be negative, got {self.student_seed}")
-        _require(self.epoch >= 0, f"epoch must not be negative, got {self.epoch}")
-        _require(bool(self.views) and min(self.views) >= 0, f"views are numbers from 0 on, got {self.views}")
-        _require(0 <= self.threshold <= 1, f"threshold lies in [0, 1], got {self.threshold}")
-        _require(0 < self.scale_min <= 1, f"scale-min lies in (0, 1], got {self.scale_min}")
-        _require(0 <= self.flip <= 1, f"flip lies in [0, 1], got {self.flip}")
-        _require(self.max_mb > 0, f"max-mb must be positive, got {self.max_mb}")
-        _choose("missing", self.missing, ("error", "skip"))
+        super().__post_init__()
+        if not self.map_index or min(self.map_index) < 0:
+            raise InputError(f"`map_index` must be one or more numbers from 0 on, got {self.map_index}")
+        self.crop_settings()
+
+    def crop_settings(self) -> CropSettings:
+        """How the student's random crops are drawn."""
+        return CropSettings(scale=(self.scale_min, 1.0), flip=self.flip)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(MachineConfig):
     """``stl-offline report``."""
 
-    runs: tuple[str, ...]
-    data: str | None = None  # images to show examples of, such as the validation images
-    labels: tuple[str, ...] = ()  # label sets that the runs may have learned from, to say more of them
-    out: str = "report.html"
-    examples: int = 4  # images that the first run gets right, and as many that it gets wrong
-    predict: int = 256  # images that examples are chosen from
-    skip_broken: bool = False
-    seed: int = 0
-    max_mb: float = 5.0
+    runs: tuple[str, ...] = setting(help="Folders of the runs.", affects=INPUT)
+    data: str | None = setting(None, "Images to show examples of, such as the validation images.", affects=INPUT)
+    labels: tuple[str, ...] = setting((), "Label sets that the runs may have been trained on.", affects=INPUT)
+    out: str = setting("report.html", "The page.", affects=JOB)
+    examples: int = setting(4, "Correct and wrong examples of the first run to show, of each.", bounds="[0, inf)")
+    predict: int = setting(256, "Number of images that examples are chosen from.", bounds="[1, inf)")
+    skip_broken: bool = setting(False, "Leave out images that cannot be decoded, instead of stopping.")
+    seed: int = setting(0, "Seed of the random choice.", bounds="[0, inf)")
+    max_mb: float = setting(5.0, "Maximum size of the page, in megabytes.", bounds="(0, inf)")
 
     def __post_init__(self) -> None:
-        _require(len(self.runs) > 0, "a report needs at least one run")
-        _require(self.examples >= 0, f"examples must not be negative, got {self.examples}")
-        _require(self.predict > 0, f"predict must be at least 1, got {self.predict}")
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
-        _require(self.max_mb > 0, f"max-mb must be positive, got {self.max_mb}")
+        super().__post_init__()
+        if not self.runs:
+            raise InputError("a report needs at least one run")
 
 
-# What may differ between a command and the one that it continues.
-_FREE_ON_RESUME = {
-    *("device", "workers", "debug", "out", "resume"),
-    *("val_every", "checkpoint_every", "checkpoint_steps", "log_every", "tensorboard"),
-}
-
-
-def settings(config: MachineConfig) -> dict[str, Any]:
-    """The settings that shape the result: all but the machine's and where it is written."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_ON_RESUME}
+def result_settings(config: Config) -> dict[str, Any]:
+    """The settings that shape the result, by the names that files use for them."""
+    return recorded(config, RESULT)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

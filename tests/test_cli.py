@@ -231,7 +231,7 @@ def test_debug_shows_the_traceback(capsys):
     assert main(["train-labeler", "--data", "x", "--out", "y", "--epochs", "0", "--debug"]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("Traceback")
-    assert captured.err.splitlines()[-1] == "error: epochs must be at least 1, got 0"
+    assert captured.err.splitlines()[-1] == "error: --epochs must be at least 1, got 0"
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ def test_debug_shows_the_traceback(capsys):
         (["pack", "a", "b", "--max-size", "0"], 2, "--max-size"),
         (["train-labeler", "--data", "x"], 2, "Missing option '--out'"),
         (["train-labeler", "--data", "x", "--out", "y", "--epochs", "many"], 2, "'many' is not a valid integer"),
-        (["train-labeler", "--data", "x", "--out", "y", "--epochs", "0"], 1, "epochs must be at least 1, got 0"),
-        (["train-student", "--data", "x", "--out", "y", "--labels", "online"], 1, "labels online need --labeler"),
+        (["train-labeler", "--data", "x", "--out", "y", "--epochs", "0"], 1, "--epochs must be at least 1, got 0"),
+        (["train-student", "--data", "x", "--out", "y", "--labels", "online"], 1, "--labels online needs --labeler"),
         (["train-student", "--data", "x", "--out", "y", "--token-target", "hard"], 2, "'hard' is not one of"),
         (["dump-labels", "--data", "x", "--labeler", "y", "--out", "z", "--shards", "-1"], 1, "shards"),
         (["evaluate", "--data", "x", "--checkpoint", "nowhere"], 1, "nowhere"),

@@ -55,10 +55,10 @@ from stl_offline.config import PreviewConfig
 @option("--seed", group="labels", default=PreviewConfig.seed, metavar="N", help="Seed of the random choice.")
 @option(
     "--view",
-    "views",
+    "map_index",
     group="labels",
     multiple=True,
-    default=PreviewConfig.views,
+    default=PreviewConfig.map_index,
     metavar="V",
     help="Which of an image's stored crops to show, from 0. May be given several times.",
 )

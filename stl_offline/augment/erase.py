@@ -6,42 +6,19 @@ image's area, sides' ratio log-uniform in [0.3, 1/0.3], wholly inside (ten tries
 n: samples; B: batch; H, W: image.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from stl_offline.compiled import njit
-from stl_offline.errors import InputError
 from stl_offline.random import STREAM_ERASE, random_bits, unit_interval
-
-MODES = ("const", "rand", "pixel")
+from stl_offline.settings import EraseSettings
 
 _TRIES = 10
 
 
-@dataclass(frozen=True)
-class RandomErase:
-    """prob: chance of a box; mode: what fills it, "const" (the mean colour), "rand" (one normal colour) or "pixel"
-    (normal noise for each pixel); area: least and largest share of the image; ratio: of the sides.
-
-    Raises:
-        InputError: a value out of its range.
-    """
-
-    prob: float
-    mode: str = "pixel"
-    area: tuple[float, float] = (0.02, 1 / 3)
-    ratio: tuple[float, float] = (0.3, 1 / 0.3)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.prob <= 1:
-            raise InputError(f"the chance of erasing lies in [0, 1], got {self.prob}")
-        if self.mode not in MODES:
-            raise InputError(f"random erasing fills with one of {', '.join(MODES)}; got {self.mode!r}")
-        if not (0 < self.area[0] <= self.area[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
-            raise InputError(f"areas and ratios of erased boxes must be positive and rise, got {self}")
+class RandomErase(EraseSettings):
+    """Draws the boxes that `EraseSettings` describes."""
 
     def draw(self, seed: int, epoch: int, sample_ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Boxes in pixels: y0, y1, x0, x1, int64 (n, 4), all zeros where nothing is erased. ``size``: (H, W)."""

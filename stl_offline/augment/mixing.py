@@ -14,21 +14,7 @@ import torch
 from torch import Tensor
 
 from stl_offline.geometry import cells_in_boxes
-
-
-@dataclass(frozen=True)
-class MixSettings:
-    """mixup, cutmix: alphas of their Beta distributions (0: off); prob: chance that anything is mixed at all."""
-
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    prob: float = 1.0
-    switch: float = 0.5  # chance of cutmix where both are on
-    mode: str = "batch"
-
-    @property
-    def enabled(self) -> bool:
-        return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+from stl_offline.settings import MixSettings
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def _measure(
     started = time.process_time()
     whole = len(encode_shard(arrays, labelling.spec))
     encoding = (time.process_time() - started) / len(arrays)
-    shards = config.shards or pick_shards(images, config.views)
+    shards = config.shards or pick_shards(images, config.crops_per_image)
     # Two sizes give the bytes per image and the bytes that each shard adds; the smaller one is a real shard's size.
     few = select(arrays, slice(max(1, min(len(arrays) // 2, images // shards))))
     part = len(encode_shard(few, labelling.spec))

@@ -10,19 +10,17 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from stl_offline.config import DumpConfig, settings
+from stl_offline.config import DumpConfig, result_settings
 from stl_offline.device import autocast, pick_amp, pick_workers
 from stl_offline.errors import FormatError, InputError
 from stl_offline.evaluation import match_classes
-from stl_offline.geometry import CropSettings, draw_views, whole_views
+from stl_offline.geometry import draw_views, whole_views
 from stl_offline.images.beton import Beton
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.spec import LabelSpec
 from stl_offline.loader import DECODER, ImageSettings, TokenLoader
 from stl_offline.models import TokenLabeler, create_labeler
 
-# Settings whose meaning the manifest records otherwise: the source's and the weights' fingerprints, the class list.
-_PRIVATE = ("data", "labeler", "labeler_checkpoint", "labeler_pretrained", "labeler_classes", "shards")
 # Shards are read whole, and a killed job repeats the one it was writing, so they must not be too large. Nor too small:
 # each has a description of 7 kB of its own, and an image's labels take 1 to 3 kB.
 _SHARD_SAMPLES, _LEAST_SHARD_SAMPLES, _SHARDS = 4096, 512, 8
@@ -73,7 +71,7 @@ class Labelling:
         if config.interpolation == "auto":
             config = replace(config, interpolation=labeler.interpolation)
         self.config = config
-        self.num_shards = config.shards or pick_shards(len(beton), config.views)
+        self.num_shards = config.shards or pick_shards(len(beton), config.crops_per_image)
         self.spec = _make_spec(config, labeler, beton)
         _check_class_ids(beton)
         self.class_map = match_classes(beton, labeler.class_names, f"the labeler {config.labeler}")
@@ -136,12 +134,15 @@ class Labelling:
 
 def make_views(config: DumpConfig, beton: Beton) -> np.ndarray:
     """The views to label: float32 (V, n, 6); the whole image, or V random crops as a student would draw them."""
-    if config.views == 0:
+    if config.crops_per_image == 0:
         return whole_views(len(beton))[None]
-    crops = CropSettings(scale=(config.scale_min, 1.0), flip=config.flip)
+    crops = config.crop_settings()
     samples = np.arange(len(beton))
     return np.stack(
-        [draw_views(config.seed, view, samples, beton.heights, beton.widths, crops) for view in range(config.views)]
+        [
+            draw_views(config.seed, view, samples, beton.heights, beton.widths, crops)
+            for view in range(config.crops_per_image)
+        ]
     )
 
 
@@ -192,7 +193,7 @@ def _make_spec(config: DumpConfig, labeler: TokenLabeler, beton: Beton) -> Label
         class_names=labeler.class_names,
         grid=labeler.grid_size(height, width),
         top_k=config.top_k,
-        views_per_image=max(1, config.views),
+        views_per_image=max(1, config.crops_per_image),
         labeler={
             "architecture": labeler.name,
             "weights_sha256": labeler.weights_sha256,
@@ -207,8 +208,8 @@ def _make_spec(config: DumpConfig, labeler: TokenLabeler, beton: Beton) -> Label
             "decoder": DECODER,
         },
         source={"samples": len(beton), "fingerprint": beton.fingerprint},
-        views=random_views | {"flip": config.flip} if config.views else {"kind": "whole"},
-        creation={name: value for name, value in settings(config).items() if name not in _PRIVATE},
+        views=random_views | {"flip": config.flip} if config.crops_per_image else {"kind": "whole"},
+        creation=result_settings(config),
         encoding=config.encoding,
         container=config.format,
     )

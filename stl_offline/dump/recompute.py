@@ -142,7 +142,7 @@ def _settings(
             "top_k": spec.top_k,
             "img_size": spec.preprocessing["height"],
             # How many, not which: these come from the set.
-            "views": 0 if spec.views["kind"] == "whole" else spec.views_per_image,
+            "crops_per_image": 0 if spec.views["kind"] == "whole" else spec.views_per_image,
             "device": device,
             "workers": workers,
             **labeler_options,

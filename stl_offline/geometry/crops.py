@@ -7,33 +7,12 @@ left-to-right flip. Boxes fall on whole pixels of the source.
 n: samples; a view is six float32, the rows of its 2×3 matrix.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from stl_offline.compiled import njit
 from stl_offline.errors import InputError
 from stl_offline.random import STREAM_VIEW, random_bits, unit_interval
-
-
-@dataclass(frozen=True)
-class CropSettings:
-    """How random views are drawn.
-
-    scale: range of the crop's share of the image's area; ratio: range of width/height; flip: chance of a mirror.
-    """
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise InputError(f"crop scale must rise within (0, 1], got {self.scale}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise InputError(f"crop ratio must be positive and rise, got {self.ratio}")
-        if not 0 <= self.flip <= 1:
-            raise InputError(f"the chance of a flip lies in [0, 1], got {self.flip}")
+from stl_offline.settings import CropSettings
 
 
 def draw_views(

@@ -6,6 +6,7 @@ for that stage alone. Settings given beside the recipe win, the recipe wins over
 
 import dataclasses
 import difflib
+import logging
 import re
 import reprlib
 import types
@@ -21,11 +22,11 @@ from stl_offline.errors import InputError
 FOLDER = Path(__file__).parent
 SUFFIX = ".yaml"
 
+_LOGGER = logging.getLogger(__name__)
+
 C = TypeVar("C", bound=TrainConfig)
 
 _STAGES: dict[str, type[TrainConfig]] = {"labeler": LabelerConfig, "student": StudentConfig}
-# What belongs to one place, not to a way of training.
-_PLACES = {"data", "val", "out", "device", "workers", "debug", "resume"}
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -72,6 +73,7 @@ def read_recipe(kind: type[TrainConfig], recipe: str) -> dict[str, Any]:
         if not isinstance(part, dict):
             raise InputError(f"the recipe {path}: {stage} holds settings of that stage, got {_shown(part)}")
         fields = _fields(_STAGES[stage])
+        part = _renamed(part, _STAGES[stage], path)
         checked[stage] = {name: _check(name, value, fields, f"{path}, {stage}") for name, value in part.items()}
     shared = _fields(TrainConfig)
     common = {name: _check(name, value, shared, str(path)) for name, value in content.items()}
@@ -122,14 +124,27 @@ def _find(recipe: str) -> Path:
 def _fields(kind: type[TrainConfig]) -> dict[str, Any]:
     """Settings that a recipe may name, with their types."""
     hints = typing.get_type_hints(kind)
-    return {each.name: hints[each.name] for each in dataclasses.fields(kind) if each.name not in _PLACES}
+    return {each.name: hints[each.name] for each in dataclasses.fields(kind) if each.metadata["in_recipes"]}
+
+
+def _renamed(part: dict[Any, Any], kind: type[TrainConfig], path: Path) -> dict[Any, Any]:
+    """A part of a recipe with the current names of settings, where it uses the earlier ones that files keep."""
+    current = {each.metadata["recorded_as"]: each.name for each in dataclasses.fields(kind)}
+    current.pop(None, None)
+    renamed = {}
+    for name, value in part.items():
+        if isinstance(name, str) and name in current:
+            _LOGGER.warning("the recipe %s: %r is now called %r", path, name, current[name])
+            name = current[name]
+        renamed[name] = value
+    return renamed
 
 
 def _check(name: Any, value: Any, fields: dict[str, Any], where: str) -> Any:
     """The value as its field's type; raises `InputError` where that cannot be."""
     if name not in fields:
-        if name in _PLACES:
-            raise InputError(f"{where}: {name!r} is not for recipes; give --{name} with the command")
+        if name in {each.name for each in dataclasses.fields(TrainConfig) if not each.metadata["in_recipes"]}:
+            raise InputError(f"{where}: {name!r} is not for recipes; give `{name}` beside the recipe")
         close = difflib.get_close_matches(str(name), [*fields, *_STAGES], 1, cutoff=0.0)
         raise InputError(f"{where}: there is no setting {_shown(name)}; the nearest is {close[0]!r}")
     hint = fields[name]

@@ -9,7 +9,6 @@ import numpy as np
 
 from stl_offline.config import PreviewConfig
 from stl_offline.errors import InputError, JoinError, printable
-from stl_offline.geometry import CropSettings
 from stl_offline.labels.arrays import LabelMap, ShardArrays
 from stl_offline.labels.join import check_class_names, join
 from stl_offline.labels.label_set import LabelSet, open_label_set
@@ -53,7 +52,7 @@ def preview_labels(config: PreviewConfig, find_images: FindImages | None) -> Pre
             or a page of one image exceeds ``config.max_mb``.
     """
     label_set = open_label_set(config.path)
-    _check_views(label_set, config.views)
+    _check_views(label_set, config.map_index)
     choice = choose_labels(label_set, config.keys, config.samples, config.seed)
     counts = ConfidenceCounts()
     maps = _read(label_set, choice, counts, config.all_shards)
@@ -151,7 +150,7 @@ def _scenes(
     images: dict[str, FoundImage] | None,
     config: PreviewConfig,
 ) -> list[Scene]:
-    crops = CropSettings(scale=(config.scale_min, 1.0), flip=config.flip)
+    crops = config.crop_settings()
     student = StudentSettings(config.student_seed, config.epoch, crops)
     scenes: list[Scene] = []
     for place in choice.places:
@@ -160,7 +159,7 @@ def _scenes(
         first = sum(label_set.shards[index].samples for index in range(place.shard))
         sample_id = first + place.row if image is None else image.position
         pixels = None if image is None else image.load()
-        scenes += make_scenes(label_set.spec, label_map, pixels, sample_id, student, config.views)
+        scenes += make_scenes(label_set.spec, label_map, pixels, sample_id, student, config.map_index)
     return scenes
 
 

@@ -23,6 +23,7 @@ from stl_offline.compiled import njit, read_only
 from stl_offline.errors import InputError
 from stl_offline.geometry import WHOLE_MAP, holds_map, is_identity, is_in_window
 from stl_offline.random import STREAM_TOKEN, random_bits, unit_interval
+from stl_offline.settings import check_token_targets
 from stl_offline.targets.align import neighbours, roi_align_topk_into
 
 
@@ -42,7 +43,6 @@ KINDS = {
     "soft": Kind(is_drawn=False, lists_classes=True),
     "argmax": Kind(is_drawn=False, lists_classes=False),
 }
-RESIDUALS = ("ignore", "uniform")
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,9 @@ class TokenTargets:
     min_confidence: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError(f"the kind of token targets must be one of {', '.join(KINDS)}; got {self.kind!r}")
-        if self.residual not in RESIDUALS:
-            raise InputError(f"residual must be one of {', '.join(RESIDUALS)}; got {self.residual!r}")
-        if len(self.grid) != 2 or min(*self.grid, self.m, self.sampling_ratio) < 1:
-            raise InputError(f"grid, m and sampling_ratio must be positive, got {self}")
-        if not 0 <= self.min_confidence <= 1:
-            raise InputError(f"min_confidence must lie in [0, 1], got {self.min_confidence}")
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            raise InputError(f"the token grid must be two positive integers, got {self.grid}")
+        check_token_targets(self.kind, self.residual, self.m, self.sampling_ratio, self.min_confidence)
 
     @property
     def tokens(self) -> int:

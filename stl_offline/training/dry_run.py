@@ -162,7 +162,7 @@ class _Stepper:
         self.columns = 0
         config = stage.config
         if isinstance(config, StudentConfig) and config.labels != ("none",):
-            self.columns = config.columns if config.token_target == "soft" else 1
+            self.columns = config.soft_classes if config.token_target == "soft" else 1
             if config.labels == ("online",):
                 self.labeler = OnlineLabels(stage, labeler_of(config), config).labeler
             else:

@@ -111,7 +111,7 @@ class OnlineLabels(TokenSource):
                         self.labeler,
                         images,
                         config.token_target,
-                        config.columns,
+                        config.soft_classes,
                         config.residual,
                         random.torch,
                         config.min_confidence,
@@ -145,7 +145,7 @@ class DumpedLabels(TokenSource):
         self.target_settings = TokenTargets(
             kind=config.token_target,
             grid=self.grid,
-            m=config.columns if config.token_target == "soft" else 1,
+            m=config.soft_classes if config.token_target == "soft" else 1,
             sampling_ratio=config.sampling_ratio,
             residual=config.residual,
             min_confidence=config.min_confidence,
@@ -208,7 +208,7 @@ def how_read(label_sets: list[LabelSet], config: StudentConfig) -> tuple[list[bo
     Raises:
         InputError: the settings do not go with the sets.
     """
-    replays = [_is_replayed(label_set, config.views) for label_set in label_sets]
+    replays = [_is_replayed(label_set, config.crops) for label_set in label_sets]
     return replays, choose_between(label_sets, config.labels_pick, config.labels_share, config.seed)
 
 

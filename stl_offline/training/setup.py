@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stl_offline.augment import Augmentation, Mix, MixSettings, RandAugment, RandomErase, draw_mix
-from stl_offline.config import TrainConfig, settings
+from stl_offline.config import TrainConfig, result_settings
 from stl_offline.device import amp_name, pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, failure_of_another, join_world, meet
 from stl_offline.errors import InputError
@@ -24,9 +24,6 @@ from stl_offline.training.engine import EpochPlan, Trainer
 from stl_offline.training.run_folder import RunFolder, check_same_run
 from stl_offline.training.steps import Objective, StepRandom
 from stl_offline.training.watch import summary_writer
-
-# Paths may change between a command and its repetition; what they hold may not, and is compared by fingerprint.
-_PATHS = ("data", "val", "labels", "labeler", "labeler_checkpoint", "labeler_classes", "labeler_pretrained")
 
 
 @dataclass
@@ -154,8 +151,7 @@ class Stage:
 
     def run_folder(self, **labels: Any) -> RunFolder:
         """The run's folder. ``labels`` says by content what the labels are."""
-        shaped = {name: value for name, value in settings(self.config).items() if name not in _PATHS}
-        shaped["amp"] = amp_name(self.amp)  # what "auto" comes to differs between machines
+        shaped = result_settings(self.config) | {"amp": amp_name(self.amp)}  # "auto" differs between machines
         data = {
             "train": {"fingerprint": self.train.fingerprint, "samples": len(self.train)},
             "val": None if self.val is None else {"fingerprint": self.val.fingerprint, "samples": len(self.val)},

@@ -49,8 +49,8 @@ SETS = {
     "whole-128": {"img_size": 128},
     "whole-k1": {"top_k": 1},
     "whole-k20": {"top_k": 20},
-    "views": {"views": "epochs"},
-    "views-4": {"views": 4},
+    "views": {"crops_per_image": "epochs"},
+    "views-4": {"crops_per_image": 4},
 }
 # The arms with every seed: labels and what else differs from the defaults.
 MAIN_ARMS = {
@@ -163,7 +163,7 @@ def _student(study: Study, folder: Path, task: Task) -> dict[str, Any]:
 def _agreement(study: Study, folder: Path, task: Task) -> dict[str, Any]:
     sets = tuple(str(folder / "labels" / name) for name in task.options["sets"])
     pick = {"labels_pick": "zoom"} if len(sets) > 1 else {}
-    options = {"color_jitter": 0.0, "token_target": "soft", "columns": 20, "residual": "uniform"} | pick
+    options = {"color_jitter": 0.0, "token_target": "soft", "soft_classes": 20, "residual": "uniform"} | pick
     run = {"out": str(folder / "unused"), "seed": 1}
     student = StudentConfig(labels=sets, **_shared(study), **options, **run)
     online = StudentConfig(labels="online", labeler=str(folder / "runs" / "labeler"), **_shared(study), **run)

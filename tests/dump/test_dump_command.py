@@ -26,7 +26,9 @@ def dump(capsys, work, out, *more):
 
 
 class TestEstimate:
-    @pytest.mark.parametrize("changes", [{}, {"format": "webdataset", "encoding": "f16", "views": 3}, {"shards": 1}])
+    @pytest.mark.parametrize(
+        "changes", [{}, {"format": "webdataset", "encoding": "f16", "crops_per_image": 3}, {"shards": 1}]
+    )
     def test_it_is_near_what_the_dump_takes_and_writes_nothing(self, work, tmp_path, changes):
         config = DumpConfig(**work | changes, out=str(tmp_path / "set"))
         estimate = estimate_dump(config)
@@ -36,7 +38,7 @@ class TestEstimate:
         # 45 images are all measured, so that only packing in other shards differs.
         assert estimate.bytes == pytest.approx(files, rel=0.03)
         assert (estimate.images, estimate.shards) == (report.samples, config.shards)
-        assert estimate.views == max(1, config.views)
+        assert estimate.views == max(1, config.crops_per_image)
         assert estimate.fits and estimate.pack_seconds == 0
         assert 1 < estimate.images_per_second < 20_000
         assert estimate.seconds == pytest.approx(45 / estimate.images_per_second)

@@ -25,7 +25,7 @@ def again(label_set, work, **options):
     return recompute_labels(label_set, work["data"], work["labeler"], device="cpu", workers=1, **options)
 
 
-@pytest.mark.parametrize("changes", [{"encoding": "q8"}, {"encoding": "f16", "views": 2, "scale_min": 0.4}])
+@pytest.mark.parametrize("changes", [{"encoding": "q8"}, {"encoding": "f16", "crops_per_image": 2, "scale_min": 0.4}])
 def test_a_set_is_what_its_labeler_says(work, tmp_path, changes):
     label_set = make_set(work, tmp_path / "set", **changes)
     found = again(label_set, work, images=12, seed=3)

@@ -158,12 +158,12 @@ def test_labels_alone(labels, tmp_path):
 
 def test_crops(make_labels, images, tmp_path):
     labels = make_labels(maps=3)
-    report = preview(labels, tmp_path, images, samples=2, views=(0, 2))
+    report = preview(labels, tmp_path, images, samples=2, map_index=(0, 2))
     assert report.shown == 4
     text = report.page.read_text()
     assert "crop 2" in text and "replay" in text
     with pytest.raises(InputError, match="3 label maps per image, 0 to 2; got the view 3"):
-        preview(labels, tmp_path, images, views=(3,))
+        preview(labels, tmp_path, images, map_index=(3,))
 
 
 def test_a_page_that_would_be_too_large_shows_less_and_says_so(labels, images, tmp_path):

@@ -150,7 +150,7 @@ def test_choices_that_cannot_be(quick, make_set):
     with pytest.raises(JoinError, match=f"strange: .*class 1 is '{names[2]}' there"):
         source_of(quick, (small, strange))
     with pytest.raises(InputError, match="small holds whole images"):
-        source_of(quick, (small, crops), views="replay")
+        source_of(quick, (small, crops), crops="replay")
 
 
 @pytest.mark.parametrize(
@@ -158,15 +158,15 @@ def test_choices_that_cannot_be(quick, make_set):
     [
         ({"labels": ()}, "at least one"),
         ({"labels": ("a", "online"), "labeler": "x"}, "must all be label sets"),
-        ({"labels": "a", "labels_share": (1.0,)}, "several sets"),
+        ({"labels": "a", "labels_share": (1.0,)}, "`labels_share` needs several `labels`"),
         ({"labels": ("a", "b"), "labels_share": (1.0,)}, "2 positive"),
         ({"labels": ("a", "b"), "labels_share": (1.0, 0.0)}, "2 positive"),
         ({"labels": ("a", "b"), "labels_share": (1.0, float("inf"))}, "2 positive"),
-        ({"labels": ("a", "b"), "labels_share": (1.0, 1.0), "labels_pick": "zoom"}, "drawn"),
-        ({"labels_pick": "best"}, "labels-pick"),
-        ({"random_erase": 1.5}, "random-erase"),
-        ({"erase_mode": "grey"}, "erase-mode"),
-        ({"color_jitter": -1.0}, "color-jitter"),
+        ({"labels": ("a", "b"), "labels_share": (1.0, 1.0), "labels_pick": "zoom"}, 'other than "zoom"'),
+        ({"labels_pick": "best"}, "`labels_pick` must be one of auto, zoom, draw"),
+        ({"random_erase": 1.5}, "probability of erasing"),
+        ({"erase_mode": "grey"}, "mode of erasing"),
+        ({"color_jitter": -1.0}, "`color_jitter` must be at least 0"),
     ],
 )
 def test_settings_that_cannot_be(changes, message):
@@ -177,7 +177,7 @@ def test_settings_that_cannot_be(changes, message):
 def test_the_command_line_takes_several_sets(capsys):
     call = ["train-student", "--data", "x", "--out", "y", "--labels", "a", "--labels", "b", "--labels-share"]
     assert main([*call, "0.7"]) == 1
-    assert "labels-share takes 2 positive numbers, got (0.7,)" in capsys.readouterr().err
+    assert "--labels-share must be 2 positive numbers, got (0.7,)" in capsys.readouterr().err
     assert main([*call, "0.7,many"]) == 2
     assert "not a list of numbers with commas" in capsys.readouterr().err
 
@@ -189,7 +189,9 @@ STRONG = {"auto_augment": "rand-m9-n3-mstd0.5-inc1", "random_erase": 0.6, "color
 def test_strong_augmentation_leaves_cells_without_a_source_unlabelled(quick, make_set, erased):
     sets = (make_set("small", 0, 32), make_set("large", 2, 64))
     settings = {"mixup": 0.8, "cutmix": 1.0, "mix_mode": "elem", "batch_size": 13, "erased_labels": erased}
-    train_student(StudentConfig(**quick | {"labels": sets, "token_target": "soft", "columns": 2} | settings | STRONG))
+    train_student(
+        StudentConfig(**quick | {"labels": sets, "token_target": "soft", "soft_classes": 2} | settings | STRONG)
+    )
     entry = json.loads((Path(quick["out"]) / "log.jsonl").read_text().splitlines()[-1])
     assert entry["token_loss"] > 0
     low, high = (0.6, 0.92) if erased == "drop" else (0.7, 0.999)

@@ -86,7 +86,7 @@ NESTED = f"[{', '.join(_LISTS)}]"
         ("epochs: 2.5", "epochs takes a whole number, got 2.5"),
         ("compile: 1", "compile takes true or false, got 1"),
         ("lr: fast", "lr takes a number, got 'fast'"),
-        ("epochs: 0", "epochs must be at least 1"),
+        ("epochs: 0", "`epochs` must be at least 1, got 0"),
         ("out: runs/x", "'out' is not for recipes"),
         ("- epochs", "no list of settings"),
         ("epochs: [", "is not YAML"),
@@ -99,7 +99,7 @@ NESTED = f"[{', '.join(_LISTS)}]"
         ("epochs: 0x10", "epochs takes a whole number, got '0x10'"),
         ("lr: 1:30", "lr takes a number, got '1:30'"),
         ("compile: yes", "compile takes true or false, got 'yes'"),
-        ("lr: .inf", "lr takes a finite number, got inf"),
+        ("lr: .inf", "`lr` must be a finite number, got inf"),
         (f"epochs: {NESTED}", "epochs takes a whole number, got [['x', 'x',"),
         ("epochs: &a [*a]", "epochs takes a whole number, got [[[...]]]"),
         (f"epochs: {'[' * 3000}", "nests lists or settings too deeply"),
@@ -114,6 +114,16 @@ def test_mistakes(tmp_path, text, message):
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600 + len(str(path))
+
+
+def test_earlier_names_are_taken_with_a_warning(tmp_path, caplog):
+    (tmp_path / "mine.yaml").write_text("student: {columns: 2, views: random}")
+    config = resolve(StudentConfig, str(tmp_path / "mine.yaml"), PLACES)
+    assert (config.soft_classes, config.crops) == (2, "random")
+    assert [record.getMessage().partition("mine.yaml: ")[2] for record in caplog.records] == [
+        "'columns' is now called 'soft_classes'",
+        "'views' is now called 'crops'",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def labelled(stripes, tmp_path_factory):
         device="cpu",
     )
     dump_labels(dump)
-    dump_labels(replace(dump, out=str(folder / "views"), views=3))
+    dump_labels(replace(dump, out=str(folder / "views"), crops_per_image=3))
     return folder, dump
 
 
@@ -278,11 +278,11 @@ class TestLabelsThatDoNotBelong:
 
     def test_replay_without_stored_crops(self, quick, labelled):
         with pytest.raises(InputError, match="no crops to replay"):
-            self.student(quick, labelled, views="replay")
+            self.student(quick, labelled, crops="replay")
 
     def test_random_crops_of_stored_crops(self, quick, labelled):
         with pytest.raises(InputError, match="labels of 3 crops"):
-            self.student(quick, labelled, labels=str(labelled[0] / "views"), views="random")
+            self.student(quick, labelled, labels=str(labelled[0] / "views"), crops="random")
 
     def test_no_label_set(self, quick, labelled, tmp_path):
         with pytest.raises(StlError, match="label set"):
