@@ -4,6 +4,7 @@ Shape letters: B batch, H × W token grid, N = H·W tokens, C embedding width, K
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from timm.layers import get_device_dtype, trunc_normal_
@@ -18,37 +19,47 @@ from stl_offline.models.stems import ConvStem, HybridStem
 POOLS = ("token", "avg", "")
 
 
+@dataclass(frozen=True)
+class FanConfig:
+    """The architecture of a FAN.
+
+    patch_size: total stride of the convolutional stem (4, 8 or 16); ignored by hybrids, whose stride is 16.
+    embed_dim, depth, num_heads, mlp_ratio: C, number of blocks, heads, width of the hidden layer over C.
+    hybrid_depths: blocks of the two ConvNeXt stages; None for the convolutional stem.
+    token_head: whether there is a token head beside the class head.
+    head_init_scale: factor on the heads' initial weights and biases.
+    """
+
+    patch_size: int = 16
+    embed_dim: int = 192
+    depth: int = 12
+    num_heads: int = 4
+    mlp_ratio: float = 4.0
+    hybrid_depths: tuple[int, int] | None = None
+    token_head: bool = False
+    head_init_scale: float = 1.0
+
+
 class Fan(nn.Module):
-    """FAN backbone with a class head, and a token head where `token_head` is set.
+    """FAN backbone with a class head, and a token head where ``cfg.token_head`` is set.
 
     Args:
+        cfg: the architecture.
         img_size: side or (height, width) the model is meant for, pixels; any other size that the stem divides works.
-        patch_size: total stride of the convolutional stem (4, 8 or 16); ignored by hybrids, whose stride is 16.
         in_chans: channels of the images.
         num_classes: K, of both heads; 0 leaves the heads away.
         global_pool: what the class head sees: "token" (class token), "avg" (mean of the tokens) or "" (everything).
-        embed_dim, depth, num_heads, mlp_ratio: C, number of blocks, heads, width of the hidden layer over C.
-        hybrid_depths: blocks of the two ConvNeXt stages; None for the convolutional stem.
-        token_head: give token logits too.
-        head_init_scale: factor on the heads' initial weights and biases.
         drop_rate: dropout before the heads.
         drop_path_rate: stochastic depth, the same in every block.
     """
 
     def __init__(
         self,
+        cfg: FanConfig,
         img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "token",
-        embed_dim: int = 192,
-        depth: int = 12,
-        num_heads: int = 4,
-        mlp_ratio: float = 4.0,
-        hybrid_depths: tuple[int, int] | None = None,
-        token_head: bool = False,
-        head_init_scale: float = 1.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
@@ -61,36 +72,38 @@ class Fan(nn.Module):
             raise InputError(f"num_classes is {num_classes}; it must be 0 (no heads) or more")
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        embed_dim = self.num_features = self.head_hidden_size = self.embed_dim = cfg.embed_dim
         self.global_pool = global_pool
-        self.token_head = token_head
+        self.token_head = cfg.token_head
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
-        self.head_init_scale = head_init_scale
+        self.head_init_scale = cfg.head_init_scale
 
-        if hybrid_depths is None:
-            self.patch_embed = ConvStem(patch_size, in_chans, embed_dim, **dd)
+        if cfg.hybrid_depths is None:
+            self.patch_embed = ConvStem(cfg.patch_size, in_chans, embed_dim, **dd)
         else:
-            self.patch_embed = HybridStem(tuple(hybrid_depths), in_chans, embed_dim, **dd)
+            self.patch_embed = HybridStem(tuple(cfg.hybrid_depths), in_chans, embed_dim, **dd)
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         check_divisible(*self.img_size, self.patch_embed.stride)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
         self.pos_embed = FourierPositions(embed_dim, **dd)
         self.blocks = nn.ModuleList(
-            FanBlock(embed_dim, num_heads, mlp_ratio, drop_path_rate, **dd) for _ in range(depth)
+            FanBlock(embed_dim, cfg.num_heads, cfg.mlp_ratio, drop_path_rate, **dd) for _ in range(cfg.depth)
         )
-        self.cls_attn_blocks = nn.ModuleList(ClassBlock(embed_dim, num_heads, mlp_ratio, **dd) for _ in range(2))
+        self.cls_attn_blocks = nn.ModuleList(
+            ClassBlock(embed_dim, cfg.num_heads, cfg.mlp_ratio, **dd) for _ in range(2)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._new_head(**dd)
-        if token_head:
+        if cfg.token_head:
             self.aux_head = self._new_head(**dd)
 
         stride = self.patch_embed.stride
         self.feature_info = [
             {"num_chs": channels, "reduction": reduction, "module": f"patch_embed.backbone.stages.{i}"}
             for i, (channels, reduction) in enumerate(self.patch_embed.levels)
-        ] + [{"num_chs": embed_dim, "reduction": stride, "module": f"blocks.{i}"} for i in range(depth)]
+        ] + [{"num_chs": embed_dim, "reduction": stride, "module": f"blocks.{i}"} for i in range(cfg.depth)]
         self.init_weights()
 
     def _new_head(self, device=None, dtype=None) -> nn.Module:

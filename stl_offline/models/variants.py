@@ -1,15 +1,19 @@
 """The FAN family in timm's registry: each variant plain and as `NAME_token` (class and token logits)."""
 
+import dataclasses
+
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from stl_offline.models.checkpoints import adapt_names
-from stl_offline.models.fan import Fan
+from stl_offline.models.fan import Fan, FanConfig
 
+_ARCHITECTURE = tuple(field.name for field in dataclasses.fields(FanConfig))
 _CONV = {"patch_size": 16}
 _HYBRID = {"hybrid_depths": (3, 3)}
 
-# name → arguments of `Fan`; the released variants are those of the FAN and STL papers, fan_micro is for CPUs and tests.
+# name → fields of `FanConfig` and arguments of `Fan`. The released variants are those of the FAN and STL papers;
+# fan_micro is for CPUs and tests.
 VARIANTS: dict[str, dict] = {
     "fan_micro_4_p8": {"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 4, "img_size": 64},
     "fan_tiny_12_p16_224": {**_CONV, "embed_dim": 192, "depth": 12, "num_heads": 4},
@@ -64,17 +68,21 @@ def _entry(name: str, arguments: dict):
             height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
             overlay = {"input_size": (3, height, width), **(kwargs.pop("pretrained_cfg_overlay", None) or {})}
             kwargs["pretrained_cfg_overlay"] = overlay
+        # `timm.create_model` takes fields of the architecture as keyword arguments, too.
+        options = {**arguments, **kwargs}
+        cfg = FanConfig(**{name: options.pop(name) for name in _ARCHITECTURE if name in options})
         feature_cfg = {
-            "out_indices": kwargs.pop("out_indices", _default_out_indices(arguments)),
+            "out_indices": options.pop("out_indices", _default_out_indices(arguments)),
             "feature_cls": "getter",
         }
         return build_model_with_cfg(
             Fan,
             name,
             pretrained,
+            model_cfg=cfg,
             pretrained_filter_fn=adapt_names,
             feature_cfg=feature_cfg,
-            **{**arguments, **kwargs},
+            **options,
         )
 
     build.__name__ = build.__qualname__ = name
