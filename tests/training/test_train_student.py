@@ -234,10 +234,10 @@ def test_top_k_and_confidence_equal_the_softmax():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"top_k": 4}, "more classes than the labeler's 3"),
+        ({"top_k": 4}, "the labeler has only 3 classes"),
         ({"shards": 46}, "more than the 45 images"),
         ({"labeler": "nowhere"}, "no run and no checkpoint at nowhere"),
-        ({"labeler": "timm:resnet18"}, "needs its weights"),
+        ({"labeler": "timm:resnet18"}, "needs weights"),
         ({"labeler": "timm:no_such_net", "labeler_checkpoint": "x"}, "timm's registry"),
     ],
 )
