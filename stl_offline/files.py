@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,16 @@ def sha256_parts(*parts: bytes) -> str:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
+
+
+def images_fingerprint(class_names: Sequence[str], keys_json: bytes, class_ids: bytes, content_hashes: bytes) -> str:
+    """SHA-256 that names a list of images: their class list, keys, class ids and content hashes, all in order.
+
+    Args:
+        keys_json: the keys as ``json.dumps`` of a list writes them; class_ids: (n,) int64 and content_hashes: (n,)
+            uint64, little-endian.
+    """
+    return sha256_parts(json.dumps(list(class_names)).encode(), keys_json, class_ids, content_hashes)
 
 
 def sha256_file(path: str | Path) -> str:

@@ -15,8 +15,8 @@ from stl_offline.geometry import whole_views
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.arrays import ShardArrays, concatenate, probabilities, select
 from stl_offline.labels.join import join
+from stl_offline.labels.keys import rename_keys
 from stl_offline.labels.label_set import LabelSet
-from stl_offline.labels.mismatch import rename_keys
 from stl_offline.labels.spec import differences
 from stl_offline.progress import progress_bar
 
@@ -57,7 +57,7 @@ def recompute_labels(
 
     Args:
         data, labeler, labeler_options: as of `DumpConfig`; images: how many; seed: of the sample.
-        key_prefix: as `stl_offline.labels.mismatch.rename_keys`; skip_broken: as `ensure_beton`.
+        key_prefix: as `stl_offline.labels.keys.rename_keys`; skip_broken: as `ensure_beton`.
 
     Raises:
         InputError: another labeler, grid, class list or input than the manifest names (each by name).
@@ -72,12 +72,12 @@ def recompute_labels(
     beton = ensure_beton(data, skip_broken=skip_broken)
     labelling = Labelling(config, model, beton, chosen)
     found = [
-        line.replace(" and ", " there and ", 1) + " here"
-        for line in differences(label_set.spec, labelling.spec)
-        if line.split(" ")[0].split(".")[0] in _DECIDING and not line.startswith("labeler.licence ")
+        str(each)
+        for each in differences(label_set.spec, labelling.spec)
+        if each.entry in _DECIDING and each.name != "labeler.licence"
     ]
     if found:
-        raise InputError(f"this is not how {label_set.place} was made: {'; '.join(found)}")
+        raise InputError(f"{label_set.place} was made with other settings (its and these): {'; '.join(found)}")
     report = join(
         label_set,
         rename_keys(beton.keys, key_prefix),

@@ -8,10 +8,11 @@ from stl_offline.geometry.relative import (
     is_identity,
     is_in_window,
     is_within,
+    relative_view,
     relative_view_into,
     window_of,
 )
-from stl_offline.geometry.view import View, cells_in_boxes, compose_views, relative_view
+from stl_offline.geometry.view import View, cells_in_boxes, compose_views
 
 __all__ = [
     "IDENTITY_TOLERANCE",

@@ -1,4 +1,4 @@
-"""Views in compiled code: a student's view on a label map, and what of the map it can see.
+"""A student's view relative to a label map's: M⁻¹·S, and which part of the map it shows. Compiled.
 
 A view is six numbers, the rows of its 2×3 matrix; a window is (left, right, top, bottom) in unit coordinates of a map.
 """
@@ -6,18 +6,36 @@ A view is six numbers, the rows of its 2×3 matrix; a window is (left, right, to
 import numpy as np
 
 from stl_offline.compiled import njit
+from stl_offline.geometry.view import View
 
 # A view this near to the identity is the identity: views are stored in float32.
 IDENTITY_TOLERANCE = 1e-6
 # A sample point this far outside the map is still on it, for the same reason.
 EDGE_TOLERANCE = 1e-6
-# A window is what can be seen of a map: (left, right, top, bottom) in its unit coordinates. This one is all of it.
+# A window is the part of a map that can be seen: (left, right, top, bottom) in its unit coordinates. This is all of it.
 WHOLE_MAP = (0.0, 1.0, 0.0, 1.0)
+
+
+def relative_view(map_view: View, student_view: View) -> View:
+    """From the student's output coordinates to the coordinates of a label map made under ``map_view``: M⁻¹·S.
+
+    The identity, to the bit, where the two views are equal. Views are compared as they are stored, in float32: a crop
+    that was flipped in float64 equals the view that a label set gives back.
+    """
+    relative = np.empty(6, dtype=np.float64)
+    relative_view_into(map_view.matrix.ravel(), student_view.matrix.ravel(), relative)
+    return View.from_array(relative)
 
 
 @njit
 def relative_view_into(map_view, student_view, relative):
-    """M⁻¹·S of two views of six float32 each, as six float64 that hold float32 numbers; equal views: the identity."""
+    """`relative_view` of two views of six float32 each, into six float64 that hold float32 numbers."""
+    equal = True
+    for entry in range(6):
+        equal = equal and map_view[entry] == student_view[entry]
+        relative[entry] = 1.0 if entry == 0 or entry == 4 else 0.0
+    if equal:
+        return
     determinant = np.float64(map_view[0]) * map_view[4] - np.float64(map_view[1]) * map_view[3]
     a = map_view[4] / determinant
     b = -map_view[1] / determinant
@@ -35,9 +53,9 @@ def relative_view_into(map_view, student_view, relative):
 
 @njit
 def window_of(relative):
-    """(left, right, top, bottom): what of the map lies in a crop, given by its relative view of six numbers.
+    """(left, right, top, bottom): the part of the map that lies in a crop, given by its relative view of six numbers.
 
-    What lies outside a crop was not decoded, so no warp of its pixels shows it, though the map may have labels there.
+    Pixels outside a crop were not decoded, so no warp shows them, although the map may have labels there.
     """
     a, b, u, c, d, v = relative[0], relative[1], relative[2], relative[3], relative[4], relative[5]
     return (

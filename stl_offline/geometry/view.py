@@ -134,12 +134,3 @@ def _overlap(spans_B2: np.ndarray, pixels: int, cells: int) -> np.ndarray:
     low = np.maximum(spans_B2[:, :1], edges[None, :-1])
     high = np.minimum(spans_B2[:, 1:], edges[None, 1:])
     return (np.maximum(high - low, 0) * (cells / pixels)).astype(np.float32)
-
-
-def relative_view(map_view: View, student_view: View) -> View:
-    """From the student's output coordinates to the coordinates of a label map made under ``map_view``: M⁻¹·S.
-
-    The identity, to the bit, where the two views are equal. Views are compared as they are stored, in float32: a crop
-    that was flipped in float64 is the same view as the one that a label set gives back.
-    """
-    return View(map_view.matrix).inverse() @ View(student_view.matrix)

@@ -39,7 +39,7 @@ from ffcv.types import (
 from numcodecs import Zstd
 
 from stl_offline.errors import FormatError, InputError
-from stl_offline.files import sha256_parts
+from stl_offline.files import images_fingerprint
 from stl_offline.images.encode import EncodedImage, decode_jpeg, key_hash
 
 PAGE_SIZE = 8 << 20
@@ -196,7 +196,12 @@ class BetonWriter:
         index = {
             "class_names": list(class_names),
             "converted": {"rows": list(self._converted), "xxh3": list(self._converted.values())},
-            "fingerprint": _fingerprint(self._keys, class_names, metadata),
+            "fingerprint": images_fingerprint(
+                class_names,
+                json.dumps(self._keys).encode(),
+                metadata[_CLASS_ID].tobytes(),
+                metadata[_CONTENT_HASH].tobytes(),
+            ),
             "keys": self._keys,
             "source": source,
         }
@@ -370,15 +375,6 @@ def _start(header: np.void, place: np.void) -> bytes:
     """The header and descriptors that a file with these numbers begins with: every other byte of them is fixed."""
     numbers = (int(header[name]) for name in ("num_samples", "page_size", "alloc_table_ptr"))
     return _header(*numbers) + _field_descriptors(place)
-
-
-def _fingerprint(keys: list[str], class_names: tuple[str, ...], metadata: np.ndarray) -> str:
-    return sha256_parts(
-        json.dumps(class_names).encode(),
-        json.dumps(keys).encode(),
-        metadata[_CLASS_ID].tobytes(),
-        metadata[_CONTENT_HASH].tobytes(),
-    )
 
 
 def _header(count: int, page_size: int, table: int) -> bytes:

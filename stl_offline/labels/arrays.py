@@ -128,6 +128,19 @@ class ShardArrays:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def label_map(self, row: int, num_classes: int) -> LabelMap:
+        """The label map of sample ``row``: copies, so that it does not keep the whole shard in memory."""
+        return LabelMap(
+            key=self.keys[row],
+            class_id=int(self.class_id[row]),
+            content_hash=int(self.content_hash[row]),
+            class_ids=self.class_ids[row].copy(),
+            logits=self.logits[row].copy(),
+            confidence=self.confidence[row].copy(),
+            views=self.views[row].copy(),
+            num_classes=num_classes,
+        )
+
     def check(self, spec: LabelSpec) -> "ShardArrays":
         """Compare with the label set's spec and look at every value; gives itself back.
 

@@ -26,7 +26,7 @@ _SIZES = (
 _PACKAGE = """\
 import stl_offline
 labels = stl_offline.open_label_set(".")  # or its URL
-labels[labels.keys[0]].probabilities()  # (views, rows, columns, classes kept); also .class_ids, .views, .dense()
+labels[next(iter(labels))].probabilities()  # (views, rows, columns, classes kept); also .class_ids, .views, .dense()
 """
 _ZARR = """\
 import zarr

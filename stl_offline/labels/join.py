@@ -1,4 +1,4 @@
-"""Which label belongs to which image: by key, never by position.
+"""Finds the label of each image, by key and never by position.
 
 n: images; a place is (shard, row within the shard).
 """
@@ -9,24 +9,23 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stl_offline.errors import InputError, JoinError
-from stl_offline.labels.keys import hash_keys, some
+from stl_offline.labels.keys import explain, hash_keys, some
 from stl_offline.labels.label_set import LabelSet
-from stl_offline.labels.mismatch import explain
 from stl_offline.labels.store import format_ranges
 
 _EXAMPLES = 3
-# Labels without an image whose keys are looked at for a rule by which keys differ.
+# Keys of labels without an image that are kept to look for a rule by which keys differ.
 _LOOKED_AT = 10_000
 POLICIES = ("error", "skip")
 
 
 @dataclass(frozen=True)
 class JoinReport:
-    """Where each image's label is, and what did not match.
+    """The place of each image's label, and what did not match.
 
-    shard, row: (n,) int32, −1 where an image has no label; matched, missing, changed, extra: counts of images with
-    a label, without one, with another content hash than the labelled image (among the matched), and of labels
-    without an image; ``*_examples``: a few keys of each; hints: why images and labels may have missed each other.
+    shard, row: (n,) int32, −1 where an image has no label. Counts: matched, images with a label; missing, images
+    without one; changed, matched images whose content hash differs from the labelled image's; extra, labels without an
+    image. ``*_examples``: a few keys of each. hints: likely reasons why keys do not match.
     """
 
     shard: np.ndarray
@@ -68,17 +67,17 @@ def join(
         keys: (n,) keys of the images.
         content_hashes: (n,) uint64, xxh3 of each image's bytes.
         class_names: the images' class list; must be the label set's, in its order.
-        missing: "error", or "skip" to go on without labels for images that have none.
-        allow_changed: go on with images whose bytes differ from those that were labelled.
+        missing: "error", or "skip" to accept images without a label.
+        allow_changed: accept images whose bytes differ from those that were labelled.
 
     Raises:
         JoinError: another class list, missing keys, changed images: counted, with examples.
-        InputError: a key that is there twice, or another word for ``missing``.
+        InputError: two images have the same key, or ``missing`` has another value.
     """
     if missing not in POLICIES:
         raise InputError(f"missing must be one of {', '.join(POLICIES)}, got {missing!r}")
     if len(keys) != len(content_hashes):
-        raise InputError(f"{len(keys)} keys and {len(content_hashes)} content hashes do not belong together")
+        raise InputError(f"got {len(keys)} keys but {len(content_hashes)} content hashes; each image needs one of each")
     check_class_names(label_set.spec.class_names, tuple(class_names))
     content_hashes = np.asarray(content_hashes, dtype=np.uint64)
     # Keys are looked up by hash, and compared: a hundredth of a dictionary's memory for millions of images.
@@ -117,8 +116,8 @@ def join(
     )
     if label_set.is_partial and absent:
         hints.append(
-            f"only the shards {format_ranges(label_set.present)} of {len(label_set.shards)} were pulled; `labels pull` "
-            "brings the others"
+            f"only the shards {format_ranges(label_set.present)} of {len(label_set.shards)} were pulled; to pull the "
+            f"others: stl-offline labels pull SOURCE {label_set.place}"
         )
     report = JoinReport(
         shard=shard,
@@ -137,22 +136,25 @@ def join(
 
 
 def check_class_names(labels: tuple[str, ...], images: tuple[str, ...]) -> None:
-    """Raise `JoinError` where the two class lists differ, and say how."""
+    """Raise `JoinError`, with the first difference, where the two class lists are not equal."""
     if labels == images:
         return
     absent = sorted(set(images) - set(labels))
-    advice = "pack the images with the label set's class list (`stl-offline pack SRC DEST --classes LABELS`)"
+    advice = "pack the images with the label set's class list (stl-offline pack SRC DEST --classes LABELS)"
     if absent:
-        advice = "leave these out"
+        advice = "remove their images"
         how = f"{len(absent)} of the images' classes are not in it ({some(len(absent), absent[:_EXAMPLES])})"
     elif len(labels) != len(images):
         absent = sorted(set(labels) - set(images))
         how = f"{len(absent)} of its classes are not among the images' ({some(len(absent), absent[:_EXAMPLES])})"
     else:
         place = next(index for index, name in enumerate(labels) if name != images[index])
-        how = f"the order differs: class {place} is {labels[place]!r} there and {images[place]!r} here"
+        how = (
+            f"the order differs: class {place} is {labels[place]!r} in the label set and {images[place]!r} in the "
+            "images"
+        )
     raise JoinError(
-        f"the label set has another class list ({len(labels)} classes, the images have {len(images)}): {how}; "
+        f"the label set ({len(labels)} classes) and the images ({len(images)}) have different class lists: {how}; "
         f"{advice}, or label the images again"
     )
 
@@ -174,14 +176,14 @@ class _Named:
 def _judge(report: JoinReport, label_set: LabelSet, missing: str, allow_changed: bool) -> None:
     faults = []
     if not report.matched:
-        faults.append("not one image has a label; is this another data set, or another root folder")
+        faults.append("no image has a label: check the data set and its root folder")
     if report.missing and missing == "error":
-        faults.append("--missing skip trains on without labels for these")
+        faults.append('`missing="skip"` leaves these images unlabelled')
     if report.changed and not allow_changed:
-        why = "were all of them compressed anew, or resized? " if report.changed == report.matched else ""
-        faults.append(f"{why}--allow-changed uses the labels nevertheless")
+        why = "all of them differ, as after resizing or recompression; " if report.changed == report.matched else ""
+        faults.append(f"{why}`allow_changed=True` uses the labels anyway")
     if faults:
-        raise JoinError(f"labels {label_set.place} and images do not belong together: {report}. {'; '.join(faults)}")
+        raise JoinError(f"the labels {label_set.place} do not match the images: {report}. {'; '.join(faults)}")
 
 
 def _find(key: str, position: int, keys: Sequence[str], order: np.ndarray) -> int:

@@ -1,12 +1,12 @@
-"""Reads a label set: by key for looking at it, by whole shards for work."""
+"""Reads a label set: as a mapping from keys to label maps, or by whole shards for work."""
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from functools import cached_property
 from pathlib import Path
 
-from stl_offline.errors import FormatError, InputError, JoinError
+from stl_offline.errors import FormatError, InputError, UnknownKeyError
 from stl_offline.files import atomic_write, cache_dir, make_folder, sha256_bytes
 from stl_offline.labels.arrays import LabelMap, ShardArrays, ShardIndex
 from stl_offline.labels.format import decode_shard, read_shard_index
@@ -30,13 +30,15 @@ from stl_offline.labels.store import (
 _FETCHES = 3
 
 
-class LabelSet:
-    """A label set that is whole, or pulled in part. Made by `open_label_set`.
+class LabelSet(Mapping[str, LabelMap]):
+    """A read-only mapping from an image's key to its `LabelMap`, in stored order. Made by `open_label_set`.
 
-    ``len(labels)``: images; ``labels.keys``: their keys, in stored order; ``labels[key]``: a `LabelMap`;
-    ``key in labels``; ``labels.spec``; ``labels.shards``: the shard table; ``labels.present``: the shards that are
-    here, all of them unless only some were pulled; ``labels.fingerprint``: SHA-256 of the manifest, which names every
-    shard's SHA-256, and so names the whole content (of the manifest and the list of shards, where some are missing).
+    ``items()`` and ``values()`` read each shard once; ``labels[key]`` reads a whole shard and keeps the last one, so a
+    loop in another order than the stored one is slow. Label sets can be pickled: a `DataLoader` worker opens its own.
+
+    spec: the settings; shards: the shard table; present: the shards that are here, all of them unless only some were
+    pulled; fingerprint: SHA-256 of the manifest, which holds every shard's SHA-256, and so stands for the whole content
+    (of the manifest and the list of present shards, where some are missing).
     """
 
     def __init__(self, storage: Storage, manifest: Manifest, present: tuple[int, ...] | None = None) -> None:
@@ -60,7 +62,7 @@ class LabelSet:
         return sum(self.shards[index].samples for index in self.present)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.keys)
+        return iter(self._keys)
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
@@ -69,13 +71,13 @@ class LabelSet:
         """The label map of one image. Reads its whole shard, and keeps that for the next call.
 
         Raises:
-            JoinError: no label for this key.
+            UnknownKeyError: no label for this key; a `JoinError` and a `KeyError`.
             FormatError: the shard is damaged.
         """
         place = self._places.get(key)
         if place is None:
             where = f"; only the shards {format_ranges(self.present)} are here" if self.is_partial else ""
-            raise JoinError(
+            raise UnknownKeyError(
                 f"the label set {self.place} has no label for the key {key!r}; it has {len(self)} others{where}"
             )
         index, row = place
@@ -83,16 +85,23 @@ class LabelSet:
             if self._last is None or self._last[0] != index:
                 self._last = (index, self.read_shard(index))
             arrays = self._last[1]
-        return LabelMap(
-            key=key,
-            class_id=int(arrays.class_id[row]),
-            content_hash=int(arrays.content_hash[row]),
-            class_ids=arrays.class_ids[row],
-            logits=arrays.logits[row],
-            confidence=arrays.confidence[row],
-            views=arrays.views[row],
-            num_classes=self.spec.num_classes,
-        )
+        return arrays.label_map(row, self.spec.num_classes)
+
+    def items(self) -> ItemsView[str, LabelMap]:
+        """Every key with its label map, in stored order; each shard is read once."""
+        return _Items(self)
+
+    def values(self) -> ValuesView[LabelMap]:
+        """Every label map, in stored order; each shard is read once."""
+        return _Values(self)
+
+    # A mapping's own comparison would read every label of both sets.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        # What a worker process needs to open the set itself: neither the lock nor what is in memory.
+        return type(self), (self.storage, self.manifest, self.present)
 
     def __repr__(self) -> str:
         grid = "×".join(map(str, self.spec.grid))
@@ -100,15 +109,14 @@ class LabelSet:
         return f"LabelSet({self.place!r}: {len(self)} images, {grid} tokens, top {self.spec.top_k}{some})"
 
     @cached_property
-    def keys(self) -> list[str]:
-        """Every image's key, in stored order."""
+    def _keys(self) -> list[str]:
         self.fetch()
         return [key for index in self.present for key in self.read_index(index).keys]
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
         places: dict[str, tuple[int, int]] = {}
-        keys = iter(self.keys)
+        keys = iter(self._keys)
         for index in self.present:
             for row in range(self.shards[index].samples):
                 places[next(keys)] = (index, row)
@@ -208,7 +216,7 @@ class LabelSet:
         if self.is_partial and index not in self.present:
             raise FormatError(
                 f"shard {index} of {self.place} was not pulled (the shards {format_ranges(self.present)} were); "
-                f"`labels pull … --shards {index}` brings it"
+                f"pull it with: stl-offline labels pull SOURCE {self.place} --shards {index}"
             )
 
     def _check_count(self, shard: ShardRecord, count: int) -> None:
@@ -226,6 +234,21 @@ class LabelSet:
     def _kept(self, shard: ShardRecord) -> Path | None:
         """Where a shard from an object store is kept on this machine, by content; None for a folder's shards."""
         return cache_dir() / "shards" / shard.sha256 if self.storage.local is None else None
+
+
+class _Items(ItemsView[str, LabelMap]):
+    def __iter__(self) -> Iterator[tuple[str, LabelMap]]:
+        for label_map in _Values(self._mapping):
+            yield label_map.key, label_map
+
+
+class _Values(ValuesView[LabelMap]):
+    def __iter__(self) -> Iterator[LabelMap]:
+        label_set: LabelSet = self._mapping
+        for index in label_set.present:
+            arrays = label_set.read_shard(index)
+            for row in range(len(arrays)):
+                yield arrays.label_map(row, label_set.spec.num_classes)
 
 
 def open_label_set(place: str | Path, **options: object) -> LabelSet:
@@ -246,7 +269,9 @@ def open_label_set(place: str | Path, **options: object) -> LabelSet:
         manifest = read_manifest(storage)
         return LabelSet(storage, manifest, read_present(storage, len(manifest.shards)))
     if storage.size(PULL) is not None:
-        raise FormatError(f"the label set {storage.place} was not pulled to its end; run `labels pull` again")
+        raise FormatError(
+            f"the label set {storage.place} was not pulled completely; run the same 'stl-offline labels pull' again"
+        )
     try:
         _, sizes = read_job(storage)
     except FileNotFoundError:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from stl_offline.errors import InputError, JoinError
-from stl_offline.files import sha256_parts
+from stl_offline.files import images_fingerprint
 from stl_offline.labels.keys import find_duplicates, hash_keys, some
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import Manifest
@@ -75,11 +75,11 @@ def merge(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int = 0, 
 
 
 def _check_settings(first: LabelSet, other: LabelSet) -> None:
-    found = [line for line in differences(first.spec, other.spec) if line.split(" ")[0].split(".")[0] not in _OWN]
+    found = [str(each) for each in differences(first.spec, other.spec) if each.entry not in _OWN]
     if not found:
         return
     form = [name for name in ("container", "encoding") if getattr(first.spec, name) != getattr(other.spec, name)]
-    advice = f"; `labels convert` changes the {' and the '.join(form)}" if form else ""
+    advice = f"; change the {' and the '.join(form)} with: stl-offline labels convert" if form else ""
     raise InputError(f"{first.place} and {other.place} cannot be merged: {'; '.join(found)}{advice}")
 
 
@@ -118,8 +118,8 @@ def _name(part: _Part) -> str:
 def _fingerprint(spec: LabelSpec, parts: list[_Part]) -> str:
     """As of a .beton that held these images in this order, with the label set's class list."""
     keys = b"[" + b", ".join(part.keys[1:-1] for part in parts) + b"]"
-    return sha256_parts(
-        json.dumps(spec.class_names).encode(),
+    return images_fingerprint(
+        spec.class_names,
         keys,
         b"".join(part.class_ids.tobytes() for part in parts),
         b"".join(part.content_hashes.tobytes() for part in parts),

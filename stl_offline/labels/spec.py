@@ -6,7 +6,7 @@ V: views of each image; Gh, Gw: the token grid; k: classes kept for each cell; K
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -188,19 +188,35 @@ class LabelSpec:
         return spec
 
 
-def differences(ours: LabelSpec, theirs: LabelSpec) -> list[str]:
-    """Which settings differ, by name and value; empty where the two specs are equal."""
-    found: list[str] = []
+class Difference(NamedTuple):
+    """A setting in which two specs differ: its dotted name in the manifest and both values."""
+
+    name: str
+    ours: Any
+    theirs: Any
+
+    @property
+    def entry(self) -> str:
+        """The manifest's entry that holds the setting: ``labeler`` of ``labeler.licence``."""
+        return self.name.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.name} is {_short(self.ours)} and {_short(self.theirs)}"
+
+
+def differences(ours: LabelSpec, theirs: LabelSpec) -> list[Difference]:
+    """The settings in which two specs differ; empty where they are equal."""
+    found: list[Difference] = []
     _compare("", ours.to_json(), theirs.to_json(), found)
     return found
 
 
-def _compare(name: str, ours: Any, theirs: Any, found: list[str]) -> None:
+def _compare(name: str, ours: Any, theirs: Any, found: list[Difference]) -> None:
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted(ours.keys() | theirs.keys()):
             _compare(f"{name}.{key}" if name else key, ours.get(key), theirs.get(key), found)
     elif ours != theirs:
-        found.append(f"{name} is {_short(ours)} and {_short(theirs)}")
+        found.append(Difference(name, ours, theirs))
 
 
 def _short(value: Any) -> str:

@@ -54,7 +54,7 @@ def measure(label_set: LabelSet, *, shards: int | None = None, workers: int = 0)
     present = label_set.present
     if shards is not None:
         if not 1 <= shards <= len(present):
-            raise InputError(f"--shards asks for {shards} shards, the label set has {len(present)} here")
+            raise InputError(f"`shards` must lie between 1 and the {len(present)} shards that are here, got {shards}")
         present = tuple(present[place * len(present) // shards] for place in range(shards))
     total = _Sums(label_set.spec.num_classes, label_set.spec.top_k)
 

@@ -84,7 +84,10 @@ def pull(label_set: LabelSet, folder: str | Path, *, shards: str | None = None, 
         TargetError: the folder holds another label set or something else, or cannot be written.
     """
     if "://" in str(folder):
-        raise InputError(f"labels are pulled into a folder of this machine, not to {folder}; `labels push` sends them")
+        raise InputError(
+            f"labels are pulled into a folder of this machine, not to {folder}; to send them there: "
+            "stl-offline labels push"
+        )
     manifest = label_set.manifest
     wanted = set(label_set.present if shards is None else parse_ranges(shards, len(manifest.shards)))
     target = FolderStorage(Path(folder))
@@ -120,7 +123,7 @@ def _look(target: Storage, manifest: Manifest) -> bool:
         theirs = read_manifest(target)
         if theirs == manifest:
             return True
-        found = differences(manifest.spec, theirs.spec) or ["the shards' checksums differ"]
+        found = [str(each) for each in differences(manifest.spec, theirs.spec)] or ["the shards' checksums differ"]
         raise TargetError(
             f"{target.place} holds another label set (yours and its): {'; '.join(found)}; choose another place"
         )

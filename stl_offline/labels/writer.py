@@ -226,7 +226,7 @@ class LabelSetWriter:
                 ) from None
 
     def _check_settings(self, theirs: LabelSpec, sizes: list[int]) -> None:
-        found = differences(self.spec, theirs)
+        found = [str(each) for each in differences(self.spec, theirs)]
         if len(sizes) != self.num_shards:
             found.append(f"shards is {self.num_shards} and {len(sizes)}")
         elif sizes != self._sizes:

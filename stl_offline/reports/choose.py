@@ -70,8 +70,8 @@ def choose_labels(label_set: LabelSet, keys: Sequence[str], samples: int, seed: 
     missing = [key for key in open_keys if key not in patterns or key in fruitless]
     if missing:
         raise JoinError(
-            f"{len(missing):,} of the keys given match no label of {label_set.place}, for example {missing[0]!r}; "
-            "keys are paths below the data set's root folder"
+            f"{len(missing):,} of the keys asked for fit no label of {label_set.place}, for example {missing[0]!r}; "
+            "keys are paths below the data set's root, as list(labels) gives them"
         )
     room = max(0, samples - len(named))
     drawn = draw.choice(len(fitting), min(room, len(fitting)), replace=False) if fitting else []

@@ -9,7 +9,7 @@ import numpy as np
 
 from stl_offline.config import PreviewConfig
 from stl_offline.errors import InputError, JoinError, printable
-from stl_offline.labels.arrays import LabelMap, ShardArrays
+from stl_offline.labels.arrays import LabelMap
 from stl_offline.labels.join import check_class_names, join
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.palette import CONFIDENT, UNCONFIDENT, hex_color
@@ -99,22 +99,8 @@ def _read(label_set: LabelSet, choice: Choice, counts: ConfidenceCounts, all_sha
         counts.add(arrays)
         for place in choice.places:
             if place.shard == shard:
-                maps[place] = _label_map(arrays, place.row, label_set.spec.num_classes)
+                maps[place] = arrays.label_map(place.row, label_set.spec.num_classes)
     return maps
-
-
-def _label_map(arrays: ShardArrays, row: int, num_classes: int) -> LabelMap:
-    # Copies: a view would keep the whole shard in memory.
-    return LabelMap(
-        key=arrays.keys[row],
-        class_id=int(arrays.class_id[row]),
-        content_hash=int(arrays.content_hash[row]),
-        class_ids=arrays.class_ids[row].copy(),
-        logits=arrays.logits[row].copy(),
-        confidence=arrays.confidence[row].copy(),
-        views=arrays.views[row].copy(),
-        num_classes=num_classes,
-    )
 
 
 def _join(

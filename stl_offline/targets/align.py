@@ -29,7 +29,7 @@ def roi_align_topk(
         class_ids: (Gh, Gw, k) integers.
         probabilities: (Gh, Gw, k) float32; a cell's sum is at most 1, the rest is its residual.
         relative_view: (2, 3), from unit coordinates of the output to unit coordinates of the map
-            (`stl_offline.geometry.view.relative_view`).
+            (`stl_offline.geometry.relative_view`).
         out_grid: (h, w) of the output.
         sampling_ratio: s; each output cell is the mean of s×s samples.
         m: how many classes to keep for each output cell.

@@ -17,8 +17,8 @@ from stl_offline.config import StudentConfig
 from stl_offline.device import autocast
 from stl_offline.errors import InputError, JoinError
 from stl_offline.labels.cache import TokenCache, build_token_cache
+from stl_offline.labels.keys import rename_keys
 from stl_offline.labels.label_set import LabelSet, open_label_set
-from stl_offline.labels.mismatch import rename_keys
 from stl_offline.loader import DECODER, Batch, TokenLabels
 from stl_offline.models import TokenLabeler, create_labeler
 from stl_offline.targets import TokenTargets

@@ -50,7 +50,7 @@ def _print_statistics(label_set) -> None:
     shards = [label_set.read_shard(index) for index in range(len(label_set.shards))]
     confidence = np.concatenate([shard.confidence.ravel() for shard in shards]).astype(np.float32)
     own = np.concatenate([(shard.class_ids[..., 0] == shard.class_id[:, None, None, None]).ravel() for shard in shards])
-    kept = np.concatenate([label_set[key].probabilities().sum(axis=-1).ravel() for key in label_set.keys])
+    kept = np.concatenate([label_map.probabilities().sum(axis=-1).ravel() for label_map in label_set.values()])
     print(
         f"confidence: median {np.median(confidence):.2f}; over 0.5 at {100 * (confidence > 0.5).mean():.0f} % of tokens"
     )

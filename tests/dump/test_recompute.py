@@ -61,7 +61,7 @@ def test_another_labeler_is_refused_by_name(work, tmp_path):
     }
     save_model(tmp_path / "other" / "weights.safetensors", weights, description)
     with pytest.raises(
-        InputError, match=r"this is not how .*set was made: labeler.weights_sha256 is .* there and .* here"
+        InputError, match=r"set was made with other settings \(its and these\): labeler.weights_sha256 is .* and "
     ):
         again(label_set, work | {"labeler": str(tmp_path / "other")})
     with pytest.raises(InputError, match="at least 1 image"):

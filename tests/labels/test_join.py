@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from stl_offline.errors import InputError, JoinError
 from stl_offline.labels import keys as keys_module
 from stl_offline.labels.join import join
+from stl_offline.labels.keys import rename_keys
 from stl_offline.labels.label_set import open_label_set
-from stl_offline.labels.mismatch import rename_keys
 from stl_offline.labels.writer import LabelSetWriter
 from tests.labels.synthetic import make_arrays, make_key, make_spec, write_set
 
@@ -54,9 +54,9 @@ def test_missing_keys(label_set):
 def test_changed_images(label_set):
     hashes = HASHES.copy()
     hashes[[3, 8]] += np.uint64(1)
-    with pytest.raises(JoinError, match=rf"2 images changed .*\({KEYS[3]}, {KEYS[8]}\).*--allow-changed"):
+    with pytest.raises(JoinError, match=rf"2 images changed .*\({KEYS[3]}, {KEYS[8]}\).*`allow_changed=True`"):
         join(label_set, KEYS, hashes, SPEC.class_names)
-    with pytest.raises(JoinError, match="--allow-changed"):
+    with pytest.raises(JoinError, match="`allow_changed=True`"):
         join(label_set, KEYS, hashes, SPEC.class_names, missing="skip")
     report = join(label_set, KEYS, hashes, SPEC.class_names, allow_changed=True)
     assert (report.matched, report.changed) == (20, 2)
@@ -65,7 +65,7 @@ def test_changed_images(label_set):
 def test_a_renamed_root_matches_nothing_and_says_so(label_set):
     keys = [f"train/{key}" for key in KEYS]
     for missing in ("error", "skip"):
-        with pytest.raises(JoinError, match="0 of 20 images have labels.*another root folder"):
+        with pytest.raises(JoinError, match="0 of 20 images have labels.*check the data set and its root folder"):
             join(label_set, keys, HASHES, SPEC.class_names, missing=missing)
 
 
@@ -93,7 +93,7 @@ def test_a_subset(label_set):
 def test_extra_images(label_set):
     hashes = np.r_[HASHES, np.array([7], np.uint64)]
     text = refusal(label_set, [*KEYS, "new/cat.jpg"], hashes)
-    assert "20 of 21 images have labels; 1 images without labels (new/cat.jpg). --missing skip" in text
+    assert '20 of 21 images have labels; 1 images without labels (new/cat.jpg). `missing="skip"`' in text
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_renamed_root(label_set, change, rule):
     for hashes in (HASHES, HASHES + np.uint64(1)):  # and compressed anew
         text = refusal(label_set, keys, hashes)
         assert "0 of 20 images have labels" in text
-        assert f"--key-prefix {rule} finds 20 of 20" in text
+        assert f"`key_prefix={rule!r}` finds 20 of 20" in text
     assert "20 of the images without labels have the content of labels" in refusal(label_set, keys, HASHES)
     renamed = rename_keys(keys, rule)
     assert join(label_set, renamed, HASHES, SPEC.class_names).matched == 20
@@ -122,28 +122,33 @@ def test_a_root_that_only_the_labels_have(tmp_path):
             writer.write_shard(index, arrays)
         writer.finish()
     label_set = open_label_set(tmp_path)
-    assert "they start with 'train/' there and lack it here; --key-prefix =train/ finds 20 of 20" in refusal(
+    assert "they start with 'train/' in the labels only; `key_prefix='=train/'` finds 20 of 20" in refusal(
         label_set, KEYS, HASHES
     )
     text = refusal(label_set, [f"val/{key}" for key in KEYS], HASHES)
-    assert "they start with 'val/' here and 'train/' there; --key-prefix val/=train/ finds 20 of 20" in text
+    assert (
+        "they start with 'val/' in the images and 'train/' in the labels; `key_prefix='val/=train/'` finds 20 of 20"
+        in text
+    )
 
 
 def test_recompressed_images(label_set):
     text = refusal(label_set, KEYS, HASHES + np.uint64(1))
     assert "20 of 20 images have labels; 20 images changed since they were labelled" in text
-    assert "were all of them compressed anew, or resized? --allow-changed uses the labels nevertheless" in text
+    assert "all of them differ, as after resizing or recompression; `allow_changed=True` uses the labels anyway" in text
 
 
 def test_images_of_another_format(label_set):
     keys = [key.replace(".JPEG", ".webp") for key in KEYS]
     text = refusal(label_set, keys, HASHES + np.uint64(1))
-    assert f"keys differ by the file's ending ({keys[0]} here, {KEYS[0]} there): 20 of 20 images" in text
+    assert (
+        f"keys differ by the file's ending ({keys[0]} in the images, {KEYS[0]} in the labels): 20 of 20 images" in text
+    )
 
 
 def test_another_data_set(label_set):
     text = refusal(label_set, [f"{place}.png" for place in range(20)], HASHES + np.uint64(1))
-    assert "not one image has a label; is this another data set" in text
+    assert "no image has a label: check the data set" in text
     assert "keys differ" not in text and "content of labels" not in text
 
 
@@ -169,10 +174,13 @@ def test_many_are_counted_and_three_are_named(label_set):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (SPEC.class_names[::-1], "the order differs: class 0 is 'class 0' there and 'class 6' here"),
+        (
+            SPEC.class_names[::-1],
+            "the order differs: class 0 is 'class 0' in the label set and 'class 6' in the images",
+        ),
         ((*SPEC.class_names[:-1], "cat"), r"1 of the images' classes are not in it \(cat\)"),
         (SPEC.class_names[:-2], r"2 of its classes are not among the images' \(class 5, class 6\)"),
-        ((*SPEC.class_names, "cat"), r"7 classes, the images have 8.*cat"),
+        ((*SPEC.class_names, "cat"), r"7 classes. and the images .8.*cat"),
     ],
 )
 def test_another_class_list_is_refused(label_set, names, words):
@@ -194,7 +202,7 @@ def test_keys_that_are_there_twice(label_set, tmp_path):
 def test_arguments_that_do_not_fit(label_set):
     with pytest.raises(InputError, match="missing must be one of error, skip, got 'drop'"):
         join(label_set, KEYS, HASHES, SPEC.class_names, missing="drop")
-    with pytest.raises(InputError, match="20 keys and 19 content hashes"):
+    with pytest.raises(InputError, match="20 keys but 19 content hashes"):
         join(label_set, KEYS, HASHES[1:], SPEC.class_names)
 
 

@@ -1,6 +1,9 @@
 """Reading a label set: by key, by shard, and what is refused."""
 
 import json
+import multiprocessing
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +35,7 @@ def test_the_front_door(tmp_path):
 
 def test_by_key(label_set):
     arrays = make_arrays(label_set.spec)
-    assert len(label_set) == 10 and label_set.keys == arrays.keys == list(label_set)
+    assert len(label_set) == 10 and list(label_set.keys()) == arrays.keys == list(label_set)
     assert label_set.fingerprint == sha256_file(Path(label_set.place) / "manifest.json")
     assert make_key(3) in label_set and "none" not in label_set
     assert "10 images, 3×5 tokens, top 4" in repr(label_set)
@@ -45,6 +48,45 @@ def test_by_key(label_set):
         assert found.view(1) == View.from_array(arrays.views[position, 1])
     with pytest.raises(JoinError, match="no label for the key 'none'; it has 10 others"):
         label_set["none"]
+
+
+def test_a_set_is_a_mapping(label_set, monkeypatch):
+    assert isinstance(label_set, Mapping)
+    keys = list(label_set)
+    assert list(label_set.keys()) == keys and len(label_set.keys()) == 10 and keys[4] in label_set.keys()  # noqa: SIM118
+    assert label_set.get("none") is None and label_set.get(keys[2]).key == keys[2]
+    with pytest.raises(KeyError) as caught:
+        label_set["none"]
+    assert str(caught.value).startswith(f"the label set {label_set.place} has no label")
+    read, real = [], label_set.read_shard
+    monkeypatch.setattr(label_set, "read_shard", lambda index: read.append(index) or real(index))
+    found = []
+    for key, label_map in label_set.items():
+        # A look at another shard in between must not make items() read its own again.
+        label_set[keys[-1] if key == keys[0] else keys[0]]
+        found.append((key, label_map.key))
+    assert found == [(key, key) for key in keys]
+    assert [index for place, index in enumerate(read) if index not in read[:place]] == [0, 2, 1]
+    read.clear()
+    assert [label_map.key for label_map in label_set.values()] == keys and read == [0, 1, 2]
+    assert label_set == label_set and label_set != open_label_set(label_set.place) and {label_set: 1}
+    assert label_set[keys[0]].logits.base is None, "a label map keeps its whole shard in memory"
+
+
+def read_in_worker(label_set, key):
+    """What a worker process gives back: it must open the set for itself."""
+    return label_set[key].class_ids.tobytes(), label_set.fingerprint
+
+
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_a_set_goes_to_worker_processes(tmp_path, start):
+    write_set(tmp_path, make_spec(samples=10), 3)
+    label_set = open_label_set(tmp_path)
+    key = make_key(5)
+    expected = label_set[key].class_ids.tobytes()
+    assert len(pickle.dumps(label_set)) < len(pickle.dumps(label_set.manifest)) + 1000
+    with multiprocessing.get_context(start).Pool(1) as pool:
+        assert pool.apply(read_in_worker, (label_set, key)) == (expected, label_set.fingerprint)
 
 
 def test_a_maps_probabilities(label_set):

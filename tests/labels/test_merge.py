@@ -47,7 +47,7 @@ def test_shards_are_copied_and_numbered_anew(parts, tmp_path):
     sources = [part.read_bytes(index) for part in parts for index in part.present]
     assert [merged.read_bytes(index) for index in range(6)] == sources
     whole = make_arrays(merged.spec)
-    assert merged.keys == whole.keys
+    assert list(merged) == whole.keys
     assert verify(merged).faults == ()
     # What only one job's command was is not the whole set's.
     assert merged.spec.creation == {"seed": 3}
@@ -104,8 +104,8 @@ def test_an_interrupted_merge_goes_on(parts, tmp_path, monkeypatch):
         ({"classes": 8}, "class_names is .*"),
         ({"labeler": {"architecture": "other", "weights_sha256": "0" * 64, "licence": "Apache-2.0"}},
          'labeler.architecture is "synthetic" and "other"'),
-        ({"encoding": "q8"}, 'encoding is "f16" and "q8"; `labels convert` changes the encoding'),
-        ({"container": "webdataset"}, '"zarr" and "webdataset"; `labels convert` changes the container'),
+        ({"encoding": "q8"}, 'encoding is "f16" and "q8"; change the encoding with: stl-offline labels convert'),
+        ({"container": "webdataset"}, '"zarr" and "webdataset"; change the container with: stl-offline labels convert'),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )  # fmt: skip
@@ -124,7 +124,7 @@ def test_keys_that_two_sets_share_are_counted_and_named(tmp_path):
         merge([ours, theirs], tmp_path / "all")
     text = str(caught.value)
     assert "5 keys are in these label sets twice" in text and "\n" not in text
-    assert f"{ours.keys[3]} in {ours.place}/{ours.shards[0].name} and {theirs.place}/{theirs.shards[0].name}" in text
+    assert f"{list(ours)[3]} in {ours.place}/{ours.shards[0].name} and {theirs.place}/{theirs.shards[0].name}" in text
     assert not (tmp_path / "all").exists()
     with pytest.raises(JoinError, match="8 keys"):
         merge([ours, ours], tmp_path / "all")

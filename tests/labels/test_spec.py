@@ -172,7 +172,10 @@ def test_what_is_no_manifest_is_refused(data):
 def test_differences_are_named():
     ours = make_spec(top_k=3, labeler={"architecture": "a", "weights_sha256": "1", "licence": "MIT"})
     theirs = make_spec(top_k=4, labeler={"architecture": "a", "weights_sha256": "2", "licence": "MIT"})
-    assert differences(ours, theirs) == ['labeler.weights_sha256 is "1" and "2"', "top_k is 3 and 4"]
+    found = differences(ours, theirs)
+    assert [tuple(each) for each in found] == [("labeler.weights_sha256", "1", "2"), ("top_k", 3, 4)]
+    assert [each.entry for each in found] == ["labeler", "top_k"]
+    assert [str(each) for each in found] == ['labeler.weights_sha256 is "1" and "2"', "top_k is 3 and 4"]
 
 
 def test_shards_share_the_samples_evenly():

@@ -76,7 +76,9 @@ def test_the_table_names_everything(label_set):
 
 def test_what_cannot_be_measured(label_set, tmp_path):
     for shards in (0, 5, -1):
-        with pytest.raises(InputError, match=f"--shards asks for {shards} shards, the label set has 4"):
+        with pytest.raises(
+            InputError, match=f"`shards` must lie between 1 and the 4 shards that are here, got {shards}"
+        ):
             measure(label_set, shards=shards)
     write_set(tmp_path, SPEC, 2)
     damaged = open_label_set(tmp_path)

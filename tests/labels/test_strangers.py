@@ -69,7 +69,7 @@ def test_plain_zarr(tmp_path, encoding):
                 confidence = np.exp(-0.0088 * group["confidence_steps"][:].astype(np.float64)).astype(np.float16)
             for row, key in enumerate(keys):
                 expected = labels[str(key)]
-                assert labels.keys[position] == key
+                assert list(labels)[position] == key
                 position += 1
                 np.testing.assert_array_equal(class_ids[row], expected.class_ids)
                 np.testing.assert_array_equal(logits[row], expected.logits)
@@ -84,9 +84,9 @@ def test_plain_zarr(tmp_path, encoding):
 def test_plain_webdataset(tmp_path, encoding):
     labels = make_set(tmp_path, encoding=encoding, container="webdataset")
     samples = read_with_webdataset(*(tmp_path / shard.name for shard in labels.shards))
-    assert [sample["labels.npy.gz"]["key"].item().decode() for sample in samples] == labels.keys
-    assert [sample["__key__"] for sample in samples] == [key.removesuffix(".JPEG") for key in labels.keys]
-    for sample, key in zip(samples, labels.keys, strict=True):
+    assert [sample["labels.npy.gz"]["key"].item().decode() for sample in samples] == list(labels)
+    assert [sample["__key__"] for sample in samples] == [key.removesuffix(".JPEG") for key in list(labels)]
+    for sample, key in zip(samples, list(labels), strict=True):
         record, expected = sample["labels.npy.gz"], labels[key]
         assert record["class_id"] == expected.class_id
         np.testing.assert_array_equal(record["views"], expected.views)
@@ -99,7 +99,7 @@ def test_labels_join_images_in_webdataset(tmp_path):
     """Tars of labels and of images, read side by side, meet by key."""
     labels = make_set(tmp_path, container="webdataset")
     with tarfile.open(tmp_path / "images.tar", "w") as archive:
-        for key in labels.keys:
+        for key in list(labels):
             info = tarfile.TarInfo(key)
             archive.addfile(info)
     images = read_with_webdataset(tmp_path / "images.tar", decode=False)
@@ -112,7 +112,7 @@ def test_labels_join_images_in_webdataset(tmp_path):
 def test_a_strangers_reader(tmp_path, encoding):
     labels = make_set(tmp_path, encoding=encoding, container="webdataset")
     samples = list(tar_reader.read_label_set(tmp_path))
-    assert [sample["key"] for sample in samples] == labels.keys
+    assert [sample["key"] for sample in samples] == list(labels)
     for sample in samples:
         expected = labels[sample["key"]]
         assert (sample["class_id"], sample["content_hash"]) == (expected.class_id, expected.content_hash)

@@ -182,7 +182,7 @@ def test_a_page_that_would_be_too_large_shows_less_and_says_so(labels, images, t
 def test_images_that_changed_are_refused(labels, images, tmp_path, label_set):
     changed = tmp_path / "changed"
     shutil.copytree(images, changed)
-    key = label_set.keys[2]
+    key = list(label_set)[2]
     Image.new("RGB", (30, 20), "red").save(changed / key)
     with pytest.raises(JoinError, match="1 images changed"):
         preview(labels, tmp_path / "out", changed, keys=(key,))
@@ -193,7 +193,7 @@ def test_images_that_changed_are_refused(labels, images, tmp_path, label_set):
 def test_images_that_are_missing(labels, images, tmp_path, label_set):
     fewer = tmp_path / "fewer"
     shutil.copytree(images, fewer)
-    gone, kept = label_set.keys[0], label_set.keys[1]
+    gone, kept, *_ = label_set
     (fewer / gone).unlink()
     with pytest.raises(JoinError, match="1 of the 2 labels chosen have no image"):
         preview(labels, tmp_path / "out", fewer, keys=(gone, kept))
@@ -212,13 +212,13 @@ def test_another_data_set_is_refused(labels, tmp_path):
 
 def test_the_command(labels, images, tmp_path, capsys):
     out = tmp_path / "out"
-    key = open_label_set(labels).keys[7]
+    key = list(open_label_set(labels))[7]
     call = ["labels", "preview", str(labels), "--data", str(images), "--out", str(out), "--key", key]
     assert main(call) == 0
     printed = capsys.readouterr().out
     assert str(out / "labels.html") in printed and str(out / "labels.png") in printed
     assert main(["labels", "preview", str(labels), "--key", "nowhere", "--out", str(out)]) == 1
-    assert capsys.readouterr().err.startswith("error: 1 of the keys given match no label")
+    assert capsys.readouterr().err.startswith("error: 1 of the keys given fit no label")
 
 
 def test_labels_alone_need_neither_torch_nor_ffcv(labels, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ SETTINGS = StudentSettings(seed=7, epoch=3, crops=CropSettings(scale=(0.2, 0.6),
 @pytest.fixture
 def scene_of(label_set):
     def make(place=3, sample_id=41, settings=SETTINGS, shown="noise"):
-        label_map = label_set[label_set.keys[place]]
+        label_map = label_set[list(label_set)[place]]
         image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8) if shown else None
         (scene,) = make_scenes(label_set.spec, label_map, image, sample_id, settings)
         return label_map, scene
@@ -81,7 +81,7 @@ def test_without_an_image_the_labelers_input_gives_the_shape(scene_of):
 
 def test_crops_of_a_label_set_are_shown_as_the_labeler_saw_them(make_labels):
     label_set = open_label_set(make_labels(maps=3))
-    label_map = label_set[label_set.keys[5]]
+    label_map = label_set[list(label_set)[5]]
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     scenes = list(make_scenes(label_set.spec, label_map, image, 5, SETTINGS, (2, 0)))
     assert [scene.view_index for scene in scenes] == [2, 0]

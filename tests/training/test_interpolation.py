@@ -49,7 +49,7 @@ def test_the_manifest_and_the_weights_say_it(chain, tmp_path):
     assert read_description(folder / "labeler").interpolation == "bicubic"
     by_area = replace(dump, out=str(tmp_path / "area"), interpolation="area")
     dump_labels(by_area)
-    key = open_label_set(dump.out).keys[0]
+    key = next(iter(open_label_set(dump.out)))
     labels, others = (open_label_set(place)[key] for place in (dump.out, by_area.out))
     assert (labels.confidence != others.confidence).any()
 

@@ -19,8 +19,7 @@ from stl_offline.labels.store.layout import (
 )
 from stl_offline.labels.store.lease import Lease
 from stl_offline.labels.store.lock import JobLock, try_lock
-from stl_offline.labels.store.parallel import each_shard
-from stl_offline.labels.store.storage import FolderStorage, Storage, open_storage
+from stl_offline.labels.store.storage import FolderStorage, Storage, each_shard, open_storage
 
 __all__ = [
     "CARD",

@@ -15,17 +15,19 @@ before its next shard, and stops.
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from stl_offline.errors import TargetError
+from stl_offline.errors import TargetError, printable
 from stl_offline.files import make_folder
+
+_log = logging.getLogger(__name__)
 
 # How long a lock may look taken before it is: another process may be just coming or going.
 _PATIENCE_SECONDS = 1.5
@@ -161,7 +163,12 @@ def _machine() -> str:
 
 def _beats(path: Path, before: dict[str, object]) -> bool:
     """Whether the lock file of another machine changes while it is watched."""
-    print(f"looking whether the job on {before.get('host')} that left {path} is alive …", file=sys.stderr)
+    _log.warning(
+        "watching %s for %.0f seconds: is the job on %s still running?",
+        path,
+        _MISSED_BEATS * _BEAT_SECONDS,
+        printable(before.get("host")),
+    )
     deadline = time.monotonic() + _MISSED_BEATS * _BEAT_SECONDS
     while time.monotonic() < deadline:
         time.sleep(_BEAT_SECONDS / 4)

@@ -5,10 +5,11 @@ and what was read is compared with a checksum by those who know it, so a connect
 but never gives half a file.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -17,13 +18,17 @@ import fsspec
 
 from stl_offline.errors import InputError, MissingExtraError, StlError, TargetError
 from stl_offline.files import atomic_write, make_folder
+from stl_offline.progress import progress_bar
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 # A store that answers nothing for so many tries, with longer waits between them, is taken for gone.
 TRIES = 4
 FIRST_WAIT_SECONDS = 0.5
 PART_BYTES = 8 << 20
+# Files that travel at the same time, unless a command is given another number.
+TRANSFERS = 8
 
 # Stores of buckets: protocol → the package that knows it, and the extra that brings that.
 PACKAGES = {
@@ -206,6 +211,31 @@ def open_storage(place: str | Path, **options: object) -> FolderStorage | Object
     if text.startswith(("file://", "local://")):
         return FolderStorage(Path(text.partition("://")[2]))
     return ObjectStorage(text, **options)
+
+
+def each_shard(
+    work: Callable[[T], R], items: Sequence[T], title: str, *, workers: int = 0, transfer: bool = False
+) -> Iterator[R]:
+    """The results of ``work`` on each item, in order, from threads, with a progress bar named ``title``.
+
+    Decompression, checksums and networks let other threads run. The first error ends the others.
+
+    Args:
+        workers: shards worked on, and in memory, at the same time; 0 means one per core, at most `TRANSFERS`.
+        transfer: the work waits for a network, so 0 means `TRANSFERS` whatever the number of cores.
+    """
+    threads = workers or (TRANSFERS if transfer else min(TRANSFERS, os.cpu_count() or 1))
+    with (
+        progress_bar(len(items), title, "shard", enabled=bool(items)) as progress,
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
+    ):
+        try:
+            for result in pool.map(work, items):
+                progress.update()
+                yield result
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _one_line(error: BaseException) -> str:
