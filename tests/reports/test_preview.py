@@ -218,7 +218,7 @@ def test_the_command(labels, images, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert str(out / "labels.html") in printed and str(out / "labels.png") in printed
     assert main(["labels", "preview", str(labels), "--key", "nowhere", "--out", str(out)]) == 1
-    assert capsys.readouterr().err.startswith("error: 1 of the keys given fit no label")
+    assert capsys.readouterr().err.startswith("error: 1 of the keys asked for fit no label")
 
 
 def test_labels_alone_need_neither_torch_nor_ffcv(labels, tmp_path, monkeypatch):
