@@ -1,4 +1,4 @@
-"""The embedded data set, which is drawn, and the demo that runs all stages on it."""
+"""The demo: a synthetic data set of drawn shapes, and all stages run on it."""
 
 from stl_offline.demo.demo import run_demo
 

@@ -1,4 +1,4 @@
-"""``stl-offline demo``: all stages on a data set that is drawn, a table of what came out, and two pages to look at.
+"""``stl-offline demo``: all stages on a synthetic data set, a table of the results, and two pages.
 
 Gh, Gw: the token grid; V: views.
 """
@@ -24,15 +24,15 @@ from stl_offline.training.train_student import train_student
 
 MODEL = "fan_micro_4_p8"
 SIZE = 64
-CONFIDENT = 0.5  # a token is a confident one from here on
-IMAGES = 8  # on the page of labels
+CONFIDENT = 0.5  # least confidence of a confident token
+IMAGES = 8  # images on the page of labels
 
 
 @dataclass(frozen=True)
 class Foreground:
-    """Where confident tokens of the image's own class fall, over all labelled images.
+    """Where confident tokens of the image's own class lie, over all labelled images.
 
-    inside, outside: their share among the tokens inside and outside the objects' masks.
+    inside, outside: their share of the tokens inside and outside the objects' masks.
     """
 
     inside: float
@@ -50,9 +50,9 @@ def run_demo(
     device: str = "auto",
     workers: int = 0,
 ) -> str:
-    """Run all stages below the folder ``out`` and give back the summary as text.
+    """Run all stages below the folder ``out`` and return the summary as text.
 
-    Every stage goes on where an earlier call stopped. Writes ``summary.json``, ``labels.html`` and
+    Every stage resumes where an earlier call stopped. Writes ``summary.json``, ``labels.html`` and
     ``report.html`` there.
     """
     out = Path(out)
@@ -96,7 +96,7 @@ def run_demo(
 def measure_foreground(label_set: LabelSet, masks: dict[str, np.ndarray]) -> Foreground:
     """Compare label maps of whole images with objects' masks, key → bool (H, W).
 
-    A token is inside by the share of its cell that the mask covers.
+    A token counts as inside with the share of its cell that the mask covers, and as outside with the rest.
     """
     grid = label_set.spec.grid
     hits = np.zeros(2)

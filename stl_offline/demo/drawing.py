@@ -1,11 +1,11 @@
-"""Drawing one image of the embedded data set: a textured outline among clutter.
+"""Drawing one image of the synthetic data set: a textured shape among clutter.
 
-A class has an outline and a weave. All else is drawn without regard to it: colours, area, place, turn, stretch,
-background, clutter, and what hides a part. Random numbers come from one generator per image, keyed by (seed, split,
+A class has an outline and a texture. Everything else is independent of the class: colours, area, position, rotation,
+stretch, background, clutter and occlusion. Random numbers come from one generator per image, keyed by (seed, split,
 number).
 
-H, W: the image's sides, equal here; coordinates in pixels, y down. Colours lie in planes (3, H, W) until the end:
-numpy is several times faster so.
+H, W: the image's sides, equal here; coordinates in pixels, y down. Colours are kept in planes (3, H, W) until the end,
+which is several times faster in numpy.
 """
 
 import math
@@ -16,18 +16,18 @@ from PIL import Image
 
 from stl_offline.demo.outlines import OUTLINES, outline_moments
 
-# The object's share of the image's area, before something hides a part of it.
+# The object's share of the image's area, before occlusion.
 _AREA = (0.12, 0.26)
 _LEAST_SEEN = 0.75
-# Least distance of the mean colours of the object and of what surrounds it, in 8-bit RGB.
+# Least distance between the mean colours of the object and its background, in 8-bit RGB.
 _CONTRAST = 110.0
-_TURN = math.pi / 6  # to either side: an arrow that points anywhere would be a class of its own
+_TURN = math.pi / 6  # to either side; limited, because an arrow is recognised by its direction, too
 _CLUTTER = (2, 6)
 _SPREAD = 60
-# Each class has a weave of its own, as things have a skin of their own: so a part of an object tells the class, too,
-# and a small model learns it in minutes. Kind, wavelength as a share of the image's side, angle.
+# Each class has its own texture, so that a part of an object is enough to recognise the class and a small model learns
+# it in minutes. Kind, wavelength as a share of the image's side, angle.
 _STRIPES, _CHECKS, _DOTS = range(3)
-_WEAVES = dict(
+_TEXTURES = dict(
     zip(
         sorted(OUTLINES),
         [
@@ -49,14 +49,14 @@ _WEAVES = dict(
 
 @dataclass(frozen=True)
 class Drawing:
-    """One image. pixels: (H, W, 3) uint8; mask: (H, W) bool, where the object is seen."""
+    """One image. pixels: (H, W, 3) uint8; mask: (H, W) bool, where the object is visible."""
 
     pixels: np.ndarray
     mask: np.ndarray
 
 
 def draw_shape(name: str, seed: int, split: int, number: int, size: int) -> Drawing:
-    """Draw an image of a class: the same arguments, the same image."""
+    """Draw an image of a class. The same arguments give the same image."""
     random = np.random.Generator(np.random.Philox(key=[seed, (split << 40) | number]))
     axis = np.arange(size, dtype=np.float32) + 0.5
     x, y = np.meshgrid(axis, axis)
@@ -70,7 +70,7 @@ def draw_shape(name: str, seed: int, split: int, number: int, size: int) -> Draw
     coverage = _coverage(distance)
     mask = distance < 0
     canvas = _shadow(random, canvas, coverage, size)
-    canvas = _over(canvas, _woven(random, x, y, size, _far_from(random, ground), name), coverage)
+    canvas = _over(canvas, _textured(random, x, y, size, _far_from(random, ground), name), coverage)
 
     if random.random() < 0.4:
         hidden = _clutter(random, x, y, size, 0.5)
@@ -83,13 +83,13 @@ def draw_shape(name: str, seed: int, split: int, number: int, size: int) -> Draw
 
 
 def _object(random: np.random.Generator, name: str, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
-    """Signed distance, in pixels, of an outline of a random area, place, turn and stretch."""
+    """Signed distance, in pixels, of an outline of random area, position, rotation and stretch."""
     area, centre_x, centre_y = outline_moments(name)
     scale = math.sqrt(random.uniform(*_AREA) * size**2 / area)
     stretch = math.exp(random.uniform(-0.15, 0.15))
     turn = random.uniform(-_TURN, _TURN)
-    # The centre of area, and of the same range for every class though a star reaches further than a disc: the place
-    # must tell nothing.
+    # The centre of area has the same range for every class, though a star extends further than a disc: the position
+    # must not depend on the class.
     left, top = random.uniform(0.38 * size, 0.62 * size, 2).tolist()
     # A slow warp of the plane makes each outline a little irregular.
     phase = random.uniform(0, 2 * math.pi, 2).tolist()
@@ -123,9 +123,9 @@ def _clutter(random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: in
 def _texture(
     random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int, colour: np.ndarray, depth: float
 ) -> np.ndarray:
-    """(3, H, W) float: a colour and another nearby, mixed by clouds or a gradient.
+    """(3, H, W) float: a colour and a similar one, mixed by clouds or a gradient.
 
-    depth: how far the two may lie apart, 8-bit RGB.
+    depth: largest difference of the two per channel, in 8-bit RGB.
     """
     first = colour.astype(np.float32).reshape(3, 1, 1)
     difference = random.uniform(-depth, depth, (3, 1, 1)).astype(np.float32)
@@ -134,7 +134,7 @@ def _texture(
 
 
 def _far_from(random: np.random.Generator, colour: np.ndarray) -> np.ndarray:
-    """A colour that is easy to tell from another."""
+    """A random colour that differs clearly from the given one."""
     for _ in range(100):
         drawn = random.uniform(20, 235, 3)
         if np.linalg.norm(drawn - colour) >= _CONTRAST:
@@ -142,11 +142,11 @@ def _far_from(random: np.random.Generator, colour: np.ndarray) -> np.ndarray:
     return 255.0 - colour
 
 
-def _woven(
+def _textured(
     random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int, colour: np.ndarray, name: str
 ) -> np.ndarray:
-    """(3, H, W) float: an object's colour and a lighter or darker one, in its class's weave."""
-    kind, wavelength, angle = _WEAVES[name]
+    """(3, H, W) float: an object's colour and a lighter or darker one, in its class's texture."""
+    kind, wavelength, angle = _TEXTURES[name]
     u, v = _turned(x, y, angle + random.uniform(-0.15, 0.15))
     wave = 2 * math.pi / (wavelength * random.uniform(0.9, 1.1) * size)
     phase = random.uniform(0, 2 * math.pi, 2).tolist()
@@ -162,7 +162,7 @@ def _woven(
 
 
 def _pattern(random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
-    """(H, W) in [0, 1]: clouds or a gradient, which no object has."""
+    """(H, W) in [0, 1]: clouds or a gradient, which no class has as its texture."""
     if random.random() < 0.6:
         return _clouds(random, size, 4) * 0.6 + _clouds(random, size, 9) * 0.4
     u, _ = _turned(x, y, random.uniform(0, math.pi))
@@ -170,7 +170,7 @@ def _pattern(random: np.random.Generator, x: np.ndarray, y: np.ndarray, size: in
 
 
 def _clouds(random: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """(H, W) in about [0, 1]: smooth noise with ``cells`` random values a side."""
+    """(H, W) in about [0, 1]: smooth noise with ``cells`` random values per side."""
     coarse = Image.fromarray(random.random((cells, cells), dtype=np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
 
@@ -181,7 +181,7 @@ def _turned(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.
 
 
 def _coverage(distance: np.ndarray) -> np.ndarray:
-    """(H, W) in [0, 1]: how much of each pixel lies inside, for an antialiased edge."""
+    """(H, W) in [0, 1]: the covered share of each pixel, for an antialiased edge."""
     return _unit(0.5 - distance)
 
 
@@ -194,7 +194,7 @@ def _over(below: np.ndarray, above: np.ndarray, coverage: np.ndarray) -> np.ndar
 
 
 def _shadow(random: np.random.Generator, canvas: np.ndarray, coverage: np.ndarray, size: int) -> np.ndarray:
-    """A soft shadow beside the object, as things have that lie on something."""
+    """A soft shadow beside the object."""
     shift = np.round(random.uniform(-0.05, 0.05, 2) * size).astype(int)
     sharp = Image.fromarray(np.roll(coverage, shift, (0, 1)))
     small = sharp.resize((max(1, size // 4),) * 2, Image.Resampling.BOX)
@@ -203,7 +203,7 @@ def _shadow(random: np.random.Generator, canvas: np.ndarray, coverage: np.ndarra
 
 
 def _camera(random: np.random.Generator, canvas: np.ndarray, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
-    """Light from one side, and noise; (H, W, 3) uint8."""
+    """Add light from one side and noise, and convert to uint8 (H, W, 3)."""
     along, _ = _turned(x / size - 0.5, y / size - 0.5, random.uniform(0, 2 * math.pi))
     light = 1 + random.uniform(0, 0.35) * along
     noise = random.standard_normal(canvas.shape, dtype=np.float32) * random.uniform(2, 9)

@@ -1,7 +1,7 @@
-"""The outlines of the embedded data set's classes, as signed distances.
+"""The outlines of the synthetic data set's classes, as signed distances.
 
-Each takes coordinates x (right) and y (down) of equal shapes. Its distance is negative inside; outside it is exact or
-too small. An outline fills roughly the square from −1 to 1.
+Each takes coordinates x (right) and y (down) of equal shapes. The distance is negative inside and at most the true
+distance outside. An outline fills roughly the square from −1 to 1.
 """
 
 import math
@@ -24,7 +24,7 @@ def _box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) ->
 
 
 def _polygon(x: np.ndarray, y: np.ndarray, corners: int, inner: float, turn: float) -> np.ndarray:
-    """A regular polygon with a corner upwards, whose sides lie ``inner`` from the centre."""
+    """A regular polygon with a corner at the top and its sides at distance ``inner`` from the centre."""
     angle = np.arctan2(x, -y) + turn
     sector = 2 * math.pi / corners
     return np.hypot(x, y) * np.cos(np.mod(angle, sector) - sector / 2) - inner

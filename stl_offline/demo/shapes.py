@@ -1,4 +1,4 @@
-"""The embedded data set on disk: images in class folders, and the masks of their objects.
+"""The synthetic data set on disk: images in class folders, and the masks of their objects.
 
     FOLDER/train/CLASS/NUMBER.jpg   FOLDER/val/CLASS/NUMBER.jpg   FOLDER/masks-train.npz   FOLDER/masks-val.npz
 
@@ -27,13 +27,13 @@ _RECORD = "shapes.json"
 
 
 def write_shapes(folder: str | Path, *, train: int = 2400, val: int = 600, seed: int = 0, size: int = 64) -> Path:
-    """Draw the data set into a new folder, which appears whole or not at all; the same arguments give the same files.
+    """Draw the data set into a new folder, complete or not at all. The same arguments give the same files.
 
-    A folder that holds it already, with the same arguments, is left as it is.
+    A folder that already holds it, made with the same arguments, is left as it is.
 
     Args:
-        folder: must not exist, be empty, or hold this data set.
-        train, val: images of each split, multiples of the number of classes: every class has the same number.
+        folder: must not exist, be empty, or already hold this data set.
+        train, val: images per split; multiples of the number of classes, since all classes have the same number.
         seed: from 0, below 2**63.
         size: pixels on each side, at least 16.
 
@@ -41,8 +41,8 @@ def write_shapes(folder: str | Path, *, train: int = 2400, val: int = 600, seed:
         ``folder``.
 
     Raises:
-        InputError: a number out of range.
-        TargetError: the folder holds something else, or cannot be written.
+        InputError: a number is out of range.
+        TargetError: the folder holds other files, or cannot be written.
     """
     folder = Path(folder)
     counts = {"train": train, "val": val}
@@ -55,7 +55,7 @@ def write_shapes(folder: str | Path, *, train: int = 2400, val: int = 600, seed:
     if folder.exists() and any(folder.iterdir()):
         if (folder / _RECORD).is_file() and (folder / _RECORD).read_bytes() == record:
             return folder
-        raise TargetError(f"{folder} holds something else already; choose a new folder for the shapes")
+        raise TargetError(f"{folder} already holds other files; choose an empty or a new folder")
     make_folder(folder.parent)
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
@@ -71,14 +71,14 @@ def write_shapes(folder: str | Path, *, train: int = 2400, val: int = 600, seed:
 
 
 def read_masks(folder: str | Path, split: str) -> dict[str, np.ndarray]:
-    """Key → (H, W) bool, where the object is seen, of a split ("train" or "val") that `write_shapes` wrote.
+    """The masks of a split ("train" or "val") of `write_shapes`: key → bool (H, W), where the object is visible.
 
     Raises:
-        InputError: the folder does not hold the embedded data set.
+        InputError: the folder does not hold the synthetic data set.
     """
     path = Path(folder) / f"masks-{split}.npz"
     if not path.is_file():
-        raise InputError(f"there are no masks of the split {split!r} in {folder}")
+        raise InputError(f"{path} does not exist; {folder} is not a folder that write_shapes wrote")
     with np.load(path) as stored:
         keys, masks = json.loads(stored["keys"].tobytes()), stored["masks"]
     return dict(zip(keys, masks, strict=True))

@@ -77,12 +77,6 @@ def test_training_logs_label_maps_in_the_same_colours():
     ids = torch.tensor([[3, 999, -1, 12]])
     image = _map_image(ids, torch.tensor([[1.0, 0.5, 1.0, 1.0]]), (2, 2), (4, 4))
     assert image.shape == (1, 3, 4, 4)
-    for place, (class_id, brightness) in {
-        (0, 0): (3, 1.0),
-        (0, 3): (999, 0.5),
-        (3, 0): (-1, 1.0),
-        (3, 3): (12, 1.0),
-    }.items():
-        assert image[0][:, place[0], place[1]].tolist() == pytest.approx(
-            [brightness * part for part in class_color(class_id)], abs=0.003
-        )
+    for row, column, class_id, brightness in ((0, 0, 3, 1.0), (0, 3, 999, 0.5), (3, 0, -1, 1.0), (3, 3, 12, 1.0)):
+        expected = [brightness * part for part in class_color(class_id)]
+        assert image[0, :, row, column].tolist() == pytest.approx(expected, abs=0.003)
