@@ -40,7 +40,8 @@ from stl_offline.cli.terminal import echo
     group="data",
     metavar="FILE",
     show_default="none",
-    help="New names of the classes of SRC, as for tars with integer .cls: lines with a number and a name, or JSON.",
+    help="New names of the classes found in SRC, as for tars whose .cls members are numbers: lines 'NUMBER NAME', or a "
+    "JSON list or object. Without --classes it is the class list, too.",
 )
 @skip_broken_option
 @workers_option
@@ -72,10 +73,11 @@ def pack(
         class_names=_read_class_names(class_names) if class_names else None,
         class_map=read_class_map(class_map) if class_map else None,
     )
+    passed = f", {len(report.passed_over):,} files passed over: {report.passed_over}" if report.passed_over else ""
     echo(
         f"packed {counted(report.samples, 'image')} of {counted(report.classes, 'class')} into {report.path} "
         f"({counted(report.bytes, 'byte')}): {report.stored_as_is:,} as they were, "
-        f"{report.converted:,} converted, {len(report.skipped):,} skipped, {len(report.passed_over):,} passed over"
+        f"{report.converted:,} converted, {len(report.skipped):,} skipped{passed}"
     )
     for key, reason in report.skipped:
         echo(f"skipped {key}: {reason}")
@@ -94,4 +96,4 @@ def _read_class_names(place: str) -> tuple[str, ...]:
         text = Path(place).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{place} is not UTF-8 text; {forms}") from error
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    return tuple(line.strip() for line in text.split("\n") if line.strip())

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from stl_offline.errors import InputError
 from stl_offline.images.common import is_image_name, is_system_name
@@ -103,17 +103,33 @@ class Archive:
         return data
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header, of a size that a member can have."""
+
+    @classmethod
+    def frombuf(cls, *arguments: Any, **options: Any) -> "_Header":
+        info = super().frombuf(*arguments, **options)
+        if info.size < 0:
+            raise ValueError(f"{info.name} has the size {info.size:,}")
+        return info
+
+
 class _HeaderStream:
-    """What tarfile reads headers from: refuses the sizes by which a damaged header would have it read everything."""
+    """What tarfile reads headers from: ends the readings that a damaged header makes too long, or endless."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
+        self._empty = 0
         self.seek, self.tell = stream.seek, stream.tell
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= _MAX_HEADER_BYTES:
             raise ValueError(f"a header claims to be {size:,} bytes long")
-        return self._stream.read(size)
+        data = self._stream.read(size)
+        self._empty = 0 if data else self._empty + 1
+        if self._empty > 2:  # tarfile waits for the rest of a sparse file's map
+            raise EOFError("unexpected end of data")
+        return data
 
 
 def tar_members(path: Path) -> Iterator[Member]:
@@ -128,7 +144,7 @@ def tar_members(path: Path) -> Iterator[Member]:
             start: int | None = 0
             while start is not None:
                 stream.seek(start)
-                with tarfile.open(fileobj=_HeaderStream(stream), mode="r:") as tar:
+                with tarfile.open(fileobj=_HeaderStream(stream), mode="r:", tarinfo=_Header) as tar:
                     for info in tar:
                         tar.members = []  # tarfile keeps every header it has seen; a large tar has millions
                         member = _regular(archive, info)

@@ -171,7 +171,7 @@ class BetonWriter:
         if size > self._page_size:
             raise InputError(
                 f"{key}: {size:,} bytes are more than a page of {self._page_size:,} bytes holds; "
-                "make images smaller with --max-size"
+                "shrink images with `max_size`"
             )
         if len(self._page) + size > self._page_size:
             self._flush()

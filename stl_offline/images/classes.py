@@ -91,7 +91,7 @@ def folder_classes(keys: Sequence[str], choice: ClassChoice, where: str) -> list
     found = [folder[depth] for folder in folders]
     if len(set(found)) == 1 and is_split_name(found[0]) and found[0] not in (choice.names or ()):
         return [UNLABELLED] * len(keys)
-    refuse_splits(folders, choice, f"{where} holds", "make one tar per split, or give the class list")
+    refuse_splits(folders, choice, f"{where} holds", "make one tar per split, or give the class list as `class_names`")
     return found
 
 

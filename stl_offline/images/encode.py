@@ -167,7 +167,7 @@ def _open(data: bytes, max_size: int | None) -> Image.Image:
         raise ImageError(f"has no pixels: {width} × {height}")
     usual = 2 * (Image.MAX_IMAGE_PIXELS or _MAX_SHRUNK_PIXELS)
     if width * height > (usual if max_size is None else _MAX_SHRUNK_PIXELS):
-        advice = "pack with --max-size to shrink such images" if max_size is None else "make it smaller first"
+        advice = "shrink such images with `max_size`" if max_size is None else "make it smaller first"
         raise ImageError(f"is {width} × {height} pixels, which is too large to train on", advice)
     return image
 
@@ -212,7 +212,7 @@ def _store(image: Image.Image, raw_bytes: int, **jpeg_options: Any) -> _Stored:
         return "raw", width, height, image.tobytes()
     if max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"is {width} × {height} pixels, a side over {MAX_SIDE:,}", "pack with --max-size to shrink such images"
+            f"is {width} × {height} pixels, a side over {MAX_SIDE:,}", "shrink such images with `max_size`"
         )
     stream = io.BytesIO()
     image.save(stream, "JPEG", **(jpeg_options or {"quality": JPEG_QUALITY, "subsampling": 0}))

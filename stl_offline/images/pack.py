@@ -262,8 +262,7 @@ def _encode(image: SourceImage, max_size: int | None) -> _Result:
 
 def _broken(key: str, spec: str | Path, error: ImageError) -> ImageError:
     return ImageError(
-        f"the image {key!r} of {spec} {error}; {error.advice}, or leave such images out: "
-        f"stl-offline pack --skip-broken {spec} DEST.beton"
+        f"the image {key!r} of {spec} {error}; {error.advice}, or leave broken images out with `skip_broken`"
     )
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from ffcv.reader import Reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs import Zstd
 
 from stl_offline.errors import FormatError, InputError
+from stl_offline.images import beton as beton_file
 from stl_offline.images.beton import MIN_PAGE_SIZE, BetonWriter, open_beton
 from stl_offline.images.encode import EncodedImage, content_hash, encode_image, key_hash
 
@@ -198,7 +200,7 @@ def test_the_fingerprint_is_of_content_only(tmp_path):
 def test_limits_of_the_writer(tmp_path):
     with pytest.raises(InputError, match="announced 1 images but gave more"):
         write(tmp_path / "x.beton", [block(9), block(9)], capacity=1)
-    with pytest.raises(InputError, match=r"k/1: 2,097,153 bytes are more than a page .* --max-size"):
+    with pytest.raises(InputError, match=r"k/1: 2,097,153 bytes are more than a page .* `max_size`"):
         write(tmp_path / "x.beton", [block(9), block(MIN_PAGE_SIZE + 1)])
     for page in (1 << 20, 3 << 20, 1 << 32):
         with pytest.raises(InputError, match="power of two"):
@@ -269,3 +271,126 @@ def test_an_image_damaged_after_packing_is_named(photo, file_bytes, tmp_path):
     assert beton.read_image(0).shape == (48, 72, 3)
     with pytest.raises(FormatError, match="the image 'b' is damaged"):
         beton.read_image(1)
+
+
+def packed(tmp_path, photo, file_bytes):
+    """JPEGs as they were, JPEGs that packing made, and pixels: three of each."""
+    images = [encode_image(file_bytes(photo(60, 80, seed=n))) for n in range(3)]
+    images += [encode_image(file_bytes(photo(200, 240, seed=n), "PNG")) for n in range(3)]
+    images += [encode_image(file_bytes(photo(10, 12, seed=n), "PNG")) for n in range(3)]
+    return write(tmp_path / "x.beton", images)
+
+
+def test_every_changed_byte_of_every_image_is_found(photo, file_bytes, tmp_path):
+    path = packed(tmp_path, photo, file_bytes)
+    whole, beton, random = path.read_bytes(), open_beton(path), np.random.default_rng(0)
+    assert beton.raw.tolist() == [False] * 6 + [True] * 3
+    for row in range(9):
+        assert beton.read_image(row).any()
+        for place in random.integers(beton.pointers[row], beton.pointers[row] + beton.sizes[row], 20).tolist():
+            data = bytearray(whole)
+            data[place] ^= 1 << int(random.integers(8))
+            path.write_bytes(data)
+            with pytest.raises(FormatError, match=rf"the image 'k/{row}' is damaged: its bytes changed since packing"):
+                open_beton(path).read_image(row)
+
+
+def test_files_of_earlier_releases_open(photo, file_bytes, tmp_path):
+    path = rewrite(packed(tmp_path, photo, file_bytes), lambda index: index.pop("converted"))
+    beton = open_beton(path)
+    assert beton.stored_hashes is None and all(beton.read_image(row).any() for row in range(9))
+
+
+def rewrite(
+    path, change_index=lambda index: None, change_records=lambda records: None, change_table=lambda table: None
+):
+    """The file with other content and the checksums that fit it, as a hostile writer makes it."""
+    data, page_size, records, index, entries = by_struct(path)
+    change_index(index)
+    metadata = np.frombuffer(data, beton_file._METADATA_TYPE, len(records), beton_file._METADATA_START).copy()
+    change_records(metadata)
+    table = np.frombuffer(data, beton_file.ALLOC_TABLE_TYPE, len(entries), len(data) - 24 * len(entries)).copy()
+    change_table(table)
+    place = beton_file._index_place(path, data[: beton_file._METADATA_START]).copy()
+    text = Zstd().encode(json.dumps(index).encode())
+    place["size"], place["index_xxh3"] = len(text), xxhash.xxh3_64_intdigest(text)
+    place["metadata_xxh3"] = xxhash.xxh3_64_intdigest(metadata.tobytes())
+    offset = int(place["offset"])
+    start = beton_file._header(len(records), page_size, offset + len(text)) + beton_file._field_descriptors(place)
+    start += metadata.tobytes()
+    path.write_bytes(start + data[len(start) : offset] + text + table.tobytes())
+    return path
+
+
+def put(field, value, row=1):
+    def change(records):
+        records[field][row] = value
+
+    return change
+
+
+def put_image(field, value, row=1):
+    def change(records):
+        records["f0"][field][row] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"change_index": lambda index: index.pop("keys")}, "cannot be read .KeyError"),
+        ({"change_index": lambda index: index["keys"].pop()}, "2 keys for 3 images"),
+        ({"change_index": lambda index: index["keys"].__setitem__(0, 7)}, "is no text"),
+        ({"change_index": lambda index: index["keys"].__setitem__(0, "k/1")}, "a key stands twice"),
+        ({"change_index": lambda index: index["keys"].__setitem__(0, "\ud800")}, "cannot be read .UnicodeEncodeError"),
+        ({"change_index": lambda index: index.update(keys="abc")}, "is no text"),
+        ({"change_index": lambda index: index.update(class_names=["cat", "cat"])}, "a class name stands twice"),
+        ({"change_index": lambda index: index.update(class_names=["cat"])}, "class id is out of range"),
+        ({"change_index": lambda index: index.update(source=None)}, "is no text"),
+        ({"change_index": lambda index: index.update(converted={"rows": [9], "xxh3": [1]})}, "IndexError"),
+        ({"change_index": lambda index: index.update(converted={"rows": [1], "xxh3": [-1]})}, "OverflowError"),
+        ({"change_records": put("f1", -1)}, "class id is out of range"),
+        ({"change_records": put("f1", 2)}, "class id is out of range"),
+        ({"change_records": put_image("height", 0)}, "has no pixels"),
+        ({"change_records": put_image("mode", 5)}, "unknown kind"),
+        ({"change_records": put_image("mode", 1)}, "another number of pixels"),
+        ({"change_records": put_image("data_ptr", 2**63)}, "table of places differ"),
+        ({"change_records": put_image("data_ptr", 2**63), "change_table": put("ptr", 2**63)}, "outside of its page"),
+        ({"change_records": put_image("data_ptr", 30), "change_table": put("ptr", 30)}, "outside of its page"),
+        ({"change_table": put("size", 2**40)}, "outside of its page"),
+        ({"change_table": put("size", 0)}, "outside of its page"),
+        ({"change_table": put("sample_id", 0)}, "table of places differ"),
+    ],
+)
+def test_files_that_contradict_themselves(changes, reason, whole):
+    with pytest.raises(FormatError, match=f"is damaged: .*{reason}"):
+        open_beton(rewrite(whole, **changes))
+
+
+def test_random_damage_is_a_format_error_or_harmless(photo, file_bytes, tmp_path):
+    path = packed(tmp_path, photo, file_bytes)
+    data, random = path.read_bytes(), np.random.default_rng(1)
+    expected = [open_beton(path).read_image(row) for row in range(9)]
+    beton = open_beton(path)
+    # The pages hold most bytes, and zeros between them that nothing reads.
+    last = int(beton.pointers[-1] + beton.sizes[-1])
+    places = np.concatenate([np.arange(4700), np.arange(int(beton.pointers[0]), last), np.arange(last, len(data))])
+    ranges = [
+        np.arange(0, 60),
+        np.arange(1060, 1200),
+        np.arange(4188, 4600),
+        places,
+        np.arange(len(data) - 800, len(data)),
+    ]
+    for number in range(400):
+        bad = bytearray(data)
+        for place in random.choice(ranges[number % len(ranges)], random.integers(1, 4)).tolist():
+            bad[place] = int(random.integers(256))
+        path.write_bytes(bad if number % 4 else bad[: int(random.integers(len(bad)))])
+        try:
+            beton = open_beton(path)
+            images = [beton.read_image(row) for row in range(9)]
+        except FormatError:
+            continue
+        assert all((image == other).all() for image, other in zip(images, expected, strict=True))

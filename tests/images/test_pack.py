@@ -86,7 +86,7 @@ def test_any_small_tree(tree, workers, make_tree, file_bytes, photo):
 
 
 def test_the_first_broken_image_is_named(broken, tmp_path):
-    with pytest.raises(InputError, match=r"the image 'cat/cat-1.jpg' of .*pets is cut off .*--skip-broken") as caught:
+    with pytest.raises(InputError, match=r"the image 'cat/cat-1.jpg' of .*pets is cut off .*`skip_broken`") as caught:
         pack(broken, tmp_path / "x.beton", workers=2)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*x.beton*"))
@@ -113,7 +113,9 @@ def test_nothing_but_broken_images(make_tree, tmp_path):
 
 def test_a_file_that_cannot_be_read_is_a_broken_image(cats_and_dogs, tmp_path):
     (cats_and_dogs / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    with pytest.raises(InputError, match=r"'cat/gone.jpg' .*is a link to .*nowhere.jpg, which does not exist"):
+    with pytest.raises(
+        InputError, match=r"'cat/gone.jpg' .*is a link to .*nowhere.jpg, which does not exist .*`skip_broken`"
+    ):
         pack(cats_and_dogs, tmp_path / "x.beton")
     assert pack(cats_and_dogs, tmp_path / "x.beton", skip_broken=True).samples == 6
 
@@ -123,7 +125,7 @@ def test_images_bigger_than_a_page(make_tree, file_bytes, tmp_path):
     data = file_bytes(noise, quality=100, subsampling=0)
     assert len(data) > MIN_PAGE_SIZE
     root = make_tree(tmp_path / "x", {"a/1.jpg": data, "b/1.jpg": file_bytes(noise.crop((0, 0, 9, 9)))})
-    with pytest.raises(InputError, match=r"a/1.jpg: .* bytes are more than a page .*--max-size"):
+    with pytest.raises(InputError, match=r"a/1.jpg: .* bytes are more than a page .*`max_size`"):
         pack(root, tmp_path / "x.beton", page_size=MIN_PAGE_SIZE)
     report = pack(root, tmp_path / "x.beton", page_size=MIN_PAGE_SIZE, max_size=400)
     beton = open_beton(report.path)
@@ -274,4 +276,4 @@ def test_killed_in_the_middle(cats_and_dogs, tmp_path):
         process.wait()
     assert not target.exists() and len(list(target.parent.iterdir())) == 1
     pack(cats_and_dogs, target)
-    assert len(open_beton(target)) == 26
+    assert len(open_beton(target)) == 26 and list(target.parent.iterdir()) == [target]

@@ -159,12 +159,13 @@ def test_files_that_are_no_source(tmp_path):
             open_source(tmp_path / name)
 
 
-def test_the_state_follows_place_names_sizes_and_times(make_tree, tmp_path):
+def test_the_state_follows_the_place_and_names_sizes_and_times(make_tree, tmp_path):
     root = tree(make_tree, tmp_path / "pets", "cat/1.jpg", "dog/1.jpg")
     state = source_state(root)
-    assert source_state(root) == state
     shutil.copytree(root, tmp_path / "copy")
     assert source_state(tmp_path / "copy") != state
+    (tmp_path / "link").symlink_to(root)
+    assert source_state(tmp_path / "link") == source_state(f"{root}/") == state
     seen = {state}
     (root / "cat" / "1.jpg").rename(root / "cat" / "2.jpg")
     seen.add(source_state(root))
