@@ -38,6 +38,9 @@ class StoredArray:
 # is made to fill the reader's memory; below the first number it could do no harm.
 _HARMLESS_BYTES, _MOST_RATIO = 1 << 28, 300
 
+# A path is no longer on Linux. Without a limit a few kilobytes of a packed shard hold one key of gigabytes.
+MOST_KEY_BYTES = 4096
+
 _MAP = ("sample", "view", "row", "column")
 
 
@@ -85,6 +88,9 @@ def to_stored(arrays: ShardArrays, spec: LabelSpec) -> dict[str, np.ndarray]:
         FormatError: the content does not fit the spec, or a value cannot be held (a logit beyond float16).
     """
     arrays.check(spec)
+    for key in arrays.keys:
+        if len(key.encode()) > MOST_KEY_BYTES:
+            raise FormatError(f"the key {key[:40]}… has more than {MOST_KEY_BYTES:,} bytes; shorten the image's path")
     stored = {
         "keys": np.array(arrays.keys, dtype=np.dtypes.StringDType()),
         "content_hash": arrays.content_hash,

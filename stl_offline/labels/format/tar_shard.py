@@ -9,7 +9,6 @@ and of images can be joined. What webdataset could not read back, and what anoth
 written with ``%XX`` for its dots and leading underscores.
 """
 
-import gzip
 import io
 import json
 import math
@@ -17,6 +16,7 @@ import re
 import struct
 import tarfile
 import zlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from stl_offline.errors import FormatError
 from stl_offline.labels.arrays import ShardArrays, ShardIndex
-from stl_offline.labels.format.layout import StoredArray, check_claim, from_stored, layout, to_stored
+from stl_offline.labels.format.layout import MOST_KEY_BYTES, StoredArray, check_claim, from_stored, layout, to_stored
 from stl_offline.labels.spec import FORMAT, LabelSpec
 
 _HEAD = "__labels__"
@@ -32,9 +32,10 @@ _SUFFIX = ".labels.npy.gz"
 _BLOCK = 512
 _LEVEL = 6
 _GZIP_HEAD = b"\x1f\x8b\x08\x00" + bytes(4) + b"\x02\xff"
-# Of a record's header and key; its arrays have sizes that the spec tells.
+# Of a record's header (its arrays have sizes that the spec tells), and of a member's name: a key whose every dot and
+# percent sign is written as %XX, a suffix and a zero byte.
 _MOST_HEADER = 1 << 16
-_MOST_KEY = 1 << 20
+_MOST_NAME = 3 * MOST_KEY_BYTES + 64
 _META = re.compile(r"__[^/]*__($|/)")
 _KEY_LENGTH = re.compile(rb"'\|S(\d{1,6})'")
 _PALETTE_LENGTH = re.compile(rb"'palette', '[^']*', \((\d{1,9}),\)")
@@ -167,20 +168,16 @@ def _read_records(source: bytes | str | Path, spec: LabelSpec) -> list[np.void]:
     records: list[np.void] = []
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        if len(data) % _BLOCK or not data.endswith(bytes(2 * _BLOCK)):
-            raise FormatError("the shard is no whole tar file: its end is missing")
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8") as archive:
-            members = iter(archive)
-            samples = _check_head(archive, next(members, None), spec)
-            fields = _fields(layout(spec, samples))
-            check_claim(spec, samples, len(data))
-            most = _most_bytes(spec)
-            for member in members:
-                # Sparse files and extended headers may claim any size; version 1 has neither.
-                if member.type != tarfile.REGTYPE or member.pax_headers or not member.name.endswith(_SUFFIX):
-                    raise FormatError(f"the shard holds a member that is no label: {member.name!r}")
-                names.append(member.name.removesuffix(_SUFFIX))
-                records.append(_read_record(archive.extractfile(member).read(), fields, most))
+        members = _members(data)
+        samples = _check_head(next(members, None), spec)
+        fields = _fields(layout(spec, samples))
+        check_claim(spec, samples, len(data))
+        most = _most_bytes(spec)
+        for name, content in members:
+            if not name.endswith(_SUFFIX):
+                raise FormatError(f"the shard holds a member that is no label: {name!r}")
+            names.append(name.removesuffix(_SUFFIX))
+            records.append(_read_record(content, fields, most))
     except FileNotFoundError as error:
         raise FormatError(f"the shard {source} is missing") from error
     except FormatError:
@@ -195,17 +192,44 @@ def _read_records(source: bytes | str | Path, spec: LabelSpec) -> list[np.void]:
     return records
 
 
-def _check_head(archive: tarfile.TarFile, member: tarfile.TarInfo | None, spec: LabelSpec) -> int:
+def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each member, in order.
+
+    Only what version 1 writes is followed: regular files, and GNU's member for a name of more than 100 bytes. tarfile
+    itself would carry out links, sparse maps and pax headers, whose claimed sizes may be anything (and negative ones
+    keep some of its versions from ever ending).
+    """
+    if len(data) % _BLOCK or not data.endswith(bytes(2 * _BLOCK)):
+        raise FormatError("the shard is no whole tar file: its end is missing")
+    start, long_name = 0, None
+    while (block := data[start : start + _BLOCK]) and block != bytes(_BLOCK):
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        content = data[start + _BLOCK : start + _BLOCK + max(0, info.size)]
+        if info.size < 0 or len(content) != info.size:
+            raise FormatError(f"the shard's member {info.name!r} claims {info.size:,} bytes, more than follow it")
+        start += _BLOCK + info.size + -info.size % _BLOCK
+        if info.type == tarfile.GNUTYPE_LONGNAME and long_name is None and info.size <= _MOST_NAME:
+            long_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        elif info.type == tarfile.REGTYPE:
+            yield info.name if long_name is None else long_name, content
+            long_name = None
+        else:
+            raise FormatError(f"the shard holds a member that is no label: {info.name!r}")
+    if long_name is not None or data.count(0, start) != len(data) - start:
+        raise FormatError("the shard is no whole tar file: bytes follow its end")
+
+
+def _check_head(member: tuple[str, bytes] | None, spec: LabelSpec) -> int:
     """How many samples the shard says it holds."""
-    if member is None or member.name != _HEAD or not member.isreg() or member.size > 4096:
+    if member is None or member[0] != _HEAD or len(member[1]) > 4096:
         raise FormatError("the shard is no label shard: it does not start with " + _HEAD)
-    head = json.loads(archive.extractfile(member).read())
+    head = json.loads(member[1])
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise FormatError("the shard is no label shard")
     for name in ("format_version", "value_kind", "encoding"):
         if head.get(name) != getattr(spec, name):
             raise FormatError(f"the shard's {name} is {head.get(name)!r}, the manifest's is {getattr(spec, name)!r}")
-    if not isinstance(head.get("samples"), int) or head["samples"] < 1:
+    if type(head.get("samples")) is not int or head["samples"] < 1:
         raise FormatError("the shard does not say how many samples it holds")
     return head["samples"]
 
@@ -215,17 +239,22 @@ def _most_bytes(spec: LabelSpec) -> int:
     planes = layout(spec, 1)
     arrays = sum(array.dtype.itemsize * math.prod(array.shape) for array in planes.values() if array.is_sized)
     palette = spec.id_dtype.itemsize * math.prod(spec.map_shape) if "palette" in planes else 0
-    return arrays + palette + _MOST_HEADER + _MOST_KEY
+    return arrays + palette + _MOST_HEADER + MOST_KEY_BYTES
 
 
 def _read_record(data: bytes, fields: tuple, most: int) -> np.void:
     """One sample's record. Only the very header that version 1 writes is taken: a foreign dtype is never built."""
-    with gzip.open(io.BytesIO(data)) as unpacked:
-        data = unpacked.read(most)
+    unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    data = unpacker.decompress(data, most)
+    # At its end zlib has compared the checksum and the length.
+    if not unpacker.eof or unpacker.unused_data:
+        raise FormatError("the shard holds a label that is cut off, or is larger than any of this label set")
     key = _KEY_LENGTH.search(data, 0, 4096)
     palette = _PALETTE_LENGTH.search(data, 0, 4096)
     if key is None:
         raise FormatError("the shard holds a label without a key")
+    if int(key[1]) > MOST_KEY_BYTES:
+        raise FormatError(f"the shard holds a key of {int(key[1]):,} bytes, more than {MOST_KEY_BYTES:,}")
     if max(int(key[1]), int(palette[1]) if palette else 0) > len(data):
         raise FormatError("the shard holds a label that claims to be longer than it is")
     header, dtype = _record(fields, int(key[1]), int(palette[1]) if palette else 0)

@@ -10,7 +10,6 @@ import math
 import re
 import struct
 import zipfile
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +24,11 @@ from stl_offline.labels.format.layout import StoredArray, check_claim, from_stor
 from stl_offline.labels.format.zarr_chunks import read_array
 from stl_offline.labels.spec import FORMAT, LabelSpec
 
-# Codecs that a reader accepts: all that version 1 uses. A foreign codec is foreign code.
-_CODECS = {False: ["bytes", "blosc"], True: ["vlen-utf8", "zstd"]}  # of numbers, and of strings
 # A chunk's size before compression. Larger chunks read faster and are smaller; a chunk is what plain zarr reads to
 # give one sample.
 _CHUNK_BYTES = 1 << 20
 _ENTRY = re.compile(r"zarr\.json|[a-z_]+/(zarr\.json|c(/[0-9]+)+)")
+_UTF8_NAME = 0x800  # the only flag of an entry that changes nothing about its bytes
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
@@ -79,33 +77,42 @@ def read_stored(
     source: bytes | str | Path, spec: LabelSpec, names: tuple[str, ...] | None = None
 ) -> dict[str, np.ndarray]:
     """The arrays as they are stored, by name; all of them, or only ``names``. Raises FormatError as `decode` does."""
-    entries = _unzip(source, names)
+    entries, paths = _unzip(source, names)
     try:
-        metadata = {name: json.loads(data) for name, data in entries.items() if name.endswith("zarr.json")}
+        metadata = {path: json.loads(data) for path, data in entries.items() if path.endswith("zarr.json")}
         _check_group(metadata, spec)
-        samples = int(metadata["keys/zarr.json"]["shape"][0])
-        # Every sample has a hash of its own; so fewer bytes than samples are a lie that would only cost memory.
-        if not 0 < samples <= sum(map(len, entries.values())):
-            raise FormatError(f"the shard claims {samples} samples, which its size cannot hold")
+        samples = metadata["keys/zarr.json"]["shape"][0]
+        if type(samples) is not int:
+            raise FormatError(f"the shard claims {samples!r} samples, which is no count")
         check_claim(spec, samples, len(source) if isinstance(source, bytes) else Path(source).stat().st_size)
-        expected = {name: array for name, array in layout(spec, samples).items() if names is None or name in names}
+        expected = layout(spec, samples)
+        own = {"zarr.json"}
+        chunks: dict[str, tuple[tuple[int, ...], int]] = {}
         for name, array in expected.items():
-            _check_array(name, array, metadata.get(f"{name}/zarr.json"), entries)
-        stored = {name: read_array(name, metadata[f"{name}/zarr.json"], entries) for name in expected}
-        others = [name for name, values in stored.items() if values is None]
-        return stored | _read_by_zarr(entries, others) if others else stored
+            chunks[name] = _check_array(name, array, metadata.get(f"{name}/zarr.json"), spec, samples)
+            own |= {f"{name}/zarr.json", *_chunk_paths(name, *chunks[name], paths)}
+        if others := paths - own:
+            raise FormatError(f"the shard holds {min(others)}, which belongs to no array of version 1")
+        return {
+            name: read_array(name, *chunks[name], array.dtype, entries)
+            for name, array in expected.items()
+            if names is None or name in names
+        }
     except FormatError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
-        # Whatever zarr and its codecs raise on bytes that are no array of theirs.
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        MemoryError,
+        RuntimeError,
+        OSError,
+    ) as error:
+        # Whatever metadata of other types lead to, and codecs raise on bytes that are no chunk of theirs.
         raise FormatError(f"the shard is damaged: {type(error).__name__}: {error}") from error
-
-
-def _read_by_zarr(entries: dict[str, bytes], names: list[str]) -> dict[str, np.ndarray]:
-    """Arrays that are stored in another way than the writer here stores them."""
-    store = MemoryStore({name: cpu.Buffer.from_bytes(data) for name, data in entries.items()}, read_only=True)
-    group = zarr.open_group(store=store, mode="r", zarr_format=3)
-    return {name: np.asarray(group[name][...]) for name in names}
 
 
 def _create(group: zarr.Group, name: str, array: StoredArray, shape: tuple[int, ...]) -> zarr.Array:
@@ -139,23 +146,31 @@ def _zip(entries: dict[str, bytes]) -> bytes:
     return stream.getvalue()
 
 
-def _unzip(source: bytes | str | Path, names: tuple[str, ...] | None) -> dict[str, bytes]:
+def _unzip(source: bytes | str | Path, names: tuple[str, ...] | None) -> tuple[dict[str, bytes], set[str]]:
+    """Content by path (of ``names`` only: chunks of other arrays are left out), and the paths of all entries."""
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with zipfile.ZipFile(stream) as archive:
             entries: dict[str, bytes] = {}
-            size = stream.getbuffer().nbytes if isinstance(stream, io.BytesIO) else Path(stream).stat().st_size
+            paths: set[str] = set()
+            size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+            # Entries that share bytes would unpack to many times the file.
             if sum(info.file_size for info in archive.infolist()) > size:
                 raise FormatError("the shard's entries overlap: together they are larger than the file")
             for info in archive.infolist():
                 if not _ENTRY.fullmatch(info.filename):
                     raise FormatError(f"the shard holds an entry that is no label's: {info.filename!r}")
-                if info.compress_type != zipfile.ZIP_STORED or info.filename in entries:
-                    raise FormatError(f"the shard's entry {info.filename} is compressed or there twice")
+                if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+                    raise FormatError(f"the shard's entry {info.filename} is compressed")
+                if info.flag_bits & ~_UTF8_NAME:
+                    raise FormatError(f"the shard's entry {info.filename} is encrypted or has other flags")
+                if info.filename in paths:
+                    raise FormatError(f"the shard's entry {info.filename} is there twice")
+                paths.add(info.filename)
                 array = info.filename.partition("/")[0]
                 if names is None or info.filename.endswith("zarr.json") or array in names:
                     entries[info.filename] = archive.read(info)
-            return entries
+            return entries, paths
     except FileNotFoundError as error:
         raise FormatError(f"the shard {source} is missing") from error
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, struct.error) as error:
@@ -180,27 +195,70 @@ def _check_group(metadata: dict[str, dict], spec: LabelSpec) -> None:
         raise FormatError("the shard lacks the array keys")
 
 
-def _check_array(name: str, array: StoredArray, metadata: dict | None, entries: dict[str, bytes]) -> None:
+def _check_array(
+    name: str, array: StoredArray, metadata: dict | None, spec: LabelSpec, samples: int
+) -> tuple[tuple[int, ...], int]:
+    """The array's shape, and the length of its chunks along the first axis.
+
+    Refuses every way of storing that version 1 does not use: what a general reader of zarr would carry out
+    (other byte orders, other codecs, transformers of the store) has costs and lengths that nothing here checks.
+    """
     if metadata is None:
         raise FormatError(f"the shard lacks the array {name}")
     dtype = "string" if array.dtype is None else array.dtype.name
     shape = tuple(metadata["shape"])
+    if any(type(length) is not int for length in shape):
+        raise FormatError(f"the shard's array {name} has the shape {shape}")
     wanted = tuple(length if side is None else side for side, length in zip(array.shape, shape, strict=False))
     if metadata["data_type"] != dtype or shape != wanted or len(shape) != len(array.shape):
         raise FormatError(
             f"the shard's array {name} is {metadata['data_type']} {shape}, expected {dtype} {array.shape}"
         )
-    codecs = [codec["name"] for codec in metadata["codecs"]]
-    foreign = codecs if codecs != _CODECS[array.dtype is None] else []
-    grid, keys = metadata["chunk_grid"], metadata["chunk_key_encoding"]
-    if foreign or grid["name"] != "regular" or keys != {"name": "default", "configuration": {"separator": "/"}}:
-        raise FormatError(f"the shard's array {name} is stored as version 1 never does: {foreign or grid}")
-    chunks = grid["configuration"]["chunk_shape"]
-    if not all(type(chunk) is int and 1 <= chunk <= max(1, side) for chunk, side in zip(chunks, shape, strict=True)):
-        raise FormatError(f"the shard's array {name} has chunks of an impossible shape: {chunks}")
-    counts = [math.ceil(side / chunk) for side, chunk in zip(shape, chunks, strict=True)]
-    if math.prod(counts) > len(entries):
-        raise FormatError(f"the shard lacks chunks of the array {name}: it has {len(entries)} entries in all")
-    for place in product(*map(range, counts)):
-        if "/".join([name, "c", *map(str, place)]) not in entries:
-            raise FormatError(f"the shard lacks chunk {place} of the array {name}")
+    # The one array whose length is not a matter of the sample count: a list of classes has an entry per rank at most.
+    if not array.is_sized and array.dtype is not None and not 0 < shape[0] <= samples * math.prod(spec.map_shape):
+        raise FormatError(f"the shard's array {name} claims {shape[0]:,} entries, more than its images name")
+    if (metadata["zarr_format"], metadata["node_type"]) != (3, "array"):
+        raise FormatError(f"the shard's {name} is no array of zarr version 3")
+    stored = {
+        "codecs": _are_own_codecs(metadata["codecs"], array.dtype),
+        "chunk_key_encoding": metadata["chunk_key_encoding"]
+        == {"name": "default", "configuration": {"separator": "/"}},
+        "storage_transformers": metadata.get("storage_transformers", []) == [],
+        "fill_value": metadata["fill_value"] == ("" if array.dtype is None else 0),
+        "chunk_grid": metadata["chunk_grid"].keys() == {"name", "configuration"}
+        and metadata["chunk_grid"]["name"] == "regular",
+    }
+    for part, is_own in stored.items():
+        if not is_own:
+            raise FormatError(f"the shard's array {name} is stored as version 1 never does: {part} {metadata[part]}")
+    rows, *others = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    if type(rows) is not int or not 1 <= rows <= shape[0] or others != list(shape[1:]):
+        raise FormatError(f"the shard's array {name} has chunks of an impossible shape: {[rows, *others]}")
+    return shape, rows
+
+
+def _are_own_codecs(codecs: list[dict], dtype: np.dtype | None) -> bool:
+    """Whether a chain of codecs is version 1's. How hard the packer tries is the writer's choice."""
+    if len(codecs) != 2 or any(codec.keys() - {"name", "configuration"} for codec in codecs):
+        return False
+    (first, packer), settings = codecs, [codec.get("configuration") or {} for codec in codecs]
+    if dtype is None:
+        return (first["name"], packer["name"]) == ("vlen-utf8", "zstd") and settings[0] == {}
+    return (
+        (first["name"], packer["name"]) == ("bytes", "blosc")
+        and settings[0] in ([{"endian": "little"}] if dtype.itemsize > 1 else [{"endian": "little"}, {}])
+        and (settings[1].get("cname"), settings[1].get("typesize")) == ("zstd", dtype.itemsize)
+    )
+
+
+def _chunk_paths(name: str, shape: tuple[int, ...], rows: int, paths: set[str]) -> list[str]:
+    """The paths of an array's chunks, all of which must be among ``paths``: zarr alone reads a missing one as zeros."""
+    count = math.ceil(shape[0] / rows)
+    if count > len(paths):
+        raise FormatError(f"the shard lacks chunks of the array {name}: it has {len(paths)} entries in all")
+    tail = "/0" * (len(shape) - 1)
+    own = [f"{name}/c/{index}{tail}" for index in range(count)]
+    for index, path in enumerate(own):
+        if path not in paths:
+            raise FormatError(f"the shard lacks chunk {index} of the array {name}")
+    return own
