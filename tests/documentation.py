@@ -26,8 +26,8 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """README.md and every page below docs/."""
-    return [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+    """The pages at the top of the repository and every page below docs/."""
+    return [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, *infos: str) -> list[Block]:

@@ -12,9 +12,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import stl_offline
 from tests.source_tree import REPOSITORY, modules
 
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
@@ -158,3 +160,28 @@ def test_everything_that_these_bring_is_pinned():
             if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
                 todo |= {(canonicalize_name(needed.name), tuple(needed.extras))} - seen
     assert len(seen) > 30
+
+
+def test_the_citation_has_what_the_format_requires():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation.keys() >= {"cff-version", "message", "title", "authors"}
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == stl_offline.__version__
+    assert citation["license"] == setup_cfg()["metadata"]["license"]
+    (paper,) = citation["references"]
+    assert paper.keys() >= {"type", "title", "authors"}
+    assert paper["identifiers"][0]["value"] == "arXiv:2401.03844"
+    for author in (*citation["authors"], *paper["authors"]):
+        assert author.keys() in ({"name"}, {"family-names", "given-names"})
+
+
+def test_the_changelog_leads_from_modules_that_are_gone_to_modules_that_are_there():
+    rows = re.findall(
+        r"^\| (`.+`) \| `(.+)` \|$", (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(rows) > 40
+    assert {new for _, new in rows} <= modules().keys()
+    # A file that became a folder keeps its name, for what the folder's door gives.
+    folders = {name for name, module in modules().items() if module.path.name == "__init__.py"}
+    old = {name for names, _ in rows for name in re.findall(r"`(.+?)`", names)}
+    assert old & modules().keys() <= folders
