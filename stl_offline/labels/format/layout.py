@@ -38,8 +38,8 @@ class StoredArray:
 # is made to fill the reader's memory; below the first number it could do no harm.
 _HARMLESS_BYTES, _MOST_RATIO = 1 << 28, 300
 
-# A path is no longer on Linux. Without a limit a few kilobytes of a packed shard hold one key of gigabytes.
-MOST_KEY_BYTES = 4096
+# Far more than any path. Without a limit a few kilobytes of a packed shard hold one key of gigabytes.
+MOST_KEY_BYTES = 1 << 16
 
 _MAP = ("sample", "view", "row", "column")
 
