@@ -1,14 +1,18 @@
-"""The documentation's pages taken apart: fenced blocks and links."""
+"""The documentation's pages taken apart: fenced blocks, links, and what they name of this repository."""
 
+import ast
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import stl_offline
 from tests.source_tree import REPOSITORY
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^`\n]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]\n]*\]\((?P<target>[^)\s]+)\)")
+# Files of the repository, from its top or from the package's folder, and tests' modules given to python -m.
+PATH = re.compile(r"(?<![\w./{-])(?:[\w.-]+/)+[\w-]+\.(?:py|shard|ya?ml)\b|(?<=-m )tests\.[\w.]+")
 COMMAND_ENDS = {"|", "&&", "||", ";", "&", ">", ">>", "<"}
 
 
@@ -74,3 +78,24 @@ def anchors(page: Path) -> set[str]:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     heads = re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.replace("`", "").lower()).replace(" ", "-") for head in heads}
+
+
+def named_files(page: Path) -> set[str]:
+    """The files of this repository that a page names; ``-m tests.dump.killing`` names tests/dump/killing.py."""
+    text = page.read_text(encoding="utf-8")
+    return {name if "/" in name else name.replace(".", "/") + ".py" for name in PATH.findall(text)}
+
+
+def inner_names(block: Block) -> list[str]:
+    """What a Python block takes from stl_offline's modules, or under a name that is not in its ``__all__``."""
+    found = []
+    for node in ast.walk(ast.parse(block.body)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("stl_offline.")]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stl_offline."):
+            found.append(node.module)
+        elif isinstance(node, ast.ImportFrom) and node.module == "stl_offline":
+            found += [alias.name for alias in node.names if alias.name not in stl_offline.__all__]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "stl_offline":
+            found += [] if node.attr in stl_offline.__all__ else [node.attr]
+    return found

@@ -1,4 +1,5 @@
-"""The documentation is right: its Python runs, its commands exist with the options they are given, its links lead on.
+"""The documentation is right: its Python runs, its commands exist with the options they are given, its links lead on,
+and the files and names that it names exist.
 
 Python blocks of a page run in their order and share their names. They run in a folder that holds what the pages speak
 of: images/train, images/val, train.beton, val.beton, labels (a label set of images/train) and runs/student.
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 from stl_offline.cli.main import COMMANDS, group
-from tests.documentation import Block, anchors, blocks, commands, links, pages
+from tests.documentation import Block, anchors, blocks, commands, inner_names, links, named_files, pages
 from tests.labels.synthetic import make_arrays, make_spec
 from tests.source_tree import REPOSITORY
 
@@ -166,6 +167,19 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(target), f"{relative(page)} links to {link}: no such heading"
 
 
+@pytest.mark.parametrize("page", pages(), ids=relative)
+def test_named_files_exist(page):
+    roots = (REPOSITORY, REPOSITORY / "stl_offline")
+    missing = [name for name in sorted(named_files(page)) if not any((root / name).is_file() for root in roots)]
+    assert not missing, f"{relative(page)} names files that are not there: {missing}"
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=relative)
+def test_python_blocks_use_the_public_names(page):
+    found = {str(block): names for block in blocks(page, "python") if (names := inner_names(block))}
+    assert not found, f"names outside stl_offline.__all__: {found}"
+
+
 PAGE = """# A page
 
 ```sh
@@ -178,7 +192,16 @@ stl-offline fly
 make tea
 ```
 
-See [it](#a-page) and [that](nowhere.md).
+```python
+import stl_offline
+from stl_offline import View, no_such
+from stl_offline.files import cache_dir
+
+stl_offline.View, stl_offline.nothing
+```
+
+See [it](#a-page) and [that](nowhere.md), `labels/writer.py`, `tests/labels/data/x.shard`, python -m tests.dump.killing
+and https://example.org/a/b.py.
 """
 
 
@@ -194,3 +217,6 @@ def test_the_checks_see_what_is_wrong(tmp_path):
     assert commands(block)[1] == ["make", "demo"]
     assert links(page) == ["#a-page", "nowhere.md"]
     assert anchors(page) == {"a-page"}
+    assert named_files(page) == {"labels/writer.py", "tests/labels/data/x.shard", "tests/dump/killing.py"}
+    (block,) = blocks(page, "python")
+    assert sorted(inner_names(block)) == ["no_such", "nothing", "stl_offline.files"]
