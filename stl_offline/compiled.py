@@ -27,17 +27,19 @@ logger = logging.getLogger(__name__)
 _SOURCES = Path(__file__).resolve().parent
 
 
-def njit(function: Callable | None = None, *, inner: bool = False) -> Callable:
+def njit(function: Callable | None = None, *, inner: bool = False, inline: bool = False) -> Callable:
     """`numba.njit` without the GIL, with compiled code kept on disk.
 
     Args:
         function: what is decorated, where there are no options.
         inner: only compiled code calls it. No wrapper for Python is made, which is a third of the compilation of a
             small function; tests call its ``py_func``.
+        inline: it becomes a part of its only caller, and is not compiled twice.
     """
     if function is None:
-        return functools.partial(njit, inner=inner)
-    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, no_cpython_wrapper=inner)(function)
+        return functools.partial(njit, inner=inner, inline=inline)
+    how = "always" if inline else "never"
+    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, no_cpython_wrapper=inner, inline=how)(function)
     if not numba.config.DISABLE_JIT:
         dispatcher._cache = _Cache(function)
     return dispatcher

@@ -87,3 +87,23 @@ def _fill_uniforms(seed, stream, epoch, sample_ids, numbers):
             bits = random_bits(seed, stream, epoch, sample_ids[index], draw)
             for place in range(4):
                 numbers[index, 4 * draw + place] = unit_interval(bits[place])
+
+
+# numpy's Philox is Philox4x64: its streams have nothing in common with those above. The keys below never change, since
+# images, masks and resumed runs depend on them.
+
+
+def erase_generator(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
+    """The noise in an erased box of one sample."""
+    counter = [0, STREAM_ERASE, epoch, sample_id]
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, STREAM_ERASE], counter=counter))
+
+
+def step_generator(seed: int, rank: int, step: int) -> np.random.Generator:
+    """What one process draws in one optimiser step. step: below 2**40."""
+    return np.random.Generator(np.random.Philox(key=[seed, rank << 40 | step]))
+
+
+def drawing_generator(seed: int, split: int, number: int) -> np.random.Generator:
+    """One image of the embedded data set. number: below 2**40."""
+    return np.random.Generator(np.random.Philox(key=[seed, split << 40 | number]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stl_offline.compiled import njit
-from stl_offline.random import STREAM_ERASE, random_bits, unit_interval
+from stl_offline.random import STREAM_ERASE, erase_generator, random_bits, unit_interval
 from stl_offline.settings import EraseSettings
 
 _TRIES = 10
@@ -51,9 +51,7 @@ def erase_boxes(
         if mode == "const":
             inside.zero_()
             continue
-        # numpy's Philox counts, too: here from a place of the sample's own, far from those of `stl_offline.random`.
-        counter = [0, STREAM_ERASE, epoch, int(sample_ids[row])]
-        generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, STREAM_ERASE], counter=counter))
+        generator = erase_generator(seed, epoch, int(sample_ids[row]))
         shape = (channels, 1, 1) if mode == "rand" else (channels, bottom - top, right - left)
         inside.copy_(torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)))
     return images

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from stl_offline.demo.outlines import OUTLINES, outline_moments
+from stl_offline.random import drawing_generator
 
 # The object's share of the image's area, before occlusion.
 _AREA = (0.12, 0.26)
@@ -57,7 +58,7 @@ class Drawing:
 
 def draw_shape(name: str, seed: int, split: int, number: int, size: int) -> Drawing:
     """Draw an image of a class. The same arguments give the same image."""
-    random = np.random.Generator(np.random.Philox(key=[seed, (split << 40) | number]))
+    random = drawing_generator(seed, split, number)
     axis = np.arange(size, dtype=np.float32) + 0.5
     x, y = np.meshgrid(axis, axis)
     ground = random.uniform(25, 230, 3)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stl_offline.loader import Batch
+from stl_offline.random import step_generator
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class StepRandom:
 
     @classmethod
     def of(cls, seed: int, rank: int, step: int) -> "StepRandom":
-        numpy = np.random.Generator(np.random.Philox(key=[seed, rank << 40 | step]))
+        numpy = step_generator(seed, rank, step)
         generator = torch.Generator().manual_seed(int(numpy.integers(2**62)))
         return cls(numpy, generator)
 

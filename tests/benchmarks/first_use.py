@@ -1,10 +1,10 @@
-"""Seconds of compilation in the first `train-student` on a fresh machine, in total and per function.
+"""Processor seconds of compilation in the first `train-student` on a fresh machine, in total and per function.
 
     python -m tests.benchmarks.first_use [--data IMAGES] [--workers 2] [--warm]
 
 Without --data: 48 JPEGs of 320×240 px. A process with an empty cache of compiled code packs them and trains one epoch
-of the smallest model on synthetic labels (q8, 14×14, k = 2). numba reports each compilation; the time of a function's
-callees is not counted twice. --warm: runs it once more with the cache that the first run left.
+of the smallest model on synthetic labels (q8, 14×14, k = 2). numba reports each compilation, in processor time; the
+time of a function's callees is not counted twice. --warm: runs it once more with the cache that the first run left.
 """
 
 import argparse
@@ -33,11 +33,11 @@ class Times(event.Listener):
     def __init__(self):
         self.stacks, self.seconds = {}, {}
     def on_start(self, event):
-        self.stacks.setdefault(threading.get_ident(), []).append([time.perf_counter(), 0.0])
+        self.stacks.setdefault(threading.get_ident(), []).append([time.thread_time(), 0.0])
     def on_end(self, event):
         stack = self.stacks[threading.get_ident()]
         begun, inner = stack.pop()
-        took = time.perf_counter() - begun
+        took = time.thread_time() - begun
         if stack:
             stack[-1][1] += took
         function = event.data["dispatcher"].py_func

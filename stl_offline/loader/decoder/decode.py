@@ -166,7 +166,7 @@ def choose_shrink(kind, box_height, box_width, height, width):
     return 2 if ratio >= (2.0 if kind == BILINEAR else 2.5) else 1
 
 
-@njit
+@njit(inline=True)
 def _decode_sample(data, image, view, filters, target, scratch, lines, handle, notes):
     height, width = image[_HEIGHT], image[_WIDTH]
     rows, columns = target.shape[0], target.shape[1]

@@ -99,7 +99,8 @@ def keep_rows(data, rows, copy):
         elif marker == 0xDA:  # the scan: length, its components
             if components == 0 or place + 5 > data.size or data[place + 4] != components:
                 return False
-            copy[: data.size] = data
+            for at in range(data.size):  # a slice would compile the text of an error, too
+                copy[at] = data[at]
             copy[place_of_rows] = rows // 256
             copy[place_of_rows + 1] = rows % 256
             return True

@@ -73,8 +73,7 @@ def filter_weights(kind, start, length, outputs, pixels):
     return firsts, weights, used
 
 
-@njit
-def enlarging_weights(kind, outputs):
+def enlarging_weights(kind: int, outputs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What `filter_weights` gives for whole pixels that are no more than the outputs, ahead of time.
 
     Returns firsts int64 (L, outputs), weights float32 (L, outputs, 4) and used int64 (L,), by the box's length from 0
