@@ -7,12 +7,15 @@ VENV := .venv
 READY := $(VENV)/ready
 TEST_WORKERS ?= 2
 DEMO_OUT ?= runs/demo
+DOCS_VENV := .venv-docs
+DOCS_READY := $(DOCS_VENV)/ready
 
-.PHONY: help venv demo test lint format constraints clean
+.PHONY: help venv demo test docs lint format constraints clean
 
 help:
 	@echo "make demo         train, label, train again on drawn images, and show what happened (5 minutes)"
 	@echo "make test         check style and run the tests (10 minutes; PYTEST_ARGS='-m slow': the slow ones)"
+	@echo "make docs         build the pages of docs/ and the Python interface as a web site in build/site (1 minute)"
 	@echo "make venv         set up only; .venv/bin/stl-offline then works"
 	@echo "make format       bring the code into the project's style"
 	@echo "make constraints  write the versions in .venv to .ci/constraints.txt"
@@ -34,6 +37,16 @@ lint: $(READY)
 test: lint
 	@.ci/browser
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+# The package's source is read, not imported, so this needs neither .venv nor FFCV.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
+
+$(DOCS_READY): .ci/constraints-docs.txt
+	$(or $(PYTHON),python3) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement .ci/constraints-docs.txt
+	@touch $@
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .

@@ -17,6 +17,7 @@ import click
 import pytest
 import yaml
 
+import stl_offline
 from stl_offline.cli.main import COMMANDS, group
 from tests.documentation import Block, anchors, blocks, commands, inner_names, links, named_files, pages
 from tests.labels.synthetic import make_arrays, make_spec
@@ -220,3 +221,16 @@ def test_the_checks_see_what_is_wrong(tmp_path):
     assert named_files(page) == {"labels/writer.py", "tests/labels/data/x.shard", "tests/dump/killing.py"}
     (block,) = blocks(page, "python")
     assert sorted(inner_names(block)) == ["no_such", "nothing", "stl_offline.files"]
+
+
+def test_the_api_page_has_every_public_name():
+    named = re.findall(r"^::: stl_offline\.(\w+)$", (REPOSITORY / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted([*named, "__version__"]) == sorted(stl_offline.__all__)
+
+
+def test_every_page_is_in_the_sites_navigation():
+    # mkdocs.yml may hold tags of Python objects, which a safe loader refuses: its navigation is plain.
+    named = re.findall(r"^ +- (\S+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(), re.MULTILINE)
+    top = {"index.md", *(path.name for path in REPOSITORY.glob("*.md"))} - {"README.md"}
+    below = {str(path.relative_to(REPOSITORY / "docs")) for path in (REPOSITORY / "docs").rglob("*.md")}
+    assert sorted(named) == sorted(top | below)
