@@ -33,7 +33,7 @@ def pool_tokens(token_logits_BNK: Tensor, pool: str) -> Tensor:
         pool: "mean" (STL, section 3.1), or "lme", the log of the mean of exp over the tokens (Pinheiro and Collobert,
             "From Image-level to Pixel-level Labeling with Convolutional Networks", CVPR 2015, equation 3). With the
             mean every token is asked for the image's class; with the other one those that show it are enough, so that
-            the labels outline the object (docs/results.md).
+            the labels outline the object (`tests/benchmarks/emergence.py` measures it).
     """
     logits = token_logits_BNK.float()
     if pool == "mean":
