@@ -173,7 +173,12 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
 
 
 def _shown(value: Any) -> str:

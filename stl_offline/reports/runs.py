@@ -37,7 +37,7 @@ class Run:
     @property
     def epochs(self) -> int:
         """Epochs set for it; 0 where its settings have none."""
-        return int(self.settings.get("epochs") or 0)
+        return int(number(self.settings.get("epochs")) or 0)
 
     @property
     def status(self) -> str:
@@ -94,9 +94,12 @@ def setting_rows(runs: Sequence[Run]) -> tuple[list[tuple[str, list[str]]], list
 
 def number(value: Any) -> float | None:
     """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
 
 
 def _read_run(place: Path, name: str) -> Run:
@@ -122,7 +125,7 @@ def _read_run(place: Path, name: str) -> Run:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:  # broken JSON, or bytes that are no UTF-8
+    except (ValueError, RecursionError) as error:  # broken JSON, bytes that are no UTF-8, lists nested for ever
         raise FormatError(f"{path} is damaged ({error}); train again or copy the run again") from error
     if not isinstance(found, dict):
         raise FormatError(f"{path} is damaged (it holds no JSON object); train again or copy the run again")
@@ -141,8 +144,9 @@ def _read_log(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
             continue
         try:
             entry = json.loads(line)
+            float(entry["epoch"])
             entries[int(entry["epoch"])] = entry
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             broken.append(line_number)
     if broken:
         lines = ", ".join(map(str, broken[:5])) + (", …" if len(broken) > 5 else "")

@@ -9,6 +9,7 @@
 """
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -199,7 +200,10 @@ class RunFolder:
         stored = _read_object(config_path)
         changed = []
         for part in parts:
-            changed += differences(stored.get(part, {}), json.loads(canonical_json(self._config[part])))
+            theirs = stored.get(part)
+            changed += differences(
+                theirs if isinstance(theirs, dict) else {}, json.loads(canonical_json(self._config[part]))
+            )
         if stored.get("stage") != self._config["stage"]:
             changed.insert(0, f"stage: {stored.get('stage')!r} → {self._config['stage']!r}")
         if changed:
@@ -214,8 +218,12 @@ class RunFolder:
             return None
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (MemoryError, OSError):  # not the file's fault: deleting it would not help
+        except MemoryError:  # not the file's fault: deleting it would not help
             raise
+        except OSError as error:  # likewise, but for a damaged place within the file, which no stream can seek
+            if error.errno != errno.EINVAL:
+                raise
+            reason = f"{type(error).__name__}: {error}"
         except Exception as error:  # damaged bytes make torch's unpickler raise anything
             reason = f"{type(error).__name__}: {error}"
         else:
@@ -229,7 +237,7 @@ class RunFolder:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is damaged ({error}); choose another --out or --no-resume") from error
     if not isinstance(found, dict):
         raise FormatError(f"{path} is damaged (no JSON object); choose another --out or --no-resume")
