@@ -19,6 +19,8 @@ from stl_offline.cli.terminal import echo
 
 # How many of the tokens must name the same class again: those of other hardware differ where two are as probable.
 LEAST_AGREEMENT = 0.99
+# Parameters that do something without --recompute.
+_ALWAYS = ("path", "recompute", "workers", "debug", "help")
 
 
 @command(
@@ -73,6 +75,8 @@ def verify(path: str, recompute: int, tolerance: float, workers: int, **options:
     """
     if recompute and not (options["labeler"] and options["data"]):
         raise click.UsageError("--recompute needs --labeler and --data")
+    if not recompute:
+        _refuse_recompute_options()
     from stl_offline.errors import FormatError
     from stl_offline.labels.label_set import open_label_set
     from stl_offline.labels.verify import verify as check
@@ -88,6 +92,20 @@ def verify(path: str, recompute: int, tolerance: float, workers: int, **options:
     echo(f"{path}: {whole} ({counted(report.samples, 'image')})")
     if recompute:
         _recompute(label_set, recompute, tolerance, workers, options)
+
+
+def _refuse_recompute_options() -> None:
+    """Raise UsageError for options that would do nothing: a check that was asked for must not seem to be done."""
+    context = click.get_current_context()
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in _ALWAYS
+        and context.get_parameter_source(parameter.name) not in (None, click.core.ParameterSource.DEFAULT)
+    ]
+    if given:
+        verb = "needs" if len(given) == 1 else "need"
+        raise click.UsageError(f"{', '.join(given)} {verb} --recompute N, the number of images to label again")
 
 
 def _recompute(label_set: Any, images: int, tolerance: float, workers: int, options: dict[str, Any]) -> None:

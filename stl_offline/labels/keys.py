@@ -43,11 +43,12 @@ def find_duplicates(hashes: Sequence[np.ndarray], read_keys: Callable[[int], Seq
     again = ordered[1:][ordered[1:] == ordered[:-1]]
     if not len(again):
         return Duplicates(0, ())
-    compared = set(np.unique(again)[:_COMPARED].tolist())
+    some_again = np.unique(again)[:_COMPARED]
+    compared = set(some_again.tolist())
     seen: dict[str, int] = {}
     found: list[tuple[str, int, int]] = []
     for index, own in enumerate(hashes):
-        if not np.isin(own, list(compared)).any():
+        if not _holds(some_again, own).any():
             continue
         for key, value in zip(read_keys(index), own.tolist(), strict=True):
             if value in compared:
@@ -156,8 +157,12 @@ def _best(rules: list[tuple[str, Callable[[str], str]]], missing: Sequence[str],
 
 
 def _count(keys: Iterable[str], known: np.ndarray) -> int:
-    hashes = hash_keys(list(keys))
-    return int((known[np.minimum(np.searchsorted(known, hashes), len(known) - 1)] == hashes).sum())
+    return int(_holds(known, hash_keys(list(keys))).sum())
+
+
+def _holds(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """bool (n,): which of ``values`` are in ``known``, which is sorted and not empty."""
+    return known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values
 
 
 def _prefixes(keys: Sequence[str]) -> list[str]:

@@ -186,7 +186,7 @@ class LabelSet(Mapping[str, LabelMap]):
             source: bytes | Path = self.read_bytes(index)
         else:
             self._check_present(index)
-            source = self.storage.local / shard.name
+            source = self.storage.path(shard.name)
             if source.exists():
                 self._check_size(shard, source.stat().st_size)
         try:

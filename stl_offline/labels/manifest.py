@@ -10,6 +10,10 @@ from stl_offline.files import canonical_json
 from stl_offline.labels.spec import CONTAINERS, LabelSpec, is_count
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# 300,000 shards' records and a million class names; and a record's size without line breaks.
+_MOST_VALUES = 1 << 22
+_MOST_NESTED = 1000
+_LEAST_RECORD_BYTES = 100
 _SHARD_NAME = re.compile(r"labels-[0-9]{5,9}-of-[0-9]{5,9}(\.[a-z]+)+")
 
 
@@ -77,10 +81,7 @@ class Manifest:
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """The inverse of `to_bytes`; raises FormatError."""
-        try:
-            entries = json.loads(data, parse_constant=_refuse)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"the manifest is no JSON ({error}): cut off or not a label set's") from error
+        entries = parse_object(data)
         spec = LabelSpec.from_json(entries)
         if not isinstance(entries.get("shards"), list):
             raise FormatError("the manifest has no shard table")
@@ -95,6 +96,29 @@ def shard_name(index: int, num_shards: int, container: str) -> str:
 def shard_range(index: int, num_shards: int, num_samples: int) -> tuple[int, int]:
     """The half-open range of samples of one shard: sizes differ by at most one."""
     return index * num_samples // num_shards, (index + 1) * num_samples // num_shards
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """The JSON object that a label set's file holds.
+
+    The separators are counted before anything is built: a small file can name millions of objects, each of which
+    takes far more memory than its text.
+
+    Raises:
+        FormatError: no JSON, nothing but an object's, or too many values for any label set.
+    """
+    values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
+    nested = data.count(b"{") + data.count(b"[")
+    if values > _MOST_VALUES or nested > _MOST_NESTED + len(data) // _LEAST_RECORD_BYTES:
+        raise FormatError(f"it holds {values:,} values in {len(data):,} bytes, which no label set needs")
+    try:
+        # As text: of bytes, json would also take UTF-16 and halves of surrogate pairs.
+        entries = json.loads(data.decode(), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"it is no JSON ({error}): cut off, or not a label set's") from error
+    if not isinstance(entries, dict):
+        raise FormatError("it is not a label set's: no JSON object")
+    return entries
 
 
 def _refuse(word: str) -> None:

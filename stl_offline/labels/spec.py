@@ -24,6 +24,9 @@ ENCODINGS: dict[str, dict[str, float]] = {
 # A container's file name suffix.
 CONTAINERS = {"zarr": ".zarr.zip", "webdataset": ".tar"}
 
+# Of nested settings: more than any command writes, and far from where Python stops.
+_MOST_LEVELS = 16
+
 _LABELER = ("architecture", "weights_sha256", "licence")
 _PREPROCESSING = ("height", "width", "interpolation", "mean", "std", "decoder")
 _SOURCE = ("samples", "fingerprint")
@@ -71,8 +74,8 @@ class LabelSpec:
                 raise InputError(f"unknown {what} {value!r}; known here: {', '.join(map(str, known))}")
         object.__setattr__(self, "class_names", tuple(self.class_names))
         object.__setattr__(self, "grid", tuple(self.grid))
-        if not self.class_names or not all(isinstance(name, str) and name for name in self.class_names):
-            raise InputError("class names must be a list of names, none of them empty")
+        if not self.class_names or not all(map(_is_text, self.class_names)):
+            raise InputError("class names must be a list of names in Unicode, none of them empty")
         if len(set(self.class_names)) != len(self.class_names):
             raise InputError("class names must differ from each other")
         if len(self.grid) != 2 or not all(is_count(side) for side in self.grid):
@@ -93,6 +96,8 @@ class LabelSpec:
         if kind not in _VIEWS:
             raise InputError(f"unknown kind of views {kind!r}; known here: {', '.join(_VIEWS)}")
         _plain_json("views", self.views, _VIEWS[kind])
+        if kind == "random":
+            _check_random_views(self.views)
         if kind == "whole" and self.views_per_image != 1:
             raise InputError(f"whole-image labels have one view of each image, got {self.views_per_image}")
         object.__setattr__(
@@ -234,9 +239,34 @@ def _check_bounds(bounds: Any) -> dict[str, float]:
     return dict(bounds)
 
 
+def _check_random_views(views: dict[str, Any]) -> None:
+    for name in ("scale", "ratio"):
+        values = views[name]
+        if not isinstance(values, list) or len(values) != 2 or not all(map(_is_number, values)):
+            raise InputError(f"the {name} of random views must be two numbers, got {_short(values)}")
+    if not _is_number(views["flip"]):
+        raise InputError(f"the flip of random views must be a number, got {_short(views['flip'])}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 53
+
+
 def is_count(value: Any) -> bool:
-    """Whether a JSON value is a whole number above 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    """Whether a JSON value is a whole number above 0, and one that every JSON reader holds exactly."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 53
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return levels < 0 or any(_is_deeper(each, levels - 1) for each in inner)
+
+
+def _is_text(name: Any) -> bool:
+    try:
+        return isinstance(name, str) and bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _plain_json(name: str, value: Any, needed: tuple[str, ...]) -> dict[str, Any]:
@@ -247,6 +277,11 @@ def _plain_json(name: str, value: Any, needed: tuple[str, ...]) -> dict[str, Any
     if missing:
         raise InputError(f"{name} lacks {', '.join(missing)}")
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        if _is_deeper(value, _MOST_LEVELS):
+            raise ValueError(f"more than {_MOST_LEVELS} levels")
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        # Half of a surrogate pair (from a file name that is not UTF-8) is no text, and could not be written.
+        text.encode()
+        return json.loads(text)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} cannot be written as JSON: {error}") from error

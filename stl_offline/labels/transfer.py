@@ -93,8 +93,8 @@ def pull(label_set: LabelSet, folder: str | Path, *, shards: str | None = None, 
     target = FolderStorage(Path(folder))
     # Before anything is made there: a folder that holds something else stays as it is.
     _look(target, manifest)
-    make_folder(target.local / PARTIAL)
-    with _alone(target.local / PARTIAL / "pull.lock", target.place):
+    make_folder(target.path(PARTIAL))
+    with _alone(target.path(f"{PARTIAL}/pull.lock"), target.place):
         is_there = _look(target, manifest)
         here = set(read_present(target, len(manifest.shards))) if is_there else set()
         remove_leftovers(target.local)

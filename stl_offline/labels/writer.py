@@ -6,7 +6,6 @@ for each finished shard. A shard is written to a temporary name, renamed, and ex
 the folder's name or the number of processes: the same input gives the same bytes.
 """
 
-import json
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -26,12 +25,14 @@ from stl_offline.labels.store import (
     LOCK,
     MANIFEST,
     PARTIAL,
+    RECORD_BYTES,
     RECORDS,
     JobLock,
     Lease,
     open_storage,
     read_job,
     read_manifest,
+    read_object,
     record_name,
 )
 
@@ -84,7 +85,9 @@ class LabelSetWriter:
         self._check_content()
         if not self.complete:
             self._lock = (
-                Lease(self._storage, self._job) if local is None else JobLock(local / LOCK, self._job, self._clean)
+                Lease(self._storage, self._job)
+                if local is None
+                else JobLock(self._storage.path(LOCK), self._job, self._clean)
             )
             try:
                 # Again, now that nobody else changes it.
@@ -188,7 +191,7 @@ class LabelSetWriter:
     def _record(self, index: int) -> ShardRecord | None:
         """The record of a finished shard, or None."""
         try:
-            record = ShardRecord.from_json(json.loads(self._storage.read(self._record_name(index))))
+            record = ShardRecord.from_json(read_object(self._storage, self._record_name(index), RECORD_BYTES))
         except (FileNotFoundError, ValueError):
             # No record, or one that tells nothing: the shard is written (again).
             return None

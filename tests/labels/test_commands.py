@@ -142,3 +142,23 @@ def test_the_card_says_how_to_read_the_set(tmp_path):
     head = yaml.safe_load((tmp_path / "hostile" / "README.md").read_text().split("\n---\n")[0].removeprefix("---\n"))
     assert head["license"] == "other" and head["license_name"] == "Ours: |\n# not yours"
     assert head.keys() == {"license", "license_name", "pretty_name", "task_categories", "size_categories", "tags"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--data", "nowhere"),
+        ("--labeler", "nowhere"),
+        ("--key-prefix", "a=b"),
+        ("--tolerance", "0.1"),
+        ("--seed", "0"),
+        ("--device", "cpu"),
+        ("--skip-broken",),
+        ("--data", "nowhere", "--seed", "1"),
+    ],
+    ids=" ".join,
+)
+def test_options_of_recompute_need_it(labels, words, capsys):
+    code, out, err = call(capsys, "verify", "labels", *words)
+    assert code == 2 and not out
+    assert all(word in err for word in words if word.startswith("--")) and "--recompute N" in err

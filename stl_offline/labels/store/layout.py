@@ -5,15 +5,14 @@ writes it (`job.json`), its lock, and a record for each finished shard. `partial
 shards of a set that was pulled in part.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from stl_offline.errors import FormatError, InputError
 from stl_offline.files import canonical_json
-from stl_offline.labels.manifest import Manifest, shard_name
-from stl_offline.labels.spec import LabelSpec
+from stl_offline.labels.manifest import Manifest, parse_object, shard_name
+from stl_offline.labels.spec import LabelSpec, is_count
 from stl_offline.labels.store.storage import Storage
 
 MANIFEST = "manifest.json"
@@ -25,8 +24,11 @@ PULL = f"{PARTIAL}/pull.json"
 LOCK = f"{PARTIAL}/lock"
 RECORDS = f"{PARTIAL}/records"
 
-# A million shards' records; more is no manifest, and would only cost memory.
-_MOST_BYTES = 1 << 28
+# Larger files than these belong to no label set, and would only cost memory: some 300,000 shards in a manifest, or a
+# million numbers in `partial.json`.
+_MANIFEST_BYTES = 1 << 26
+_SOME_SHARDS_BYTES = 1 << 24
+RECORD_BYTES = 1 << 12
 
 
 def record_name(index: int, num_shards: int, container: str) -> str:
@@ -36,24 +38,43 @@ def record_name(index: int, num_shards: int, container: str) -> str:
 
 def read_manifest(storage: Storage) -> Manifest:
     """The manifest; FileNotFoundError where there is none, FormatError that names the file where it cannot be used."""
-    if (storage.size(MANIFEST) or 0) > _MOST_BYTES:
-        raise FormatError(f"{storage.place}/{MANIFEST} is larger than any label set's")
-    data = storage.read(MANIFEST)
+    data = _read_small(storage, MANIFEST, _MANIFEST_BYTES)
     try:
         return Manifest.from_bytes(data)
     except FormatError as error:
         raise FormatError(f"{storage.place}/{MANIFEST}: {error}") from error
 
 
+def read_object(storage: Storage, name: str, most: int) -> dict[str, Any]:
+    """The JSON object in a file of at most ``most`` bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FormatError: the file is larger, or holds something else.
+    """
+    data = _read_small(storage, name, most)
+    try:
+        return parse_object(data)
+    except FormatError as error:
+        raise FormatError(f"{storage.place}/{name}: {error}") from error
+
+
+def _read_small(storage: Storage, name: str, most: int) -> bytes:
+    size = storage.size(name) or 0
+    if size > most:
+        raise FormatError(f"{storage.place}/{name} has {size:,} bytes; that of a label set has at most {most:,}")
+    return storage.read(name)
+
+
 def read_job(storage: Storage) -> tuple[LabelSpec, list[int]]:
     """Settings and shard sizes of a job that has not ended; errors as `read_manifest`."""
-    data = storage.read(JOB)
+    data = _read_small(storage, JOB, _MANIFEST_BYTES)
     try:
-        settings: dict[str, Any] = json.loads(data)
+        settings = parse_object(data)
         spec = LabelSpec.from_json(settings)
         sizes = settings["shard_samples"]
-        if not isinstance(sizes, list) or not all(isinstance(size, int) for size in sizes):
-            raise FormatError("its shard sizes are no numbers")
+        if not isinstance(sizes, list) or not all(is_count(size) for size in sizes):
+            raise FormatError("its shard sizes are not positive numbers")
         return spec, sizes
     except (ValueError, KeyError) as error:
         raise FormatError(f"{storage.place}/{JOB}: {error}; remove the folder and start again") from error
@@ -62,14 +83,16 @@ def read_job(storage: Storage) -> tuple[LabelSpec, list[int]]:
 def read_present(storage: Storage, num_shards: int) -> tuple[int, ...]:
     """Which shards are there: all of them, or those that `partial.json` lists. Raises FormatError."""
     try:
-        data = storage.read(SOME_SHARDS)
+        data = _read_small(storage, SOME_SHARDS, _SOME_SHARDS_BYTES)
     except FileNotFoundError:
         return tuple(range(num_shards))
     try:
-        shards = json.loads(data)["shards"]
+        shards = parse_object(data)["shards"]
         if not isinstance(shards, list) or not all(type(shard) is int and 0 <= shard < num_shards for shard in shards):
-            raise ValueError(f"its shards are no numbers below {num_shards}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise FormatError(f"its shards are no numbers below {num_shards}")
+        if not shards:
+            raise FormatError("it lists no shards")
+    except (ValueError, KeyError) as error:
         raise FormatError(f"{storage.place}/{SOME_SHARDS} cannot be used: {error}; pull the shards again") from error
     return tuple(sorted(set(shards)))
 

@@ -11,8 +11,8 @@ import secrets
 import threading
 import time
 
-from stl_offline.errors import StlError, TargetError
-from stl_offline.labels.store.layout import LOCK
+from stl_offline.errors import FormatError, StlError, TargetError
+from stl_offline.labels.store.layout import LOCK, RECORD_BYTES, read_object
 from stl_offline.labels.store.storage import Storage
 
 BEAT_SECONDS = 5.0
@@ -70,7 +70,6 @@ class Lease:
 
 def _read(storage: Storage) -> dict | None:
     try:
-        found = json.loads(storage.read(LOCK))
-    except (FileNotFoundError, ValueError):
+        return read_object(storage, LOCK, RECORD_BYTES)
+    except (FileNotFoundError, FormatError):
         return None
-    return found if isinstance(found, dict) else None

@@ -36,6 +36,8 @@ _BEAT_SECONDS = 5.0
 _MISSED_BEATS = 3
 _ENDED = -1
 _FILE_BYTES = 512
+# A lock file that is a symbolic link would be made, and overwritten, somewhere else.
+_LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -118,7 +120,7 @@ class JobLock:
     def _open(self) -> int:
         make_folder(self.path.parent)
         try:
-            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            return os.open(self.path, _LOCK_FLAGS, 0o666)
         except OSError as error:
             raise TargetError(
                 f"cannot write into {self.path.parent.parent}: {error.strerror}; choose another target"
@@ -146,7 +148,7 @@ class JobLock:
 
 def try_lock(path: Path) -> int | None:
     """A descriptor that holds ``path`` alone until it is closed, or None where another process holds it."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    file = os.open(path, _LOCK_FLAGS, 0o666)
     if _flock(file, fcntl.LOCK_EX):
         return file
     os.close(file)
@@ -180,8 +182,9 @@ def _beats(path: Path, before: dict[str, object]) -> bool:
 def _read(path: Path) -> dict[str, object]:
     """What the lock file says; empty where it is not there or says nothing. Opened anew: networked disks look then."""
     try:
-        state = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+            state = json.loads(stream.read(_FILE_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
     return state if isinstance(state, dict) else {}
 

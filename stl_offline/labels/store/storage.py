@@ -7,7 +7,9 @@ but never gives half a file.
 
 import concurrent.futures
 import contextlib
+import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,7 +18,7 @@ from typing import Protocol, TypeVar
 
 import fsspec
 
-from stl_offline.errors import InputError, MissingExtraError, StlError, TargetError
+from stl_offline.errors import FormatError, InputError, MissingExtraError, StlError, TargetError
 from stl_offline.files import atomic_write, make_folder
 from stl_offline.progress import progress_bar
 
@@ -73,33 +75,62 @@ class Storage(Protocol):
 
 
 class FolderStorage:
-    """Files in a folder of this machine (or one that it shares with others)."""
+    """Files in a folder of this machine (or one that it shares with others).
+
+    The folder itself may be a symbolic link. Below it no link is followed, since it could lead a command to read,
+    publish, overwrite or delete files outside of the label set: every method raises FormatError, with the link's name.
+    """
 
     def __init__(self, path: Path) -> None:
         self.place = str(path)
         self.local = path
 
+    def path(self, name: str) -> Path:
+        """The path of a file or folder of the set, which need not exist.
+
+        Raises:
+            FormatError: it is a symbolic link, or lies behind one.
+        """
+        path = self.local
+        for part in Path(name).parts:
+            path = path / part
+            if path.is_symlink():
+                raise _linked(path)
+        return path
+
     def read(self, name: str, size: int | None = None) -> bytes:
-        return (self.local / name).read_bytes()
+        path = self.path(name)
+        try:
+            # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise _linked(path) from error
+            raise
+        with open(descriptor, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise FormatError(f"{path} is not a regular file; replace it by one")
+            return stream.read()
 
     def size(self, name: str) -> int | None:
         try:
-            return (self.local / name).stat().st_size
+            return self.path(name).lstat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def names(self, folder: str = "") -> list[str]:
         try:
-            return sorted(os.listdir(self.local / folder))
+            return sorted(os.listdir(self.path(folder)))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def write(self, name: str, data: bytes) -> None:
-        make_folder((self.local / name).parent)
-        atomic_write(self.local / name, data)
+        path = self.path(name)
+        make_folder(path.parent)
+        atomic_write(path, data)
 
     def remove(self, name: str) -> None:
-        path = self.local / name
+        path = self.path(name)
         if path.is_dir():
             for inner in self.names(name):
                 self.remove(f"{name}/{inner}")
@@ -236,6 +267,10 @@ def each_shard(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _linked(path: Path) -> FormatError:
+    return FormatError(f"{path} is a symbolic link, which label sets do not follow; replace it by what it points to")
 
 
 def _one_line(error: BaseException) -> str:
