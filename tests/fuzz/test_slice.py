@@ -11,7 +11,7 @@ CASES = 40
 @pytest.fixture(scope="module")
 def results():
     # On a slow machine fewer cases, not a longer test.
-    return attack(list(TARGETS), 0, CASES, 40)
+    return attack(list(TARGETS), 0, CASES, 20)
 
 
 @pytest.mark.parametrize("target", list(TARGETS))
