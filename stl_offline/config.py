@@ -61,7 +61,7 @@ class TrainConfig(MachineConfig):
     out: str = setting(help="Folder of the run.", affects=JOB, in_recipes=False)
     val: str | None = setting(None, "Validation images.", affects=INPUT, in_recipes=False)
     model: str = setting("fan_micro_4_p8", "FAN variant to train.")
-    img_size: int = setting(64, "Height and width of the model's input, in pixels.", bounds="[1, inf)")
+    img_size: int = setting(64, "Height and width of the model's input, in pixels.", bounds="[1, 8192]")
     epochs: int = setting(24, "Passes over the training data.", bounds="[1, inf)")
     batch_size: int = setting(100, "Images per batch and process.", bounds="[1, inf)")
     seed: int = setting(0, "Seed of everything random.", bounds=_SEEDS)
@@ -244,7 +244,7 @@ class DumpConfig(MachineConfig):
         0, "Random crops labelled per image (0 labels the whole image once).", bounds="[0, inf)", recorded_as="views"
     )
     img_size: int = setting(
-        0, "Height and width of the labeler's input, in pixels (0 takes the size trained with).", bounds="[0, inf)"
+        0, "Height and width of the labeler's input, in pixels (0 takes the size trained with).", bounds="[0, 8192]"
     )
     batch_size: int = setting(64, "Images per batch.", bounds="[1, inf)")
     seed: int = setting(0, "Seed of the random crops.", bounds=_SEEDS)
@@ -282,7 +282,7 @@ class EvaluateConfig(MachineConfig):
     checkpoint: str = setting(help="A run, or a .safetensors file written by one.", affects=INPUT)
     skip_broken: bool = setting(False, "Leave out images that cannot be decoded, instead of stopping.")
     batch_size: int = setting(128, "Images per batch.", bounds="[1, inf)")
-    img_size: int = setting(0, "Height and width of the input (0 takes the size trained with).", bounds="[0, inf)")
+    img_size: int = setting(0, "Height and width of the input (0 takes the size trained with).", bounds="[0, 8192]")
     crop_pct: float = setting(1.0, "Part of the shorter side that the central crop takes.", bounds="(0, 1]")
     amp: str = setting("none", "Mixed precision; auto chooses by device.", choices=AMP_MODES)
 

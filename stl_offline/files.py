@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stl_offline.errors import TargetError
+from stl_offline.errors import FormatError, TargetError
 
 COPY_BYTES = 1 << 20
 
@@ -56,6 +56,51 @@ def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes in hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json_object(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object that a file holds. ``advice``: what a user can do where it is damaged.
+
+    Raises:
+        FormatError: the file is damaged, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are no UTF-8
+        raise FormatError(f"{path} is damaged ({error}); {advice}") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{path} is damaged (it holds no JSON object); {advice}")
+    return found
+
+
+def read_numbers(path: Path, advice: str) -> dict[str, int | float | None]:
+    """The JSON object of a file whose values are numbers, or null. Raises as `read_json_object`."""
+    found = read_json_object(path, advice)
+    if (wrong := first_not_number(found)) is not None:
+        raise FormatError(f"{path} is damaged ({wrong} is no number); {advice}")
+    return found
+
+
+def first_not_number(values: dict[str, Any]) -> str | None:
+    """The name of the first value that is neither a number nor None; None where there is no such value."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            return name
+    return None
+
+
+def check_writable(path: str | Path) -> None:
+    """Check that a folder can be made and written, without making it.
+
+    Raises:
+        TargetError: a file is in its place or above it, or the user may not write there.
+    """
+    path = Path(path).absolute()
+    existing = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if not existing.is_dir():
+        raise TargetError(f"cannot make the folder {path}: {existing} is not a folder; choose another target")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise TargetError(f"cannot write {path}: no permission to write in {existing}; choose another target")
 
 
 def make_folder(path: str | Path) -> Path:

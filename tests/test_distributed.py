@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from stl_offline import distributed
 from stl_offline.cli.failures import end_process
-from stl_offline.distributed import World, failure_of_another, join_world, leaving_world, meet, must_end_hard
+from stl_offline.distributed import World, failure_of_another, join_world, leaving_world, long_barrier, must_end_hard
 from stl_offline.errors import InputError, TrainingError
 
 
@@ -97,12 +97,12 @@ def test_processes_meet_over_gloo_whatever_they_train_over(monkeypatch, backend)
         return Done()
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(distributed, "_meeting", [])
+    monkeypatch.setattr(distributed, "_gloo_groups", [])
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "new_group", new_group)
     monkeypatch.setattr(dist, "barrier", barrier)
-    meet(join_world(torch.device("cpu"), backend))
+    long_barrier(join_world(torch.device("cpu"), backend))
     assert made == ([] if backend == "gloo" else [("gloo", 30)])
     assert waited == ([None] if backend == "gloo" else ["the gloo group"])
 

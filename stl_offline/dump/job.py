@@ -17,7 +17,7 @@ import torch
 
 from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
-from stl_offline.distributed import World, join_world, leaving_world, sum_over_world, told_by_first, wait_for_world
+from stl_offline.distributed import World, barrier, join_world, leaving_world, sum_over_world, told_by_first
 from stl_offline.dump.labelling import Labelling, load_labeler
 from stl_offline.errors import TargetError
 from stl_offline.images.pack import ensure_beton
@@ -84,7 +84,7 @@ def _open_together(
         missing = told_by_first(writer.missing() if world.is_first else None, world)
         if not world.is_first:
             stack.enter_context(writer)
-        wait_for_world(world)
+        barrier(world)
         yield writer, missing[world.rank :: world.size]
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stl_offline.errors import FormatError, InputError, printable
+from stl_offline.errors import InputError, printable
+from stl_offline.files import first_not_number, read_json_object, read_numbers
 
 _ABSENT = "–"
 
@@ -92,6 +93,9 @@ def setting_rows(runs: Sequence[Run]) -> tuple[list[tuple[str, list[str]]], list
     return differ, same
 
 
+_ADVICE = "train again or copy the run again"
+
+
 def number(value: Any) -> float | None:
     """A finite number, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -103,10 +107,10 @@ def number(value: Any) -> float | None:
 
 
 def _read_run(place: Path, name: str) -> Run:
-    config = _read_object(place / "config.json")
+    config = read_json_object(place / "config.json", _ADVICE)
     notes: list[str] = []
     history = _read_log(place / "log.jsonl", notes)
-    summary = _read_object(place / "summary.json") if (place / "summary.json").is_file() else None
+    summary = read_numbers(place / "summary.json", _ADVICE) if (place / "summary.json").is_file() else None
     if (place / "not-finite.json").is_file() and summary is None:
         notes.append("the loss was not finite; the batch is recorded in not-finite.json")
     return Run(
@@ -122,16 +126,6 @@ def _read_run(place: Path, name: str) -> Run:
     )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # broken JSON, bytes that are no UTF-8, lists nested for ever
-        raise FormatError(f"{path} is damaged ({error}); train again or copy the run again") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{path} is damaged (it holds no JSON object); train again or copy the run again")
-    return found
-
-
 def _read_log(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
     """One entry per epoch. Broken lines are skipped and noted; the last entry of an epoch counts."""
     if not path.is_file():
@@ -144,9 +138,10 @@ def _read_log(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
             continue
         try:
             entry = json.loads(line)
-            float(entry["epoch"])
+            if first_not_number(entry) is not None:
+                raise ValueError("an entry that is no number")
             entries[int(entry["epoch"])] = entry
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
             broken.append(line_number)
     if broken:
         lines = ", ".join(map(str, broken[:5])) + (", …" if len(broken) > 5 else "")

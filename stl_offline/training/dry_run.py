@@ -1,4 +1,4 @@
-"""``--dry-run``: what a run would be and take, found out without writing anything.
+"""``--dry-run``: the settings, steps, time and memory of a run, found out without writing anything.
 
 B: images of a batch.
 """
@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from stl_offline.config import StudentConfig, TrainConfig
-from stl_offline.device import amp_name, autocast, pick_device, pick_workers
-from stl_offline.distributed import join_world, leaving_world
+from stl_offline.device import amp_name, pick_device, pick_workers
+from stl_offline.distributed import World, join_world, leaving_world
 from stl_offline.evaluation import match_classes
+from stl_offline.geometry import whole_views
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import find_packed, pack_sample
-from stl_offline.labels.label_set import open_label_set
-from stl_offline.loader import check_shares
-from stl_offline.losses import soft_cross_entropy, token_cross_entropy
-from stl_offline.training.label_sources import OnlineLabels, how_read, labeler_of
-from stl_offline.training.optimization import learning_rate, make_average, make_optimizer, warmup_steps
-from stl_offline.training.setup import Stage, build_stage, check_early, validation_batch
+from stl_offline.loader import Batch, check_shares
+from stl_offline.training.label_sources import LabelSource, OnlineLabels, TokenSource, check_labels, labeler_of
+from stl_offline.training.optimization import TrainStep, learning_rate, warmup_steps
+from stl_offline.training.setup import Stage, build_stage, check_early, make_run_folder, validation_batch
+from stl_offline.training.steps import Objective, StepRandom
+from stl_offline.training.train_labeler import LabelerObjective
+from stl_offline.training.train_student import StudentObjective
 
 # A step is measured on as many images as go in about this time; one step before it, and as many more as fit.
 _SECONDS = 8.0
@@ -64,7 +66,7 @@ class DryRun:
         """What is printed."""
         width = max(len(name) for name in self.settings)
         rate = self.processes / self.image_seconds
-        exchange = ", what processes tell each other" if self.processes > 1 else ""
+        exchange = " and communication between processes" if self.processes > 1 else ""
         return [
             *(f"{name:<{width}}  {_shown(value)}" for name, value in self.settings.items()),
             "",
@@ -73,7 +75,7 @@ class DryRun:
             f"processes   {self.processes}",
             f"step        {self.step_images:,} images, learning rate up to {self.lr:g}",
             f"steps       {self.steps:,} ({self.epoch_steps:,} an epoch, the first {self.warmup:,} of them warm-up)",
-            f"speed       {rate:,.1f} images per second (loading, augmentation, measuring{exchange} not counted; in "
+            f"speed       {rate:,.1f} images per second (loading and validation{exchange} not counted; in "
             f"steps of {self.measured} images)",
             f"time        {_duration(self.seconds)} of training steps",
             f"memory      {self.memory / _GIB:.2f} GiB a process, libraries and loading not counted",
@@ -99,7 +101,7 @@ def dry_run(config: TrainConfig, stage_name: str) -> DryRun:
             match_classes(val, train.class_names, "the training images")
             check_shares(val_images, validation_batch(config), world.size)
         check_shares(images, config.batch_size * config.accumulate, world.size)
-        stage.run_folder().look(config.resume)
+        make_run_folder(stage, None).look(config.resume)
         return _measure(stage, images, val_images)
 
 
@@ -113,16 +115,12 @@ def _look(spec: str, folder: str, config: TrainConfig) -> tuple[Beton, int]:
 
 def _measure(stage: Stage, images: int, val_images: int) -> DryRun:
     config, world = stage.config, stage.world
-    model = stage.model.to(stage.device).train()
-    if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    lr = learning_rate(config, world.size)
-    stepper = _Stepper(stage, model, lr)
-    batch, seconds = stepper.choose_batch()
-    taken = max(1, min(_STEPS, round(_SECONDS / seconds)))
-    seconds = min([seconds, *(stepper.take(batch) for _ in range(taken))])
     step_images = config.batch_size * config.accumulate * world.size
     epoch_steps = -(-images // step_images)
+    timer = _StepTimer(stage)
+    batch, seconds = timer.choose_batch()
+    taken = max(1, min(_STEPS, round(_SECONDS / seconds)))
+    seconds = min([seconds, *(timer.take(batch) for _ in range(taken))])
     each = seconds / batch
     return DryRun(
         settings=dataclasses.asdict(config)
@@ -135,91 +133,107 @@ def _measure(stage: Stage, images: int, val_images: int) -> DryRun:
         processes=world.size,
         images=images,
         validation_images=val_images,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        tokens=tuple(model.grid_size(config.img_size, config.img_size)),
+        parameters=sum(parameter.numel() for parameter in stage.model.parameters()),
+        tokens=tuple(stage.model.grid_size(config.img_size, config.img_size)),
         step_images=step_images,
         epoch_steps=epoch_steps,
         steps=epoch_steps * config.epochs,
         warmup=warmup_steps(config, epoch_steps),
-        lr=lr,
+        lr=learning_rate(config, world.size),
         image_seconds=each,
         measured=batch,
         seconds=each * images / world.size * config.epochs,
-        memory=stepper.memory(batch),
+        memory=timer.memory(batch),
         is_first=world.is_first,
     )
 
 
-class _Stepper:
-    """Takes training steps on made-up images and labels of any batch size."""
+class _GivenLabels(TokenSource):
+    """Token targets that a batch brings with it."""
 
-    def __init__(self, stage: Stage, model: nn.Module, lr: float) -> None:
-        self.stage, self.model = stage, model
-        self.optimizer = make_optimizer(model, stage.config, lr)
-        self.average = make_average(model, stage.config)
-        self.generator = torch.Generator().manual_seed(stage.config.seed)
-        self.labeler = None
-        self.columns = 0
-        config = stage.config
-        if isinstance(config, StudentConfig) and config.labels != ("none",):
-            self.columns = config.soft_classes if config.token_target == "soft" else 1
-            if config.labels == ("online",):
-                self.labeler = OnlineLabels(stage, labeler_of(config), config).labeler
-            else:
-                how_read([open_label_set(place) for place in config.labels], config)
-        self.saved = 0
+    def targets(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor]:
+        return batch.token_ids, batch.token_weights
+
+
+class _StepTimer:
+    """Takes real training steps on made-up batches of any size: alone, uncompiled, each batch as one part."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.own = stage.config
+        config = dataclasses.replace(stage.config, compile=False, accumulate=1)
+        self.stage = stage = dataclasses.replace(stage, config=config, world=World())
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.targets = 0  # per token, that a batch brings with it
+        self.labeler: nn.Module | None = None
+        self.step = TrainStep(stage, self._objective(), 1)
+        self.step.model.train()
+        self.taken = self.saved = 0
 
     def choose_batch(self) -> tuple[int, float]:
         """The largest batch whose step takes no longer than it should, up to the run's own; and its seconds."""
         batch, seconds = 1, self.take(1)
         seconds = self.take(1)
-        while batch < self.stage.config.batch_size and seconds < _SECONDS / 4:
-            batch = min(batch * 2, self.stage.config.batch_size)
+        while batch < self.own.batch_size and seconds < _SECONDS / 4:
+            batch = min(batch * 2, self.own.batch_size)
             seconds = self.take(batch)
         return batch, seconds
 
-    def take(self, batch: int) -> float:
-        """One step; its seconds."""
-        stage, device = self.stage, self.stage.device
-        side, classes = stage.config.img_size, len(stage.train.class_names)
-        images = torch.randn(batch, 3, side, side, generator=self.generator)
-        images = images.to(device).to(memory_format=torch.channels_last)
-        targets = torch.full((batch, classes), 1 / classes, device=device)
-        counted = _SavedBytes(self.model.parameters())
+    def take(self, count: int) -> float:
+        """One step on ``count`` images; its seconds."""
+        batch = self._batch(count)
+        counted = _SavedBytes(self.step.model.parameters())
         self._wait()
         started = time.perf_counter()
-        if self.labeler is not None:
-            with torch.inference_mode(), autocast(device, stage.amp):
-                self.labeler(images)
-        with counted, autocast(device, stage.amp):
-            class_logits, token_logits = self.model(images)
-            loss = soft_cross_entropy(class_logits, targets) + self._token_loss(token_logits, targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.model)
+        with counted:
+            self.step(batch, self.taken)
         self._wait()
-        self.saved = max(counted.bytes // batch, 1)
+        self.taken += 1
+        self.saved = max(counted.bytes // count, 1)
         return time.perf_counter() - started
 
     def memory(self, batch: int) -> int:
         """Bytes of one process at the run's own batch size."""
-        config, device, own = self.stage.config, self.stage.device, self.stage.config.batch_size
-        step_images = 2 * own * config.accumulate * 3 * config.img_size**2 * 4
-        if device.type == "cuda" and batch == own:
+        config, device = self.own, self.stage.device
+        step_images = 2 * config.batch_size * config.accumulate * 3 * config.img_size**2 * 4
+        if device.type == "cuda" and batch == config.batch_size:
             return torch.cuda.max_memory_allocated(device) + step_images
-        copies = 4 + (self.average is not None)  # weights, gradients, AdamW's two moments, the average
-        weights = _bytes(self.model) * copies + (0 if self.labeler is None else _bytes(self.labeler))
-        return weights + self.saved * own + step_images
+        copies = 4 + (self.step.average is not None)  # weights, gradients, AdamW's two moments, the average
+        weights = _bytes(self.step.model) * copies + (0 if self.labeler is None else _bytes(self.labeler))
+        return weights + self.saved * config.batch_size + step_images
 
-    def _token_loss(self, token_logits: Tensor, targets: Tensor) -> Tensor:
-        if self.columns == 0:
-            return soft_cross_entropy(token_logits.float().mean(dim=1), targets)
-        shape = (*token_logits.shape[:2], self.columns)
-        ids = torch.zeros(shape, dtype=torch.int64, device=token_logits.device)
-        weights = torch.full(shape, 1 / self.columns, device=token_logits.device)
-        return token_cross_entropy(token_logits, ids, weights, self.stage.config.smoothing)
+    def _objective(self) -> Objective:
+        config = self.stage.config
+        if not isinstance(config, StudentConfig):
+            return LabelerObjective(self.stage)
+        if config.labels == ("none",):
+            return StudentObjective(self.stage, LabelSource(self.stage))
+        if config.labels == ("online",):
+            online = OnlineLabels(self.stage, labeler_of(config), config)
+            self.labeler = online.labeler
+            return StudentObjective(self.stage, online)
+        check_labels(config)
+        self.targets = config.soft_classes if config.token_target == "soft" else 1
+        return StudentObjective(self.stage, _GivenLabels(self.stage, config))
+
+    def _batch(self, count: int) -> Batch:
+        stage, device, side = self.stage, self.stage.device, self.stage.config.img_size
+        images = torch.randn(count, 3, side, side, generator=self.generator)
+        ids = weights = None
+        if self.targets:
+            rows, columns = stage.model.grid_size(side, side)
+            shape = (count, rows * columns, self.targets)
+            ids = torch.zeros(shape, dtype=torch.int64, device=device)
+            weights = torch.full(shape, 1 / self.targets, device=device)
+        warps = stage.augmentation.warps(0, count)
+        return Batch(
+            images=images.to(device).to(memory_format=torch.channels_last),
+            class_ids=torch.zeros(count, dtype=torch.int64, device=device),
+            token_ids=ids,
+            token_weights=weights,
+            views=torch.from_numpy(whole_views(count)),
+            sample_ids=torch.arange(count, device=device),
+            warps=None if warps is None else torch.from_numpy(warps),
+        )
 
     def _wait(self) -> None:
         if self.stage.device.type == "cuda":

@@ -1,101 +1,103 @@
 """The loop that both stages share: batches in, weights out, resumable to the sample.
 
 Every step's randomness comes from (seed, step), every view from (seed, epoch, sample), the order from (seed, epoch).
-So a run that goes on from a stored state takes the steps that it would have taken.
-
-A step's images come in one batch of ``accumulate · batch_size``, are augmented and mixed as one, and go through the
-model in ``accumulate`` parts. Each part's loss counts by its share of the whole step (`stl_offline.training.steps`),
-over all processes, so that neither parts nor processes change what is minimised.
+So a run that continues from a stored state takes the steps that it would have taken.
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.utils import distribute_bn
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-from stl_offline.config import TrainConfig
-from stl_offline.distributed import World, add_up, wait_for_world
-from stl_offline.errors import TrainingError
+from stl_offline.distributed import barrier, failure_of_another, long_barrier, sum_over_world_blocking
+from stl_offline.errors import FormatError, TrainingError
 from stl_offline.evaluation import Validation
-from stl_offline.loader import Batch, TokenLoader
-from stl_offline.models import ModelDescription
+from stl_offline.loader import Batch, TokenLabels, TokenLoader
 from stl_offline.progress import progress_bar
 from stl_offline.training.interrupt import StopRequest, stop_request
-from stl_offline.training.optimization import learning_rate, make_average, make_optimizer, make_schedule
-from stl_offline.training.run_folder import Clock, Progress, RunFolder, check_same_place
-from stl_offline.training.steps import Objective, Share, StepInputs, StepRandom
-from stl_offline.training.sync_norm import share_statistics
+from stl_offline.training.optimization import NotFiniteError, StepResult, TrainStep
+from stl_offline.training.run_folder import STATE_NAME, Clock, Progress, RunFolder, check_same_place, check_same_run
+from stl_offline.training.setup import Stage, make_run_folder, make_train_loader, make_validation
+from stl_offline.training.steps import Objective, StepInputs
 from stl_offline.training.watch import Means, RunWatch
 
 # What an epoch shows: epoch → arguments of TokenLoader.epoch (views, and which stored map to read).
 EpochPlan = Callable[[int], dict[str, Any]]
 
-# What the processes tell each other in every step beside the losses.
-_FLAGS = ("not finite", "SIGINT", "SIGTERM", "save")
+
+def run_stage(
+    stage: Stage,
+    objective: Objective,
+    plan: EpochPlan,
+    label_identity: dict[str, Any] | None = None,
+    loader_labels: TokenLabels | None = None,
+) -> dict[str, Any]:
+    """Train, or continue a run, or find that it is complete; gives the summary.
+
+    Args:
+        objective: the stage's inputs and losses; plan: what each epoch shows.
+        label_identity: what the token labels are, by content; None for a stage without any.
+        loader_labels: what the loader makes token targets from.
+    """
+    config, world = stage.config, stage.world
+    folder = make_run_folder(stage, label_identity)
+    complete = folder.summary() if config.resume else None
+    if complete is not None:
+        return complete | {"already_complete": True}
+    loader = make_train_loader(stage, loader_labels)
+    validation = make_validation(stage)
+    with folder.held() if world.is_first else contextlib.nullcontext(), failure_of_another(world):
+        long_barrier(world)
+        check_same_run(folder, config, stage.device, world)
+        state = folder.open(resume=config.resume, write=world.is_first)
+        trainer = Trainer(stage, folder, loader, objective, plan, validation)
+        if state is not None:
+            trainer.restore(state)
+        del state  # as large as the model, its average and the optimiser
+        return trainer.fit()
 
 
 class Trainer:
     """One training run.
 
     Args:
-        model: what is trained.
+        stage: the model, its settings, device and processes.
+        folder: where the run is kept.
         loader: gives batches of ``accumulate · batch_size``.
         objective: the stage's inputs and losses.
         plan: what each epoch shows.
         validation: a function that scores a model, or None.
-        amp: the autocast type that the objective uses.
-        unused_parameters: whether the losses leave parameters, those of the token head, without a gradient.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
+        stage: Stage,
         folder: RunFolder,
-        model: nn.Module,
         loader: TokenLoader,
         objective: Objective,
         plan: EpochPlan,
         validation: Validation | None,
-        description: ModelDescription,
-        device: torch.device,
-        world: World,
-        amp: torch.dtype | None = None,
-        unused_parameters: bool = False,
     ) -> None:
-        self.config, self.folder, self.loader, self.objective, self.plan = config, folder, loader, objective, plan
-        self.validation, self.description, self.device, self.world = validation, description, device, world
-        self.model = model.to(device)
-        if config.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
-        if config.sync_bn and world.size > 1:
-            share_statistics(self.model)
-        self.optimizer = make_optimizer(self.model, config, learning_rate(config, world.size))
-        self.schedule = make_schedule(self.optimizer, config, len(loader))
-        self.average = make_average(self.model, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-        self.unused_parameters = unused_parameters
-        self.parallel: DistributedDataParallel | None = None
-        if world.size > 1:
-            self.parallel = DistributedDataParallel(
-                self.model,
-                device_ids=[device] if device.type == "cuda" else None,
-                find_unused_parameters=unused_parameters,
-                gradient_as_bucket_view=True,
-            )
-        self.step_model: nn.Module = self.parallel or self.model
-        if config.compile:
-            # Of its own for every batch size: which sizes came before must not shape what comes after a new start.
-            self.step_model = torch.compile(self.step_model, dynamic=False)
+        self.config, self.description, self.device, self.world = (
+            stage.config,
+            stage.description,
+            stage.device,
+            stage.world,
+        )
+        self.folder, self.loader, self.plan, self.validation = folder, loader, plan, validation
+        self.step = TrainStep(stage, objective, len(loader))
         self.at = Progress()
         self.means = Means()
         self.history: list[dict[str, Any]] = []
         self.shown: StepInputs | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.step.model
 
     def fit(self) -> dict[str, Any]:
         """Train to the end (after `restore`, from there on) and return the summary.
@@ -128,19 +130,20 @@ class Trainer:
         for batch in batches:
             clock.works()
             due = self._is_due(time.monotonic() - saved)
-            values, flags = self._take_step(batch, stop, due)
-            images = int(values.pop("images"))
+            result = self._take_step(batch, lambda due=due: [*_asked(stop), float(due)])
+            values, images = result.values, result.images
+            sigint, sigterm, save = map(bool, result.notes)
             self.means.add(values, images)
             self.at.batch += 1
             bar.update(images)
             bar.set_postfix(loss=f"{self.means.all()['loss']:.3f}", refresh=False)
             clock.tick()
-            watch.step(self.at, self.optimizer.param_groups[0]["lr"], values, images)
-            if flags["SIGINT"] or flags["SIGTERM"] or flags["save"]:
+            watch.step(self.at, self.step.lr, values, images)
+            if sigint or sigterm or save:
                 self._save_state()
                 saved = time.monotonic()
                 # Another process may have been asked, and not this one.
-                stop.ask(sigint=bool(flags["SIGINT"]), sigterm=bool(flags["SIGTERM"]))
+                stop.ask(sigint=sigint, sigterm=sigterm)
                 stop.raise_if_asked()
             clock.waits()
         clock.tick()
@@ -149,8 +152,8 @@ class Trainer:
 
     def _stop_if_asked(self, stop: StopRequest) -> None:
         """End the program where any process of the job was asked to."""
-        asked = [float(stop.asked == number) for number in stop.SIGNALS]
-        told = add_up(torch.tensor(asked, dtype=torch.float64, device=self.device), self.world).tolist()
+        asked = torch.tensor(_asked(stop), dtype=torch.float64, device=self.device)
+        told = sum_over_world_blocking(asked, self.world).tolist()
         stop.ask(sigint=bool(told[0]), sigterm=bool(told[1]))
         stop.raise_if_asked()
 
@@ -161,86 +164,42 @@ class Trainer:
             return True
         return self.world.is_first and seconds > self.config.checkpoint_every
 
-    def _take_step(self, batch: Batch, stop: StopRequest, due: bool) -> tuple[dict[str, float], dict[str, float]]:
-        """One optimiser step; gives the step's means over all processes, and what they told each other."""
-        random = StepRandom.of(self.config.seed, self.world.rank, self.at.step)
-        # Dropout and drop path inside the model read torch's own generator: pinned to the step, too.
-        torch.manual_seed(random.torch.initial_seed())
-        self.schedule.step_update(self.at.step)
-        inputs = self.objective.inputs(batch, random)
-        totals = add_up(inputs.totals(), self.world)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = self._backward(inputs, totals)
-        asked = [float(stop.asked == number) for number in stop.SIGNALS]
-        told = torch.stack([*losses.values(), (~torch.isfinite(losses["loss"])).double()])
-        told = torch.cat([told, torch.tensor([*asked, float(due)], dtype=torch.float64, device=self.device)])
-        numbers = add_up(told, self.world).tolist()
-        values = {name: number / self.world.size for name, number in zip(losses, numbers, strict=False)}
-        flags = dict(zip(_FLAGS, numbers[len(losses) :], strict=True))
-        if flags["not finite"]:
-            if torch.isfinite(losses["loss"]):
-                raise TrainingError(f"the loss of another process of this job is not finite at {self._where()}")
-            self._stop(batch, losses, f"loss is {values['loss']}")
-        self.scaler.unscale_(self.optimizer)
-        # The same in all processes, whose gradients are means over all of them.
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
-        values["gradient_norm"] = float(norm)
-        if not (math.isfinite(values["gradient_norm"]) or self._may_shrink()):
-            self._stop(batch, losses, f"gradient's norm is {values['gradient_norm']}")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+    def _take_step(self, batch: Batch, notes: Callable[[], list[float]]) -> StepResult:
+        """One optimiser step; keeps what led to numbers that are not finite."""
+        try:
+            result = self.step(batch, self.at.step, notes)
+        except NotFiniteError as error:
+            raise self._failure(batch, error) from None
         self.at.step += 1
-        if self.average is not None:
-            self.average.update(self.model, step=self.at.step)
         if self.config.tensorboard and self.world.is_first and self.at.batch + 1 == len(self.loader):
-            self.shown = inputs.first(RunWatch.IMAGES)
-        return values | {"images": float(totals[0])}, flags
+            self.shown = result.inputs.first(RunWatch.IMAGES)
+        return result
 
-    def _backward(self, inputs: StepInputs, totals: Tensor) -> dict[str, Tensor]:
-        """Gradients of a whole step, part by part; gives this process's sums of the losses, (,) float64 each."""
-        # As many parts in every process: batches may differ by one image.
-        count = self.config.accumulate
-        if count > 1:
-            count = min(count, int(totals[0]) // self.world.size)
-        sums: dict[str, Tensor] = {}
-        for number, part in enumerate(inputs.parts(count), 1):
-            alone = self.parallel is not None and number < count
-            with self.parallel.no_sync() if alone else contextlib.nullcontext():
-                losses = self.objective.losses(self.step_model, part, Share.of(part, totals, self.world.size))
-                self.scaler.scale(losses["loss"]).backward()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double()
-        return sums
-
-    def _stop(self, batch: Batch, losses: dict[str, Tensor], what: str) -> None:
-        """Stop before numbers that are not finite reach the weights, and keep what led to them."""
-        parts = {name: float(value) for name, value in losses.items()}
+    def _failure(self, batch: Batch, error: NotFiniteError) -> TrainingError:
+        if not error.in_this_process:
+            return TrainingError(f"the loss of another process of this job is not finite at {self._where()}")
         samples = batch.sample_ids.tolist()
         evidence = {
             "epoch": self.at.epoch + 1,
             "step": self.at.step + 1,
             "rank": self.world.rank,
-            "parts": {name: str(value) for name, value in parts.items()},
+            "parts": {name: str(value) for name, value in error.losses.items()},
             "sample_ids": samples,
             "keys": [self.loader.beton.keys[sample] for sample in samples],
         }
         name = "not-finite.json" if self.world.size == 1 else f"not-finite-rank{self.world.rank}.json"
         path = self.folder.write_evidence(name, evidence)
-        raise TrainingError(
-            f"the {what} at {self._where()}; the batch's sample ids and keys are in {path}. "
-            "A smaller --lr, a longer --warmup-epochs or --clip-grad 1 often helps: in a new run, with another --out"
+        return TrainingError(
+            f"the {error} at {self._where()}; the batch's sample ids and keys are in {path}. Start a new run, with "
+            "another `out`: a smaller `lr`, a longer `warmup_epochs` or `clip_grad=1` often helps"
         )
-
-    def _may_shrink(self) -> bool:
-        """Whether a smaller loss scale may make the gradient finite. One that is not finite at a scale of 1 is lost."""
-        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def _where(self) -> str:
         return f"epoch {self.at.epoch + 1}, step {self.at.step + 1}"
 
     def _end_epoch(self, bar: Any, stop: StopRequest, watch: RunWatch) -> None:
         at = self.at
-        entry: dict[str, Any] = {"epoch": at.epoch + 1, "step": at.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        entry: dict[str, Any] = {"epoch": at.epoch + 1, "step": at.step, "lr": self.step.lr}
         entry |= self.means.all()
         entry |= {"seconds": at.seconds, "images_per_second": self.means.images / max(at.seconds, 1e-9)}
         entry |= {"cpu_seconds": at.cpu_seconds, "data_wait_seconds": at.waited}
@@ -258,7 +217,7 @@ class Trainer:
         self.means = Means()
         if self.world.is_first:
             # The state comes last: a run that dies in between repeats the end of this epoch, and loses nothing.
-            self.folder.save_weights(self.averaged_model(), self.description)
+            self.folder.save_weights(self.step.averaged_model(), self.description)
             if best is not None:
                 self.folder.save_weights(best, self.description, best=True)
             self.folder.write_log(self.history)
@@ -270,7 +229,7 @@ class Trainer:
         Alone, a process stops between two batches where it is asked to; several have to end the measuring together.
         """
         after_batch = stop.raise_if_asked if self.world.size == 1 else lambda: None
-        models = {"": self.averaged_model()} | ({"model_": self.model} if self.average is not None else {})
+        models = {"": self.step.averaged_model()} | ({"model_": self.model} if self.step.average is not None else {})
         entry: dict[str, Any] = {}
         best = None
         for prefix, model in models.items():
@@ -287,38 +246,32 @@ class Trainer:
         the averaged model it knows nothing.
         """
         if self.world.size > 1:
-            for model in (self.model, self.average):
+            for model in (self.model, self.step.average):
                 if model is not None:
                     distribute_bn(model, self.world.size, reduce=True)
 
-    def averaged_model(self) -> nn.Module:
-        """The averaged model where averaging is on, else the model itself."""
-        return self.model if self.average is None else self.average.module
-
     def _save_state(self) -> None:
         if self.world.is_first:
-            self.folder.save_state(
-                {
-                    "at": vars(self.at),
-                    "means": self.means.state(),
-                    "history": self.history,
-                    "model": self.model.state_dict(),
-                    "average": None if self.average is None else self.average.module.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                }
-            )
-        wait_for_world(self.world)
+            own = {"at": vars(self.at), "means": self.means.state(), "history": self.history}
+            self.folder.save_state(own | self.step.state())
+        barrier(self.world)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a stored state."""
-        self.at, self.history = Progress(**state["at"]), state["history"]
-        self.means = Means.of(state["means"])
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.module.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        """Go on from a stored state.
+
+        Raises:
+            FormatError: it holds something else than this run's.
+        """
+        try:
+            self.at, self.history = Progress.of(state["at"]), list(map(dict, state["history"]))
+            self.means = Means.of(state["means"])
+            self.step.restore(state)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise FormatError(
+                f"{self.folder.path / STATE_NAME} is damaged, it holds no state of this run ({type(error).__name__}: "
+                f"{reason}); start anew with `resume=False`"
+            ) from error
 
     def _finish(self) -> dict[str, Any]:
         last = self.history[-1]
@@ -331,9 +284,14 @@ class Trainer:
         }
         if self.validation is not None:
             summary |= {name: last[name] for name in ("top1", "top5", "token_top1", "best_top1")}
-            if self.average is not None:
+            if self.step.average is not None:
                 summary["top1_not_averaged"] = last["model_top1"]
         if self.world.is_first:
             self.folder.finish(summary)
-        wait_for_world(self.world)
+        barrier(self.world)
         return summary
+
+
+def _asked(stop: StopRequest) -> list[float]:
+    """Which of SIGINT and SIGTERM this process has received, as numbers to sum over all processes."""
+    return [float(stop.asked == number) for number in stop.SIGNALS]

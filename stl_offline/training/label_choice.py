@@ -80,11 +80,11 @@ def choose_between(
         return ChooseByDraw(tuple(shares or [1.0] * len(specs)), seed)
     if crops:
         raise InputError(
-            f"a choice by zoom needs maps of whole images, but {crops[0]} holds crops; use --labels-pick draw"
+            f'a choice by zoom needs maps of whole images, but {crops[0]} holds crops; use `labels_pick="draw"`'
         )
     if len(set(sides)) < len(sides):
         named = ", ".join(f"{each.place} {side:.0f} px" for each, side in zip(label_sets, sides, strict=True))
         raise InputError(
-            f"a choice by zoom needs maps made at different input sides, got {named}; use --labels-pick draw"
+            f'a choice by zoom needs maps made at different input sides, got {named}; use `labels_pick="draw"`'
         )
     return ChooseByZoom(sides)

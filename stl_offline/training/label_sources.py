@@ -4,7 +4,7 @@ n: samples; B: batch; N: tokens; m: targets a token.
 """
 
 import abc
-import sys
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +26,8 @@ from stl_offline.training.label_choice import LabelChoice, choose_between
 from stl_offline.training.online import online_targets
 from stl_offline.training.setup import Stage
 from stl_offline.training.steps import StepRandom
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class LabelSource:
@@ -202,6 +204,16 @@ def open_labels(config: StudentConfig, stage: Stage) -> LabelSource:
     return DumpedLabels(stage, [open_label_set(place) for place in config.labels], config)
 
 
+def check_labels(config: StudentConfig) -> None:
+    """Check the label sets and how they are to be read, before images are packed.
+
+    Raises:
+        StlError: label sets that are not there or damaged, or do not go with the settings.
+    """
+    if not {"none", "online"} & set(config.labels):
+        how_read([open_label_set(place) for place in config.labels], config)
+
+
 def how_read(label_sets: list[LabelSet], config: StudentConfig) -> tuple[list[bool], LabelChoice | None]:
     """Whether each set's crops are replayed, and which set a sample reads.
 
@@ -213,42 +225,42 @@ def how_read(label_sets: list[LabelSet], config: StudentConfig) -> tuple[list[bo
 
 
 def warn_of_other_pixels(label_sets: Sequence[LabelSet], interpolation: str) -> None:
-    """Say so, in one line a set, where a student sees other pixels than those that the labels speak of."""
+    """Log one warning per label set that was made from images resized or decoded in another way than the student's."""
     for label_set in label_sets:
         seen = label_set.spec.preprocessing
         theirs, ours = (seen["interpolation"], seen["decoder"]), (interpolation, DECODER)
         if theirs != ours:
-            print(
-                f"warning: {label_set.place} was labelled on images resized by {theirs[0]} (decoder {theirs[1]}); "
-                f"this student sees them resized by {ours[0]} (decoder {ours[1]})",
-                file=sys.stderr,
+            _LOGGER.warning(
+                "%s was labelled on images resized by %s (decoder %s); "
+                "this student sees them resized by %s (decoder %s)",
+                *(label_set.place, *theirs, *ours),
             )
 
 
 def warn_of_other_crops(label_sets: Sequence[LabelSet], scale_min: float, flip: float) -> None:
-    """Say so, in one line a set, where a student replays crops of another distribution than its settings name."""
+    """Log one warning per label set whose replayed crops have another distribution than the student's settings."""
     for label_set in label_sets:
         crops = label_set.spec.views
         if (crops["scale"], crops["flip"]) != ([scale_min, 1.0], flip):
-            print(
-                f"warning: {label_set.place} holds crops of {crops['scale']} of the area, flipped with chance "
-                f"{crops['flip']}, and this student replays them: its --scale-min {scale_min:g} and --flip {flip:g} "
-                "have no say in images that read this set",
-                file=sys.stderr,
+            _LOGGER.warning(
+                "%s holds crops of %s of the area, flipped with probability %s, and this student replays them: its "
+                "`scale_min` %g and `flip` %g have no effect on images that read this set",
+                *(label_set.place, crops["scale"], crops["flip"], scale_min, flip),
             )
 
 
-def _is_replayed(label_set: LabelSet, views: str) -> bool:
+def _is_replayed(label_set: LabelSet, crops: str) -> bool:
     has_crops = label_set.spec.views["kind"] == "random"
-    replay = has_crops if views == "auto" else views == "replay"
+    replay = has_crops if crops == "auto" else crops == "replay"
     if replay and not has_crops:
         raise InputError(
-            f"{label_set.place} holds whole images, no crops to replay; use --views random, or dump with --views V"
+            f'{label_set.place} holds labels of whole images, no crops to replay; use `crops="random"`, or dump with '
+            "`crops_per_image`"
         )
     if has_crops and not replay:
         raise InputError(
             f"{label_set.place} holds labels of {label_set.spec.views_per_image} crops, not of whole images; "
-            "use --views replay, or dump without --views"
+            'use `crops="replay"`, or dump without `crops_per_image`'
         )
     return replay
 

@@ -1,12 +1,28 @@
-"""Optimiser, schedule and averaged weights: timm's, set as the STL recipe sets them."""
+"""One optimiser step, and what it works with: timm's optimiser, schedule and averaged weights, set as in STL's recipe.
+
+A step's images come in one batch of ``accumulate · batch_size``, are augmented and mixed as one, and go through the
+model in ``accumulate`` parts. Each part's loss counts by its share of the whole step (`stl_offline.training.steps`),
+over all processes, so that neither parts nor processes change what is minimised.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import timm.optim
 import torch
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stl_offline.config import TrainConfig
+from stl_offline.distributed import share_batch_statistics, sum_over_world_blocking
+from stl_offline.errors import TrainingError
+from stl_offline.loader import Batch
+from stl_offline.training.setup import Stage
+from stl_offline.training.steps import Objective, Share, StepInputs, StepRandom
 
 MIN_LR = 1e-6
 WARMUP_LR = 1e-6
@@ -57,3 +73,142 @@ def make_average(model: nn.Module, config: TrainConfig) -> ModelEmaV3 | None:
     if not config.ema_decay:
         return None
     return ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives: means of the losses and the gradient's norm over all processes, by name; images of all
+    processes; each note's sum over all processes; this process's inputs."""
+
+    values: dict[str, float]
+    images: int
+    notes: list[float]
+    inputs: StepInputs
+
+
+class NotFiniteError(TrainingError):
+    """A loss or a gradient is not finite. losses: this process's; in_this_process: whether they led to it."""
+
+    def __init__(self, what: str, losses: dict[str, float], in_this_process: bool) -> None:
+        super().__init__(what)
+        self.losses, self.in_this_process = losses, in_this_process
+
+
+class TrainStep:
+    """Takes optimiser steps: moves the stage's model to its device, and holds all that changes with it.
+
+    Args:
+        stage: the model, its settings, device and processes.
+        objective: the stage's inputs and losses.
+        steps_per_epoch: what the schedule is made for.
+    """
+
+    def __init__(self, stage: Stage, objective: Objective, steps_per_epoch: int) -> None:
+        config, world, device = stage.config, stage.world, stage.device
+        self.config, self.world, self.device, self.objective = config, world, device, objective
+        self.model = stage.model.to(device)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        if config.sync_bn and world.size > 1:
+            share_batch_statistics(self.model)
+        self.optimizer = make_optimizer(self.model, config, learning_rate(config, world.size))
+        self.schedule = make_schedule(self.optimizer, config, steps_per_epoch)
+        self.average = make_average(self.model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=stage.amp is torch.float16)
+        self.parallel: DistributedDataParallel | None = None
+        if world.size > 1:
+            self.parallel = DistributedDataParallel(
+                self.model,
+                device_ids=[device] if device.type == "cuda" else None,
+                find_unused_parameters=not config.trains_tokens,
+                gradient_as_bucket_view=True,
+            )
+        self.forward: nn.Module = self.parallel or self.model
+        if config.compile:
+            # Of its own for every batch size: which sizes came before must not shape what comes after a new start.
+            self.forward = torch.compile(self.forward, dynamic=False)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def __call__(self, batch: Batch, step: int, notes: Callable[[], list[float]] = list) -> StepResult:
+        """Take step number ``step``, counted from 0.
+
+        Args:
+            notes: gives numbers to sum over all processes with the losses; called once the gradients are there.
+
+        Raises:
+            NotFiniteError: before numbers that are not finite reach the weights.
+        """
+        random = StepRandom.of(self.config.seed, self.world.rank, step)
+        # Dropout and drop path inside the model read torch's own generator: pinned to the step, too.
+        torch.manual_seed(random.torch.initial_seed())
+        self.schedule.step_update(step)
+        inputs = self.objective.inputs(batch, random)
+        totals = sum_over_world_blocking(inputs.totals(), self.world)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._backward(inputs, totals)
+        finite = torch.isfinite(losses["loss"])
+        told = torch.stack([*losses.values(), (~finite).double()])
+        told = torch.cat([told, torch.tensor(notes(), dtype=torch.float64, device=self.device)])
+        numbers = sum_over_world_blocking(told, self.world).tolist()
+        values = {name: number / self.world.size for name, number in zip(losses, numbers, strict=False)}
+        if numbers[len(losses)]:
+            raise self._not_finite(f"loss is {values['loss']}", losses, in_this_process=not finite)
+        self.scaler.unscale_(self.optimizer)
+        # The same in all processes, whose gradients are means over all of them.
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf))
+        if not (math.isfinite(norm) or self._may_shrink()):
+            raise self._not_finite(f"gradient's norm is {norm}", losses, in_this_process=True)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.model, step=step + 1)
+        return StepResult(values | {"gradient_norm": norm}, int(totals[0]), numbers[len(losses) + 1 :], inputs)
+
+    def averaged_model(self) -> nn.Module:
+        """The averaged model where averaging is on, else the model itself."""
+        return self.model if self.average is None else self.average.module
+
+    def state(self) -> dict[str, object]:
+        """Everything that steps change: what `restore` takes."""
+        return {
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Go on from a stored state."""
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def _backward(self, inputs: StepInputs, totals: Tensor) -> dict[str, Tensor]:
+        """Gradients of a whole step, part by part; gives this process's sums of the losses, (,) float64 each."""
+        # As many parts in every process: batches may differ by one image.
+        count = self.config.accumulate
+        if count > 1:
+            count = min(count, int(totals[0]) // self.world.size)
+        sums: dict[str, Tensor] = {}
+        for number, part in enumerate(inputs.parts(count), 1):
+            alone = self.parallel is not None and number < count
+            with self.parallel.no_sync() if alone else contextlib.nullcontext():
+                losses = self.objective.losses(self.forward, part, Share.of(part, totals, self.world.size))
+                self.scaler.scale(losses["loss"]).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+        return sums
+
+    def _may_shrink(self) -> bool:
+        """Whether a smaller loss scale may make the gradient finite. One that is not finite at a scale of 1 is lost."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
+    @staticmethod
+    def _not_finite(what: str, losses: dict[str, Tensor], in_this_process: bool) -> NotFiniteError:
+        return NotFiniteError(what, {name: float(value) for name, value in losses.items()}, bool(in_this_process))

@@ -11,6 +11,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -21,18 +22,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stl_offline.config import TrainConfig, differences
 from stl_offline.distributed import World, agree
 from stl_offline.errors import FormatError, InputError, TrainingError
-from stl_offline.files import atomic_path, atomic_write, canonical_json, make_folder, remove_leftovers, sha256_bytes
+from stl_offline.files import (
+    atomic_path,
+    atomic_write,
+    canonical_json,
+    check_writable,
+    make_folder,
+    read_json_object,
+    read_numbers,
+    remove_leftovers,
+    sha256_bytes,
+)
 from stl_offline.models import WEIGHTS_NAME, ModelDescription, save_model
 
 BEST_NAME = "best.safetensors"
+STATE_NAME = "state.pt"
 LOCK_NAME = ".lock"
 # What a stored state holds.
 STATE = {"at", "means", "history", "model", "average", "optimizer", "scaler"}
+
+_DIGEST = "sha256"  # the entry of a stored state with the SHA-256 of the others
+_SUMMARY = ("epochs", "steps", "train_seconds", "loss")  # what every summary holds
+_ADVICE = "choose another `out`, or start anew there with `resume=False`"
 
 _PACKAGES = ("stl-offline", "torch", "torchvision", "timm", "ffcv", "numpy", "numba")
 
@@ -48,6 +64,18 @@ class Progress:
     cpu_seconds: float = 0.0
     waited: float = 0.0  # for batches
     best_top1: float = -1.0
+
+    @classmethod
+    def of(cls, values: dict[str, int | float]) -> "Progress":
+        """Progress from its stored values; raises TypeError or ValueError for what none has."""
+        at = cls(**values)
+        for name in ("epoch", "batch", "step"):
+            if type(getattr(at, name)) is not int or getattr(at, name) < 0:
+                raise ValueError(f"{name} must be an integer from 0 on, got {getattr(at, name)!r}")
+        for name in ("seconds", "cpu_seconds", "waited", "best_top1"):
+            if type(getattr(at, name)) not in (int, float):
+                raise TypeError(f"{name} must be a number, got {getattr(at, name)!r}")
+        return at
 
 
 class Clock:
@@ -113,19 +141,21 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(
-                    f"another job is training in {self.path}; wait for it, stop it, or choose another --out"
+                    f"another job is training in {self.path}; wait for it, stop it, or choose another `out`"
                 ) from error
             except OSError:  # a file system without locks
                 pass
             yield
 
     def look(self, resume: bool) -> None:
-        """Whether a run of these settings may begin or go on here; what its data are is not compared.
+        """Check that a run of these settings may begin or be resumed here, before its data are known.
 
         Raises:
             InputError: as `held` and `open`.
+            TargetError: the folder cannot be written.
         """
         self._check_own()
+        check_writable(self.path)
         if resume and (self.path / "config.json").is_file():
             self._check_same(self.path / "config.json", ("settings",))
 
@@ -147,7 +177,7 @@ class RunFolder:
             return self._load_state()
         if not write:
             return None
-        for name in ("summary.json", "state.pt", "log.jsonl", "steps.jsonl", WEIGHTS_NAME, BEST_NAME):
+        for name in ("summary.json", STATE_NAME, "log.jsonl", "steps.jsonl", WEIGHTS_NAME, BEST_NAME):
             (self.path / name).unlink(missing_ok=True)
         for path in [*self.path.glob("tensorboard/events.*"), *self.path.glob("not-finite*.json")]:
             path.unlink()
@@ -160,11 +190,15 @@ class RunFolder:
         if not path.is_file() or not (self.path / "config.json").is_file():
             return None
         self._check_same(self.path / "config.json")
-        return _read_object(path)
+        summary = read_numbers(path, _ADVICE)
+        if lacking := [name for name in _SUMMARY if summary.get(name) is None]:
+            raise FormatError(f"{path} is damaged ({', '.join(lacking)} missing); {_ADVICE}")
+        return summary
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write all that is needed to go on, whole or not at all."""
-        with atomic_path(self.path / "state.pt") as temporary, open(temporary, "wb") as stream:
+        """Write all that is needed to go on and its SHA-256, whole or not at all."""
+        state = state | {_DIGEST: content_digest(state)}
+        with atomic_path(self.path / STATE_NAME) as temporary, open(temporary, "wb") as stream:
             try:
                 torch.save(state, stream)
             except RuntimeError as error:
@@ -188,32 +222,32 @@ class RunFolder:
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run complete."""
         atomic_write(self.path / "summary.json", canonical_json(summary))
-        (self.path / "state.pt").unlink(missing_ok=True)
+        (self.path / STATE_NAME).unlink(missing_ok=True)
 
     def _check_own(self) -> None:
         if self.path.is_dir() and not (self.path / "config.json").is_file():
             foreign = [path for path in self.path.iterdir() if not path.name.startswith(".")]
             if foreign:
-                raise InputError(f"{self.path} is not empty and holds no run; choose another --out")
+                raise InputError(f"{self.path} is not empty and holds no run; choose another `out`")
 
     def _check_same(self, config_path: Path, parts: tuple[str, ...] = ("settings", "data")) -> None:
-        stored = _read_object(config_path)
+        stored = read_json_object(config_path, _ADVICE)
+        for part in ("settings", "data"):
+            if not isinstance(stored.get(part), dict):
+                raise FormatError(f"{config_path} is damaged ({part} is no JSON object); {_ADVICE}")
         changed = []
         for part in parts:
-            theirs = stored.get(part)
-            changed += differences(
-                theirs if isinstance(theirs, dict) else {}, json.loads(canonical_json(self._config[part]))
-            )
+            changed += differences(stored[part], json.loads(canonical_json(self._config[part])))
         if stored.get("stage") != self._config["stage"]:
             changed.insert(0, f"stage: {stored.get('stage')!r} → {self._config['stage']!r}")
         if changed:
             raise InputError(
                 f"{self.path} holds a run with other settings ({'; '.join(changed[:4])}); "
-                "choose another --out, or --no-resume to start anew there"
+                "choose another `out`, or start anew there with `resume=False`"
             )
 
     def _load_state(self) -> dict[str, Any] | None:
-        path = self.path / "state.pt"
+        path = self.path / STATE_NAME
         if not path.is_file():
             return None
         try:
@@ -227,21 +261,40 @@ class RunFolder:
         except Exception as error:  # damaged bytes make torch's unpickler raise anything
             reason = f"{type(error).__name__}: {error}"
         else:
-            missing = STATE - state.keys() if isinstance(state, dict) else STATE
-            if not missing:
-                return state
-            reason = f"{', '.join(sorted(missing))} missing"
-        raise FormatError(f"{path} is damaged ({reason}); start anew with --no-resume")
+            if not isinstance(state, dict):
+                reason = f"it holds {type(state).__name__}"
+            elif missing := STATE - state.keys():
+                reason = f"{', '.join(sorted(missing))} missing"
+            else:
+                stored = state.pop(_DIGEST, None)  # releases before this one stored none
+                if stored is None or stored == content_digest(state):
+                    return state
+                reason = "its content does not have the SHA-256 that was stored with it"
+        raise FormatError(f"{path} is damaged ({' '.join(reason.split())[:300]}); start anew with `resume=False`")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is damaged ({error}); choose another --out or --no-resume") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{path} is damaged (no JSON object); choose another --out or --no-resume")
-    return found
+def content_digest(value: Any) -> str:
+    """SHA-256 of nested dicts, lists and tuples of tensors and plain values."""
+    digest = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, Tensor):
+            digest.update(f"tensor {part.dtype} {tuple(part.shape)}\n".encode())
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(part, dict):
+            digest.update(f"dict {len(part)}\n".encode())
+            for name, each in part.items():
+                add(name)
+                add(each)
+        elif isinstance(part, list | tuple):
+            digest.update(f"{type(part).__name__} {len(part)}\n".encode())
+            for each in part:
+                add(each)
+        else:
+            digest.update(f"{part!r}\n".encode())
+
+    add(value)
+    return digest.hexdigest()
 
 
 def check_same_run(folder: RunFolder, config: TrainConfig, device: torch.device, world: World) -> None:

@@ -1,6 +1,5 @@
-"""What both stages need before the first step: images, model, loaders, checks."""
+"""What both stages need before the first step: a `Stage` holds the objects, functions make them from settings."""
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,26 +8,25 @@ import timm
 import torch
 from torch import nn
 
-from stl_offline.augment import Augmentation, Mix, MixSettings, RandAugment, RandomErase, draw_mix
+from stl_offline.augment import Augmentation, Mix, RandAugment, RandomErase, draw_mix
 from stl_offline.config import TrainConfig, result_settings
 from stl_offline.device import amp_name, pick_amp, pick_device, pick_workers
-from stl_offline.distributed import World, failure_of_another, join_world, meet
+from stl_offline.distributed import World, join_world
 from stl_offline.errors import InputError
 from stl_offline.evaluation import Validation, match_classes
-from stl_offline.geometry import CropSettings, center_views, draw_views
+from stl_offline.geometry import center_views, draw_views
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader import Batch, ImageSettings, TokenLabels, TokenLoader
-from stl_offline.models import Fan, ModelDescription
-from stl_offline.training.engine import EpochPlan, Trainer
-from stl_offline.training.run_folder import RunFolder, check_same_run
-from stl_offline.training.steps import Objective, StepRandom
+from stl_offline.models import ModelDescription
+from stl_offline.training.run_folder import RunFolder
+from stl_offline.training.steps import StepRandom
 from stl_offline.training.watch import summary_writer
 
 
 @dataclass
 class Stage:
-    """The things that a stage works with."""
+    """The objects that a stage works with, and what it draws with them."""
 
     config: TrainConfig
     device: torch.device
@@ -49,9 +47,10 @@ class Stage:
         return self.model.pretrained_cfg["std"]
 
     @property
-    def mix(self) -> MixSettings:
-        config = self.config
-        return MixSettings(config.mixup, config.cutmix, config.mix_prob, mode=config.mix_mode)
+    def images(self) -> ImageSettings:
+        """How the model takes images."""
+        side = self.config.img_size
+        return ImageSettings((side, side), self.mean, self.std, self.config.interpolation)
 
     def augment(self, batch: Batch) -> torch.Tensor:
         """The batch's images as the model sees them, but for mixing: (B, 3, H, W)."""
@@ -63,113 +62,24 @@ class Stage:
 
     def random_views(self, epoch: int) -> np.ndarray:
         """Fresh random crops of every image: (n, 6)."""
-        crops = CropSettings(scale=(self.config.scale_min, 1.0), flip=self.config.flip)
-        samples = np.arange(len(self.train))
+        samples, crops = np.arange(len(self.train)), self.config.crop_settings()
         return draw_views(self.config.seed, epoch, samples, self.train.heights, self.train.widths, crops)
 
     def draw_mix(self, images: torch.Tensor, random: StepRandom) -> Mix | None:
         """How this step's images are mixed; None where mixing is off."""
-        return draw_mix(len(images), *images.shape[2:], self.mix, random.numpy) if self.mix.enabled else None
-
-    def run(
-        self,
-        objective: Objective,
-        plan: EpochPlan,
-        labels: dict[str, Any] | None = None,
-        tokens: TokenLabels | None = None,
-    ) -> dict[str, Any]:
-        """Train, or go on, or find that all is done; gives the summary.
-
-        Args:
-            objective, plan: the stage's.
-            labels: what the labels are, by content; tokens: what the loader makes token targets from.
-        """
-        folder = self.run_folder(**labels or {})
-        complete = folder.summary() if self.config.resume else None
-        if complete is not None:
-            return complete | {"already_complete": True}
-        loader = self.train_loader(tokens)
-        validation = self.validation()
-        with folder.held() if self.world.is_first else contextlib.nullcontext(), failure_of_another(self.world):
-            meet(self.world)
-            check_same_run(folder, self.config, self.device, self.world)
-            state = folder.open(resume=self.config.resume, write=self.world.is_first)
-            trainer = Trainer(
-                self.config,
-                folder,
-                self.model,
-                loader,
-                objective,
-                plan,
-                validation,
-                self.description,
-                self.device,
-                self.world,
-                self.amp,
-                unused_parameters=labels is not None and labels["kind"] == "none",
-            )
-            if state is not None:
-                trainer.restore(state)
-            del state  # as large as the model, its average and the optimiser
-            return trainer.fit()
-
-    @property
-    def images(self) -> ImageSettings:
-        """How the model takes images."""
-        side = self.config.img_size
-        return ImageSettings((side, side), self.mean, self.std, self.config.interpolation)
-
-    def train_loader(self, labels: TokenLabels | None) -> TokenLoader:
-        """Batches of a whole step's images of this process."""
-        return TokenLoader(
-            self.train,
-            self.images,
-            self.config.batch_size * self.config.accumulate,
-            labels=labels,
-            workers=pick_workers(self.config.workers),
-            seed=self.config.seed,
-            device=self.device,
-            world=self.world,
-        )
-
-    def validation(self) -> Validation | None:
-        """Scores on the validation images, or None where there are none."""
-        if self.val is None:
-            return None
-        loader = TokenLoader(
-            self.val,
-            self.images,
-            validation_batch(self.config),
-            workers=pick_workers(self.config.workers),
-            device=self.device,
-            shuffle=False,
-            world=self.world,
-        )
-        views = center_views(self.val.heights, self.val.widths)
-        class_map = match_classes(self.val, self.train.class_names, "the training images")
-        return Validation(loader, views, class_map, self.amp, self.world, self.config.trains_tokens)
-
-    def run_folder(self, **labels: Any) -> RunFolder:
-        """The run's folder. ``labels`` says by content what the labels are."""
-        shaped = result_settings(self.config) | {"amp": amp_name(self.amp)}  # "auto" differs between machines
-        data = {
-            "train": {"fingerprint": self.train.fingerprint, "samples": len(self.train)},
-            "val": None if self.val is None else {"fingerprint": self.val.fingerprint, "samples": len(self.val)},
-            "class_names": list(self.train.class_names),
-            "processes": self.world.size,
-            "labels": labels or None,
-        }
-        return RunFolder(self.config.out, self.description.stage, shaped, data)
+        mix = self.config.mix_settings()
+        return draw_mix(len(images), *images.shape[2:], mix, random.numpy) if mix.enabled else None
 
 
 def prepare(config: TrainConfig, stage: str) -> Stage:
-    """Open the images, build the model, pick the device.
+    """Check the settings, open the images, build the model, pick the device.
 
     Raises:
-        InputError: a model that is no FAN, or an input size that its stem does not divide.
+        StlError: as `check_early`, or images that cannot be used.
     """
     check_early(config)
     device = pick_device(config.device)
+    RunFolder(config.out, stage, _settings(config, pick_amp(config.amp, device)), {}).look(config.resume)
     world = join_world(device)
     train = ensure_beton(config.data, skip_broken=config.skip_broken)
     train.require_classes()
@@ -183,12 +93,19 @@ def validation_batch(config: TrainConfig) -> int:
 
 
 def check_early(config: TrainConfig) -> None:
-    """What can be known before images are packed. Raises as `prepare`, and `MissingExtraError`."""
+    """Check what can be checked before images are packed.
+
+    Raises:
+        InputError: an unknown model, an input size that its stem does not divide, or another name than one of timm's
+            strings for RandAugment.
+        MissingExtraError: TensorBoard is asked for and not installed.
+    """
     if config.auto_augment:
         RandAugment.parse(config.auto_augment)
     if config.tensorboard:
         summary_writer()
-    token_model_name(config.model)
+    with torch.device("meta"):  # builds the model without memory for its weights
+        timm.create_model(token_model_name(config.model), num_classes=2, img_size=config.img_size)
 
 
 def build_stage(
@@ -250,6 +167,50 @@ def token_model_name(name: str) -> str:
     return name
 
 
-def model_grid(model: Fan, side: int) -> tuple[int, int]:
-    """The token grid (h, w) of a model for square inputs."""
-    return model.grid_size(side, side)
+def make_train_loader(stage: Stage, labels: TokenLabels | None) -> TokenLoader:
+    """Loader of the training images; a batch is what one step takes in this process."""
+    return TokenLoader(
+        stage.train,
+        stage.images,
+        stage.config.batch_size * stage.config.accumulate,
+        labels=labels,
+        workers=pick_workers(stage.config.workers),
+        seed=stage.config.seed,
+        device=stage.device,
+        world=stage.world,
+    )
+
+
+def make_validation(stage: Stage) -> Validation | None:
+    """What scores a model on the validation images; None where there are none."""
+    if stage.val is None:
+        return None
+    loader = TokenLoader(
+        stage.val,
+        stage.images,
+        validation_batch(stage.config),
+        workers=pick_workers(stage.config.workers),
+        device=stage.device,
+        shuffle=False,
+        world=stage.world,
+    )
+    views = center_views(stage.val.heights, stage.val.widths)
+    class_map = match_classes(stage.val, stage.train.class_names, "the training images")
+    return Validation(loader, views, class_map, stage.amp, stage.world, stage.config.trains_tokens)
+
+
+def make_run_folder(stage: Stage, label_identity: dict[str, Any] | None) -> RunFolder:
+    """The run's folder. ``label_identity``: what the token labels are, by content."""
+    data = {
+        "train": {"fingerprint": stage.train.fingerprint, "samples": len(stage.train)},
+        "val": None if stage.val is None else {"fingerprint": stage.val.fingerprint, "samples": len(stage.val)},
+        "class_names": list(stage.train.class_names),
+        "processes": stage.world.size,
+        "labels": label_identity,
+    }
+    return RunFolder(stage.config.out, stage.description.stage, _settings(stage.config, stage.amp), data)
+
+
+def _settings(config: TrainConfig, amp: torch.dtype | None) -> dict[str, Any]:
+    """What a run records and must be resumed with; "auto" precision by what it came to on this machine."""
+    return result_settings(config) | {"amp": amp_name(amp)}

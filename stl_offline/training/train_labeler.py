@@ -15,6 +15,7 @@ from stl_offline.device import autocast
 from stl_offline.distributed import leaving_world
 from stl_offline.loader import Batch
 from stl_offline.losses import pool_tokens, soft_cross_entropy
+from stl_offline.training.engine import run_stage
 from stl_offline.training.setup import Stage, prepare
 from stl_offline.training.steps import Share, StepInputs, StepRandom
 
@@ -27,7 +28,7 @@ def train_labeler(config: LabelerConfig) -> dict[str, Any]:
     """
     with leaving_world():
         stage = prepare(config, "labeler")
-        return stage.run(LabelerObjective(stage), stage.random_plan)
+        return run_stage(stage, LabelerObjective(stage), stage.random_plan)
 
 
 class LabelerObjective:

@@ -14,7 +14,8 @@ from stl_offline.device import autocast
 from stl_offline.distributed import leaving_world
 from stl_offline.loader import Batch
 from stl_offline.losses import soft_cross_entropy, token_cross_entropy
-from stl_offline.training.label_sources import LabelSource, open_labels
+from stl_offline.training.engine import run_stage
+from stl_offline.training.label_sources import LabelSource, check_labels, open_labels
 from stl_offline.training.setup import Stage, prepare
 from stl_offline.training.steps import Share, StepInputs, StepRandom, token_scores
 
@@ -26,9 +27,10 @@ def train_student(config: StudentConfig) -> dict[str, Any]:
         StlError: bad input, labels that do not belong to the images, or a loss that is not finite.
     """
     with leaving_world():
+        check_labels(config)
         stage = prepare(config, "student")
         source = open_labels(config, stage)
-        return stage.run(StudentObjective(stage, source), source.plan, source.identity(), source.loader_labels())
+        return run_stage(stage, StudentObjective(stage, source), source.plan, source.identity(), source.loader_labels())
 
 
 class StudentObjective:

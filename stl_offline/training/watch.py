@@ -35,7 +35,8 @@ class Means:
     @classmethod
     def of(cls, state: dict[str, Any]) -> "Means":
         means = cls()
-        means.sums, means.images = state["sums"], state["images"]
+        means.sums = {str(name): [float(total), float(weight)] for name, (total, weight) in state["sums"].items()}
+        means.images = int(state["images"])
         return means
 
     def state(self) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def summary_writer() -> type:
         return importlib.import_module("torch.utils.tensorboard").SummaryWriter
     except ImportError as error:
         raise MissingExtraError(
-            "--tensorboard needs the extra [report]: pip install 'stl-offline[report]'; or --no-tensorboard"
+            "`tensorboard` needs the extra [report]: pip install 'stl-offline[report]'; or `tensorboard=False`"
         ) from error
 
 

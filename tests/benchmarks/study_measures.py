@@ -14,7 +14,7 @@ from stl_offline.config import StudentConfig
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.models import create_labeler
 from stl_offline.training.label_sources import open_labels
-from stl_offline.training.setup import prepare
+from stl_offline.training.setup import make_train_loader, prepare
 
 IMAGES = 1000
 CONFIDENT = 0.5
@@ -31,7 +31,7 @@ def measure_agreement(student: StudentConfig, online: StudentConfig) -> dict:
     stage = prepare(student, "student")
     source = open_labels(student, stage)
     labeler = create_labeler(online.labeler).eval()
-    loader = stage.train_loader(source.loader_labels())
+    loader = make_train_loader(stage, source.loader_labels())
     chosen = np.unique(np.linspace(0, len(stage.train) - 1, IMAGES).round().astype(np.int64))
     rows = []
     for batch in loader.epoch(0, sample_ids=chosen, **source.plan(0)):

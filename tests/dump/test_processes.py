@@ -69,7 +69,7 @@ def test_killed_at_random_moments(tmp_path):
 _TALK = """
 import sys
 import torch
-from stl_offline.distributed import agree, join_world, leaving_world, sum_over_world, told_by_first, wait_for_world
+from stl_offline.distributed import agree, join_world, leaving_world, sum_over_world, told_by_first, barrier
 with leaving_world():
     world = join_world(torch.device("cpu"))
     text = told_by_first(["größe", 3] if world.is_first else None, world)
@@ -79,7 +79,7 @@ with leaving_world():
     assert not agree(torch.tensor([2.0, -float(world.rank)]), world)
     if not world.is_first:
         raise SystemExit("the second has failed")
-    wait_for_world(world)
+    barrier(world)
 """
 
 

@@ -68,16 +68,16 @@ def test_measuring_resizes_as_training_did(chain, stripes, monkeypatch):
 
 
 @pytest.mark.parametrize(("interpolation", "lines"), [("bicubic", 0), ("area", 1)])
-def test_a_student_that_sees_other_pixels_is_told_so(chain, tmp_path, capsys, interpolation, lines):
+def test_a_student_that_sees_other_pixels_is_told_so(chain, tmp_path, caplog, interpolation, lines):
     _, dump = chain
-    capsys.readouterr()
+    caplog.clear()
     settings = {"data": dump.data, "labels": dump.out, "out": str(tmp_path / "run"), "img_size": 32, "epochs": 1}
     train_student(StudentConfig(interpolation=interpolation, **settings, **MACHINE))
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(told) == lines
     assert all("resized by bicubic" in line and "resized by area" in line for line in told)
 
 
 def test_an_unknown_one_is_refused():
-    with pytest.raises(InputError, match="interpolation is one of auto, area, bilinear, bicubic, got 'nearest'"):
+    with pytest.raises(InputError, match="`interpolation` must be one of auto, area, bilinear, bicubic; got 'nearest'"):
         DumpConfig(data="x", labeler="y", out="z", interpolation="nearest")

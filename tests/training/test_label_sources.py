@@ -17,7 +17,7 @@ from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.writer import LabelSetWriter
 from stl_offline.training.label_choice import ChooseByDraw, ChooseByZoom, choose_between
 from stl_offline.training.label_sources import open_labels
-from stl_offline.training.setup import prepare
+from stl_offline.training.setup import make_train_loader, prepare
 from stl_offline.training.train_student import train_student
 from tests.labels.synthetic import make_spec
 
@@ -71,7 +71,7 @@ def said(stage, source, epoch):
     """What each sample's labels say in an epoch of the real loader (−1: nothing), and the epoch's plan."""
     plan = source.plan(epoch)
     classes = np.full(len(stage.train), -1)
-    for batch in stage.train_loader(source.loader_labels()).epoch(epoch, **plan):
+    for batch in make_train_loader(stage, source.loader_labels()).epoch(epoch, **plan):
         found = batch.token_ids.flatten(1)
         assert (found == found[:, :1]).all()
         classes[batch.sample_ids.numpy()] = found[:, 0].numpy()
@@ -149,7 +149,7 @@ def test_choices_that_cannot_be(quick, make_set):
     strange = make_set("strange", 0, 64, class_names=[names[0], names[2], names[1]])
     with pytest.raises(JoinError, match=f"strange: .*class 1 is '{names[2]}' there"):
         source_of(quick, (small, strange))
-    with pytest.raises(InputError, match="small holds whole images"):
+    with pytest.raises(InputError, match="small holds labels of whole images, no crops"):
         source_of(quick, (small, crops), crops="replay")
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from stl_offline.config import EvaluateConfig, LabelerConfig, StudentConfig
 from stl_offline.evaluation import evaluate
 from stl_offline.models import load_model
-from stl_offline.training import engine, label_sources
+from stl_offline.training import engine, label_sources, optimization
 from stl_offline.training.optimization import make_optimizer
 from stl_offline.training.run_folder import Progress
 from stl_offline.training.steps import Share, StepInputs, token_scores
@@ -38,9 +38,9 @@ def without_batch_statistics(model):
 def fixed_norms(monkeypatch):
     original = engine.Trainer.__init__
 
-    def build(self, config, folder, model, *arguments, **more):
-        without_batch_statistics(model)
-        original(self, config, folder, model, *arguments, **more)
+    def build(self, stage, *arguments):
+        without_batch_statistics(stage.model)
+        original(self, stage, *arguments)
 
     monkeypatch.setattr(engine.Trainer, "__init__", build)
 
@@ -115,7 +115,7 @@ def test_no_step_is_longer_than_the_limit(quick, monkeypatch):
         optimizer.step = step
         return optimizer
 
-    monkeypatch.setattr(engine, "make_optimizer", make)
+    monkeypatch.setattr(optimization, "make_optimizer", make)
     train_labeler(LabelerConfig(**quick | {"clip_grad": 0.05}))
     assert len(norms) == 6
     assert max(norms) <= 0.05 * 1.001
@@ -201,7 +201,7 @@ def test_a_model_that_is_compiled_learns_the_same(quick, tmp_path, monkeypatch):
         compiled.append(compile_model(model, backend="aot_eager", **how))
         return compiled[-1]
 
-    monkeypatch.setattr(engine.torch, "compile", compile_graphs)
+    monkeypatch.setattr(optimization.torch, "compile", compile_graphs)
     config = LabelerConfig(**quick | {"epochs": 1})
     train_labeler(config)
     train_labeler(replace(config, compile=True, out=str(tmp_path / "compiled")))

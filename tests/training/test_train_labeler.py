@@ -1,6 +1,7 @@
 """Stage 1: it learns, describes itself, goes on where it stopped, and stops where it must."""
 
 import json
+import os
 import pickle
 import resource
 import signal
@@ -20,8 +21,9 @@ from stl_offline.images.pack import ensure_beton
 from stl_offline.loader.order import shuffled
 from stl_offline.models import load_model, read_description
 from stl_offline.training import run_folder
+from stl_offline.training.engine import run_stage
 from stl_offline.training.run_folder import RunFolder
-from stl_offline.training.setup import prepare
+from stl_offline.training.setup import make_run_folder, prepare
 from stl_offline.training.train_labeler import LabelerObjective, train_labeler
 
 
@@ -145,8 +147,8 @@ def test_a_full_disk_is_said_in_a_line_and_the_old_files_stay(quick, name):
     train_labeler(LabelerConfig(**quick | {"epochs": 1}))
     run = Path(quick["out"])
     (run / "state.pt").write_bytes(b"old")
-    stage = prepare(LabelerConfig(**quick), "labeler")
-    folder = stage.run_folder()
+    stage = prepare(LabelerConfig(**quick | {"epochs": 1}), "labeler")
+    folder = make_run_folder(stage, None)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -168,7 +170,7 @@ def test_too_few_images_for_the_processes_are_found_before_the_old_run_is_delete
     before = {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()}
     stage = replace(prepare(LabelerConfig(**quick | {"resume": False}), "labeler"), world=World(0, 19))
     with pytest.raises(InputError, match="18 images cannot give each of 19 processes 1 batches of up to 128"):
-        stage.run(LabelerObjective(stage), stage.random_plan)
+        run_stage(stage, LabelerObjective(stage), stage.random_plan)
     assert {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()} == before
 
 
@@ -203,7 +205,8 @@ def test_processes_compare_what_they_have_to_do_together(quick, monkeypatch):
     monkeypatch.setattr(run_folder, "agree", lambda values, _: said.append(values.tolist()) or True)
     for changes in ({}, {"log_every": 3}, {"val_every": 2}, {"flip": 0.0}):
         config = LabelerConfig(**quick | changes)
-        run_folder.check_same_run(prepare(config, "labeler").run_folder(), config, torch.device("cpu"), World(0, 2))
+        folder = make_run_folder(prepare(config, "labeler"), None)
+        run_folder.check_same_run(folder, config, torch.device("cpu"), World(0, 2))
     assert said[0] == said[1]
     assert said[0] != said[2]
     assert said[0] != said[3]
@@ -299,7 +302,7 @@ def test_a_state_that_does_not_fit_in_memory_is_not_called_damaged(quick, monkey
 def test_a_folder_that_another_job_trains_in_is_refused(quick):
     config = LabelerConfig(**quick)
     with (
-        prepare(config, "labeler").run_folder().held(),
+        make_run_folder(prepare(config, "labeler"), None).held(),
         pytest.raises(InputError, match="another job is training in .*run; wait for it"),
     ):
         train_labeler(config)
@@ -316,6 +319,12 @@ def test_a_start_that_was_killed_at_once_is_no_foreign_folder(quick):
     ("name", "content"),
     [
         ("config.json", b"[]"),
+        ("config.json", b'{"settings": 3}'),
+        ("config.json", b'{"settings": {}, "data": [], "stage": "labeler"}'),
+        ("config.json", b"[" * 100_000),
+        ("summary.json", b"{}"),
+        ("summary.json", b'{"epochs": "2", "steps": 6, "train_seconds": 1.0, "loss": 0.5}'),
+        ("summary.json", b'{"epochs": 2, "steps": 6, "train_seconds": [], "loss": 0.5}'),
         ("summary.json", b'{"epochs": 2'),
         ("state.pt", b"PK\3\4 and no more"),
         ("state.pt", pickle.dumps({"at": 1})),
@@ -331,7 +340,7 @@ def test_a_damaged_run_says_so(quick, name, content):
         torch.save({"at": {}, "model": {}}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(FormatError, match=rf"{name} is damaged .*--no-resume"):
+    with pytest.raises(FormatError, match=rf"{name} is damaged .*`resume=False`"):
         train_labeler(LabelerConfig(**quick))
 
 
@@ -345,3 +354,97 @@ def test_validation_of_other_classes_is_refused(quick, tmp_path, make_stripes):
 def test_unknown_model_names_the_known_ones(quick):
     with pytest.raises(InputError, match="fan_tiny_8_p4_hybrid"):
         train_labeler(LabelerConfig(**quick | {"model": "resnet50"}))
+
+
+@pytest.fixture
+def stopped(quick, monkeypatch):
+    """The state of a run that was stopped after its first epoch, and its settings."""
+    config = LabelerConfig(**quick)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", lambda *_: None)
+        train_labeler(config)
+    return Path(quick["out"]) / "state.pt", config
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_flipped_bit_of_a_state_is_refused(stopped, place):
+    path, config = stopped
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=r"state.pt is damaged .*`resume=False`"):
+        train_labeler(config)
+
+
+def test_a_state_without_a_digest_is_resumed(stopped):
+    """Releases before this one stored none."""
+    path, config = stopped
+    state = torch.load(path, weights_only=True)
+    del state["sha256"]
+    torch.save(state, path)
+    assert train_labeler(config)["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"at": []},
+        {"at": {"epoch": "1"}},
+        {"at": {"epoch": -1}},
+        {"at": {"place": 1}},
+        {"history": 3},
+        {"means": None},
+        {"means": {"sums": {"loss": 1.0}, "images": 3}},
+        {"model": {}},
+        {"model": "weights"},
+        {"average": None},
+        {"optimizer": {}},
+        {"optimizer": {"state": {}, "param_groups": [1]}},
+    ],
+    ids=str,
+)
+def test_a_state_of_something_else_is_refused_in_a_line(stopped, changes):
+    path, config = stopped
+    state = torch.load(path, weights_only=True) | changes
+    del state["sha256"]
+    torch.save(state, path)
+    with pytest.raises(FormatError, match=r"state.pt is damaged, it holds no state of this run .*`resume=False`"):
+        train_labeler(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"img_size": 12}, InputError, "12×12"),
+        ({"img_size": 1 << 40}, InputError, "img_size"),
+        ({"model": "fan_nano"}, InputError, "there is no model 'fan_nano'"),
+        ({"auto_augment": "strong"}, InputError, "strong"),
+        ({"out": "FILE/run"}, TargetError, "FILE is not a folder"),
+        ({"out": "FILE"}, TargetError, "FILE is not a folder"),
+        ({"out": "FULL"}, InputError, "FULL is not empty and holds no run"),
+    ],
+    ids=str,
+)
+def test_settings_are_checked_before_images_are_packed(quick, tmp_path, monkeypatch, changes, error, message):
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("")
+    Path("FULL").mkdir()
+    Path("FULL/notes.txt").write_text("mine")
+
+    def pack(*_, **__):
+        raise AssertionError("images were packed first")
+
+    monkeypatch.setattr("stl_offline.training.setup.ensure_beton", pack)
+    with pytest.raises(error, match=message):
+        train_labeler(LabelerConfig(**quick | changes))
+
+
+def test_a_folder_that_may_not_be_written_is_found_before_images_are_packed(quick, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as for a user that is not root
+    with pytest.raises(TargetError, match="no permission to write"):
+        train_labeler(LabelerConfig(**quick))
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_an_input_of_one_token_trains(quick, side):
+    assert train_labeler(LabelerConfig(**quick | {"epochs": 1, "img_size": side}))["epochs"] == 1

@@ -54,7 +54,7 @@ def open_nothing(self, *, resume, write):
 
 
 def compare(self, stop):
-    for model in (self.model, self.average.module):
+    for model in (self.model, self.step.average.module):
         statistics = torch.cat([value.double().flatten() for value in model.buffers()])
         assert agree(statistics, self.world), "the processes measure different models"
     return measure(self, stop)
