@@ -76,8 +76,9 @@ def read_json_object(path: Path, advice: str) -> dict[str, Any]:
 def read_numbers(path: Path, advice: str) -> dict[str, int | float | None]:
     """The JSON object of a file whose values are numbers, or null. Raises as `read_json_object`."""
     found = read_json_object(path, advice)
-    if (wrong := first_not_number(found)) is not None:
-        raise FormatError(f"{path} is damaged ({wrong} is no number); {advice}")
+    wrong = first_not_number(found) or next((name for name, value in found.items() if abs(value or 0) > 1e300), None)
+    if wrong is not None:
+        raise FormatError(f"{path} is damaged ({wrong[:100]} is no number, or one beyond 1e300); {advice}")
     return found
 
 

@@ -46,7 +46,8 @@ def test_recorded_names_are_those_of_earlier_releases():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"img_size": 0}, "`img_size` must be at least 1, got 0"),
+        ({"img_size": 0}, r"`img_size` must be in \[1, 8192\], got 0"),
+        ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
         ({"lr": 0.0}, "`lr` must be greater than 0, got 0.0"),
         ({"ema_decay": 1.0}, r"`ema_decay` must be in \[0, 1\), got 1.0"),
         ({"clip_grad": float("inf")}, "`clip_grad` must be a finite number, got inf"),

@@ -140,6 +140,7 @@ def _read_log(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
             entry = json.loads(line)
             if first_not_number(entry) is not None:
                 raise ValueError("an entry that is no number")
+            float(entry["epoch"])  # an integer of hundreds of digits has no place on an axis
             entries[int(entry["epoch"])] = entry
         except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
             broken.append(line_number)

@@ -323,6 +323,7 @@ def test_a_start_that_was_killed_at_once_is_no_foreign_folder(quick):
         ("config.json", b'{"settings": {}, "data": [], "stage": "labeler"}'),
         ("config.json", b"[" * 100_000),
         ("summary.json", b"{}"),
+        ("summary.json", b'{"epochs": 2, "steps": 6, "train_seconds": 1.0, "loss": 1%s}' % (b"0" * 400)),
         ("summary.json", b'{"epochs": "2", "steps": 6, "train_seconds": 1.0, "loss": 0.5}'),
         ("summary.json", b'{"epochs": 2, "steps": 6, "train_seconds": [], "loss": 0.5}'),
         ("summary.json", b'{"epochs": 2'),
