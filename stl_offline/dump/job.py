@@ -2,10 +2,10 @@
 
 import concurrent.futures
 import contextlib
+import logging
 import os
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.store import MANIFEST, PARTIAL, open_storage
 from stl_offline.labels.writer import LabelSetWriter
 from stl_offline.progress import progress_bar
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,11 @@ class _Size:
         self._bar.set_postfix_str(f"{self._bytes / 1e6:,.1f} of {expected / 1e6:,.1f} MB", refresh=False)
         free = free_bytes(self._place)
         if first and free is not None and free < expected - self._bytes:
-            print(
-                f"warning: the shards still to come need {(expected - self._bytes) / 1e9:,.2f} GB, and {self._place} "
-                f"has {free / 1e9:,.2f} GB free",
-                file=sys.stderr,
+            _LOGGER.warning(
+                "the shards still to be written need %.2f GB, but %s has %.2f GB free",
+                (expected - self._bytes) / 1e9,
+                self._place,
+                free / 1e9,
             )
 
 
