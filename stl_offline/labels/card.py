@@ -5,8 +5,10 @@ It starts with the YAML that data set hubs read, and is made of the manifest alo
 
 import json
 
+from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import Manifest
 from stl_offline.labels.spec import LabelSpec
+from stl_offline.labels.store import format_ranges
 
 # Licences by the names that hubs know them under; any other stands as "other", with its name.
 _HUB_LICENCES = {
@@ -81,6 +83,26 @@ set. `manifest.json` says the rest: class names, checksums of the shards, everyt
 """.encode()
 
 
+def summary(label_set: LabelSet) -> dict[str, str]:
+    """A label set in a few lines, name → text, for the command line and for pages."""
+    spec = label_set.spec
+    views = "whole images" if spec.views["kind"] == "whole" else f"{spec.views_per_image} crops of each image"
+    size = sum(shard.bytes for shard in label_set.shards)
+    lines = {
+        "images": f"{spec.num_samples:,} in {_counted(len(label_set.shards), 'shard')}, {_counted(size, 'byte')}",
+        "labels": f"{spec.grid[0]} × {spec.grid[1]} tokens, top {spec.top_k} of {spec.num_classes:,} classes, {views}",
+        "encoding": f"{spec.encoding} ({spec.container})",
+        "labeler": f"{spec.labeler['architecture']} ({spec.labeler['licence']})",
+        "weights": spec.labeler["weights_sha256"],
+        "input": f"{spec.preprocessing['height']} × {spec.preprocessing['width']} pixels",
+        "source": f"fingerprint of the keys {spec.source['fingerprint']}",
+        "fingerprint": label_set.fingerprint,
+    }
+    if label_set.is_partial:
+        lines["here"] = f"the shards {format_ranges(label_set.present)}, {_counted(len(label_set), 'image')}"
+    return lines
+
+
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     spec, see = manifest.spec, manifest.spec.preprocessing
     rows, columns = spec.grid
@@ -143,6 +165,10 @@ def _plain_snippet(manifest: Manifest) -> str:
 
 def _some(names: tuple[str, ...], most: int = 6) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _cell(text: str) -> str:

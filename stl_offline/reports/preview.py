@@ -10,12 +10,12 @@ import numpy as np
 from stl_offline.config import PreviewConfig
 from stl_offline.errors import InputError, JoinError, printable
 from stl_offline.labels.arrays import LabelMap
+from stl_offline.labels.card import summary
 from stl_offline.labels.join import check_class_names, join
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.palette import CONFIDENT, UNCONFIDENT, hex_color
 from stl_offline.reports.charts import Chart, ConfidenceCounts, confidence_chart, confidence_figure
 from stl_offline.reports.choose import Choice, Place, choose_labels
-from stl_offline.reports.facts import label_set_facts
 from stl_offline.reports.find import FindImages, FoundImage
 from stl_offline.reports.html import Article, class_rows, page_data, render_page, token_data, write_page
 from stl_offline.reports.names import display_names
@@ -237,7 +237,7 @@ def _page_values(
             "scale": ["rgb({}, {}, {})".format(*color) for color in confidence_pixels(np.linspace(0, 1, 9)).tolist()],
             "student": crop,
         },
-        "facts": label_set_facts(label_set),
+        "facts": summary(label_set),
     }
 
 

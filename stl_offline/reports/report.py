@@ -7,10 +7,10 @@ from typing import Any
 
 from stl_offline.config import ReportConfig
 from stl_offline.errors import InputError
+from stl_offline.labels.card import summary
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.reports.charts import DASHES, Chart, Series, line_chart
 from stl_offline.reports.examples import Examples, make_examples
-from stl_offline.reports.facts import label_set_facts
 from stl_offline.reports.html import render_page, write_page
 from stl_offline.reports.predictions import predict
 from stl_offline.reports.runs import Run, read_runs, setting_rows
@@ -174,7 +174,7 @@ def _labels(run: Run, sets: Sequence[LabelSet]) -> dict[str, str]:
     for position, fingerprint in enumerate(fingerprints, 1):
         prefix = f"set {position}: " if len(fingerprints) > 1 else ""
         known = next((each for each in sets if each.fingerprint == fingerprint), None)
-        found = {"label set": known.place} | label_set_facts(known) if known else {"fingerprint": str(fingerprint)}
+        found = {"label set": known.place} | summary(known) if known else {"fingerprint": str(fingerprint)}
         facts |= {prefix + name: text for name, text in found.items() if fingerprint}
     return facts
 
