@@ -15,23 +15,28 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" takes a GPU where there is one; else "cpu", "cuda" or, for the only process of a machine, "cuda:1".
+    """The device of a name: "auto" (a GPU if there is one), "cpu", "cuda", or "cuda:1" for a single process.
 
-    Under torchrun each process takes the GPU of its local rank. A GPU becomes the current one: streams and events are
-    its own.
+    Under torchrun each process takes the GPU of its local rank. A GPU becomes torch's current device, which streams
+    and events belong to.
+
+    Raises:
+        InputError: no such device here, or one GPU for several processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     elif name.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-        raise InputError(f"{name} would be every process's; leave --device out: each takes the GPU of its local rank")
+        raise InputError(
+            f"all processes of this machine would use {name}; leave `device` out: each takes the GPU of its local rank"
+        )
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"the device {name!r} cannot be used here ({reason}); try --device auto or cpu") from error
+        raise InputError(f"the device {name!r} cannot be used here ({reason}); try `device=auto` or cpu") from error
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
@@ -59,7 +64,7 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def amp_name(dtype: torch.dtype | None) -> str:
-    """`--amp`'s word for an autocast type: what "auto" came to."""
+    """The name of an autocast type, as `pick_amp` takes it."""
     return next((name for name, kind in AMP_TYPES.items() if kind is dtype), "none")
 
 
@@ -81,7 +86,7 @@ def _bf16_is_fast(device: torch.device) -> bool:
 
 
 def pick_workers(asked: int) -> int:
-    """Loading threads of this process: as asked, or one for each core, shared out among torchrun's on this machine."""
+    """Loading threads of this process; 0 takes one per core, divided among torchrun's processes on this machine."""
     if asked < 0:
-        raise InputError(f"workers must not be negative, got {asked}; 0 takes one for each core")
+        raise InputError(f"`workers` must not be negative, got {asked}; 0 takes one per core")
     return asked or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -151,7 +151,7 @@ def long_barrier(world: World) -> None:
 
 
 def told_by_first(value: Any, world: World) -> Any:
-    """What the first process gives here, in all of them: anything that JSON holds. Over gloo.
+    """The first process's value, in all processes; anything that JSON holds. Over gloo.
 
     Raises:
         TrainingError: another process has died.
@@ -228,7 +228,9 @@ def _wait(work: dist.Work) -> None:
 def _another_failed(error: RuntimeError) -> TrainingError:
     # Where the processes cannot talk at all, none of them has a better message than torch's.
     reason = " ".join(str(error).split())
-    return TrainingError(f"another process of this job has failed, and says why; or it was not reached: {reason[:400]}")
+    return TrainingError(
+        f"another process of this job has failed, see its own message, or cannot be reached: {reason[:400]}"
+    )
 
 
 @contextlib.contextmanager

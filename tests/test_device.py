@@ -18,7 +18,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     for name in ("auto", "cuda"):
         assert pick_device(name) == torch.device("cuda:3")
-    with pytest.raises(InputError, match="cuda:1 would be every process's; leave --device out"):
+    with pytest.raises(InputError, match="all processes of this machine would use cuda:1; leave `device` out"):
         pick_device("cuda:1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert pick_device("cuda:1") == torch.device("cuda:1")

@@ -40,7 +40,8 @@ def resolve(kind: type[C], recipe: str | None, given: dict[str, Any]) -> C:
     Args:
         kind: `LabelerConfig` or `StudentConfig`.
         recipe: a name of the package's own, a path of a YAML file, or None.
-        given: what the user said, by field. An ``lr`` alone is taken as it is, not for the recipe's ``lr_batch``.
+        given: settings that the user gives beside the recipe, by field. An ``lr`` alone is taken as it is, not for the
+            recipe's ``lr_batch``.
 
     Raises:
         InputError: no such recipe, a key that is no setting, a value of another type or out of its range.

@@ -242,8 +242,8 @@ class Trainer:
     def _average_statistics(self) -> None:
         """One set of batch norms' means and variances: all processes measure the model that the first one saves.
 
-        DistributedDataParallel hands out the first one's before each step, so that the others' differ by one step's; of
-        the averaged model it knows nothing.
+        DistributedDataParallel copies the first one's before each step, so that the others' differ by one step's. It
+        does not handle the averaged model.
         """
         if self.world.size > 1:
             for model in (self.model, self.step.average):

@@ -6,12 +6,12 @@ import threading
 import time
 from collections.abc import Iterator
 
-# One wish to stop may come twice: from the terminal to every process, and from torchrun to its own.
-_ONE_WISH_SECONDS = 2.0
+# One request may arrive twice: from the terminal, and from torchrun, which passes it on.
+_ONE_REQUEST_SECONDS = 2.0
 
 
 class StopRequest:
-    """``asked`` turns to the signal's number once somebody wants the run to stop."""
+    """``asked``: the number of the signal that asks the run to stop; None before one arrives."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,7 +46,7 @@ def stop_request() -> Iterator[StopRequest]:
         nonlocal first
         if request.asked is None:
             request.asked, first = number, time.monotonic()
-        elif time.monotonic() - first > _ONE_WISH_SECONDS:
+        elif time.monotonic() - first > _ONE_REQUEST_SECONDS:
             for each in handled:
                 signal.signal(each, before[each])
             signal.raise_signal(number)

@@ -1,7 +1,7 @@
 """Which of several label sets each sample reads in an epoch: by its crop's zoom, or drawn in stated shares.
 
-A labeler recognises things at the size at which it learnt them. What it would say of a crop of a quarter of the area,
-at its input side, is nearest to what it says of the whole image at twice that side. So of maps made at several sides,
+A labeler recognises objects at the scale of its training. Its labels of a crop of a quarter of the area, at its input
+side, are closest to its labels of the whole image at twice that side. So of maps made at several sides,
 the smallest fits whole images, and a crop of area a is fitted by the side nearest to smallest / √a.
 
 n: samples; S: label sets.

@@ -31,7 +31,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class LabelSource:
-    """No labels at all: the baseline. What the other sources change, they override."""
+    """No token labels: the baseline, and the base class of the other sources."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -55,7 +55,7 @@ class LabelSource:
 
 
 class TokenSource(LabelSource, abc.ABC):
-    """What all token labels have in common: those of erased cells weigh what is left to see, or stay."""
+    """Base of all sources with token labels: weights labels of erased cells by their visible part, if so set."""
 
     def __init__(self, stage: Stage, config: StudentConfig) -> None:
         super().__init__(stage)
@@ -76,7 +76,7 @@ class TokenSource(LabelSource, abc.ABC):
 
 
 class OnlineLabels(TokenSource):
-    """The labeler sees the student's crop in every step: moved as the student sees it, in its own colours."""
+    """The labeler labels the student's crop in every step: after spatial augmentation, before colour augmentation."""
 
     def __init__(self, stage: Stage, labeler: TokenLabeler, config: StudentConfig) -> None:
         super().__init__(stage, config)
@@ -130,7 +130,7 @@ class DumpedLabels(TokenSource):
     """Labels from label sets, joined by key and read from token caches by the loader.
 
     Of a set of whole images a sample reads its one map under a fresh crop; of a set of crops it replays one of them,
-    in turn. With several sets, `stl_offline.training.label_choice` says which one a sample reads in an epoch.
+    in turn. With several sets, `stl_offline.training.label_choice` chooses which one a sample reads in an epoch.
     """
 
     def __init__(self, stage: Stage, label_sets: list[LabelSet], config: StudentConfig) -> None:

@@ -1,10 +1,10 @@
-"""A run's folder: it describes itself, and the same command goes on where it stopped.
+"""A run's folder: it describes itself, and the same command continues where it was interrupted.
 
 - ``config.json``: the settings that shape the result, versions, what the data were.
 - ``log.jsonl``: one JSON line for each epoch; ``steps.jsonl``: one every few steps.
 - ``weights.safetensors``: the averaged weights (the plain ones where averaging is off) after the last whole epoch.
 - ``best.safetensors``: those with the best top-1 so far on the validation images, averaged or plain.
-- ``state.pt``: all that is needed to go on; removed when the run is complete.
+- ``state.pt``: all that is needed to resume, with its SHA-256; removed when the run is complete.
 - ``summary.json``: the result, written last.
 """
 
@@ -202,7 +202,7 @@ class RunFolder:
             try:
                 torch.save(state, stream)
             except RuntimeError as error:
-                # Torch hides what the system said of a write, such as that the disk is full.
+                # torch hides the system's error of a write, such as a full disk.
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def save_weights(self, model: nn.Module, description: ModelDescription, *, best: bool = False) -> None:

@@ -75,6 +75,14 @@ def test_from_images_to_a_student(stripes, tmp_path, capsys):
     assert "is not UTF-8 text" in fails(capsys, "pack", some, tmp_path / "x.beton", "--classes", tmp_path / "names.txt")
 
 
+@pytest.fixture(scope="module")
+def trained(stripes, tmp_path_factory):
+    """A labeler's run of one epoch."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert main([str(word) for word in ("train-labeler", "--data", stripes[0], "--out", out, *SMALL)]) == 0
+    return out
+
+
 class TestMistakes:
     def train(self, capsys, tmp_path, data, *more):
         small = dict(zip(SMALL[::2], SMALL[1::2], strict=True))
@@ -118,6 +126,12 @@ class TestMistakes:
 
     def test_an_input_size_that_the_stem_does_not_divide(self, capsys, tmp_path, stripes):
         assert "50" in self.train(capsys, tmp_path, stripes[0], "--img-size", "50")
+
+    @pytest.mark.parametrize("side", ["1", "12", "100000"])
+    def test_an_input_size_that_a_trained_model_does_not_take(self, capsys, trained, stripes, side):
+        command = ["evaluate", "--data", stripes[1], "--checkpoint", trained, "--img-size", side, *MACHINE]
+        line = fails(capsys, *command)
+        assert f"{side}×{side}" in line or f"--img-size must be in [0, 8192], got {side}" in line
 
     def test_settings_that_cannot_be(self, capsys, tmp_path, stripes):
         assert "epochs" in self.train(capsys, tmp_path, stripes[0], "--epochs", "0")

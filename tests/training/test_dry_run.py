@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from stl_offline.cli.main import main
-from stl_offline.config import LabelerConfig, StudentConfig
+from stl_offline.config import DumpConfig, LabelerConfig, StudentConfig
+from stl_offline.dump import dump_labels
 from stl_offline.errors import StlError
 from stl_offline.training.dry_run import _SavedBytes, dry_run
+from stl_offline.training.optimization import TrainStep
 from stl_offline.training.train_labeler import train_labeler
 
 
@@ -92,3 +94,30 @@ def test_a_steps_images_are_all_held(quick):
     assert four.memory - one.memory == pytest.approx(2 * images, rel=0.1)
     assert (one.settings["device"], one.settings["workers"], one.settings["color_jitter"]) == ("cpu", 1, 0.4)
     assert one.settings["amp"] in ("none", "bf16")
+
+
+@pytest.mark.parametrize("kind", ["soft", "gumbel"])
+def test_it_takes_the_runs_own_steps(quick, tmp_path, monkeypatch, kind):
+    """With mixing, strong augmentation, half precision and labels of a set, of which no image is read."""
+    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+    dump_labels(
+        DumpConfig(
+            data=quick["data"], labeler=quick["out"], out=str(tmp_path / "set"), workers=1, device="cpu", top_k=2
+        )
+    )
+    steps = []
+    original = TrainStep.__call__
+
+    def take(self, batch, *arguments):
+        steps.append(batch.token_ids.shape)
+        return original(self, batch, *arguments)
+
+    monkeypatch.setattr(TrainStep, "__call__", take)
+    more = {"labels": str(tmp_path / "set"), "token_target": kind, "soft_classes": 3, "out": str(tmp_path / "student")}
+    strong = {"mixup": 0.8, "cutmix": 1.0, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erase": 0.3, "amp": "bf16"}
+    found = dry_run(StudentConfig(**quick | more | strong | {"compile": True, "accumulate": 2}), "student")
+    assert found.settings["compile"] is True
+    assert found.step_images == 40
+    assert {shape[1:] for shape in steps} == {(16, 3 if kind == "soft" else 1)}
+    assert max(shape[0] for shape in steps) == 20
+    assert not (tmp_path / "student").exists()
