@@ -147,7 +147,7 @@ def test_choices_that_cannot_be(quick, make_set):
         choose("lo", "zoom")
     names = [*open_label_set(small).spec.class_names]
     strange = make_set("strange", 0, 64, class_names=[names[0], names[2], names[1]])
-    with pytest.raises(JoinError, match=f"strange: .*class 1 is '{names[2]}' there"):
+    with pytest.raises(JoinError, match=f"strange: .*class 1 is '{names[2]}' in the label set"):
         source_of(quick, (small, strange))
     with pytest.raises(InputError, match="small holds labels of whole images, no crops"):
         source_of(quick, (small, crops), crops="replay")
