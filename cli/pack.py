@@ -1,7 +1,5 @@
 """``stl-offline pack``."""
 
-from pathlib import Path
-
 import click
 
 from stl_offline.cli.command import command, example, ignored, option
@@ -63,6 +61,7 @@ def pack(
     """
     from stl_offline.images.classes import read_class_map
     from stl_offline.images.pack import pack as pack_images
+    from stl_offline.labels.class_names import read_class_names
 
     report = pack_images(
         source,
@@ -70,7 +69,7 @@ def pack(
         max_size=max_size,
         skip_broken=skip_broken,
         workers=workers or None,
-        class_names=_read_class_names(class_names) if class_names else None,
+        class_names=read_class_names(class_names, "--classes") if class_names else None,
         class_map=read_class_map(class_map) if class_map else None,
     )
     passed = f", {len(report.passed_over):,} files passed over: {report.passed_over}" if report.passed_over else ""
@@ -81,19 +80,3 @@ def pack(
     )
     for key, reason in report.skipped:
         echo(f"skipped {key}: {reason}")
-
-
-def _read_class_names(place: str) -> tuple[str, ...]:
-    from stl_offline.errors import InputError
-    from stl_offline.labels.label_set import open_label_set
-
-    forms = "--classes takes a label set, or a text file with one class name per line"
-    if "://" not in place and not Path(place).exists():
-        raise InputError(f"{place} is not there; {forms}")
-    if not Path(place).is_file():
-        return open_label_set(place).spec.class_names
-    try:
-        text = Path(place).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place} is not UTF-8 text; {forms}") from error
-    return tuple(line.strip() for line in text.split("\n") if line.strip())
