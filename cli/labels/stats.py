@@ -10,7 +10,11 @@ from stl_offline.cli.terminal import echo
 
 
 @command(
-    epilog=example("stl-offline labels stats labels", "stl-offline labels stats labels --shards 4 --json"),
+    epilog=example(
+        "stl-offline labels stats labels",
+        "stl-offline labels stats labels --shards 4 --json",
+        "stl-offline labels stats labels --masks runs/demo/images/masks-train.npz",
+    ),
 )
 @click.argument("path", metavar="SET")
 @json_option
@@ -22,17 +26,35 @@ from stl_offline.cli.terminal import echo
     show_default="all",
     help="Number of shards to read, spread over the set.",
 )
+@option(
+    "--masks",
+    group="data",
+    metavar="SRC",
+    show_default="none",
+    help="Objects' masks or boxes, to measure whether the labels show the object: a folder with NAME.png masks or "
+    "NAME.xml boxes (Pascal VOC) at the images' places, an .npz file, or a .json file of boxes.",
+)
 @workers_option
 @debug_option
 @ignored("--device")
-def stats(path: str, shards: int | None, as_json: bool, workers: int) -> None:
+def stats(path: str, shards: int | None, masks: str | None, as_json: bool, workers: int) -> None:
     """Measure the labels: confidence, probability outside the stored classes, agreement with the images' classes."""
+    from stl_offline.labels import foreground
     from stl_offline.labels.label_set import open_label_set
     from stl_offline.labels.stats import measure, table, to_json
 
-    found = measure(open_label_set(path), shards=shards, workers=workers)
+    label_set = open_label_set(path)
+    objects = None
+    if masks is not None:
+        from stl_offline.images.masks import read_masks
+
+        objects = read_masks(masks)
+    found = measure(label_set, shards=shards, workers=workers)
+    inside = None
+    if objects is not None:
+        inside = foreground.measure_foreground(label_set, objects, shards=shards, workers=workers)
     if as_json:
-        echo(json.dumps(to_json(found)))
+        echo(json.dumps(to_json(found) | ({"foreground": foreground.to_json(inside)} if inside else {})))
         return
-    for name, value in table(found):
+    for name, value in table(found) + (foreground.table(inside) if inside else []):
         echo(f"{name + ':':<14}{value}")

@@ -5,17 +5,16 @@ Gh, Gw: the token grid; V: views.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from stl_offline.config import DumpConfig, LabelerConfig, PreviewConfig, ReportConfig, StudentConfig
-from stl_offline.demo.shapes import read_masks, write_shapes
+from stl_offline.demo.shapes import write_shapes
 from stl_offline.dump import dump_labels
 from stl_offline.files import atomic_write, canonical_json
-from stl_offline.labels.label_set import LabelSet, open_label_set
+from stl_offline.images.masks import read_masks
+from stl_offline.labels.foreground import CONFIDENT, Foreground, measure_foreground, to_json
+from stl_offline.labels.label_set import open_label_set
 from stl_offline.reports.find import find_images
 from stl_offline.reports.preview import preview_labels
 from stl_offline.reports.report import report_runs
@@ -24,19 +23,7 @@ from stl_offline.training.train_student import train_student
 
 MODEL = "fan_micro_4_p8"
 SIZE = 64
-CONFIDENT = 0.5  # least confidence of a confident token
 IMAGES = 8  # images on the page of labels
-
-
-@dataclass(frozen=True)
-class Foreground:
-    """Where confident tokens of the image's own class lie, over all labelled images.
-
-    inside, outside: their share of the tokens inside and outside the objects' masks.
-    """
-
-    inside: float
-    outside: float
 
 
 def run_demo(
@@ -85,37 +72,11 @@ def run_demo(
         runs.append(run.out)
         _timed(rows, name, lambda run=run: train_student(run))
     label_set = open_label_set(labels)
-    masks = read_masks(images, "train")
-    foreground = measure_foreground(label_set, masks)
+    foreground = measure_foreground(label_set, read_masks(images / "masks-train.npz"))
     pages = _write_pages(out, shared, labels, (*runs, labeler), machine)
-    summary = {"stages": rows, "confident_inside": foreground.inside, "confident_outside": foreground.outside}
+    summary = {"stages": rows, **to_json(foreground)}
     atomic_write(out / "summary.json", canonical_json(summary))
     return _table(rows, foreground, out, pages, len(label_set))
-
-
-def measure_foreground(label_set: LabelSet, masks: dict[str, np.ndarray]) -> Foreground:
-    """Compare label maps of whole images with objects' masks, key → bool (H, W).
-
-    A token counts as inside with the share of its cell that the mask covers, and as outside with the rest.
-    """
-    grid = label_set.spec.grid
-    hits = np.zeros(2)
-    tokens = np.zeros(2)
-    for shard in range(len(label_set.shards)):
-        arrays = label_set.read_shard(shard)
-        own = arrays.class_ids[:, 0, :, :, 0] == arrays.class_id[:, None, None]
-        confident = own & (arrays.confidence[:, 0] >= CONFIDENT)
-        inside = np.stack([_cell_means(masks[key], grid) for key in arrays.keys])
-        for part, weight in enumerate((inside, 1 - inside)):
-            hits[part] += (confident * weight).sum()
-            tokens[part] += weight.sum()
-    return Foreground(*(hits / np.maximum(tokens, 1)).tolist())
-
-
-def _cell_means(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    starts = [np.arange(cells) * side // cells for side, cells in zip(mask.shape, grid, strict=True)]
-    sums = np.add.reduceat(np.add.reduceat(mask.astype(np.float64), starts[0], axis=0), starts[1], axis=1)
-    return sums * (grid[0] * grid[1] / mask.size)
 
 
 def _timed(rows: list[dict[str, Any]], name: str, stage: Callable[[], Any]) -> None:
@@ -157,8 +118,9 @@ def _table(rows: list[dict[str, Any]], foreground: Foreground, out: Path, pages:
     lines += [
         "",
         f"label set: {samples:,} images, {size / samples:,.0f} bytes each",
-        f"confident tokens of the image's own class: {foreground.inside:.1%} of those inside the objects' masks, "
-        f"{foreground.outside:.1%} of those outside",
+        f"confident tokens of the image's own class: {foreground.confident_inside:.1%} of those inside the objects' "
+        f"masks, {foreground.confident_outside:.1%} of those outside (contrast {foreground.contrast:.1f})",
+        f"probability of the own class as a test of being inside: AUROC {foreground.auroc:.2f}",
         *(f"look at: {page}" for page in pages),
         f"numbers: {out / 'summary.json'}",
     ]

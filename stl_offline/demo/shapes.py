@@ -70,20 +70,6 @@ def write_shapes(folder: str | Path, *, train: int = 2400, val: int = 600, seed:
     return folder
 
 
-def read_masks(folder: str | Path, split: str) -> dict[str, np.ndarray]:
-    """The masks of a split ("train" or "val") of `write_shapes`: key → bool (H, W), where the object is visible.
-
-    Raises:
-        InputError: the folder does not hold the synthetic data set.
-    """
-    path = Path(folder) / f"masks-{split}.npz"
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; {folder} is not a folder that write_shapes wrote")
-    with np.load(path) as stored:
-        keys, masks = json.loads(stored["keys"].tobytes()), stored["masks"]
-    return dict(zip(keys, masks, strict=True))
-
-
 def _write_split(folder: Path, split: str, split_number: int, count: int, seed: int, size: int) -> None:
     for name in CLASS_NAMES:
         (folder / split / name).mkdir(parents=True)

@@ -51,11 +51,7 @@ def measure(label_set: LabelSet, *, shards: int | None = None, workers: int = 0)
         InputError: fewer than one shard is asked for, or more than there are.
         FormatError: a shard is damaged.
     """
-    present = label_set.present
-    if shards is not None:
-        if not 1 <= shards <= len(present):
-            raise InputError(f"`shards` must lie between 1 and the {len(present)} shards that are here, got {shards}")
-        present = tuple(present[place * len(present) // shards] for place in range(shards))
+    present = choose_shards(label_set, shards)
     total = _Sums(label_set.spec.num_classes, label_set.spec.top_k)
 
     def read(index: int) -> _Sums:
@@ -83,6 +79,16 @@ def measure(label_set: LabelSet, *, shards: int | None = None, workers: int = 0)
         classes_stored=int(total.stored.sum()),
         bytes_per_image=sum(label_set.shards[index].bytes for index in present) / total.samples,
     )
+
+
+def choose_shards(label_set: LabelSet, shards: int | None) -> tuple[int, ...]:
+    """All shards that are here, or ``shards`` of them, spread evenly. Raises InputError where there are not as many."""
+    present = label_set.present
+    if shards is None:
+        return present
+    if not 1 <= shards <= len(present):
+        raise InputError(f"`shards` must lie between 1 and the {len(present)} shards that are here, got {shards}")
+    return tuple(present[place * len(present) // shards] for place in range(shards))
 
 
 def table(stats: Stats) -> list[tuple[str, str]]:

@@ -1,0 +1,177 @@
+"""Where the objects of images are: masks and boxes as data sets give them, read one by one."""
+
+import json
+import os
+import warnings
+import xml.etree.ElementTree as ElementTree
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from stl_offline.errors import InputError
+
+_BOX_SIDE = 256  # pixels per side of the mask that a box becomes; boxes are exact to half a pixel of it
+_XML_BYTES, _JSON_BYTES = 1 << 20, 1 << 30
+
+
+def read_masks(source: str | Path) -> Mapping[str, np.ndarray]:
+    """Masks by an image's key without its extension or with it: bool (H, W) over the whole image, True in the object.
+
+    Args:
+        source: a folder that holds, at the place of each image, ``NAME.png`` (every pixel but 0 is the object) or
+            ``NAME.xml`` (Pascal VOC boxes, as ImageNet's); an ``.npz`` file with ``keys`` (JSON in uint8) and
+            ``masks`` (n, H, W), as the demo writes; or a ``.json`` file of one box or a list of boxes per key,
+            [left, top, right, bottom] as shares of the image's sides.
+
+    Raises:
+        InputError: it does not exist, or is none of these. A mask that cannot be read raises it when it is looked up.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _Folder(path)
+    reader = {".npz": _read_npz, ".json": _read_json}.get(path.suffix.lower())
+    if reader is None or not path.is_file():
+        problem = "does not exist" if not path.exists() else "is none of these"
+        raise InputError(f"masks come from a folder, an .npz file or a .json file; {path} {problem}")
+    return reader(path)
+
+
+class _ByStem(Mapping[str, np.ndarray]):
+    """A mapping whose keys are looked up as they are, then without their extension."""
+
+    def __init__(self, found: Mapping[str, object]) -> None:
+        self._found = {_stem(key): value for key, value in found.items()}
+        self._whole = dict(found)
+
+    def read(self, key: str, value: object) -> np.ndarray:
+        assert isinstance(value, np.ndarray)
+        return value
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        value = self._whole.get(key)
+        return self.read(key, self._found[_stem(key)] if value is None else value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole)
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+
+class _Folder(_ByStem):
+    """Files of masks and boxes. Links are followed, as for images."""
+
+    def __init__(self, root: Path) -> None:
+        found: dict[str, object] = {}
+        stems: set[str] = set()
+        for folder, folders, files in os.walk(root, followlinks=False):
+            folders.sort()
+            for name in sorted(files):
+                if name.lower().endswith((".png", ".xml")):
+                    place = Path(folder, name)
+                    key = place.relative_to(root).as_posix()
+                    if _stem(key) in stems:
+                        raise InputError(f"{root} holds two masks for {_stem(key)}; keep one of them")
+                    stems.add(_stem(key))
+                    found[key] = place
+        if not found:
+            raise InputError(f"{root} holds no masks: no file in it ends in .png or .xml")
+        super().__init__(found)
+
+    def read(self, key: str, value: object) -> np.ndarray:
+        place = Path(str(value))
+        try:
+            return _read_png(place) if place.suffix.lower() == ".png" else _read_voc(place)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(f"the mask {place} cannot be read: {error}; repair or remove it") from error
+
+
+class _Boxes(_ByStem):
+    def read(self, key: str, value: object) -> np.ndarray:
+        boxes = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+        try:
+            return _draw(np.array(boxes, dtype=np.float64).reshape(-1, 4))
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"the boxes of {key!r} must be [left, top, right, bottom] as shares of the image's sides in [0, 1], "
+                f"got {str(value)[:80]}"
+            ) from error
+
+
+def _stem(key: str) -> str:
+    return os.path.splitext(key)[0]
+
+
+def _read_png(place: Path) -> np.ndarray:
+    with warnings.catch_warnings(), Image.open(place, formats=("PNG",)) as image:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            values = np.asarray(image)
+        except Image.DecompressionBombWarning as warning:
+            raise ValueError(str(warning)) from warning
+    return values.reshape(*values.shape[:2], -1).any(-1)
+
+
+def _read_voc(place: Path) -> np.ndarray:
+    if place.stat().st_size > _XML_BYTES:
+        raise ValueError(f"it has more than {_XML_BYTES:,} bytes")
+    root = ElementTree.parse(place).getroot()
+
+    def number(parent: ElementTree.Element | None, name: str) -> float:
+        text = None if parent is None else parent.findtext(name)
+        if text is None:
+            raise ValueError(f"no <{name}> where Pascal VOC has it")
+        return float(text)
+
+    size = root.find("size")
+    width, height = number(size, "width"), number(size, "height")
+    if not (width > 0 and height > 0):
+        raise ValueError(f"the image's size is {width:g} × {height:g}")
+    # VOC's corners are pixels from 1, both included.
+    boxes = [
+        ((number(box, "xmin") - 1) / width, (number(box, "ymin") - 1) / height)
+        + (number(box, "xmax") / width, number(box, "ymax") / height)
+        for box in root.iterfind("object/bndbox")
+    ]
+    return _draw(np.array(boxes, dtype=np.float64).reshape(-1, 4).clip(0, 1))
+
+
+def _draw(boxes_n4: np.ndarray) -> np.ndarray:
+    """The union of boxes, as a mask of a fixed size. Raises ValueError for a box that is none."""
+    mask = np.zeros((_BOX_SIDE, _BOX_SIDE), dtype=bool)
+    for left, top, right, bottom in boxes_n4.tolist():
+        if not (0 <= left <= right <= 1 and 0 <= top <= bottom <= 1):
+            raise ValueError(f"[{left:g}, {top:g}, {right:g}, {bottom:g}] is no box")
+        rows, columns = (
+            slice(round(start * _BOX_SIDE), round(end * _BOX_SIDE)) for start, end in ((top, bottom), (left, right))
+        )
+        mask[rows, columns] = True
+    return mask
+
+
+def _read_npz(path: Path) -> Mapping[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            keys, masks = json.loads(stored["keys"].tobytes()), stored["masks"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} holds no masks: {error}") from error
+    if not (isinstance(keys, list) and all(isinstance(key, str) for key in keys) and len(set(keys)) == len(keys)):
+        raise InputError(f"{path} holds no masks: `keys` is not a list of different names")
+    if masks.ndim != 3 or masks.shape[0] != len(keys) or 0 in masks.shape:
+        raise InputError(f"{path} holds no masks: {len(keys)} keys and masks of the shape {masks.shape}")
+    return _ByStem(dict(zip(keys, masks.astype(bool), strict=True)))
+
+
+def _read_json(path: Path) -> Mapping[str, np.ndarray]:
+    try:
+        if path.stat().st_size > _JSON_BYTES:
+            raise ValueError(f"it has more than {_JSON_BYTES:,} bytes")
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict) or not found:
+        raise InputError(f"{path} must hold one JSON object: key → [left, top, right, bottom]")
+    return _Boxes(found)
