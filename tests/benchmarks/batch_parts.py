@@ -22,6 +22,7 @@ from stl_offline.images.pack import ensure_beton
 from stl_offline.loader.batch import ToDevice
 from stl_offline.loader.decoder.decode import ViewCrop, choose_shrink, pixel_box
 from stl_offline.loader.decoder.planes import NOTES_INTS, read_planes, scratch_bytes
+from stl_offline.loader.threads import Workers
 from stl_offline.losses import token_cross_entropy
 
 BATCH, TOKENS, CLASSES = 64, 196, 1000
@@ -33,7 +34,7 @@ class Images:
     def __init__(self, beton, side: int) -> None:
         self.beton, self.side = beton, side
         self.bytes = np.memmap(beton.path, dtype=np.uint8, mode="r").view(np.ndarray)
-        self.crop = ViewCrop((side, side), 1, beton)
+        self.crop = ViewCrop((side, side), Workers(1), beton)
         self.pixels = np.empty((BATCH, side, side, 3), dtype=np.uint8)
         self.run = self.crop.generate_code()
         sizes = zip(beton.heights.tolist(), beton.widths.tolist(), beton.sizes.tolist(), strict=True)

@@ -20,7 +20,8 @@ from torch_peak import torch_peak_mib
 from torchvision.ops import roi_align
 
 from stl_offline.device import keep_freed_memory
-from stl_offline.loader.token_op import TokenDraw
+from stl_offline.loader.threads import Workers
+from stl_offline.loader.token_op import TokenDraw, TokenLabels
 from stl_offline.targets import TokenTargets
 
 GRID, RATIO = (14, 14), 2
@@ -38,13 +39,13 @@ def dense_targets(maps, boxes: torch.Tensor, classes: int) -> torch.Tensor:
 class Sparse:
     """The loader's own operation, called for one batch as FFCV calls it."""
 
-    def __init__(self, cache, views: np.ndarray, kind: str, columns: int) -> None:
-        targets = TokenTargets(kind, GRID, m=columns, sampling_ratio=RATIO)
-        operation = TokenDraw(targets, (cache,), workers=1, seed=0)
+    def __init__(self, cache, views: np.ndarray, kind: str, m: int) -> None:
+        targets = TokenTargets(kind, GRID, m=m, sampling_ratio=RATIO)
+        operation = TokenDraw(TokenLabels(targets, cache), Workers(1), seed=0)
         operation.set_epoch(0, views, views, None, None)
         self._run = operation.generate_code()
         self._ids = np.arange(len(views))
-        self._shape = (len(views), *GRID, targets.columns)
+        self._shape = (len(views), *GRID, targets.targets_per_token)
 
     def __call__(self) -> tuple[np.ndarray, np.ndarray]:
         places = (np.empty(self._shape, dtype=np.int32), np.empty(self._shape, dtype=np.float32))
