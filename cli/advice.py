@@ -7,24 +7,28 @@ import click
 
 from stl_offline.cli.command import Option
 
-# As the library writes them: `skip_broken`, `skip_broken=True`, `missing="skip"`.
-_PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")
+# As the library writes them: `skip_broken`, `skip_broken=True`, `missing="skip"`, and `pull(shards="3")` where only one
+# function is meant.
+PARAMETER = re.compile(r"`(?:([a-z][a-z0-9_]*)\()?([a-z][a-z0-9_]*)(?:=([^`)]*))?\)?`")
 
 
 def translate(text: str, ctx: click.Context) -> str:
-    """The text with every parameter in backticks as an option of this command, else of the first that has it."""
+    """The text with every parameter in backticks as an option of this command, else of the first that has it.
+
+    A parameter in a call, such as `pull(shards="3")`, becomes an option of the command named like the function.
+    """
 
     def replace(match: re.Match[str]) -> str:
-        name, value = match[1], match[2]
-        option = _find(ctx.command, name)
-        if option is not None:
+        function, name, value = match.groups()
+        if function is None and (option := _find(ctx.command, name)) is not None:
             return _spelling(option, value)
         for path, command in _commands(ctx.find_root().command, ctx.find_root().info_name or ""):
-            if (option := _find(command, name)) is not None:
+            meant = function is None or path.rpartition(" ")[2] == function.replace("_", "-")
+            if meant and (option := _find(command, name)) is not None:
                 return f"'{path} {_spelling(option, value)}'"
         return match[0]
 
-    return _PARAMETER.sub(replace, text)
+    return PARAMETER.sub(replace, text)
 
 
 def memory_advice(ctx: click.Context | None) -> str:

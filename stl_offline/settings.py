@@ -186,10 +186,10 @@ def check_token_targets(kind: str, residual: str, m: int, sampling_ratio: int, m
     if kind not in TOKEN_TARGETS:
         raise InputError(f"the kind of token targets must be one of {', '.join(TOKEN_TARGETS)}; got {kind!r}")
     if residual not in RESIDUALS:
-        raise InputError(f"residual must be one of {', '.join(RESIDUALS)}; got {residual!r}")
+        raise InputError(f"`residual` must be one of {', '.join(RESIDUALS)}; got {residual!r}")
     if m < 1:
         raise InputError(f"a soft target needs at least 1 class, got {m}")
     if sampling_ratio < 1:
-        raise InputError(f"sampling_ratio must be at least 1, got {sampling_ratio}")
+        raise InputError(f"`sampling_ratio` must be at least 1, got {sampling_ratio}")
     if not 0 <= min_confidence <= 1:
-        raise InputError(f"min_confidence must be in [0, 1], got {min_confidence}")
+        raise InputError(f"`min_confidence` must be in [0, 1], got {min_confidence}")

@@ -1,12 +1,17 @@
-"""Rules that hold for every file: sizes, no global randomness, nothing of a particular machine."""
+"""Rules that hold for every file: sizes, no global randomness, no output, nothing of a particular machine."""
 
 import ast
 import re
 import subprocess
+from collections.abc import Iterator
 
+import click
 import pytest
 
-from tests.source_tree import REPOSITORY, modules
+from stl_offline.cli.advice import PARAMETER
+from stl_offline.cli.command import Option
+from stl_offline.cli.main import group
+from tests.source_tree import REPOSITORY, Module, modules
 
 MOST_LINES = 500
 
@@ -116,3 +121,122 @@ def test_files_name_no_machine_and_nothing_unfinished():
                 if (match := re.search(pattern, line))
             ]
     assert not found, found
+
+
+def texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Every string of a module but docstrings, with its line; values within an f-string are left out."""
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            inner |= {id(part) for part in node.values}
+            yield node.lineno, "".join(getattr(part, "value", "") or "" for part in node.values if is_text(part))
+        elif is_text(node) and id(node) not in inner:
+            yield node.lineno, node.value
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def library() -> list[Module]:
+    """The modules below the command line."""
+    return [module for name, module in modules().items() if not name.startswith("stl_offline.cli")]
+
+
+def commands(command: click.Command) -> Iterator[click.Command]:
+    """All commands below a group."""
+    if not isinstance(command, click.Group):
+        yield command
+        return
+    ctx = click.Context(command)
+    for name in command.list_commands(ctx):
+        yield from commands(command.get_command(ctx, name))
+
+
+def shown_options() -> list[Option]:
+    return [each for one in commands(group) for each in one.params if isinstance(each, Option) and not each.hidden]
+
+
+def options_named(text: str) -> set[str]:
+    """Words of a text that look like options, but for those of whole commands in a document's code block."""
+    prose = re.sub(r"^    stl-offline .*$", "", text, flags=re.MULTILINE)
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose))
+
+
+def test_messages_of_the_library_name_parameters_not_options():
+    """The command line turns parameters into its options (cli/advice.py); a Python user has no options."""
+    own = {name for option in shown_options() for name in (*option.opts, *option.secondary_opts)}
+    wrong = [
+        f"{module.place}:{line} names {', '.join(sorted(named))}"
+        for module in library()
+        for line, text in texts(module.tree)
+        if (named := options_named(text) & own)
+    ]
+    assert not wrong, wrong
+
+
+def test_the_rule_on_options_sees_what_it_should():
+    code = '"""Cites --out."""\nx = f"{a}: raise --max-mb"\ny = "card\\n    stl-offline pack --out x\\n"'
+    found = [options_named(text) for _, text in texts(ast.parse(code))]
+    assert found == [{"--max-mb"}, set()]
+
+
+def test_parameters_in_messages_are_options_with_such_values():
+    options = shown_options()
+    wrong = []
+    for module in library():
+        for line, text in texts(module.tree):
+            for _, name, value in PARAMETER.findall(text):
+                own = [option for option in options if option.name == name]
+                fits = [option for option in own if takes(option, value.strip("\"'"))]
+                if not own or not fits:
+                    wrong.append(f"{module.place}:{line} names `{name}={value}`")
+    assert not wrong, wrong
+
+
+def takes(option: Option, value: str) -> bool:
+    """Whether the option can be given so: True sets a flag, False needs its opposite, a choice has its values."""
+    if not value:  # the parameter alone, or a value that the message fills in
+        return True
+    if option.is_flag:
+        return value == "True" or (value == "False" and bool(option.secondary_opts))
+    return not isinstance(option.type, click.Choice) or value in option.type.choices
+
+
+# Progress is shown where it was asked for, on standard error.
+SHOWS = "stl_offline/progress.py"
+
+
+def shows_something(node: ast.AST) -> bool:
+    """Does this node print, or reach for a standard stream?"""
+    if isinstance(node, ast.Call):
+        return dotted(node.func) in ("print", "pprint.pprint", "warnings.warn")
+    return isinstance(node, ast.Attribute) and dotted(node) in (
+        *("sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__"),
+    )
+
+
+def test_the_library_prints_nothing():
+    wrong = [
+        f"{module.place}:{node.lineno}: {ast.unparse(node)}"
+        for module in library()
+        if module.place != SHOWS
+        for node in ast.walk(module.tree)
+        if shows_something(node)
+    ]
+    assert not wrong, f"log instead (logging.getLogger(__name__)): {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("print(x)", True),
+        ("print(x, file=log)", True),
+        ("sys.stderr.write(x)", True),
+        ("sys.stdout", True),
+        ("logger.info(x)", False),
+        ("printable(x)", False),
+    ],
+)
+def test_the_rule_on_printing_sees_what_it_should(code, expected):
+    assert any(map(shows_something, ast.walk(ast.parse(code)))) is expected

@@ -154,6 +154,8 @@ class TestAdvice:
             ("dump-labels", "give `max_size`", "give 'stl-offline pack --max-size'"),
             ("train-student", "with `class_names`", "with 'stl-offline pack --classes'"),
             ("labels inspect", "give `shards=3`", "give 'stl-offline dump-labels --shards 3'"),
+            ("labels verify", 'with `pull(shards="3")`', "with 'stl-offline labels pull --shards 3'"),
+            ("train-student", 'with `fly(labels="3")`', 'with `fly(labels="3")`'),
             ("pack", "`device` and `no_option`", "'stl-offline train-labeler --device' and `no_option`"),
         ],
     )

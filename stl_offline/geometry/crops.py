@@ -42,7 +42,7 @@ def whole_views(count: int) -> np.ndarray:
 def center_views(heights: np.ndarray, widths: np.ndarray, crop_pct: float = 1.0, aspect: float = 1.0) -> np.ndarray:
     """The largest central crop of the aspect ratio width/height, times ``crop_pct``: float32 (n, 6)."""
     if not 0 < crop_pct <= 1:
-        raise InputError(f"crop-pct must lie in (0, 1], got {crop_pct}")
+        raise InputError(f"`crop_pct` must lie in (0, 1], got {crop_pct}")
     heights = np.asarray(heights, dtype=np.float64)
     widths = np.asarray(widths, dtype=np.float64)
     crop_widths = np.maximum(1, np.round(np.minimum(widths, heights * aspect) * crop_pct))

@@ -47,7 +47,7 @@ def convert(
     sizes = [shard.samples for shard in label_set.shards]
     if shards is not None:
         if not 1 <= shards <= len(label_set):
-            raise InputError(f"shards must lie between 1 and the {len(label_set)} images, got {shards}")
+            raise InputError(f"`shards` must lie between 1 and the {len(label_set)} images, got {shards}")
         sizes = [last - first for first, last in (shard_range(i, shards, len(label_set)) for i in range(shards))]
     spec = _new_spec(old, container or old.container, encoding or old.encoding, len(sizes))
     is_copy = (spec.container, spec.encoding) == (old.container, old.encoding)

@@ -75,7 +75,7 @@ def join(
         InputError: two images have the same key, or ``missing`` has another value.
     """
     if missing not in POLICIES:
-        raise InputError(f"missing must be one of {', '.join(POLICIES)}, got {missing!r}")
+        raise InputError(f"`missing` must be one of {', '.join(POLICIES)}, got {missing!r}")
     if len(keys) != len(content_hashes):
         raise InputError(f"got {len(keys)} keys but {len(content_hashes)} content hashes; each image needs one of each")
     check_class_names(label_set.spec.class_names, tuple(class_names))
@@ -140,7 +140,7 @@ def check_class_names(labels: tuple[str, ...], images: tuple[str, ...]) -> None:
     if labels == images:
         return
     absent = sorted(set(images) - set(labels))
-    advice = "pack the images with the label set's class list (stl-offline pack SRC DEST --classes LABELS)"
+    advice = "pack the images with the label set's class list (`class_names`)"
     if absent:
         advice = "remove their images"
         how = f"{len(absent)} of the images' classes are not in it ({some(len(absent), absent[:_EXAMPLES])})"

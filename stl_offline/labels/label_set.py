@@ -216,7 +216,7 @@ class LabelSet(Mapping[str, LabelMap]):
         if self.is_partial and index not in self.present:
             raise FormatError(
                 f"shard {index} of {self.place} was not pulled (the shards {format_ranges(self.present)} were); "
-                f"pull it with: stl-offline labels pull SOURCE {self.place} --shards {index}"
+                f'pull it from its source with `pull(shards="{index}")`'
             )
 
     def _check_count(self, shard: ShardRecord, count: int) -> None:

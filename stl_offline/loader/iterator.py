@@ -86,7 +86,7 @@ class EpochThread(EpochIterator):
             except queue.Empty:
                 # It may have handed out its last item between the timeout and this look.
                 if not self.is_alive() and self.output_queue.empty():
-                    raise TrainingError("the loading thread died; start again with --debug to see why") from None
+                    raise TrainingError("the loading thread ended without an error; run the same again") from None
         if isinstance(item, StlError | MemoryError | NumbaError):
             raise item
         if isinstance(item, BaseException):

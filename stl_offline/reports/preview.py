@@ -118,8 +118,8 @@ def _join(
     if missing and (config.missing == "error" or len(missing) == len(keys)):
         raise JoinError(
             f"{len(missing):,} of the {len(keys):,} labels chosen have no image in {config.data}, for example "
-            f"{missing[0]!r}; check that it is the labels' data set with the same root folder, pass --missing skip to "
-            "show these labels without images, or leave --data out to show all labels without images"
+            f'{missing[0]!r}; check that it is the labels\' data set with the same root folder. `missing="skip"` shows '
+            "these labels without images. Without `data`, all labels are shown without images"
         )
     there = [key for key in keys if key in found.by_key]
     hashes = np.array([found.by_key[key].content_hash for key in there], dtype=np.uint64)
@@ -204,13 +204,13 @@ def _fit(
         if len(articles) == 1:
             raise InputError(
                 f"a page of one image takes {len(page) / 1e6:.1f} MB, more than the {config.max_mb:g} MB allowed; "
-                "raise --max-mb"
+                "increase `max_mb`"
             )
         # Articles differ little in size; another round removes what is still too much.
         articles = articles[: max(1, min(len(articles) - 1, int(len(articles) * limit / len(page))))]
         warnings = (
             f"The page shows {len(articles)} of the {len(scenes)} label maps chosen: more would exceed "
-            f"{config.max_mb:g} MB. Raise --max-mb to show more; the PNGs show all.",
+            f"the page's maximum size, {config.max_mb:g} MB. The PNG files show all.",
         )
 
 
@@ -222,7 +222,7 @@ def _page_values(
     crop = "Students of this label set replay its crops and get exactly these labels."
     if label_set.spec.views["kind"] == "whole":
         crop = (
-            f"The student's crop is the one that a student with --seed {config.student_seed} gets in epoch "
+            f"The student's crop is the one that a student with the seed {config.student_seed} gets in epoch "
             f"{config.epoch + 1}. Its labels are the label map sampled under that crop."
         )
     return {

@@ -82,10 +82,10 @@ def report_runs(config: ReportConfig) -> RunReport:
         if not examples.groups:
             raise InputError(
                 f"the page takes {len(page) / 1e6:.1f} MB without examples, more than the {config.max_mb:g} MB "
-                "allowed; raise --max-mb"
+                "allowed; increase `max_mb`"
             )
         examples = examples.shorter()
-        cut = (f"Fewer examples than requested are shown: more would exceed {config.max_mb:g} MB (--max-mb).",)
+        cut = (f"Fewer examples than requested are shown: more would exceed the maximum size of {config.max_mb:g} MB.",)
     path = write_page(config.out, page)
     return RunReport(path, len(page), len(examples.articles), (*warnings, *cut))
 
@@ -181,7 +181,7 @@ def _labels(run: Run, sets: Sequence[LabelSet]) -> dict[str, str]:
 
 def _examples_note(examples: Examples, config: ReportConfig) -> str:
     if not examples.groups:
-        return "None. Pass --data SRC, such as the validation images, to show some."
+        return "None: the report was made without images to show examples of, such as the validation images."
     return (
         f"From {config.data}. Predictions for the whole image and for each of its tokens. Point at a token, tap it, or "
         "move to it with Tab and the arrow keys to see its most probable classes."

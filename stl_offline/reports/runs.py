@@ -74,7 +74,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     for place in places:
         if not (place / "config.json").is_file():
             what = "is not a folder" if not place.is_dir() else "holds no config.json"
-            raise InputError(f"{place} is not a run: it {what}; pass the folder that training wrote (--out)")
+            raise InputError(f"{place} is not a run: it {what}; pass the output folder of a training run")
     if len({place.resolve() for place in places}) < len(places):
         raise InputError("the same run is given twice; pass each run once")
     return [_read_run(place, name) for place, name in zip(places, _names(places), strict=True)]

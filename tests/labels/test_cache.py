@@ -194,5 +194,5 @@ def test_wrong_images_are_refused_before_anything_is_written(label_set, hashes, 
     with pytest.raises(JoinError, match="class list"):
         build_token_cache(label_set, keys, hashes[:3], ("cat", "dog"), folder=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(InputError, match="missing must be"):
+    with pytest.raises(InputError, match="`missing` must be"):
         build(label_set, hashes, np.arange(3), tmp_path, missing="drop")

@@ -200,7 +200,7 @@ def test_keys_that_are_there_twice(label_set, tmp_path):
 
 
 def test_arguments_that_do_not_fit(label_set):
-    with pytest.raises(InputError, match="missing must be one of error, skip, got 'drop'"):
+    with pytest.raises(InputError, match="`missing` must be one of error, skip, got 'drop'"):
         join(label_set, KEYS, HASHES, SPEC.class_names, missing="drop")
     with pytest.raises(InputError, match="20 keys but 19 content hashes"):
         join(label_set, KEYS, HASHES[1:], SPEC.class_names)

@@ -175,7 +175,7 @@ def test_a_page_that_would_be_too_large_shows_less_and_says_so(labels, images, t
     assert report.bytes <= limit * 1e6
     assert f"shows {report.shown} of the 9 label maps chosen" in report.warnings[0]
     assert report.warnings[0].split(":")[0] in report.page.read_text()
-    with pytest.raises(InputError, match="--max-mb"):
+    with pytest.raises(InputError, match="increase `max_mb`"):
         preview(labels, tmp_path, images, samples=2, max_mb=0.01)
 
 

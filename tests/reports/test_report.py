@@ -55,7 +55,7 @@ def test_runs_side_by_side(make_run, labels, label_set, tmp_path):
         assert f"{title} " in text
     page = out.read_text()
     assert page.count('role="img"') == 4 and "loss (nats)" in page and "images / s" in page
-    assert "Examples None. Pass --data SRC" in text
+    assert "Examples None: the report was made without images" in text
 
 
 def test_a_run_that_learned_from_two_label_sets(make_run, labels, label_set, tmp_path):
@@ -152,5 +152,5 @@ def test_the_command(make_run, tmp_path, capsys):
 
 
 def test_a_page_too_large_without_examples(make_run, tmp_path):
-    with pytest.raises(InputError, match="--max-mb"):
+    with pytest.raises(InputError, match="increase `max_mb`"):
         report_runs(ReportConfig(runs=(str(make_run("one")),), out=str(tmp_path / "x.html"), max_mb=0.001))
