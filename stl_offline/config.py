@@ -296,6 +296,9 @@ class PreviewConfig(Config):
     out: str = setting("preview", "Folder for the page and the PNG files.", affects=JOB)
     keys: tuple[str, ...] = setting((), "Keys to show, or patterns with * and ?.")
     samples: int = setting(12, "Number of images to draw at random where no keys are given.", bounds="[1, inf)")
+    suspects: int = setting(
+        0, "Show this many images whose tokens disagree most with their class (0 chooses otherwise).", bounds="[0, inf)"
+    )
     seed: int = setting(0, "Seed of the random choice.", bounds="[0, inf)")
     map_index: tuple[int, ...] = setting((0,), "Which of an image's stored maps to show, from 0.")
     threshold: float = setting(0.5, "Confidence from which a token counts as confident.", bounds="[0, 1]")
@@ -312,6 +315,8 @@ class PreviewConfig(Config):
         super().__post_init__()
         if not self.map_index or min(self.map_index) < 0:
             raise InputError(f"`map_index` must be one or more numbers from 0 on, got {self.map_index}")
+        if self.suspects and self.keys:
+            raise InputError("`suspects` and `keys` both choose the images; give one of them")
         self.crop_settings()
 
     def crop_settings(self) -> CropSettings:

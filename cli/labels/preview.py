@@ -13,6 +13,7 @@ from stl_offline.config import PreviewConfig
     epilog=example(
         "stl-offline labels preview labels --data images/train --out preview",
         "stl-offline labels preview labels --data images/train --key 'ring/*' --samples 4",
+        "stl-offline labels preview labels --data images/train --suspects 20",
     )
 )
 @click.argument("path", metavar="SET")
@@ -51,6 +52,13 @@ from stl_offline.config import PreviewConfig
     default=PreviewConfig.samples,
     metavar="N",
     help="Number of images to draw at random, from all keys or from those that match a pattern.",
+)
+@option(
+    "--suspects",
+    group="labels",
+    default=PreviewConfig.suspects,
+    metavar="N",
+    help="Show the N images whose tokens disagree most with their class, in place of random ones (0 does not).",
 )
 @option("--seed", group="labels", default=PreviewConfig.seed, metavar="N", help="Seed of the random choice.")
 @option(

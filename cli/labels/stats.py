@@ -13,7 +13,7 @@ from stl_offline.cli.terminal import echo
     epilog=example(
         "stl-offline labels stats labels",
         "stl-offline labels stats labels --shards 4 --json",
-        "stl-offline labels stats labels --masks runs/demo/images/masks-train.npz",
+        "stl-offline labels stats labels --masks runs/demo/images/masks-train.npz --suspects 20",
     ),
 )
 @click.argument("path", metavar="SET")
@@ -34,12 +34,21 @@ from stl_offline.cli.terminal import echo
     help="Objects' masks or boxes, to measure whether the labels show the object: a folder with NAME.png masks or "
     "NAME.xml boxes (Pascal VOC) at the images' places, an .npz file, or a .json file of boxes.",
 )
+@option(
+    "--suspects",
+    group="labels",
+    type=click.IntRange(min=1),
+    metavar="N",
+    show_default="none",
+    help="Also list the N images whose tokens disagree most with their class.",
+)
 @workers_option
 @debug_option
 @ignored("--device")
-def stats(path: str, shards: int | None, masks: str | None, as_json: bool, workers: int) -> None:
+def stats(path: str, shards: int | None, masks: str | None, suspects: int | None, as_json: bool, workers: int) -> None:
     """Measure the labels: confidence, probability outside the stored classes, agreement with the images' classes."""
     from stl_offline.labels import foreground
+    from stl_offline.labels import suspects as disagreeing
     from stl_offline.labels.label_set import open_label_set
     from stl_offline.labels.stats import measure, table, to_json
 
@@ -53,8 +62,18 @@ def stats(path: str, shards: int | None, masks: str | None, as_json: bool, worke
     inside = None
     if objects is not None:
         inside = foreground.measure_foreground(label_set, objects, shards=shards, workers=workers)
+    doubtful = disagreeing.find_suspects(label_set, suspects, workers=workers) if suspects else []
     if as_json:
-        echo(json.dumps(to_json(found) | ({"foreground": foreground.to_json(inside)} if inside else {})))
+        values = to_json(found)
+        if inside:
+            values["foreground"] = foreground.to_json(inside)
+        if suspects:
+            values["suspects"] = disagreeing.to_json(label_set, doubtful)
+        echo(json.dumps(values))
         return
     for name, value in table(found) + (foreground.table(inside) if inside else []):
         echo(f"{name + ':':<14}{value}")
+    if doubtful:
+        echo(f"images whose tokens disagree most with their class ({len(doubtful):,}, most doubtful first):")
+        for line in disagreeing.table(label_set, doubtful):
+            echo(f"  {line}")

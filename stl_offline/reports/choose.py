@@ -8,6 +8,7 @@ import numpy as np
 
 from stl_offline.errors import InputError, JoinError
 from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.suspects import find_suspects
 
 _MAGIC = frozenset("*?[")
 
@@ -22,7 +23,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Choice:
-    """places: in stored order; found: number of labels that match the keys, all labels where no keys were given."""
+    """places: in the order shown; found: number of labels that match the keys, all labels where no keys were given."""
 
     places: tuple[Place, ...]
     found: int
@@ -77,6 +78,12 @@ def choose_labels(label_set: LabelSet, keys: Sequence[str], samples: int, seed: 
     drawn = draw.choice(len(fitting), min(room, len(fitting)), replace=False) if fitting else []
     chosen = sorted(named + [fitting[int(number)] for number in drawn])
     return Choice(tuple(chosen), len(named) + len(fitting))
+
+
+def choose_suspects(label_set: LabelSet, count: int) -> Choice:
+    """The images whose tokens disagree most with their class, the most doubtful first. Reads every shard."""
+    places = tuple(Place(suspect.shard, suspect.row) for suspect in find_suspects(label_set, count))
+    return Choice(places, len(label_set))
 
 
 def _place(label_set: LabelSet, position: int) -> Place:

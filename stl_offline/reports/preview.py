@@ -15,7 +15,7 @@ from stl_offline.labels.join import check_class_names, join
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.palette import CONFIDENT, UNCONFIDENT, hex_color
 from stl_offline.reports.charts import Chart, ConfidenceCounts, confidence_chart, confidence_figure
-from stl_offline.reports.choose import Choice, Place, choose_labels
+from stl_offline.reports.choose import Choice, Place, choose_labels, choose_suspects
 from stl_offline.reports.find import FindImages, FoundImage
 from stl_offline.reports.html import Article, class_rows, page_data, render_page, token_data, write_page
 from stl_offline.reports.names import display_names
@@ -53,7 +53,10 @@ def preview_labels(config: PreviewConfig, find_images: FindImages | None) -> Pre
     """
     label_set = open_label_set(config.path)
     _check_views(label_set, config.map_index)
-    choice = choose_labels(label_set, config.keys, config.samples, config.seed)
+    if config.suspects:
+        choice = choose_suspects(label_set, config.suspects)
+    else:
+        choice = choose_labels(label_set, config.keys, config.samples, config.seed)
     counts = ConfidenceCounts()
     maps = _read(label_set, choice, counts, config.all_shards)
     images = None
@@ -243,7 +246,10 @@ def _page_values(
 
 def _shown(label_set: LabelSet, articles: Sequence[Article], choice: Choice, config: PreviewConfig) -> str:
     among = f"{choice.found:,} labels" + (" that match the keys" if config.keys else "")
-    how = f"drawn at random from {among} (seed {config.seed})" if choice.found > len(choice.places) else f"of {among}"
+    if config.suspects:
+        among += ", those whose tokens disagree most with their class first"
+    drawn = choice.found > len(choice.places) and not config.suspects
+    how = f"drawn at random from {among} (seed {config.seed})" if drawn else f"of {among}"
     alone = "" if config.data else " No images were given: labels are shown alone."
     maps = "label map" if len(articles) == 1 else "label maps"
     return f"{len(articles)} {maps} {how}, from {label_set.place}.{alone}"

@@ -1,0 +1,86 @@
+"""Images whose token labels disagree with their class: what is most likely labelled wrongly in the data."""
+
+import heapq
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from stl_offline.errors import InputError, printable
+from stl_offline.labels.arrays import ShardArrays, probabilities
+from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.store import each_shard
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An image whose class is doubtful.
+
+    score: mean probability of the most probable other class minus that of the own class, over the tokens of all views,
+    in [-1, 1]; suggestion: that other class; shard, row: where its labels are stored.
+    """
+
+    key: str
+    class_id: int
+    suggestion: int
+    score: float
+    shard: int
+    row: int
+
+
+def find_suspects(label_set: LabelSet, count: int, *, workers: int = 0) -> list[Suspect]:
+    """The ``count`` images with the highest scores, the most doubtful first; fewer where the set holds fewer.
+
+    The labeler may have been trained on the same wrong classes: training that does not learn single images by heart
+    (augmentation, smoothing, few epochs) still disagrees with them.
+
+    Raises:
+        InputError: fewer than one image is asked for, or the set has a single class.
+        FormatError: a shard is damaged.
+    """
+    if count < 1:
+        raise InputError(f"`suspects` must be at least 1, got {count}")
+    if label_set.spec.num_classes < 2:
+        raise InputError(f"{label_set.place} has a single class, so that its labels cannot disagree with it")
+
+    def read(index: int) -> list[Suspect]:
+        found = _score(label_set.read_shard(index), index, label_set.spec.num_classes)
+        return heapq.nlargest(count, found, key=_rank)
+
+    parts = each_shard(read, label_set.present, "suspects", workers=workers)
+    return heapq.nlargest(count, (suspect for part in parts for suspect in part), key=_rank)
+
+
+def table(label_set: LabelSet, suspects: list[Suspect]) -> list[str]:
+    """A line per image: its score, key, class, and the class that its tokens show."""
+    names = label_set.spec.class_names
+    return [
+        f"{suspect.score:+.3f}  {printable(suspect.key)}: class {printable(names[suspect.class_id])}, "
+        f"tokens show {printable(names[suspect.suggestion])}"
+        for suspect in suspects
+    ]
+
+
+def to_json(label_set: LabelSet, suspects: list[Suspect]) -> list[dict[str, Any]]:
+    """The images as JSON objects, with the names of their classes."""
+    names = label_set.spec.class_names
+    return [
+        asdict(suspect) | {"class_name": names[suspect.class_id], "suggestion_name": names[suspect.suggestion]}
+        for suspect in suspects
+    ]
+
+
+def _rank(suspect: Suspect) -> tuple[float, int, int]:
+    return suspect.score, -suspect.shard, -suspect.row
+
+
+def _score(arrays: ShardArrays, shard: int, classes: int) -> list[Suspect]:
+    mass = probabilities(arrays.logits, arrays.confidence)
+    tokens = arrays.confidence[0].size
+    found = []
+    for row, (key, own) in enumerate(zip(arrays.keys, arrays.class_id.tolist(), strict=True)):
+        means = np.bincount(arrays.class_ids[row].ravel(), mass[row].ravel(), classes) / tokens
+        probability, means[own] = means[own], -1.0
+        other = int(means.argmax())
+        found.append(Suspect(key, own, other, float(means[other] - probability), shard, row))
+    return found
