@@ -9,19 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stl_offline.compiled import njit
 from stl_offline.errors import FormatError, InputError
 from stl_offline.geometry import View
+from stl_offline.labels.rules import check_cells, check_class_id, check_keys, check_views
 from stl_offline.labels.spec import LabelSpec
-
-_FAULTS = (
-    "",
-    "a class id is not below the class count",
-    "a cell names a class twice",
-    "a logit is not finite",
-    "the logits of a cell do not fall",
-    "a confidence is not within (0, 1]",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +114,7 @@ class ShardArrays:
             if not (self.class_id.min() >= 0 and self.class_id.max() < 2**32):
                 raise FormatError("class_id must lie within uint32")
             object.__setattr__(self, "class_id", self.class_id.astype(np.uint32))
-        _check_keys(self.keys)
+        check_keys(self.keys)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -142,11 +133,10 @@ class ShardArrays:
         )
 
     def check(self, spec: LabelSpec) -> "ShardArrays":
-        """Compare with the label set's spec and look at every value; gives itself back.
+        """Compare with the label set's spec and apply every rule of `stl_offline.labels.rules`; gives itself back.
 
         Raises:
-            FormatError: another grid, k or number of views; a class id out of range or twice in a cell; logits that
-                are not finite or do not fall; a confidence outside (0, 1]; a view that is not finite or has no inverse.
+            FormatError: another grid, k or number of views; an image's class, a view or a cell that breaks a rule.
         """
         if self.class_ids.shape[1:] != spec.map_shape:
             raise FormatError(
@@ -154,22 +144,9 @@ class ShardArrays:
             )
         if self.class_ids.dtype != spec.id_dtype:
             raise FormatError(f"class ids are {self.class_ids.dtype}, the label set has {spec.id_dtype}")
-        if self.class_id.max() >= spec.num_classes:
-            raise FormatError(f"class_id {self.class_id.max()} is not below the {spec.num_classes} classes")
-        determinant = self.views[..., 0] * self.views[..., 4] - self.views[..., 1] * self.views[..., 3]
-        bad_views = ~(np.isfinite(self.views).all(-1) & (determinant != 0)).all(-1)
-        if bad_views.any():
-            raise FormatError(f"the view of {self.keys[int(bad_views.argmax())]} is not finite or has no inverse")
-        sample, fault = _first_fault(
-            self.class_ids.reshape(len(self), -1, spec.top_k),
-            _order_bits(self.logits).reshape(len(self), -1, spec.top_k),
-            _order_bits(self.confidence).reshape(len(self), -1),
-            spec.num_classes,
-            *_BITS[self.logits.dtype.itemsize][:2],
-            _BITS[self.confidence.dtype.itemsize][2],
-        )
-        if fault:
-            raise FormatError(f"the labels of {self.keys[sample]} cannot be used: {_FAULTS[fault]}")
+        check_class_id(self.class_id, spec)
+        check_views(self.keys, self.views, spec)
+        check_cells(self.keys, self.class_ids, self.logits, self.confidence, spec)
         return self
 
     def equals(self, other: "ShardArrays") -> bool:
@@ -209,60 +186,3 @@ def probabilities(logits: np.ndarray, confidence: np.ndarray) -> np.ndarray:
     np.exp(values, out=values)
     values *= np.asarray(confidence).astype(np.float32)[..., None]
     return values
-
-
-def _check_keys(keys: list[str]) -> None:
-    for key in keys:
-        if not key or "\0" in key or key.startswith("/") or ".." in key.split("/"):
-            raise FormatError(f"{key!r} is no key: it must be a path below the data set's root")
-    if len(set(keys)) != len(keys):
-        seen: set[str] = set()
-        twice = next(key for key in keys if key in seen or seen.add(key))
-        raise FormatError(f"the key {twice} is there twice")
-
-
-# For floats of two and four bytes: the bits of the sign, of infinity and of one.
-_BITS = {
-    2: (np.uint16(0x8000), np.uint16(0x7C00), np.uint16(0x3C00)),
-    4: (np.uint32(0x8000_0000), np.uint32(0x7F80_0000), np.uint32(0x3F80_0000)),
-}
-
-
-def _order_bits(values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values).view(f"<u{values.dtype.itemsize}")
-
-
-@njit
-def _first_fault(class_ids, logits, confidence, classes, sign, infinity, one):
-    # Floats come as their bits: compiled code knows no float16, and converting would take longer than all the rest.
-    samples, cells, stored = class_ids.shape
-    for sample in range(samples):
-        for cell in range(cells):
-            bits = confidence[sample, cell]
-            if bits == 0 or bits > one:
-                return sample, 5
-            for entry in range(stored):
-                class_id = class_ids[sample, cell, entry]
-                if class_id >= classes:
-                    return sample, 1
-                for earlier in range(entry):
-                    if class_ids[sample, cell, earlier] == class_id:
-                        return sample, 2
-                bits = logits[sample, cell, entry]
-                if bits & infinity == infinity:
-                    return sample, 3
-                if entry and _is_above(bits, logits[sample, cell, entry - 1], sign):
-                    return sample, 4
-    return -1, 0
-
-
-@njit
-def _is_above(bits, other, sign):
-    """Whether one finite float, given as its bits, is greater than another: sign and magnitude."""
-    value = np.int64(bits & ~sign)
-    if bits & sign:
-        value = -value
-    other_value = np.int64(other & ~sign)
-    if other & sign:
-        other_value = -other_value
-    return value > other_value

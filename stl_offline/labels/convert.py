@@ -60,7 +60,7 @@ def convert(
             sources = list(_overlaps(label_set.shards, first, last))
             source, rows = sources[0]
             if is_copy and rows == slice(0, label_set.shards[source].samples) and len(sources) == 1:
-                writer.write_encoded(index, label_set.read_bytes(source, keep=False))
+                writer.write_encoded(index, label_set.read_whole(source))
             else:
                 writer.write_shard(index, concatenate([select(read(source), rows) for source, rows in sources]))
 

@@ -11,6 +11,7 @@ from stl_offline.files import atomic_write, cache_dir, make_folder, sha256_bytes
 from stl_offline.labels.arrays import LabelMap, ShardArrays, ShardIndex
 from stl_offline.labels.format import decode_shard, read_shard_index
 from stl_offline.labels.manifest import Manifest, ShardRecord
+from stl_offline.labels.rules import check_index
 from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.store import (
     MANIFEST,
@@ -168,6 +169,12 @@ class LabelSet(Mapping[str, LabelMap]):
         """
         return self.decode(index, self.read_bytes(index))
 
+    def read_whole(self, index: int) -> bytes:
+        """The bytes of shard ``index`` as they are, to be copied into another label set; raises as `read_shard`."""
+        data = self.read_bytes(index, keep=False)
+        self.decode(index, data)
+        return data
+
     def decode(self, index: int, data: bytes) -> ShardArrays:
         """The labels in the bytes of shard ``index``; raises FormatError where they do not fit the manifest."""
         shard = self.shards[index]
@@ -191,6 +198,7 @@ class LabelSet(Mapping[str, LabelMap]):
                 self._check_size(shard, source.stat().st_size)
         try:
             found = read_shard_index(source, self.spec)
+            check_index(found.keys, found.class_ids, self.spec)
         except FormatError as error:
             raise FormatError(f"{self.place}/{shard.name}: {error}") from error
         self._check_count(shard, len(found.keys))

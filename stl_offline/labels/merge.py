@@ -67,7 +67,7 @@ def merge(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int = 0, 
 
         def copy(position: int) -> None:
             part = parts[position]
-            writer.write_encoded(position, part.label_set.read_bytes(part.index, keep=False))
+            writer.write_encoded(position, part.label_set.read_whole(part.index))
 
         for _ in each_shard(copy, todo, f"→ {out}", workers=workers):
             pass

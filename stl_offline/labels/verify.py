@@ -6,13 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from stl_offline.errors import FormatError, StlError
-from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.keys import find_duplicates, hash_keys
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import ShardRecord
 from stl_offline.labels.store import CARD, MANIFEST, PARTIAL, SOME_SHARDS, each_shard
-
-_WHOLE = np.array([1, 0, 0, 0, 1, 0], dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -45,22 +42,19 @@ def verify(label_set: LabelSet, *, workers: int = 0, found: Callable[[str], None
         faults.append(line)
         found(line)
 
-    def read(index: int) -> tuple[list[str], np.ndarray | None]:
-        shard = label_set.shards[index]
+    def read(index: int) -> str | np.ndarray:
+        """What is wrong with a shard, or the hashes of its keys."""
         try:
-            data = label_set.read_bytes(index, fresh=True)
-            arrays = label_set.decode(index, data)
+            return hash_keys(label_set.decode(index, label_set.read_bytes(index, fresh=True)).keys)
         except FormatError as error:
-            return [_without_place(label_set, shard, error)], None
-        return [f"{shard.name}: {line}" for line in _odd_values(label_set, arrays)], hash_keys(arrays.keys)
+            return _without_place(label_set, label_set.shards[index], error)
 
-    for index, (lines, own) in zip(
-        label_set.present, each_shard(read, label_set.present, "verify", workers=workers), strict=True
-    ):
-        for line in lines:
-            note(line)
-        if own is not None:
-            hashes.append(own)
+    results = each_shard(read, label_set.present, "verify", workers=workers)
+    for index, result in zip(label_set.present, results, strict=True):
+        if isinstance(result, str):
+            note(result)
+        else:
+            hashes.append(result)
             whole.append(index)
     twice = find_duplicates(hashes, lambda position: label_set.read_index(whole[position]).keys)
     for key, first, second in twice.examples:
@@ -84,11 +78,3 @@ def _without_place(label_set: LabelSet, shard: ShardRecord, error: StlError) -> 
     where = f"{label_set.place}/{shard.name}"
     text = str(error).removeprefix("the shard ")
     return f"{shard.name}: {text.removeprefix(where).lstrip(': ')}"
-
-
-def _odd_values(label_set: LabelSet, arrays: ShardArrays) -> list[str]:
-    """What each shard alone cannot know to be wrong."""
-    if label_set.spec.views["kind"] == "whole" and (arrays.views != _WHOLE).any():
-        row = int((arrays.views != _WHOLE).any(axis=(1, 2)).argmax())
-        return [f"the view of {arrays.keys[row]} is not the whole image, as the manifest says it is"]
-    return []

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from stl_offline.errors import FormatError
 from stl_offline.files import canonical_json, sha256_bytes
 from stl_offline.labels.format import containers, tar_shard, zarr_shard
 from stl_offline.labels.label_set import open_label_set
@@ -111,10 +112,12 @@ def test_keys_are_unique_in_the_whole_set(tmp_path):
 
 
 def test_a_view_that_the_manifest_denies(tmp_path):
+    arrays = make_arrays(SPEC)
+    arrays.views[5, 0, 2] = 0.25
     with LabelSetWriter(tmp_path, SPEC, 1) as writer:
-        arrays = make_arrays(SPEC)
-        arrays.views[5, 0, 2] = 0.25
-        writer.write_shard(0, arrays)
+        with pytest.raises(FormatError, match="not the whole image"):
+            writer.write_shard(0, arrays)
+        writer.write_encoded(0, encode_unchecked(arrays, SPEC))
         writer.finish()
     (fault,) = verify(open_label_set(tmp_path)).faults
     assert f"the view of {make_key(5)} is not the whole image" in fault
