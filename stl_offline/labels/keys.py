@@ -29,8 +29,14 @@ class Duplicates:
 
 
 def hash_keys(keys: Sequence[str]) -> np.ndarray:
-    """uint64 (n,): xxh3 of each key's UTF-8."""
-    return np.fromiter((xxhash.xxh3_64_intdigest(key.encode()) for key in keys), dtype=np.uint64, count=len(keys))
+    """uint64 (n,): xxh3 of each key's UTF-8. Raises InputError where a key has none."""
+    try:
+        return np.fromiter((xxhash.xxh3_64_intdigest(key.encode()) for key in keys), dtype=np.uint64, count=len(keys))
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the key {error.object!r} is not Unicode text (it holds half of a surrogate pair, as file names that are "
+            "not UTF-8 give); rename the image"
+        ) from error
 
 
 def find_duplicates(hashes: Sequence[np.ndarray], read_keys: Callable[[int], Sequence[str]]) -> Duplicates:
