@@ -1,5 +1,7 @@
 """click's commands and options with three additions: options in named groups, each given once, old ones that warn."""
 
+import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -68,6 +70,33 @@ def command(**settings: Any) -> Callable[[Callable[..., object]], Command]:
 def option(*names: str, group: str, **settings: Any) -> Callable[[F], F]:
     """click's option in a group, with its default shown."""
     return click.option(*names, cls=Option, group=group, **{"show_default": True, **settings})
+
+
+def setting_option(config: type, *names: str, group: str, more: str = "", **settings: Any) -> Callable[[F], F]:
+    """The option of a field of a settings class, which declares its help, default and choices.
+
+    Args:
+        names: as for `option`; the field is the one that the option's value is handed over as.
+        more: text that the help ends with, after a colon.
+    """
+    name = names[-1] if not names[-1].startswith("-") else names[0].partition("/")[0].lstrip("-").replace("-", "_")
+    field = next(each for each in dataclasses.fields(config) if each.name == name)
+    text = _in_options(field.metadata["help"])
+    text = f"{text.removesuffix('.')}: {more}." if more else text
+    settings["help"] = f"{text} May be given several times." if settings.get("multiple") else text
+    if field.default is dataclasses.MISSING:
+        settings["required"] = True
+    elif field.default is not None:
+        listed = settings.get("multiple") and isinstance(field.default, str)
+        settings.setdefault("default", [field.default] if listed else field.default)
+    if field.metadata["choices"] is not None:
+        settings["type"] = click.Choice(field.metadata["choices"])
+    return option(*names, group=group, **settings)
+
+
+def _in_options(text: str) -> str:
+    """A help text with other settings as options: `labels=online` → --labels online."""
+    return re.sub(r"`(\w+)(?:=(\w+))?`", lambda m: f"--{m[1].replace('_', '-')}" + (f" {m[2]}" if m[2] else ""), text)
 
 
 def together(*options: Callable[[F], F]) -> Callable[[F], F]:

@@ -1,8 +1,6 @@
 """``stl-offline dump-labels``."""
 
-import click
-
-from stl_offline.cli.command import command, example, option
+from stl_offline.cli.command import command, example, option, setting_option
 from stl_offline.cli.options import (
     SOURCE_HELP,
     debug_option,
@@ -15,7 +13,7 @@ from stl_offline.cli.options import (
 )
 from stl_offline.cli.output import dump_line, estimate_lines, result_json
 from stl_offline.cli.terminal import echo
-from stl_offline.config import AMP_MODES, INTERPOLATIONS, DumpConfig
+from stl_offline.config import DumpConfig
 
 
 @command(
@@ -29,85 +27,24 @@ from stl_offline.config import AMP_MODES, INTERPOLATIONS, DumpConfig
 )
 @json_option
 @option("--estimate", group="general", is_flag=True, help="Label a few images and print the cost. Write nothing.")
-@option("--data", group="data", required=True, metavar="SRC", help=f"Images to label: {SOURCE_HELP}.")
+@setting_option(DumpConfig, "--data", group="data", metavar="SRC", more=SOURCE_HELP)
 @skip_broken_option
-@option(
-    "--labeler",
-    group="model",
-    required=True,
-    metavar="RUN|CKPT|timm:NAME|hf-hub:NAME",
-    help="Model that labels: a run's folder, one of its checkpoints, or a timm model.",
-)
+@setting_option(DumpConfig, "--labeler", group="model", metavar="RUN|CKPT|timm:NAME|hf-hub:NAME")
 @timm_labeler_options
-@option(
-    "--img-size",
-    group="model",
-    default=DumpConfig.img_size,
-    metavar="N",
-    help="Height and width of the labeler's input, in pixels (0 takes the size it was trained with).",
-)
-@option("--top-k", group="labels", default=DumpConfig.top_k, metavar="K", help="Classes stored per token.")
-@option(
-    "--views",
-    "crops_per_image",
-    group="labels",
-    default=DumpConfig.crops_per_image,
-    metavar="V",
-    help="Random crops labelled per image (0 labels the whole image once).",
-)
-@option(
-    "--encoding",
-    group="labels",
-    default=DumpConfig.encoding,
-    metavar="NAME",
-    help="Encoding of the logits: f16 stores them as they are, q8 is smaller with a bounded error.",
-)
-@option("--format", group="labels", default=DumpConfig.format, metavar="NAME", help="Container: zarr or webdataset.")
-@option(
-    "--shards",
-    group="labels",
-    default=DumpConfig.shards,
-    metavar="N",
-    help="Number of shards, each written by one process (0 chooses 512 to 4,096 images per shard, fewer for crops).",
-)
-@option(
-    "--licence",
-    group="labels",
-    default=DumpConfig.licence,
-    metavar="TEXT",
-    help="Licence of the labeler's weights, stored in the manifest and the card.",
-)
-@option(
-    "--scale-min",
-    group="augmentation",
-    default=DumpConfig.scale_min,
-    metavar="X",
-    help="Smallest part of an image's area that a random crop takes.",
-)
-@option(
-    "--flip",
-    group="augmentation",
-    default=DumpConfig.flip,
-    metavar="X",
-    help="Probability that a random crop is flipped.",
-)
-@option("--seed", group="augmentation", default=DumpConfig.seed, metavar="N", help="Seed of the random crops.")
-@option(
-    "--interpolation",
-    group="augmentation",
-    default=DumpConfig.interpolation,
-    type=click.Choice(["auto", *INTERPOLATIONS]),
-    help="How images are resized; auto does it as in the labeler's training, and takes area for timm:NAME.",
-)
-@option("--out", group="output", required=True, metavar="SET", help="Folder or address (s3://…) of the label set.")
-@option("--batch-size", group="machine", default=DumpConfig.batch_size, metavar="N", help="Images per batch.")
-@option(
-    "--amp",
-    group="machine",
-    default=DumpConfig.amp,
-    type=click.Choice(AMP_MODES),
-    help="Mixed precision of the labeler's trunk; auto chooses by device.",
-)
+@setting_option(DumpConfig, "--img-size", group="model", metavar="N")
+@setting_option(DumpConfig, "--top-k", group="labels", metavar="K")
+@setting_option(DumpConfig, "--views", "crops_per_image", group="labels", metavar="V")
+@setting_option(DumpConfig, "--encoding", group="labels", metavar="NAME")
+@setting_option(DumpConfig, "--format", group="labels", metavar="NAME")
+@setting_option(DumpConfig, "--shards", group="labels", metavar="N")
+@setting_option(DumpConfig, "--licence", group="labels", metavar="TEXT")
+@setting_option(DumpConfig, "--scale-min", group="augmentation", metavar="X")
+@setting_option(DumpConfig, "--flip", group="augmentation", metavar="X")
+@setting_option(DumpConfig, "--seed", group="augmentation", metavar="N")
+@setting_option(DumpConfig, "--interpolation", group="augmentation")
+@setting_option(DumpConfig, "--out", group="output", metavar="SET")
+@setting_option(DumpConfig, "--batch-size", group="machine", metavar="N")
+@setting_option(DumpConfig, "--amp", group="machine")
 @device_option
 @workers_option
 @foreign_labeler_options

@@ -2,9 +2,7 @@
 
 import json
 
-import click
-
-from stl_offline.cli.command import command, example, option
+from stl_offline.cli.command import command, example, setting_option
 from stl_offline.cli.options import (
     SOURCE_HELP,
     debug_option,
@@ -15,36 +13,18 @@ from stl_offline.cli.options import (
 )
 from stl_offline.cli.output import counted, scores_line
 from stl_offline.cli.terminal import echo
-from stl_offline.config import AMP_MODES, EvaluateConfig
+from stl_offline.config import EvaluateConfig
 
 
 @command(epilog=example("stl-offline evaluate --data images/val --checkpoint runs/student --json"))
 @json_option
-@option("--data", group="data", required=True, metavar="SRC", help=f"Images to evaluate on: {SOURCE_HELP}.")
-@option(
-    "--crop-pct",
-    group="data",
-    default=EvaluateConfig.crop_pct,
-    metavar="X",
-    help="Part of the image's shorter side that the central crop takes.",
-)
+@setting_option(EvaluateConfig, "--data", group="data", metavar="SRC", more=SOURCE_HELP)
+@setting_option(EvaluateConfig, "--crop-pct", group="data", metavar="X")
 @skip_broken_option
-@option("--checkpoint", group="model", required=True, metavar="RUN", help="A run's folder, or one of its checkpoints.")
-@option(
-    "--img-size",
-    group="model",
-    default=EvaluateConfig.img_size,
-    metavar="N",
-    help="Height and width of the model's input, in pixels (0 takes the size it was trained with).",
-)
-@option("--batch-size", group="machine", default=EvaluateConfig.batch_size, metavar="N", help="Images per batch.")
-@option(
-    "--amp",
-    group="machine",
-    default=EvaluateConfig.amp,
-    type=click.Choice(AMP_MODES),
-    help="Mixed precision of the model; auto chooses by device.",
-)
+@setting_option(EvaluateConfig, "--checkpoint", group="model", metavar="RUN")
+@setting_option(EvaluateConfig, "--img-size", group="model", metavar="N")
+@setting_option(EvaluateConfig, "--batch-size", group="machine", metavar="N")
+@setting_option(EvaluateConfig, "--amp", group="machine")
 @device_option
 @workers_option
 @debug_option

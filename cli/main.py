@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
+from stl_offline import __version__
 from stl_offline.cli.failures import Session, end_process, run
 from stl_offline.cli.lazy import lazy_group
 from stl_offline.cli.terminal import prepare_streams
@@ -38,7 +39,7 @@ Each command has its own --help. `stl-offline demo` runs everything on a small d
 
 
 @click.command(cls=lazy_group(COMMANDS), epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="stl-offline", prog_name="stl-offline", message="%(prog)s %(version)s")
+@click.version_option(__version__, prog_name="stl-offline", message="%(prog)s %(version)s")
 def group() -> None:
     """Label the tokens of a data set once, share the labels, and train vision transformers from them at the speed of
     plain training.

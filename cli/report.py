@@ -2,7 +2,7 @@
 
 import click
 
-from stl_offline.cli.command import command, example, option
+from stl_offline.cli.command import command, example, setting_option
 from stl_offline.cli.options import SOURCE_HELP, debug_option, device_option, skip_broken_option, workers_option
 from stl_offline.cli.output import counted
 from stl_offline.cli.terminal import echo
@@ -16,38 +16,14 @@ from stl_offline.config import ReportConfig
     )
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@option(
-    "--data",
-    group="data",
-    metavar="SRC",
-    show_default="no examples",
-    help=f"Images to show examples of: {SOURCE_HELP}.",
-)
-@option(
-    "--examples",
-    group="data",
-    default=ReportConfig.examples,
-    metavar="N",
-    help="Correctly classified images to show, and as many wrongly classified ones.",
-)
-@option("--predict", group="data", default=ReportConfig.predict, metavar="N", help="Images to choose examples from.")
+@setting_option(ReportConfig, "--data", group="data", metavar="SRC", show_default="no examples", more=SOURCE_HELP)
+@setting_option(ReportConfig, "--examples", group="data", metavar="N")
+@setting_option(ReportConfig, "--predict", group="data", metavar="N")
 @skip_broken_option
-@option("--seed", group="data", default=ReportConfig.seed, metavar="N", help="Seed of the choice of examples.")
-@option(
-    "--labels",
-    group="labels",
-    multiple=True,
-    metavar="SET",
-    help="Label set that a run was trained with. May be given several times.",
-)
-@option("--out", group="output", default=ReportConfig.out, metavar="FILE", help="File to write the page to.")
-@option(
-    "--max-mb",
-    group="output",
-    default=ReportConfig.max_mb,
-    metavar="X",
-    help="Maximum size of the page, in megabytes.",
-)
+@setting_option(ReportConfig, "--seed", group="data", metavar="N")
+@setting_option(ReportConfig, "--labels", group="labels", multiple=True, metavar="SET")
+@setting_option(ReportConfig, "--out", group="output", metavar="FILE")
+@setting_option(ReportConfig, "--max-mb", group="output", metavar="X")
 @device_option
 @workers_option
 @debug_option

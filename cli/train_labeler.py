@@ -2,10 +2,10 @@
 
 import click
 
-from stl_offline.cli.command import command, example, option
+from stl_offline.cli.command import command, example, setting_option
 from stl_offline.cli.options import training_options
 from stl_offline.cli.stages import print_dry_run, print_run, settings_of_run
-from stl_offline.config import TOKEN_POOLS, LabelerConfig
+from stl_offline.config import LabelerConfig
 
 
 @command(
@@ -16,14 +16,7 @@ from stl_offline.config import TOKEN_POOLS, LabelerConfig
     )
 )
 @training_options
-@option(
-    "--token-pool",
-    group="labels",
-    default=LabelerConfig.token_pool,
-    type=click.Choice(TOKEN_POOLS),
-    help="How token logits are pooled for the token loss: their mean (STL), or lme, the log of the mean of their "
-    "exponentials, with which labels outline objects.",
-)
+@setting_option(LabelerConfig, "--token-pool", group="labels")
 @click.pass_context
 def train_labeler(ctx: click.Context, recipe: str | None, dry_run: bool, **settings: object) -> None:
     """Stage 1: train a model whose tokens learn to classify, so that it can label them.

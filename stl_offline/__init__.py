@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from stl_offline.training.train_labeler import train_labeler
     from stl_offline.training.train_student import train_student
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "Batch",
     "Beton",

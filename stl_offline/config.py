@@ -34,6 +34,14 @@ MISSING = ("error", "skip")
 
 _SEEDS = f"[0, {1 << 63})"
 
+# Help texts of settings that several commands have.
+_SKIP_BROKEN = "Leave out images that cannot be decoded, and list them, instead of stopping."
+_LABELER_CHECKPOINT = "Weights file for a labeler given as timm:NAME."
+_LABELER_PRETRAINED = (
+    "Take timm's own weights for a labeler given as timm:NAME, from the Hugging Face Hub or its local cache."
+)
+_LABELER_CLASSES = "Class names of a timm:NAME or hf-hub:NAME labeler: a text file with one per line, or a label set."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -48,9 +56,14 @@ class MachineConfig(Config):
     """Where a command runs. Results do not depend on it, beyond rounding."""
 
     device: str = setting(
-        "auto", "Device: auto (a GPU if there is one), cpu, cuda or cuda:N.", affects=JOB, in_recipes=False
+        "auto",
+        "Device that models run on: auto (a GPU if torch finds one, else the CPU), cpu, cuda, or cuda:N.",
+        affects=JOB,
+        in_recipes=False,
     )
-    workers: int = setting(0, "Loading threads per process (0 shares the cores out).", affects=JOB, in_recipes=False)
+    workers: int = setting(
+        0, "Threads per process that load, read or send (0 chooses a number).", affects=JOB, in_recipes=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,57 +71,78 @@ class TrainConfig(MachineConfig):
     """What both training stages share. The defaults suit a small model on 64-pixel images."""
 
     data: str = setting(help="Training images.", affects=INPUT, in_recipes=False)
-    out: str = setting(help="Folder of the run.", affects=JOB, in_recipes=False)
-    val: str | None = setting(None, "Validation images.", affects=INPUT, in_recipes=False)
-    model: str = setting("fan_micro_4_p8", "FAN variant to train.")
+    out: str = setting(help="Folder for checkpoints, settings and logs.", affects=JOB, in_recipes=False)
+    val: str | None = setting(
+        None, "Validation images, in any form that `data` takes.", affects=INPUT, in_recipes=False
+    )
+    model: str = setting("fan_micro_4_p8", "FAN variant to train, such as fan_tiny_12_p16_224.")
     img_size: int = setting(64, "Height and width of the model's input, in pixels.", bounds="[1, 8192]")
     epochs: int = setting(24, "Passes over the training data.", bounds="[1, inf)")
     batch_size: int = setting(100, "Images per batch and process.", bounds="[1, inf)")
-    seed: int = setting(0, "Seed of everything random.", bounds=_SEEDS)
+    seed: int = setting(0, "Seed of the weights, the crops, the order of images and all random draws.", bounds=_SEEDS)
     accumulate: int = setting(1, "Batches whose gradients are summed for one step.", bounds="[1, inf)")
-    lr: float = setting(2e-3, "Peak learning rate.", bounds="(0, inf)")
+    lr: float = setting(2e-3, "Peak learning rate of AdamW; a cosine takes it down to 1e-6.", bounds="(0, inf)")
     lr_batch: int = setting(
-        0, "Images per step that lr is meant for; lr is scaled to the real number (0 disables it).", bounds="[0, inf)"
+        0,
+        "Images per step that `lr` is meant for; the rate is scaled to the real number (0 disables scaling).",
+        bounds="[0, inf)",
     )
-    warmup_epochs: float = setting(2.0, "Epochs of rising learning rate.", bounds="[0, inf)")
+    warmup_epochs: float = setting(2.0, "Epochs of linear warm-up, at most a fifth of the run.", bounds="[0, inf)")
     weight_decay: float = setting(0.05, "Weight decay of AdamW.", bounds="[0, inf)")
     clip_grad: float = setting(0.0, "Maximum norm of the gradient (0 disables clipping).", bounds="[0, inf)")
     ema_decay: float = setting(
-        0.99992, "Decay of the averaged weights, reached by a warm-up (0 disables averaging).", bounds="[0, 1)"
+        0.99992,
+        "Decay of the moving average of the weights, reached by a warm-up (0 disables the average).",
+        bounds="[0, 1)",
     )
-    smoothing: float = setting(0.1, "Label smoothing.", bounds="[0, 1)")
+    smoothing: float = setting(0.1, "Label smoothing of the class loss (0 disables it).", bounds="[0, 1)")
     drop_path: float = setting(0.0, "Rate of stochastic depth (0 disables it).", bounds="[0, 1)")
     mixup: float = setting(0.0, "Alpha of mixup's Beta distribution (0 disables mixup).")
     cutmix: float = setting(0.0, "Alpha of cutmix's Beta distribution (0 disables cutmix).")
-    mix_prob: float = setting(1.0, "Probability that a batch, pair or image is mixed.")
-    mix_mode: str = setting("batch", "What is mixed in the same way: a batch, a pair, or each image by itself (elem).")
-    scale_min: float = setting(0.25, "Smallest part of an image's area that a random crop takes.")
-    flip: float = setting(0.5, "Probability that a random crop is flipped.")
-    color_jitter: float | None = setting(
-        None, "Strength of colour jitter; None takes 0.4, or 0 with auto_augment.", bounds="[0, inf)"
+    mix_prob: float = setting(1.0, "Probability that mixup or cutmix is applied.")
+    mix_mode: str = setting(
+        "batch", "Whether mixup and cutmix are drawn once per batch, per pair of images, or per image (elem)."
     )
-    auto_augment: str | None = setting(None, "timm's string for RandAugment, such as rand-m9-mstd0.5-inc1.")
+    scale_min: float = setting(0.25, "Smallest part of an image's area that a random crop takes.")
+    flip: float = setting(0.5, "Probability of a horizontal flip.")
+    color_jitter: float | None = setting(
+        None, "Strength of colour jitter (0 disables it). By default 0.4, or 0 with `auto_augment`.", bounds="[0, inf)"
+    )
+    auto_augment: str | None = setting(None, "RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1.")
     random_erase: float = setting(0.0, "Probability that a box of an image is erased.")
-    erase_mode: str = setting("pixel", "What fills an erased box: the mean, one random colour, or noise per pixel.")
-    interpolation: str = setting("area", "How crops are resized; antialiased in any case.", choices=INTERPOLATIONS)
-    amp: str = setting("auto", "Mixed precision; auto chooses by device.", choices=AMP_MODES)
+    erase_mode: str = setting(
+        "pixel",
+        "What `random_erase` fills a box with: the mean colour (const), one random colour (rand), or random "
+        "pixels (pixel).",
+    )
+    interpolation: str = setting(
+        "area",
+        "How crops are resized, with antialiasing. A labeler and its students need the same.",
+        choices=INTERPOLATIONS,
+    )
+    amp: str = setting("auto", "Mixed precision of the model; auto chooses by device.", choices=AMP_MODES)
     compile: bool = setting(False, "Compile the model with torch.compile.")
-    channels_last: bool = setting(True, "Memory layout of the model's weights.")
-    sync_bn: bool = setting(False, "Compute batch norm over the images of all processes.")
+    channels_last: bool = setting(True, "Keep the model's weights in the channels-last memory format.")
+    sync_bn: bool = setting(False, "Compute batch-norm statistics over all processes.")
     token_weight: float = setting(1.0, "Weight of the token loss (0 disables it).", bounds="[0, inf)")
-    val_every: int = setting(1, "Epochs between validations.", affects=JOB, bounds="[1, inf)")
+    val_every: int = setting(
+        1, "Epochs between two evaluations on the validation images.", affects=JOB, bounds="[1, inf)"
+    )
     checkpoint_every: float = setting(
-        300.0, "Seconds between states stored within an epoch.", affects=JOB, bounds="[0, inf)"
+        300.0, "Seconds between checkpoints within an epoch.", affects=JOB, bounds="[0, inf)"
     )
     checkpoint_steps: int = setting(
-        0, "Steps between stored states, in addition to the seconds (0 disables it).", affects=JOB, bounds="[0, inf)"
+        0, "Steps between additional checkpoints within an epoch (0 disables them).", affects=JOB, bounds="[0, inf)"
     )
-    log_every: int = setting(50, "Steps between lines of steps.jsonl.", affects=JOB, bounds="[1, inf)")
-    tensorboard: bool = setting(False, "Write TensorBoard files.", affects=JOB)
+    log_every: int = setting(50, "Steps between two lines of steps.jsonl.", affects=JOB, bounds="[1, inf)")
+    tensorboard: bool = setting(False, "Also write TensorBoard's files to RUN/tensorboard.", affects=JOB)
     resume: bool = setting(
-        True, "Continue a run that was interrupted; False starts anew.", affects=JOB, in_recipes=False
+        True,
+        "Continue an interrupted run of the same settings. False starts the run again, over what its folder holds.",
+        affects=JOB,
+        in_recipes=False,
     )
-    skip_broken: bool = setting(False, "Leave out images that cannot be decoded, instead of stopping.")
+    skip_broken: bool = setting(False, _SKIP_BROKEN)
 
     def __post_init__(self) -> None:
         if self.auto_augment == "none":  # how a command turns a recipe's auto_augment off
@@ -141,7 +175,10 @@ class LabelerConfig(TrainConfig):
     """Stage 1: ``stl-offline train-labeler``."""
 
     token_pool: str = setting(
-        "mean", "How an image's token logits become the logits of the token loss.", choices=TOKEN_POOLS
+        "mean",
+        "How token logits are pooled for the token loss: their mean (STL), or lme, the log of the mean of their "
+        "exponentials, with which labels outline objects.",
+        choices=TOKEN_POOLS,
     )
 
 
@@ -149,28 +186,37 @@ class LabelerConfig(TrainConfig):
 class StudentConfig(TrainConfig):
     """Stage 2: ``stl-offline train-student``."""
 
-    labels: str | tuple[str, ...] = setting("none", 'Label sets, or "none", or "online".', affects=INPUT)
+    labels: str | tuple[str, ...] = setting(
+        "none",
+        "Source of token labels: one or more label sets, none, or online (a labeler runs in every step).",
+        affects=INPUT,
+    )
     labels_pick: str = setting(
         "auto",
         "How one of several label sets is chosen for a sample: by its crop's scale (zoom), or at random (draw).",
         choices=LABEL_PICKS,
     )
     labels_share: tuple[float, ...] | None = setting(
-        None, "How often each of several label sets is drawn; None draws them equally often."
+        None, "How often each label set is drawn, in the order of `labels`."
     )
     labeler: str | None = setting(
-        None, 'The labeler of labels="online": a run, a checkpoint, or timm:NAME.', affects=INPUT
+        None,
+        "Labeler to run during training (only with `labels=online`). Must have the student's token grid and "
+        "class list.",
+        affects=INPUT,
     )
-    labeler_checkpoint: str | None = setting(None, "Weights of a labeler named timm:NAME.", affects=INPUT)
-    labeler_pretrained: bool = setting(False, "Take timm's own weights for a labeler named timm:NAME.", affects=INPUT)
-    labeler_classes: str | None = setting(
-        None, "Class names of a labeler named timm:NAME: a text file with one per line, or a label set.", affects=INPUT
-    )
+    labeler_checkpoint: str | None = setting(None, _LABELER_CHECKPOINT, affects=INPUT)
+    labeler_pretrained: bool = setting(False, _LABELER_PRETRAINED, affects=INPUT)
+    labeler_classes: str | None = setting(None, _LABELER_CLASSES, affects=INPUT)
     token_target: str = setting(
-        "gumbel", "Target of a token: a class drawn in each step (gumbel), the distribution (soft), or its best class."
+        "gumbel",
+        "Target of a token: one class drawn in each step (gumbel), the distribution (soft), or the best class "
+        "(argmax).",
     )
     residual: str = setting(
-        "ignore", "Probability outside the stored classes: left unlabelled (ignore), or spread over all (uniform)."
+        "ignore",
+        "What happens to probability outside the stored classes: left unlabelled (ignore), or spread over all "
+        "classes (uniform).",
     )
     crops: str = setting(
         "auto",
@@ -182,13 +228,19 @@ class StudentConfig(TrainConfig):
     sampling_ratio: int = setting(2, "RoIAlign's sampling points per cell, along each side.")
     min_confidence: float = setting(0.0, "Confidence below which a token is left unlabelled.")
     erased_labels: str = setting(
-        "drop", "Labels of erased cells: weighted by what is left to see (drop), or kept.", choices=ERASED_LABELS
+        "drop",
+        "Whether labels of cells hidden by `random_erase` are weighted down (drop) or kept.",
+        choices=ERASED_LABELS,
     )
     missing: str = setting(
-        "error", "Images without labels: stop, or train on them without token labels.", choices=MISSING
+        "error",
+        "What to do with images that have no labels: stop, or train on them without token labels (skip).",
+        choices=MISSING,
     )
-    allow_changed: bool = setting(False, "Use labels of images whose content has changed.")
-    key_prefix: str = setting("", "OLD=NEW: the start of the images' keys, and what the labels have instead.")
+    allow_changed: bool = setting(False, "Use labels of images whose content has changed since they were labelled.")
+    key_prefix: str = setting(
+        "", "Replace the start OLD of the images' keys by NEW before labels are looked up, such as train/=."
+    )
 
     @property
     def trains_tokens(self) -> bool:
@@ -227,24 +279,37 @@ class DumpConfig(MachineConfig):
     """``stl-offline dump-labels``."""
 
     data: str = setting(help="Images to label.", affects=INPUT)
-    labeler: str = setting(help="Model that labels: a run, a checkpoint, or timm:NAME.", affects=INPUT)
-    out: str = setting(help="Folder or address of the label set.", affects=JOB)
-    labeler_checkpoint: str | None = setting(None, "Weights of a labeler named timm:NAME.", affects=INPUT)
-    labeler_pretrained: bool = setting(False, "Take timm's own weights for a labeler named timm:NAME.", affects=INPUT)
-    labeler_classes: str | None = setting(
-        None, "Class names of a labeler named timm:NAME: a text file with one per line, or a label set.", affects=INPUT
+    labeler: str = setting(
+        help="Model that labels: a run's folder, one of its checkpoints, or a timm model.", affects=INPUT
     )
-    labeler_by_order: bool = setting(False, "Match these weights by the order of their tensors, not by their names.")
-    labeler_mean: tuple[float, ...] | None = setting(None, "Mean per channel to normalise with; None takes timm's.")
-    labeler_std: tuple[float, ...] | None = setting(None, "Standard deviation per channel; None takes timm's.")
+    out: str = setting(help="Folder or address (s3://…) of the label set.", affects=JOB)
+    labeler_checkpoint: str | None = setting(None, _LABELER_CHECKPOINT, affects=INPUT)
+    labeler_pretrained: bool = setting(False, _LABELER_PRETRAINED, affects=INPUT)
+    labeler_classes: str | None = setting(None, _LABELER_CLASSES, affects=INPUT)
+    labeler_by_order: bool = setting(
+        False, "Match the tensors of `labeler_checkpoint` by their order, not by their names."
+    )
+    labeler_mean: tuple[float, ...] | None = setting(
+        None, "Mean of each channel, to normalise the labeler's input with."
+    )
+    labeler_std: tuple[float, ...] | None = setting(
+        None, "Standard deviation of each channel, to normalise the labeler's input with."
+    )
     # The manifest's table of shards tells their number.
-    shards: int = setting(0, "Number of shards (0 chooses it).", affects=JOB, bounds="[0, inf)")
+    shards: int = setting(
+        0,
+        "Number of shards, each written by one process (0 chooses 512 to 4,096 images per shard, fewer for crops).",
+        affects=JOB,
+        bounds="[0, inf)",
+    )
     top_k: int = setting(5, "Classes stored per token.", bounds="[1, inf)")
     crops_per_image: int = setting(
         0, "Random crops labelled per image (0 labels the whole image once).", bounds="[0, inf)", recorded_as="views"
     )
     img_size: int = setting(
-        0, "Height and width of the labeler's input, in pixels (0 takes the size trained with).", bounds="[0, 8192]"
+        0,
+        "Height and width of the labeler's input, in pixels (0 takes the size it was trained with).",
+        bounds="[0, 8192]",
     )
     batch_size: int = setting(64, "Images per batch.", bounds="[1, inf)")
     seed: int = setting(0, "Seed of the random crops.", bounds=_SEEDS)
@@ -256,10 +321,12 @@ class DumpConfig(MachineConfig):
         choices=("auto", *INTERPOLATIONS),
     )
     format: str = setting("zarr", "Container: zarr or webdataset.")
-    encoding: str = setting("f16", "Encoding of the logits: f16 stores them as they are, q8 is smaller.")
-    amp: str = setting("none", "Mixed precision; auto chooses by device.", choices=AMP_MODES)
-    licence: str = setting("unstated", "Licence of the labeler's weights, recorded with the labels.")
-    skip_broken: bool = setting(False, "Leave out images that cannot be decoded, instead of stopping.")
+    encoding: str = setting(
+        "f16", "Encoding of the logits: f16 stores them as they are, q8 is smaller with a bounded error."
+    )
+    amp: str = setting("none", "Mixed precision of the labeler's trunk; auto chooses by device.", choices=AMP_MODES)
+    licence: str = setting("unstated", "Licence of the labeler's weights, stored in the manifest and the card.")
+    skip_broken: bool = setting(False, _SKIP_BROKEN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -279,12 +346,16 @@ class EvaluateConfig(MachineConfig):
     """``stl-offline evaluate``."""
 
     data: str = setting(help="Images to evaluate on.", affects=INPUT)
-    checkpoint: str = setting(help="A run, or a .safetensors file written by one.", affects=INPUT)
-    skip_broken: bool = setting(False, "Leave out images that cannot be decoded, instead of stopping.")
+    checkpoint: str = setting(help="A run's folder, or one of its checkpoints.", affects=INPUT)
+    skip_broken: bool = setting(False, _SKIP_BROKEN)
     batch_size: int = setting(128, "Images per batch.", bounds="[1, inf)")
-    img_size: int = setting(0, "Height and width of the input (0 takes the size trained with).", bounds="[0, 8192]")
-    crop_pct: float = setting(1.0, "Part of the shorter side that the central crop takes.", bounds="(0, 1]")
-    amp: str = setting("none", "Mixed precision; auto chooses by device.", choices=AMP_MODES)
+    img_size: int = setting(
+        0,
+        "Height and width of the model's input, in pixels (0 takes the size it was trained with).",
+        bounds="[0, 8192]",
+    )
+    crop_pct: float = setting(1.0, "Part of the image's shorter side that the central crop takes.", bounds="(0, 1]")
+    amp: str = setting("none", "Mixed precision of the model; auto chooses by device.", choices=AMP_MODES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,22 +363,32 @@ class PreviewConfig(Config):
     """``stl-offline labels preview``."""
 
     path: str = setting(help="The label set.", affects=INPUT)
-    data: str | None = setting(None, "Images of the labels; None shows labels alone.", affects=INPUT)
-    out: str = setting("preview", "Folder for the page and the PNG files.", affects=JOB)
-    keys: tuple[str, ...] = setting((), "Keys to show, or patterns with * and ?.")
-    samples: int = setting(12, "Number of images to draw at random where no keys are given.", bounds="[1, inf)")
+    data: str | None = setting(None, "Images of the labels.", affects=INPUT)
+    out: str = setting("preview", "Folder for labels.html and the PNG files.", affects=JOB)
+    keys: tuple[str, ...] = setting((), "Key to show, or a pattern with * and ?.")
+    samples: int = setting(
+        12, "Number of images to draw at random, from all keys or from those that match a pattern.", bounds="[1, inf)"
+    )
     suspects: int = setting(
-        0, "Show this many images whose tokens disagree most with their class (0 chooses otherwise).", bounds="[0, inf)"
+        0,
+        "Show the N images whose tokens disagree most with their class, in place of random ones (0 does not).",
+        bounds="[0, inf)",
     )
     seed: int = setting(0, "Seed of the random choice.", bounds="[0, inf)")
-    map_index: tuple[int, ...] = setting((0,), "Which of an image's stored maps to show, from 0.")
+    map_index: tuple[int, ...] = setting((0,), "Which of an image's stored crops to show, from 0.")
     threshold: float = setting(0.5, "Confidence from which a token counts as confident.", bounds="[0, 1]")
-    student_seed: int = setting(0, "Seed of the student's crops and drawn classes.", bounds="[0, inf)")
-    epoch: int = setting(0, "Epoch of the student, counted from 0.", bounds="[0, inf)")
+    student_seed: int = setting(
+        0, "Seed of the student, on which its crops and drawn classes depend.", bounds="[0, inf)"
+    )
+    epoch: int = setting(
+        0, "Epoch of the student, counted from 0 (its logs and the page count from 1).", bounds="[0, inf)"
+    )
     scale_min: float = setting(0.25, "Smallest part of an image's area that the student's crop takes.")
     flip: float = setting(0.5, "Probability that the student's crop is flipped.")
-    missing: str = setting("error", "Labels without an image: stop, or show them alone.", choices=MISSING)
-    allow_changed: bool = setting(False, "Show images whose content has changed.")
+    missing: str = setting(
+        "error", "What to do with labels that have no image: stop, or show them alone (skip).", choices=MISSING
+    )
+    allow_changed: bool = setting(False, "Show images whose content has changed since they were labelled.")
     all_shards: bool = setting(False, "Read all shards for the histogram, not only those shown.")
     max_mb: float = setting(5.0, "Maximum size of the page, in megabytes.", bounds="(0, inf)")
 
@@ -329,13 +410,15 @@ class ReportConfig(MachineConfig):
     """``stl-offline report``."""
 
     runs: tuple[str, ...] = setting(help="Folders of the runs.", affects=INPUT)
-    data: str | None = setting(None, "Images to show examples of, such as the validation images.", affects=INPUT)
-    labels: tuple[str, ...] = setting((), "Label sets that the runs may have been trained on.", affects=INPUT)
-    out: str = setting("report.html", "The page.", affects=JOB)
-    examples: int = setting(4, "Correct and wrong examples of the first run to show, of each.", bounds="[0, inf)")
-    predict: int = setting(256, "Number of images that examples are chosen from.", bounds="[1, inf)")
-    skip_broken: bool = setting(False, "Leave out images that cannot be decoded, instead of stopping.")
-    seed: int = setting(0, "Seed of the random choice.", bounds="[0, inf)")
+    data: str | None = setting(None, "Images to show examples of.", affects=INPUT)
+    labels: tuple[str, ...] = setting((), "Label set that a run was trained with.", affects=INPUT)
+    out: str = setting("report.html", "File to write the page to.", affects=JOB)
+    examples: int = setting(
+        4, "Correctly classified images to show, and as many wrongly classified ones.", bounds="[0, inf)"
+    )
+    predict: int = setting(256, "Images to choose examples from.", bounds="[1, inf)")
+    skip_broken: bool = setting(False, _SKIP_BROKEN)
+    seed: int = setting(0, "Seed of the choice of examples.", bounds="[0, inf)")
     max_mb: float = setting(5.0, "Maximum size of the page, in megabytes.", bounds="(0, inf)")
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ def setting(
     """A dataclass field with what is known about it as metadata.
 
     Args:
-        help: one or two phrases for a user.
+        help: one or two phrases for a user; the command line shows them. Other settings stand in backticks.
         affects: `RESULT`, `INPUT` or `JOB`.
         in_recipes: whether a recipe may name it; False for what belongs to one place, such as an output folder.
         recorded_as: its name in files, where that differs from the field's; recipes may use it, too.

@@ -47,7 +47,7 @@ def own_imports(module: Module) -> set[str]:
     known = modules()
     targets = set()
     for item in module.imports:
-        if not item.target.startswith("stl_offline"):
+        if not item.target.startswith("stl_offline") or item.target == "stl_offline.__version__":  # a constant
             continue
         target = item.target
         while target not in known and "." in target:

@@ -171,6 +171,30 @@ def test_options_are_the_settings_with_their_defaults(name, config):
     assert config(**values) == config(**required)
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("train-labeler", LabelerConfig),
+        ("train-student", StudentConfig),
+        ("dump-labels", DumpConfig),
+        ("evaluate", EvaluateConfig),
+        ("report", ReportConfig),
+        ("labels preview", PreviewConfig),
+    ],
+)
+def test_options_show_the_help_of_their_settings(name, config):
+    command = next(each for path, each in leaves() if " ".join(path) == name)
+    helps = {field.name: field.metadata["help"].removesuffix(".") for field in dataclasses.fields(config)}
+    for option in options_of(command):
+        if option.name in helps:
+            in_options = re.sub(r"`(\w+)(?:=(\w+))?`", _as_option, helps[option.name])
+            assert option.help.startswith(in_options), option.name
+
+
+def _as_option(match: re.Match) -> str:
+    return " ".join(["--" + match[1].replace("_", "-"), *filter(None, [match[2]])])
+
+
 def full_disk() -> OSError:
     return OSError(errno.ENOSPC, "No space left on device", "labels/shard")
 

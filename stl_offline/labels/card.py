@@ -45,13 +45,14 @@ for sample in webdataset.WebDataset("{names}", shardshuffle=False).decode():
 def make_card(manifest: Manifest) -> bytes:
     """The bytes of the card: what the set is, how it was made, how to use it. The same manifest gives the same card."""
     spec = manifest.spec
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _facts(manifest))
+    facts = _summary(manifest) | _details(spec)
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items())
     made = "\n".join(f"    {name}: {_cell(json.dumps(value))}" for name, value in sorted(spec.creation.items()))
     container = "zarr groups in zip files" if spec.container == "zarr" else "webdataset tars"
     return f"""{_front_matter(spec)}
 # Token labels
 
-What a labeler says of every token of {spec.num_samples:,} images, made once, to train any number of students from.
+Labels for every token of {spec.num_samples:,} images, to train vision transformers with token labels.
 
 | | |
 |---|---|
@@ -68,72 +69,61 @@ With `stl-offline dump-labels` and these settings:
     stl-offline labels verify .
     stl-offline train-student --data IMAGES --val IMAGES --labels . --out RUN
 
-With the package stl-offline:
+In Python, with the package stl-offline:
 
 ```python
 {_PACKAGE}```
 
-Without it, since these are plain {container} (the format's description says what each array means):
+Without the package: the shards are plain {container}. The format's specification describes the arrays.
 
 ```python
 {_plain_snippet(manifest)}```
 
-Labels belong to images by key (the path below the data set's root) and by content. The images are not part of this
-set. `manifest.json` says the rest: class names, checksums of the shards, everything that a reader needs.
+The images are not part of this set. Labels are joined to images by key, the path below the data set's root, and by a
+hash of the image's content. `manifest.json` holds the class names, the shards' checksums, and all settings.
 """.encode()
 
 
 def summary(label_set: LabelSet) -> dict[str, str]:
     """A label set in a few lines, name → text, for the command line and for pages."""
-    spec = label_set.spec
+    lines = _summary(label_set.manifest) | {"fingerprint": label_set.fingerprint}
+    if label_set.is_partial:
+        lines["here"] = f"the shards {format_ranges(label_set.present)}, {_counted(len(label_set), 'image')}"
+    return lines
+
+
+def _summary(manifest: Manifest) -> dict[str, str]:
+    spec = manifest.spec
     views = "whole images" if spec.views["kind"] == "whole" else f"{spec.views_per_image} crops of each image"
-    size = sum(shard.bytes for shard in label_set.shards)
-    lines = {
-        "images": f"{spec.num_samples:,} in {_counted(len(label_set.shards), 'shard')}, {_counted(size, 'byte')}",
+    size = sum(shard.bytes for shard in manifest.shards)
+    return {
+        "images": f"{spec.num_samples:,} in {_counted(len(manifest.shards), 'shard')}, {_counted(size, 'byte')}",
         "labels": f"{spec.grid[0]} × {spec.grid[1]} tokens, top {spec.top_k} of {spec.num_classes:,} classes, {views}",
         "encoding": f"{spec.encoding} ({spec.container})",
         "labeler": f"{spec.labeler['architecture']} ({spec.labeler['licence']})",
         "weights": spec.labeler["weights_sha256"],
         "input": f"{spec.preprocessing['height']} × {spec.preprocessing['width']} pixels",
         "source": f"fingerprint of the keys {spec.source['fingerprint']}",
-        "fingerprint": label_set.fingerprint,
     }
-    if label_set.is_partial:
-        lines["here"] = f"the shards {format_ranges(label_set.present)}, {_counted(len(label_set), 'image')}"
-    return lines
 
 
-def _facts(manifest: Manifest) -> list[tuple[str, str]]:
-    spec, see = manifest.spec, manifest.spec.preprocessing
-    rows, columns = spec.grid
-    size = sum(shard.bytes for shard in manifest.shards)
-    bounds = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in sorted(spec.bounds.items()))
-    return [
-        ("images", f"{spec.num_samples:,}"),
-        ("classes", f"{spec.num_classes:,} ({_some(spec.class_names)})"),
-        ("labels", f"the {spec.top_k} most probable classes of each of {rows} × {columns} tokens; {_views(spec)}"),
-        ("size", f"{size:,} bytes in {len(manifest.shards):,} shards, {size / spec.num_samples:,.0f} an image"),
-        ("format", f"label set version {spec.format_version}, container {spec.container}, encoding {spec.encoding}"),
-        ("bounds of what encoding changed", bounds),
-        ("labeler", f"{spec.labeler['architecture']} (weights' SHA-256 {spec.labeler['weights_sha256']})"),
-        ("licence of the labeler's weights", str(spec.labeler["licence"])),
-        (
-            "images as the labeler saw them",
-            f"{see['height']} × {see['width']} pixels, {see['interpolation']} interpolation, mean {see['mean']}, "
-            f"std {see['std']}, decoded by {see['decoder']}",
-        ),
-        ("fingerprint of the images", str(spec.source["fingerprint"])),
-    ]
-
-
-def _views(spec: LabelSpec) -> str:
-    if spec.views["kind"] == "whole":
-        return "one map of each whole image"
-    scale, ratio = (" to ".join(f"{value:.3g}" for value in spec.views[name]) for name in ("scale", "ratio"))
-    return (
-        f"{spec.views_per_image} random crops of each image (area {scale}, ratio {ratio}, flipped with chance "
-        f"{spec.views['flip']:g}, seed {spec.views['seed']})"
-    )
+def _details(spec: LabelSpec) -> dict[str, str]:
+    """What the card adds to the summary."""
+    see = spec.preprocessing
+    details = {
+        "preprocessing": f"{see['interpolation']} interpolation, mean {see['mean']}, std {see['std']}, decoded by "
+        f"{see['decoder']}",
+        "classes": ", ".join(spec.class_names[:6]) + (", …" if spec.num_classes > 6 else ""),
+        "error bounds": ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in sorted(spec.bounds.items())),
+        "format": f"label set version {spec.format_version}",
+    }
+    if spec.views["kind"] != "whole":
+        scale, ratio = (" to ".join(f"{value:.3g}" for value in spec.views[name]) for name in ("scale", "ratio"))
+        details["crops"] = (
+            f"random, area {scale}, aspect ratio {ratio}, flipped with probability {spec.views['flip']:g}, seed "
+            f"{spec.views['seed']}"
+        )
+    return details
 
 
 def _front_matter(spec: LabelSpec) -> str:
@@ -161,10 +151,6 @@ def _plain_snippet(manifest: Manifest) -> str:
     last = len(manifest.shards) - 1
     names = first if not last else first.replace("labels-00000", f"labels-{{00000..{last:05d}}}")
     return _WEBDATASET.format(names=names, array=array)
-
-
-def _some(names: tuple[str, ...], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def _counted(number: int, noun: str) -> str:
