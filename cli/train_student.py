@@ -28,6 +28,7 @@ from stl_offline.settings import RESIDUALS, TOKEN_TARGETS
 @setting_option(StudentConfig, "--views", "crops", group="labels")
 @setting_option(StudentConfig, "--missing", group="labels")
 @setting_option(StudentConfig, "--min-confidence", group="labels", metavar="X")
+@setting_option(StudentConfig, "--select", group="labels", metavar="all|own|confident:X")
 @setting_option(StudentConfig, "--labels-pick", group="advanced")
 @setting_option(StudentConfig, "--labels-share", group="advanced", type=NUMBERS, metavar="X,Y", show_default="equal")
 @setting_option(StudentConfig, "--columns", "soft_classes", group="advanced", metavar="N")

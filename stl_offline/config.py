@@ -227,6 +227,11 @@ class StudentConfig(TrainConfig):
     soft_classes: int = setting(8, "Classes kept per token of a soft target.", recorded_as="columns")
     sampling_ratio: int = setting(2, "RoIAlign's sampling points per cell, along each side.")
     min_confidence: float = setting(0.0, "Confidence below which a token is left unlabelled.")
+    select: str = setting(
+        "all",
+        "Tokens to train on: all, those whose (best) target is the image's own class (own), or those with at least the "
+        "confidence X (confident:X, the same as a minimum confidence of X).",
+    )
     erased_labels: str = setting(
         "drop",
         "Whether labels of cells hidden by `random_erase` are weighted down (drop) or kept.",
@@ -248,6 +253,7 @@ class StudentConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._read_select()
         check_token_targets(
             self.token_target, self.residual, self.soft_classes, self.sampling_ratio, self.min_confidence
         )
@@ -272,6 +278,27 @@ class StudentConfig(TrainConfig):
                 raise InputError('`crops="replay"` needs a label set of crops, and `labels="online"` has none')
         elif self.labeler is not None:
             raise InputError('`labeler` needs `labels="online"`; a label set records its own labeler')
+
+    def _read_select(self) -> None:
+        """ "confident:X" is the minimum confidence by another name: one of them is recorded."""
+        word, colon, number = self.select.partition(":")
+        if word == "confident" and colon:
+            try:
+                least = float(number)
+            except ValueError:
+                least = math.nan
+            if not 0 < least <= 1:
+                raise InputError(f"`select` must be confident:X with X in (0, 1], got {self.select!r}")
+            if self.min_confidence not in (0.0, least):
+                raise InputError(
+                    f"`select` is {self.select} and `min_confidence` {self.min_confidence}; give one of them"
+                )
+            object.__setattr__(self, "min_confidence", least)
+            object.__setattr__(self, "select", "all")
+        elif self.select not in ("all", "own"):
+            raise InputError(f'`select` must be "all", "own" or "confident:X", got {self.select!r}')
+        if self.select == "own" and self.labels in ("none", ("none",)):
+            raise InputError('`select` chooses among token labels; it does nothing with `labels` "none"')
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,6 +94,14 @@ class Objective(Protocol):
         ...
 
 
+def select_own(ids_BNm: Tensor, weights_BNm: Tensor, class_ids_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same targets with weight 0 for each token whose first target is not the image's own class.
+
+    The first target is the class that was drawn, or the best one. STL (arXiv 2401.03844, figure 2d) keeps tokens so.
+    """
+    return ids_BNm, weights_BNm * (ids_BNm[..., :1] == class_ids_B[:, None, None])
+
+
 @torch.no_grad()
 def token_scores(token_logits_BNK: Tensor, ids_BNm: Tensor, weights_BNm: Tensor, share: Share) -> dict[str, Tensor]:
     """How a student's tokens do, times their shares.

@@ -17,7 +17,7 @@ from stl_offline.losses import soft_cross_entropy, token_cross_entropy
 from stl_offline.training.engine import run_stage
 from stl_offline.training.label_sources import LabelSource, check_labels, open_labels
 from stl_offline.training.setup import Stage, prepare
-from stl_offline.training.steps import Share, StepInputs, StepRandom, token_scores
+from stl_offline.training.steps import Share, StepInputs, StepRandom, select_own, token_scores
 
 
 def train_student(config: StudentConfig) -> dict[str, Any]:
@@ -43,6 +43,8 @@ class StudentObjective:
         """From a batch: token targets, augmentation, mix of pixels and of both labels."""
         stage = self.stage
         tokens = self.source.tokens(batch, random)
+        if tokens is not None and stage.config.select == "own":
+            tokens = select_own(*tokens, batch.class_ids)
         images = stage.augment(batch)
         mix = stage.draw_mix(images, random)
         if mix is not None:

@@ -49,10 +49,10 @@ def run(seed: int, options: argparse.Namespace) -> tuple[float, float, int]:
             out=labeler, img_size=64, epochs=options.epochs, batch_size=64, lr=1e-3, amp="bf16", seed=seed, **shared
         )
     )
-    stl.dump_labels(
-        stl.DumpConfig(labeler=labeler, out=str(out / "labels"), views=options.views, top_k=5, seed=seed, **shared)
-    )
-    found = find_suspects(stl.open_label_set(out / "labels"), len(changed))
+    labels = str(out / "labels")
+    dump = {"crops_per_image": options.views, "top_k": 5, "seed": seed}
+    stl.dump_labels(stl.DumpConfig(labeler=labeler, out=labels, **dump, **shared))
+    found = find_suspects(stl.open_label_set(labels), len(changed))
     return len(changed & {suspect.key for suspect in found}) / len(changed), PART, len(changed)
 
 

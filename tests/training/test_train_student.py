@@ -103,6 +103,46 @@ def test_dumped_labels_train_a_student(quick, labelled, labels, residual, target
     assert scores["samples"] == 18
 
 
+@pytest.mark.parametrize("target", ["gumbel", "soft"])
+def test_only_tokens_of_the_own_class_are_trained_on(quick, labelled, monkeypatch, target):
+    seen = []
+    original = StudentObjective.inputs
+
+    def look(objective, batch, random):
+        inputs = original(objective, batch, random)
+        seen.append((batch.class_ids, inputs.token_ids, inputs.token_weights))
+        return inputs
+
+    monkeypatch.setattr(StudentObjective, "inputs", look)
+    labels = str(labelled[0] / "whole")
+    train_student(StudentConfig(labels=labels, token_target=target, select="own", **quick | {"epochs": 1}))
+    (own, ids, weights) = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    kept = weights.sum(-1) > 0
+    assert (ids[..., 0][kept] == own[:, None].expand_as(kept)[kept]).all()
+    assert 0 < kept.float().mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"select": "mine"}, '`select` must be "all", "own" or "confident:X", got \'mine\''),
+        ({"select": "confident:2"}, r"confident:X with X in \(0, 1\]"),
+        ({"select": "confident:x"}, r"confident:X with X in \(0, 1\]"),
+        ({"select": "confident:0.5", "min_confidence": 0.2}, "give one of them"),
+        ({"select": "own", "labels": "none"}, "does nothing with `labels`"),
+    ],
+)
+def test_selections_that_cannot_be(settings, message):
+    with pytest.raises(InputError, match=message):
+        StudentConfig(**{"data": "d", "out": "o", "labels": "l", **settings})
+
+
+def test_a_confident_selection_is_a_minimum_confidence():
+    config = StudentConfig(data="d", out="o", labels="l", select="confident:0.25")
+    assert (config.min_confidence, config.select) == (0.25, "all")
+    assert replace(config) == config
+
+
 @pytest.mark.parametrize("target", ["gumbel", "soft", "argmax"])
 def test_the_labeler_can_run_in_every_step(quick, labelled, target):
     labeler = str(labelled[0] / "labeler")
