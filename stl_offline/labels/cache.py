@@ -1,7 +1,8 @@
 """The token cache: labels as memory-mapped arrays in the order of the images, for training.
 
 Filled once from whole shards, for one label set and one list of images; named by what it is made of; several
-processes share one. A cache that is not whole is never opened: it is built beside and renamed into place.
+processes share one. A cache that is not whole is never opened: it is built beside and renamed into place, and each of
+its files is compared with a checksum when it is opened. One that is damaged is built again.
 
 n: images; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell.
 """
@@ -10,28 +11,36 @@ import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
+import logging
 import mmap
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
+import xxhash
+from numpy.lib.format import dtype_to_descr, open_memmap, write_array_header_1_0
 
 from stl_offline.errors import FormatError, TargetError
-from stl_offline.files import atomic_write, cache_dir, canonical_json, make_folder
+from stl_offline.files import COPY_BYTES, atomic_write, cache_dir, canonical_json, make_folder
 from stl_offline.labels.cache_rows import place_shard
 from stl_offline.labels.join import JoinReport, check_class_names, join
 from stl_offline.labels.label_set import LabelSet
-from stl_offline.labels.spec import LabelSpec
+from stl_offline.labels.spec import LabelSpec, is_count
+from stl_offline.labels.store import FolderStorage, read_object
 from stl_offline.progress import progress_bar
 
-_VERSION = 1
+_log = logging.getLogger(__name__)
+
+_VERSION = 2
 _INFO = "cache.json"
+_INFO_BYTES = 1 << 26
 _MOST_THREADS = 8
 _NAMED_AT_ONCE = 1 << 16
 _MADV_POPULATE_WRITE = 23  # of Linux; Python names it only from 3.14 on
@@ -84,7 +93,8 @@ def build_token_cache(
     missing: str = "error",
     allow_changed: bool = False,
 ) -> TokenCache:
-    """The token cache of a label set for some images; built where it is not there yet.
+    """The token cache of a label set for some images; built where it is not there yet, and built again, with a
+    warning, where it is damaged or of another release.
 
     Args: as `stl_offline.labels.join.join`; ``folder``: where caches lie (default: `stl_offline.files.cache_dir`).
 
@@ -97,12 +107,16 @@ def build_token_cache(
     folder = make_folder(cache_dir() / "tokens" if folder is None else folder)
     name = cache_name(label_set, keys, content_hashes, missing=missing, allow_changed=allow_changed)
     path = folder / name
+    # Whatever is wrong is reported below, if it still is once no other process can be building it.
     with contextlib.suppress(FileNotFoundError, FormatError):
-        return open_token_cache(path)
+        return _open(path)
     with _only_process(folder / f"{name}.lock"):
-        # Perhaps another process built it while this one waited.
-        with contextlib.suppress(FileNotFoundError, FormatError):
-            return open_token_cache(path)
+        try:
+            return _open(path)
+        except FileNotFoundError:
+            pass
+        except FormatError as error:
+            _log.warning("%s: it is built again", error)
         report = join(label_set, keys, content_hashes, class_names, missing=missing, allow_changed=allow_changed)
         _remove(path, folder, name)
         temporary = folder / f".{name}.{secrets.token_hex(4)}.tmp"
@@ -120,33 +134,56 @@ def build_token_cache(
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return open_token_cache(path)
+        return _open(path)
 
 
 def open_token_cache(path: str | Path) -> TokenCache:
-    """Open a cache that was built.
+    """Open a cache that was built, after comparing every byte of it with its checksums.
 
     Raises:
         FileNotFoundError: there is none.
-        FormatError: it is of another version or cut off.
+        FormatError: it is of another version, cut off or damaged.
     """
-    path = Path(path)
     try:
-        info = json.loads((path / _INFO).read_bytes())
-        if info.get("version") != _VERSION:
-            raise FormatError(f"the token cache {path} is of version {info.get('version')}, not {_VERSION}; remove it")
-        spec, images, report = LabelSpec.from_json(info["spec"]), info["images"], info["report"]
-    except (KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path / _INFO} is damaged ({error}); remove {path}") from error
-    arrays = {}
-    for name, (dtype, shape) in _layout(spec, images).items():
-        file = path / f"{name}.npy"
-        try:
-            arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise FormatError(f"the token cache's file {file} is missing or cut off; remove {path}") from error
-        if arrays[name].dtype != dtype or arrays[name].shape != shape:
-            raise FormatError(f"the token cache's file {file} is {arrays[name].shape}, expected {shape}; remove {path}")
+        return _open(Path(path))
+    except FormatError as error:
+        raise FormatError(f"{error}; remove {path}") from error
+
+
+def _open(path: Path) -> TokenCache:
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no token cache {path}")
+    storage = FolderStorage(path)
+    try:
+        info = read_object(storage, _INFO, _INFO_BYTES)
+    except FileNotFoundError as error:
+        raise FormatError(f"the token cache {path} lacks its {_INFO}") from error
+    if info.get("version") != _VERSION:
+        raise FormatError(f"the token cache {path} is of version {str(info.get('version'))[:20]}, not {_VERSION}")
+    if info.pop("own_xxh3", None) != _own_checksum(info):
+        raise FormatError(f"{path / _INFO} is damaged (its checksum differs)")
+    try:
+        spec = LabelSpec.from_json(info["spec"])
+        images, report, checksums = info["images"], info["report"], info["xxh3"]
+        if not (is_count(images) and isinstance(report, str) and isinstance(checksums, dict)):
+            raise FormatError("an entry is of a wrong type")
+    except (KeyError, FormatError) as error:
+        raise FormatError(f"{path / _INFO} cannot be used: {error}") from error
+    layout = _layout(spec, images)
+    for name, (dtype, shape) in layout.items():
+        file = storage.path(f"{name}.npy")
+        size = len(_header(dtype, shape)) + _bytes(dtype, shape)
+        if not file.is_file() or file.stat().st_size != size:
+            raise FormatError(f"the token cache's file {file} is missing or cut off: it must have {size:,} bytes")
+    found = _checksums(path, layout)
+    damaged = next((name for name in layout if found[name] != checksums.get(name)), None)
+    if damaged is not None:
+        raise FormatError(f"the token cache's file {path / damaged}.npy is damaged (its checksum differs)")
+    # The checksums cover the files' own headers, which so need not be parsed.
+    arrays = {
+        name: np.memmap(path / f"{name}.npy", dtype, "r", len(_header(dtype, shape)), shape)
+        for name, (dtype, shape) in layout.items()
+    }
     return TokenCache(path=path, spec=spec, report=report, **arrays)
 
 
@@ -172,6 +209,14 @@ def _layout(spec: LabelSpec, n: int) -> dict[str, tuple[np.dtype, tuple[int, ...
     }
 
 
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """What a .npy file of such an array begins with."""
+    stream = io.BytesIO()
+    described = {"descr": dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    write_array_header_1_0(stream, described)
+    return stream.getvalue()
+
+
 def _bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
     return dtype.itemsize * int(np.prod(shape))
 
@@ -182,8 +227,14 @@ def _fill(folder: Path, label_set: LabelSet, report: JoinReport) -> None:
     _place_shards(arrays, label_set, report)
     # On disk before it gets its name: after a power cut it would read as zeros.
     _sync_files([folder / f"{name}.npy" for name in arrays])
-    info = {"version": _VERSION, "images": n, "spec": label_set.spec.to_json(), "report": str(report)}
-    atomic_write(folder / _INFO, canonical_json(info))
+    info = {
+        "version": _VERSION,
+        "images": n,
+        "spec": label_set.spec.to_json(),
+        "report": str(report),
+        "xxh3": _checksums(folder, arrays),
+    }
+    atomic_write(folder / _INFO, canonical_json(info | {"own_xxh3": _own_checksum(info)}))
 
 
 def _make_arrays(folder: Path, spec: LabelSpec, n: int) -> dict[str, np.memmap]:
@@ -232,6 +283,39 @@ def _map_pages(array: np.memmap) -> None:
     if 0 < array.nbytes <= physical // 8:
         with contextlib.suppress(OSError):
             array._mmap.madvise(_MADV_POPULATE_WRITE)
+
+
+def _own_checksum(info: dict[str, Any]) -> str:
+    """xxh3 (64 bit, hexadecimal) of the entries of `cache.json` but for this one itself; "" where no text can hold
+    them: half of a surrogate pair, an infinite number, too many levels."""
+    try:
+        return xxhash.xxh3_64_hexdigest(canonical_json(info))
+    except (ValueError, RecursionError):
+        return ""
+
+
+def _checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """xxh3 (64 bit, hexadecimal) of the file of each array, all read at the same time.
+
+    All of a cache is compared before any of it is used, because training draws from all of it from the first batch on.
+    That costs one pass over files which the first epoch reads anyway, so they are in memory for it where they fit.
+    """
+    files = [folder / f"{name}.npy" for name in names]
+    with concurrent.futures.ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        # The largest first, so that none is left to the end alone.
+        order = sorted(files, key=lambda file: -file.stat().st_size)
+        return dict(zip((file.stem for file in order), pool.map(_checksum, order), strict=True))
+
+
+def _checksum(file: Path) -> str:
+    digest, buffer = xxhash.xxh3_64(), memoryview(bytearray(COPY_BYTES))
+    try:
+        with open(file, "rb", buffering=0) as stream:
+            while size := stream.readinto(buffer):
+                digest.update(buffer[:size])
+    except OSError as error:
+        raise FormatError(f"the token cache's file {file} cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
 
 
 def _sync_files(files: Sequence[Path]) -> None:

@@ -7,8 +7,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+import xxhash
 
 from stl_offline.errors import FormatError, InputError, JoinError, TargetError
+from stl_offline.files import canonical_json
 from stl_offline.labels import cache as cache_module
 from stl_offline.labels.cache import build_token_cache, open_token_cache
 from stl_offline.labels.label_set import open_label_set
@@ -27,6 +29,14 @@ def label_set(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def hashes(label_set):
     return make_arrays(label_set.spec).content_hash
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A set of eight images, and their content hashes."""
+    path = tmp_path_factory.mktemp("small")
+    write_set(path, make_spec(samples=8), 2)
+    return open_label_set(path), make_arrays(make_spec(samples=8)).content_hash
 
 
 def build(label_set, hashes, order, folder, **options):
@@ -112,18 +122,110 @@ def test_a_cut_off_cache_is_refused_and_built_anew(label_set, hashes, tmp_path, 
 def test_damaged_caches_are_refused(label_set, hashes, tmp_path):
     path = build(label_set, hashes, np.arange(4), tmp_path).path
     np.save(path / "labelled.npy", np.ones(5, np.uint8))
-    with pytest.raises(FormatError, match=r"labelled.npy is \(5,\), expected \(4,\)"):
+    with pytest.raises(FormatError, match=r"labelled.npy is missing or cut off: it must have 132 bytes"):
         open_token_cache(path)
-    np.save(path / "labelled.npy", np.array([object()] * 4), allow_pickle=True)
-    with pytest.raises(FormatError, match=r"labelled.npy is missing or cut off"):
+    np.save(path / "labelled.npy", np.ones(4, np.int8))
+    with pytest.raises(FormatError, match=r"labelled.npy is damaged"):
         open_token_cache(path)
-    for text, words in (('{"version": 0}', "version 0"), ("{", "cache.json"), ('{"version": 1}', "cache.json")):
-        (path / "cache.json").write_text(text)
-        with pytest.raises(FormatError, match=words):
-            open_token_cache(path)
     assert len(build(label_set, hashes, np.arange(4), tmp_path)) == 4
     with pytest.raises(FileNotFoundError):
         open_token_cache(tmp_path / "none")
+
+
+def signed(info):
+    """A cache.json whose own checksum is right."""
+    info |= {"version": 2}
+    return canonical_json(info | {"own_xxh3": xxhash.xxh3_64_hexdigest(canonical_json(info))})
+
+
+SPEC = make_spec(samples=8)
+# What stands in cache.json, and the words of the refusal.
+INFOS = {
+    "other version": (b'{"version": 1}', "is of version 1, not 2"),
+    "no JSON": (b"{", r"cache\.json"),
+    "no object": (b"[]", r"cache\.json"),
+    "no text": (b"\xff", r"cache\.json"),
+    "nothing in it": (b'{"version": 2}', r"cache\.json is damaged"),
+    "half of a pair": (b'{"version": 2, "report": "\\ud800"}', r"cache\.json"),
+    "infinite": (b'{"version": 2, "own_xxh3": "", "report": 1e999}', r"cache\.json"),
+    "no spec": (signed({"images": 4, "report": "", "xxh3": {}, "spec": 3}), r"cache\.json cannot be used"),
+    "no checksums": (signed({"images": 4, "report": "", "spec": SPEC.to_json()}), r"cache\.json cannot be used"),
+    "no count": (signed({"images": 0, "report": "", "xxh3": {}, "spec": SPEC.to_json()}), r"cache\.json cannot be"),
+    "deep": (b'{"version": 2, "spec": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", r"cache\.json"),
+    "many values": (b'{"version": 2, "spec": [' + b"{}," * 3_000_000 + b"{}]}", r"cache\.json: it holds .* values"),
+    "large": (1 << 40, "1,099,511,627,776 bytes"),
+    "none": (None, r"lacks its cache\.json"),
+}
+
+
+@pytest.mark.parametrize("name", INFOS)
+def test_the_description_of_a_cache_is_checked(tmp_path, caplog, small, name):
+    data, words = INFOS[name]
+    path = build(*small, np.arange(4), tmp_path).path
+    info = path / "cache.json"
+    if isinstance(data, bytes):
+        info.write_bytes(data)
+    elif data is None:
+        info.unlink()
+    else:
+        os.truncate(info, data)
+    with pytest.raises(FormatError, match=f"{words}.*; remove {path}"):
+        open_token_cache(path)
+    assert len(build(*small, np.arange(4), tmp_path)) == 4
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.getMessage().endswith(": it is built again")
+    assert len(open_token_cache(path)) == 4
+
+
+@pytest.mark.parametrize("file", ["class_ids", "probabilities", "confidence", "views", "labelled"])
+def test_a_flipped_byte_is_seen_when_a_cache_is_opened(tmp_path, caplog, small, file):
+    """One bit anywhere in an array's file: refused, and built again with one line that names the file."""
+    path = build(*small, np.arange(8), tmp_path).path
+    array = path / f"{file}.npy"
+    data = array.read_bytes()
+    for place in (len(data) - 1, (len(data) + 128) // 2, 128, 20):
+        array.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+        with pytest.raises(FormatError, match=f"{file}.npy is damaged .its checksum differs.; remove {path}"):
+            open_token_cache(path)
+    build(*small, np.arange(8), tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the token cache's file {array} is damaged (its checksum differs): it is built again"
+    ]
+    assert array.read_bytes() == data
+
+
+def test_any_change_of_the_description_is_seen(tmp_path, small):
+    """Another number of rows and columns has the same bytes; other class names have no array at all."""
+    path = build(*small, np.arange(8), tmp_path).path
+    data = (path / "cache.json").read_bytes()
+    for old, new in ((b'"class 3"', b'"class x"'), (b"3,\n      5", b"5,\n      3"), (b"8 of 8", b"7 of 8")):
+        assert data.count(old) == 1
+        (path / "cache.json").write_bytes(data.replace(old, new))
+        with pytest.raises(FormatError, match=r"cache\.json is damaged .its checksum differs"):
+            open_token_cache(path)
+
+
+def test_links_and_pipes_in_a_cache_are_not_opened(tmp_path, small):
+    path = build(*small, np.arange(8), tmp_path).path
+    (path / "views.npy").rename(tmp_path / "elsewhere.npy")
+    (path / "views.npy").symlink_to(tmp_path / "elsewhere.npy")
+    with pytest.raises(FormatError, match=r"views\.npy is a symbolic link"):
+        open_token_cache(path)
+    (path / "views.npy").unlink()
+    os.mkfifo(path / "views.npy")
+    with pytest.raises(FormatError, match=r"views\.npy is missing"):
+        open_token_cache(path)
+    assert len(build(*small, np.arange(8), tmp_path)) == 8
+    (path / "cache.json").unlink()
+    os.mkfifo(path / "cache.json")
+    with pytest.raises(FormatError, match=r"cache\.json is not a regular file"):
+        open_token_cache(path)
+
+
+def test_a_cache_that_is_whole_or_new_gives_no_warning(tmp_path, caplog, small):
+    for _ in range(2):
+        build(*small, np.arange(8), tmp_path)
+    assert not caplog.records
 
 
 def test_a_damaged_shard_leaves_no_cache(tmp_path, label_set, hashes):
