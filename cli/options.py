@@ -3,7 +3,7 @@
 import click
 
 from stl_offline.cli.command import NUMBERS, option, setting_option, together
-from stl_offline.config import DumpConfig, MachineConfig, TrainConfig
+from stl_offline.config import DumpConfig, MachineConfig, StudentConfig, TrainConfig
 from stl_offline.settings import ERASE_MODES, MIX_MODES
 
 SOURCE_HELP = "a folder of class folders, tars, a .beton file, or a timm reader"
@@ -31,6 +31,10 @@ debug_option = option(
 json_option = option("--json", "as_json", group="general", is_flag=True, help="Print the result as one JSON object.")
 
 skip_broken_option = setting_option(TrainConfig, "--skip-broken", group="data", is_flag=True)
+
+key_prefix_option = setting_option(StudentConfig, "--key-prefix", group="advanced", metavar="OLD=NEW")
+
+match_option = setting_option(StudentConfig, "--match", group="labels")
 
 timm_labeler_options = together(
     setting_option(DumpConfig, "--labeler-checkpoint", group="model", metavar="FILE"),

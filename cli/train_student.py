@@ -3,7 +3,7 @@
 import click
 
 from stl_offline.cli.command import NUMBERS, command, example, setting_option
-from stl_offline.cli.options import timm_labeler_options, training_options
+from stl_offline.cli.options import key_prefix_option, match_option, timm_labeler_options, training_options
 from stl_offline.cli.stages import print_dry_run, print_run, settings_of_run
 from stl_offline.config import StudentConfig
 from stl_offline.settings import RESIDUALS, TOKEN_TARGETS
@@ -26,6 +26,7 @@ from stl_offline.settings import RESIDUALS, TOKEN_TARGETS
 @setting_option(StudentConfig, "--token-target", group="labels", type=click.Choice(TOKEN_TARGETS))
 @setting_option(StudentConfig, "--residual", group="labels", type=click.Choice(RESIDUALS))
 @setting_option(StudentConfig, "--views", "crops", group="labels")
+@match_option
 @setting_option(StudentConfig, "--missing", group="labels")
 @setting_option(StudentConfig, "--min-confidence", group="labels", metavar="X")
 @setting_option(StudentConfig, "--select", group="labels", metavar="all|own|confident:X")
@@ -34,13 +35,13 @@ from stl_offline.settings import RESIDUALS, TOKEN_TARGETS
 @setting_option(StudentConfig, "--columns", "soft_classes", group="advanced", metavar="N")
 @setting_option(StudentConfig, "--sampling-ratio", group="advanced", metavar="N")
 @setting_option(StudentConfig, "--erased-labels", group="advanced")
-@setting_option(StudentConfig, "--key-prefix", group="advanced", metavar="OLD=NEW")
+@key_prefix_option
 @setting_option(StudentConfig, "--allow-changed/--no-allow-changed", group="advanced")
 @click.pass_context
 def train_student(ctx: click.Context, recipe: str | None, dry_run: bool, **settings: object) -> None:
     """Stage 2: train a model from class labels and token labels.
 
-    Labels are joined by key, follow every crop and flip, and are mixed as the pixels are mixed.
+    Labels are joined by key (or as --match states), follow every crop and flip, and are mixed as the pixels are mixed.
     For several processes: torchrun --nproc-per-node N -m stl_offline.cli train-student …
     """
     config = settings_of_run(StudentConfig, ctx, recipe, settings)

@@ -14,10 +14,12 @@ from stl_offline.errors import InputError
 from stl_offline.settings import (
     INPUT,
     JOB,
+    MATCHES,
     RESULT,
     CropSettings,
     EraseSettings,
     MixSettings,
+    check_match,
     check_settings,
     check_token_targets,
     recorded,
@@ -237,6 +239,11 @@ class StudentConfig(TrainConfig):
         "Whether labels of cells hidden by `random_erase` are weighted down (drop) or kept.",
         choices=ERASED_LABELS,
     )
+    match: str = setting(
+        "key",
+        "How images and labels are joined: by key, by stem (the key without folders and file ending), or by content.",
+        choices=MATCHES,
+    )
     missing: str = setting(
         "error",
         "What to do with images that have no labels: stop, or train on them without token labels (skip).",
@@ -259,6 +266,7 @@ class StudentConfig(TrainConfig):
         )
         if self.key_prefix and self.key_prefix.count("=") != 1:
             raise InputError(f"`key_prefix` must be OLD=NEW, such as train/=; got {self.key_prefix!r}")
+        check_match(self.match, allow_changed=self.allow_changed, key_prefix=self.key_prefix)
         sets = (self.labels,) if isinstance(self.labels, str) else tuple(self.labels)
         object.__setattr__(self, "labels", sets)
         if not sets:
@@ -416,6 +424,11 @@ class PreviewConfig(Config):
         "error", "What to do with labels that have no image: stop, or show them alone (skip).", choices=MISSING
     )
     allow_changed: bool = setting(False, "Show images whose content has changed since they were labelled.")
+    match: str = setting(
+        "key",
+        "How images and labels are joined: by key, by stem (the key without folders and file ending), or by content.",
+        choices=MATCHES,
+    )
     all_shards: bool = setting(False, "Read all shards for the histogram, not only those shown.")
     max_mb: float = setting(5.0, "Maximum size of the page, in megabytes.", bounds="(0, inf)")
 
@@ -425,6 +438,7 @@ class PreviewConfig(Config):
             raise InputError(f"`map_index` must be one or more numbers from 0 on, got {self.map_index}")
         if self.suspects and self.keys:
             raise InputError("`suspects` and `keys` both choose the images; give one of them")
+        check_match(self.match, allow_changed=self.allow_changed)
         self.crop_settings()
 
     def crop_settings(self) -> CropSettings:

@@ -22,6 +22,7 @@ TOKEN_TARGETS = ("gumbel", "soft", "argmax")
 RESIDUALS = ("ignore", "uniform")
 MIX_MODES = ("batch", "pair", "elem")
 ERASE_MODES = ("const", "rand", "pixel")
+MATCHES = ("key", "stem", "content")
 
 
 def setting(
@@ -193,3 +194,13 @@ def check_token_targets(kind: str, residual: str, m: int, sampling_ratio: int, m
         raise InputError(f"`sampling_ratio` must be at least 1, got {sampling_ratio}")
     if not 0 <= min_confidence <= 1:
         raise InputError(f"`min_confidence` must be in [0, 1], got {min_confidence}")
+
+
+def check_match(match: str, *, allow_changed: bool = False, key_prefix: str = "") -> None:
+    """Raise `InputError` for another value than `MATCHES`, and for settings that would do nothing."""
+    if match not in MATCHES:
+        raise InputError(f"`match` must be one of {', '.join(MATCHES)}; got {match!r}")
+    if match == "content" and allow_changed:
+        raise InputError('`allow_changed` does nothing where images are found by their content; use `match="stem"`')
+    if match != "key" and key_prefix:
+        raise InputError(f'`key_prefix` changes keys, and `match="{match}"` does not compare them; give one of the two')

@@ -111,7 +111,7 @@ def test_every_option_reaches_the_command(path, command):
         names |= {field.name for field in dataclasses.fields(settings)}
     elif "options" in parameters:
         assert path == "labels verify"
-        names |= {"labeler", "data", "seed", "key_prefix", "skip_broken", "device"}  # of recompute_labels
+        names |= {"labeler", "data", "seed", "key_prefix", "match", "skip_broken", "device"}  # of recompute_labels
         names |= {field.name for field in dataclasses.fields(DumpConfig) if field.name.startswith("labeler_")}
     exposed = {each.name for each in command.params if each.expose_value}
     assert exposed <= names, f"dropped: {exposed - names}"

@@ -25,6 +25,7 @@ from stl_offline.config import PreviewConfig
     show_default="none, which shows labels alone",
     more=SOURCE_HELP,
 )
+@setting_option(PreviewConfig, "--match", group="data")
 @setting_option(PreviewConfig, "--missing", group="data")
 @setting_option(PreviewConfig, "--allow-changed", group="data", is_flag=True)
 @setting_option(PreviewConfig, "--key", "keys", group="labels", multiple=True, metavar="KEY")

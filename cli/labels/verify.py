@@ -10,6 +10,8 @@ from stl_offline.cli.options import (
     debug_option,
     device_option,
     foreign_labeler_options,
+    key_prefix_option,
+    match_option,
     skip_broken_option,
     timm_labeler_options,
     workers_option,
@@ -55,13 +57,8 @@ _ALWAYS = ("path", "recompute", "workers", "debug", "help")
     help="Labeler that made the set, for --recompute.",
 )
 @timm_labeler_options
-@option(
-    "--key-prefix",
-    group="advanced",
-    default="",
-    metavar="OLD=NEW",
-    help="Replace the start OLD of the images' keys by NEW before labels are looked up, such as 'train/='.",
-)
+@key_prefix_option
+@match_option
 @foreign_labeler_options
 @device_option
 @workers_option

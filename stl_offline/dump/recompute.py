@@ -19,6 +19,7 @@ from stl_offline.labels.keys import rename_keys
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.spec import differences
 from stl_offline.progress import progress_bar
+from stl_offline.settings import check_match
 
 # Entries that must be equal for the labels to be comparable; others (source, shards, encoding) may differ.
 _DECIDING = ("class_names", "grid", "labeler", "preprocessing")
@@ -48,6 +49,7 @@ def recompute_labels(
     images: int = 64,
     seed: int = 0,
     key_prefix: str = "",
+    match: str = "key",
     skip_broken: bool = False,
     device: str = "auto",
     workers: int = 0,
@@ -57,7 +59,8 @@ def recompute_labels(
 
     Args:
         data, labeler, labeler_options: as of `DumpConfig`; images: how many; seed: of the sample.
-        key_prefix: as `stl_offline.labels.keys.rename_keys`; skip_broken: as `ensure_beton`.
+        key_prefix: as `stl_offline.labels.keys.rename_keys`; match: as `stl_offline.labels.join.join`;
+            skip_broken: as `ensure_beton`.
 
     Raises:
         InputError: another labeler, grid, class list or input than the manifest names (each by name).
@@ -66,6 +69,7 @@ def recompute_labels(
     """
     if images < 1:
         raise InputError(f"labels of at least 1 image must be recomputed, got {images}")
+    check_match(match, key_prefix=key_prefix)
     config = _settings(label_set, data, labeler, device, workers, labeler_options)
     chosen = pick_device(device)
     model = load_labeler(config)
@@ -84,6 +88,7 @@ def recompute_labels(
         beton.content_hashes,
         # The labeler's class list, in which the images' classes have been found.
         label_set.spec.class_names,
+        match=match,
         missing="skip",
     )
     labelled = np.flatnonzero(report.shard >= 0)

@@ -35,6 +35,7 @@ from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.spec import LabelSpec, is_count
 from stl_offline.labels.store import FolderStorage, read_object
 from stl_offline.progress import progress_bar
+from stl_offline.settings import check_match
 
 _log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ def build_token_cache(
     class_names: Sequence[str],
     *,
     folder: str | Path | None = None,
+    match: str = "key",
     missing: str = "error",
     allow_changed: bool = False,
 ) -> TokenCache:
@@ -103,9 +105,11 @@ def build_token_cache(
         FormatError: the label set is damaged.
         TargetError: the cache cannot be written (full disk: the message says how much it needs).
     """
+    check_match(match, allow_changed=allow_changed)
     check_class_names(label_set.spec.class_names, tuple(class_names))
     folder = make_folder(cache_dir() / "tokens" if folder is None else folder)
-    name = cache_name(label_set, keys, content_hashes, missing=missing, allow_changed=allow_changed)
+    policy = {"match": match, "missing": missing, "allow_changed": allow_changed}
+    name = cache_name(label_set, keys, content_hashes, **policy)
     path = folder / name
     # Whatever is wrong is reported below, if it still is once no other process can be building it.
     with contextlib.suppress(FileNotFoundError, FormatError):
@@ -117,7 +121,7 @@ def build_token_cache(
             pass
         except FormatError as error:
             _log.warning("%s: it is built again", error)
-        report = join(label_set, keys, content_hashes, class_names, missing=missing, allow_changed=allow_changed)
+        report = join(label_set, keys, content_hashes, class_names, **policy)
         _remove(path, folder, name)
         temporary = folder / f".{name}.{secrets.token_hex(4)}.tmp"
         try:
@@ -188,10 +192,17 @@ def _open(path: Path) -> TokenCache:
 
 
 def cache_name(
-    label_set: LabelSet, keys: Sequence[str], content_hashes: np.ndarray, *, missing: str, allow_changed: bool
+    label_set: LabelSet,
+    keys: Sequence[str],
+    content_hashes: np.ndarray,
+    *,
+    match: str,
+    missing: str,
+    allow_changed: bool,
 ) -> str:
     """A name made of the content: label set, images in their order, policy."""
-    named = hashlib.sha256(json.dumps([label_set.fingerprint, missing, bool(allow_changed), len(keys)]).encode())
+    made_of = [label_set.fingerprint, match, missing, bool(allow_changed), len(keys)]
+    named = hashlib.sha256(json.dumps(made_of).encode())
     # As JSON, so that no two lists of keys run together to the same text; a part at a time, for millions of them.
     for first in range(0, len(keys), _NAMED_AT_ONCE):
         named.update(json.dumps(list(keys[first : first + _NAMED_AT_ONCE])).encode())

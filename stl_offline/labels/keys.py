@@ -1,10 +1,9 @@
-"""Keys of many images: compared by hash, renamed, and why the keys of images and labels do not match.
+"""Keys of many images: compared by hash, and renamed.
 
 Hashes take a hundredth of the memory of a dictionary of the keys.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +14,6 @@ from stl_offline.errors import InputError
 _EXAMPLES = 3
 # Fewer than these are compared key by key; more can only be counted by hash.
 _COMPARED = 1000
-# Of keys that do not match: how many are tried against a rule, and how many folders and endings make rules.
-_TRIED_KEYS = 1000
-_TRIED_NAMES = 4
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ def find_duplicates(hashes: Sequence[np.ndarray], read_keys: Callable[[int], Seq
     seen: dict[str, int] = {}
     found: list[tuple[str, int, int]] = []
     for index, own in enumerate(hashes):
-        if not _holds(some_again, own).any():
+        if not holds(some_again, own).any():
             continue
         for key, value in zip(read_keys(index), own.tolist(), strict=True):
             if value in compared:
@@ -69,31 +65,6 @@ def find_duplicates(hashes: Sequence[np.ndarray], read_keys: Callable[[int], Seq
 def some(count: int, examples: Sequence[str]) -> str:
     """A few of ``count`` names, for a message."""
     return ", ".join(examples[:_EXAMPLES]) + (", …" if count > min(len(examples), _EXAMPLES) else "")
-
-
-def explain(
-    missing: Sequence[str],
-    missing_contents: np.ndarray,
-    extra: Sequence[str],
-    extra_hashes: np.ndarray,
-    extra_contents: np.ndarray,
-) -> list[str]:
-    """Likely reasons why images without labels and labels without images did not match; empty where none is found.
-
-    Args:
-        missing: keys of images without labels; missing_contents: (len(missing),) uint64, their content hashes.
-        extra: keys of labels without an image, some of them; extra_hashes, extra_contents: uint64, the hashes of the
-            keys and of the content of all of them.
-    """
-    if not missing or not len(extra_hashes):
-        return []
-    known = np.unique(extra_hashes)
-    found = _prefix_rule(missing, extra, known) or _ending_rule(missing, extra, known)
-    hints = [found] if found else []
-    same = int(np.isin(missing_contents, extra_contents).sum())
-    if same:
-        hints.append(f"{same:,} of the images without labels have the content of labels under other keys")
-    return hints
 
 
 def parse_prefix(text: str) -> tuple[str, str]:
@@ -119,68 +90,6 @@ def rename_keys(keys: Sequence[str], text: str) -> list[str]:
     return [new + key[len(old) :] if key.startswith(old) else key for key in keys]
 
 
-def _prefix_rule(missing: Sequence[str], extra: Sequence[str], known: np.ndarray) -> str:
-    """A change of folders that finds most of the missing keys."""
-    rules = [
-        (f"{old}={new}", lambda key, old=old, new=new: new + key[len(old) :] if key.startswith(old) else key)
-        for old in _prefixes(missing)
-        for new in _prefixes(extra)
-        if old != new
-    ]
-    rule, count = _best(rules, missing, known)
-    if not count:
-        return ""
-    old, new = rule.split("=", 1)
-    how = (
-        f"start with {old!r} in the images and {new!r} in the labels"
-        if old and new
-        else (f"start with {old!r} in the images only" if old else f"start with {new!r} in the labels only")
-    )
-    advice = f"`key_prefix={rule!r}` finds {count:,} of {len(missing):,}"
-    return f"keys differ by their prefix: they {how}; {advice}"
-
-
-def _ending_rule(missing: Sequence[str], extra: Sequence[str], known: np.ndarray) -> str:
-    endings = [name for name, _ in Counter(_ending(key) for key in extra).most_common(_TRIED_NAMES)]
-    rules = [(name, lambda key, name=name: key.removesuffix(_ending(key)) + name) for name in endings]
-    name, count = _best(rules, missing, known)
-    if not count:
-        return ""
-    ours = missing[0]
-    theirs = ours.removesuffix(_ending(ours)) + name
-    return (
-        f"keys differ by the file's ending ({ours} in the images, {theirs} in the labels): "
-        f"{count:,} of {len(missing):,} images were converted after they were labelled"
-    )
-
-
-def _best(rules: list[tuple[str, Callable[[str], str]]], missing: Sequence[str], known: np.ndarray) -> tuple[str, int]:
-    """The rule that finds most of a sample's keys, and how many it finds of all; "" and 0 where none finds any."""
-    sample = [missing[place] for place in np.linspace(0, len(missing) - 1, min(_TRIED_KEYS, len(missing))).astype(int)]
-    counts = [(_count(map(change, sample), known), name, change) for name, change in rules]
-    most = max(counts, key=lambda each: each[0], default=(0, "", None))
-    return (most[1], _count(map(most[2], missing), known)) if most[0] else ("", 0)
-
-
-def _count(keys: Iterable[str], known: np.ndarray) -> int:
-    return int(_holds(known, hash_keys(list(keys))).sum())
-
-
-def _holds(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+def holds(known: np.ndarray, values: np.ndarray) -> np.ndarray:
     """bool (n,): which of ``values`` are in ``known``, which is sorted and not empty."""
     return known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values
-
-
-def _prefixes(keys: Sequence[str]) -> list[str]:
-    """The folders that most keys start with, at each depth; and none."""
-    found = [""]
-    for depth in range(1, 4):
-        counts = Counter("/".join(key.split("/")[:depth]) + "/" for key in keys if key.count("/") >= depth)
-        found += [name for name, _ in counts.most_common(_TRIED_NAMES)]
-    return list(dict.fromkeys(found))
-
-
-def _ending(key: str) -> str:
-    name = key.rpartition("/")[2]
-    stem, dot, ending = name.rpartition(".")
-    return dot + ending if stem else ""

@@ -1,17 +1,19 @@
-"""The images of a page, found by key in any source and decoded as in training."""
+"""The images of a page, found by key, stem or content in any source and decoded as in training."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from stl_offline.errors import FormatError
-from stl_offline.images.beton import Beton, open_beton
-from stl_offline.images.common import Source, SourceImage
+from stl_offline.errors import FormatError, InputError
+from stl_offline.images.beton import open_beton
+from stl_offline.images.common import SourceImage
 from stl_offline.images.encode import ImageError, content_hash, decode_jpeg, encode_image
 from stl_offline.images.sources import open_source
+from stl_offline.labels.match import stem
 
 
 @dataclass(frozen=True)
@@ -25,60 +27,105 @@ class FoundImage:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """Which images to find: by the keys of their labels, and what `match` compares (see `stl_offline.labels.join`).
+
+    content_hashes: of each key, for ``match="content"``.
+    """
+
+    keys: Sequence[str]
+    match: str = "key"
+    content_hashes: Sequence[int] = ()
+
+    def by_identity(self) -> dict[str | int, list[str]]:
+        """What identifies an image, with the keys of the labels that it has.
+
+        Raises:
+            InputError: two keys have the same stem.
+        """
+        names = self.content_hashes if self.match == "content" else [self.name(key) for key in self.keys]
+        found: dict[str | int, list[str]] = {}
+        for name, key in zip(names, self.keys, strict=True):
+            found.setdefault(name, []).append(key)
+        double = next((keys for keys in found.values() if len(set(keys)) > 1), None)
+        if double and self.match == "stem":
+            raise InputError(
+                f'the labels {double[0]} and {double[1]} have the same stem; use `match="key"` or `match="content"`'
+            )
+        return found
+
+    def name(self, key: str) -> str:
+        return stem(key) if self.match == "stem" else key
+
+
+@dataclass(frozen=True)
 class FoundImages:
-    """Images by key, and the class list of their source."""
+    """Images by the key of their label, and the class list of their source."""
 
     class_names: tuple[str, ...]
     by_key: dict[str, FoundImage]
 
 
-# (source, keys, class names) → the images with these keys, without those that the source lacks.
-FindImages = Callable[[str, Iterable[str], tuple[str, ...]], FoundImages]
+# (source, what is wanted, class names) → the images found, without those that the source lacks.
+FindImages = Callable[[str, Wanted, tuple[str, ...]], FoundImages]
 
 
-def find_images(spec: str | Path, keys: Iterable[str], class_names: tuple[str, ...]) -> FoundImages:
-    """Find the images with these keys. Keys that the source lacks are left out.
+def find_images(spec: str | Path, wanted: Wanted, class_names: tuple[str, ...]) -> FoundImages:
+    """Find images. Those that the source lacks are left out.
 
-    Nothing is packed, and no other image is read.
+    Nothing is packed, and no other image is read, but for ``match="content"``: then all are, up to the last one found.
 
     Args:
         spec: a .beton, or what `open_source` takes.
-        keys: which images.
         class_names: the class list that folders and tars are read with; a .beton has its own.
 
     Raises:
-        InputError: the source cannot be used, or an image is damaged.
+        InputError: the source cannot be used, an image is damaged, or two images have the same stem.
     """
-    wanted = set(keys)
     if Path(spec).suffix == ".beton":
-        return _from_beton(open_beton(spec), wanted)
+        beton = open_beton(spec)
+        hashes = beton.content_hashes.tolist()
+        images = (
+            (key, lambda position=position: FoundImage(position, hashes[position], partial(beton.read_image, position)))
+            for position, key in enumerate(beton.keys)
+        )
+        return FoundImages(beton.class_names, _find(images, wanted))
     source = open_source(spec, class_names)
-    return FoundImages(source.class_names, _from_source(source, wanted))
+    images = ((image.key, partial(_read, position, image)) for position, image in enumerate(source))
+    return FoundImages(source.class_names, _find(images, wanted))
 
 
-def _from_beton(beton: Beton, wanted: set[str]) -> FoundImages:
-    found = {
-        key: FoundImage(position, int(beton.content_hashes[position]), partial(beton.read_image, position))
-        for position, key in enumerate(beton.keys)
-        if key in wanted
-    }
-    return FoundImages(beton.class_names, found)
-
-
-def _from_source(source: Source, wanted: set[str]) -> dict[str, FoundImage]:
-    found = {}
-    for position, image in enumerate(source):
-        if image.key in wanted:
-            data = _read(image)
-            found[image.key] = FoundImage(position, content_hash(data), partial(_decode, image.key, data))
+def _find(images: Iterable[tuple[str, Callable[[], FoundImage]]], wanted: Wanted) -> dict[str, FoundImage]:
+    """images: each one's key, and what reads it."""
+    left = wanted.by_identity()
+    found: dict[str, FoundImage] = {}
+    first: dict[str | int, str] = {}
+    for key, read in images:
+        if wanted.match == "content":
+            with contextlib.suppress(ImageError):  # not one of those wanted
+                image = read()
+                found |= dict.fromkeys(left.pop(image.content_hash, ()), image)
+            if not left:
+                break
+            continue
+        name = wanted.name(key)
+        if name not in left:
+            continue
+        if name in first and wanted.match == "stem":
+            raise InputError(
+                f'the images {first[name]} and {key} have the same stem {name}; use `match="key"` or `match="content"`'
+            )
+        first[name] = key
+        found[left[name][0]] = read()
     return found
 
 
-def _read(image: SourceImage) -> bytes:
+def _read(position: int, image: SourceImage) -> FoundImage:
     try:
-        return image.data
+        data = image.data
     except ImageError as error:
         raise ImageError(f"the image {image.key} {error}") from error
+    return FoundImage(position, content_hash(data), partial(_decode, image.key, data))
 
 
 def _decode(key: str, data: bytes) -> np.ndarray:

@@ -16,7 +16,7 @@ from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.palette import CONFIDENT, UNCONFIDENT, hex_color
 from stl_offline.reports.charts import Chart, ConfidenceCounts, confidence_chart, confidence_figure
 from stl_offline.reports.choose import Choice, Place, choose_labels, choose_suspects
-from stl_offline.reports.find import FindImages, FoundImage
+from stl_offline.reports.find import FindImages, FoundImage, Wanted
 from stl_offline.reports.html import Article, class_rows, page_data, render_page, token_data, write_page
 from stl_offline.reports.names import display_names
 from stl_offline.reports.panels import confidence_pixels, scene_marks, scene_panels
@@ -113,16 +113,22 @@ def _join(
     find_images: FindImages,
     config: PreviewConfig,
 ) -> dict[str, FoundImage]:
-    """The images of the chosen labels by key, joined as in training: by key, with content hashes compared."""
-    keys = [maps[place].key for place in choice.places]
-    found = find_images(config.data, keys, label_set.spec.class_names)
-    check_class_names(label_set.spec.class_names, found.class_names)
+    """The images of the chosen labels by their label's key, joined as in training, with content hashes compared."""
+    chosen = [maps[place] for place in choice.places]
+    keys, contents = [each.key for each in chosen], [each.content_hash for each in chosen]
+    class_names = label_set.spec.class_names
+    found = find_images(config.data, Wanted(keys, config.match, contents), class_names)
+    check_class_names(class_names, found.class_names)
     missing = [key for key in keys if key not in found.by_key]
     if missing and (config.missing == "error" or len(missing) == len(keys)):
+        advice = ["check that it is the labels' data set with the same root folder"]
+        if config.match == "key" and (offer := _other_match(find_images, chosen, class_names, config)):
+            advice = [offer]
+        if len(missing) < len(keys):
+            advice.append('pass `missing="skip"` to show these labels without images')
         raise JoinError(
             f"{len(missing):,} of the {len(keys):,} labels chosen have no image in {config.data}, for example "
-            f'{missing[0]!r}; check that it is the labels\' data set with the same root folder. `missing="skip"` shows '
-            "these labels without images. Without `data`, all labels are shown without images"
+            f"{missing[0]!r}; {', '.join(advice)}, or leave out `data` to show all labels without images"
         )
     there = [key for key in keys if key in found.by_key]
     hashes = np.array([found.by_key[key].content_hash for key in there], dtype=np.uint64)
@@ -130,6 +136,22 @@ def _join(
     part = LabelSet(label_set.storage, label_set.manifest, choice.shards)
     join(part, there, hashes, found.class_names, allow_changed=config.allow_changed)
     return found.by_key
+
+
+def _other_match(
+    find_images: FindImages, chosen: Sequence[LabelMap], class_names: tuple[str, ...], config: PreviewConfig
+) -> str:
+    """What is found by stems, which costs little; "" where that is no way to join."""
+    keys = [each.key for each in chosen]
+    try:
+        found = find_images(config.data, Wanted(keys, "stem"), class_names).by_key
+    except InputError:  # images or labels of the same stem
+        return ""
+    if not found:
+        return ""
+    same = sum(each.key in found and found[each.key].content_hash == each.content_hash for each in chosen)
+    changed = "" if same == len(found) else " (some of them changed: also needs `allow_changed=True`)"
+    return f'{len(found):,} of the {len(keys):,} have an image by stem: pass `match="stem"`{changed}'
 
 
 def _scenes(

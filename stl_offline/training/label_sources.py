@@ -273,6 +273,7 @@ def _join(label_set: LabelSet, stage: Stage, config: StudentConfig, named: bool)
             rename_keys(beton.keys, config.key_prefix),
             beton.content_hashes,
             beton.class_names,
+            match=config.match,
             missing=config.missing,
             allow_changed=config.allow_changed,
         )

@@ -65,8 +65,10 @@ def test_changed_images(label_set):
 def test_a_renamed_root_matches_nothing_and_says_so(label_set):
     keys = [f"train/{key}" for key in KEYS]
     for missing in ("error", "skip"):
-        with pytest.raises(JoinError, match="0 of 20 images have labels.*check the data set and its root folder"):
+        with pytest.raises(JoinError, match="0 of 20 images have labels.*no image has a label$") as caught:
             join(label_set, keys, HASHES, SPEC.class_names, missing=missing)
+        # With no image left, skipping would be refused, too.
+        assert "`missing" not in str(caught.value)
 
 
 # Another team's images: what each case says.
@@ -93,7 +95,7 @@ def test_a_subset(label_set):
 def test_extra_images(label_set):
     hashes = np.r_[HASHES, np.array([7], np.uint64)]
     text = refusal(label_set, [*KEYS, "new/cat.jpg"], hashes)
-    assert '20 of 21 images have labels; 1 images without labels (new/cat.jpg). `missing="skip"`' in text
+    assert '20 of 21 images have labels; 1 image without labels (new/cat.jpg). `missing="skip"`' in text
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,8 @@ def test_a_renamed_root(label_set, change, rule):
         text = refusal(label_set, keys, hashes)
         assert "0 of 20 images have labels" in text
         assert f"`key_prefix={rule!r}` finds 20 of 20" in text
-    assert "20 of the images without labels have the content of labels" in refusal(label_set, keys, HASHES)
+        assert ("also needs `allow_changed=True`" in text) == (hashes is not HASHES)
+    assert '20 of 20 images match by content: `match="content"` joins them' in refusal(label_set, keys, HASHES)
     renamed = rename_keys(keys, rule)
     assert join(label_set, renamed, HASHES, SPEC.class_names).matched == 20
 
@@ -142,8 +145,11 @@ def test_images_of_another_format(label_set):
     keys = [key.replace(".JPEG", ".webp") for key in KEYS]
     text = refusal(label_set, keys, HASHES + np.uint64(1))
     assert (
-        f"keys differ by the file's ending ({keys[0]} in the images, {KEYS[0]} in the labels): 20 of 20 images" in text
-    )
+        f'keys differ by folders or file endings ({keys[0]} in the images, {KEYS[0]} in the labels): `match="stem"` '
+        "finds 20 of 20 (the content of all of them differs: also needs `allow_changed=True`)"
+    ) in text
+    options = {"match": "stem", "allow_changed": True}
+    assert join(label_set, keys, HASHES + np.uint64(1), SPEC.class_names, **options).matched == 20
 
 
 def test_another_data_set(label_set):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import tarfile
 
 import pytest
 from PIL import Image
@@ -184,7 +185,7 @@ def test_images_that_changed_are_refused(labels, images, tmp_path, label_set):
     shutil.copytree(images, changed)
     key = list(label_set)[2]
     Image.new("RGB", (30, 20), "red").save(changed / key)
-    with pytest.raises(JoinError, match="1 images changed"):
+    with pytest.raises(JoinError, match="1 image changed"):
         preview(labels, tmp_path / "out", changed, keys=(key,))
     assert not (tmp_path / "out").exists()
     assert preview(labels, tmp_path / "out", changed, keys=(key,), allow_changed=True).shown == 1
@@ -200,6 +201,26 @@ def test_images_that_are_missing(labels, images, tmp_path, label_set):
     report = preview(labels, tmp_path / "out", fewer, keys=(gone, kept), missing="skip")
     assert report.shown == 2
     assert "not available" in report.page.read_text()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_same_images_under_other_keys(labels, images, tmp_path, packed, capsys):
+    """A tar of the same files, in another folder: its keys have no file ending."""
+    source = tmp_path / "team.tar"
+    with tarfile.open(source, "w") as archive:
+        archive.add(images, "mate")
+    if packed:
+        pack(str(source), tmp_path / "team.beton", workers=1)
+        source = tmp_path / "team.beton"
+    with pytest.raises(JoinError, match='18 of the 18 have an image by stem: pass `match="stem"`, or leave out `data`'):
+        preview(labels, tmp_path / "out", source, samples=18)
+    call = ["labels", "preview", str(labels), "--data", str(source), "--out", str(tmp_path / "out")]
+    assert main(call) == 1
+    assert "pass --match stem" in capsys.readouterr().err
+    own = preview(labels, tmp_path / "own", images, samples=18)
+    for match in ("stem", "content"):
+        report = preview(labels, tmp_path / match, source, samples=18, match=match)
+        assert report.shown == own.shown == 18 and "image is not available" not in report.page.read_text()
 
 
 def test_another_data_set_is_refused(labels, tmp_path):

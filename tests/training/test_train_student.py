@@ -2,6 +2,7 @@
 
 import json
 import signal
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stl_offline.cli.main import main
 from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, StudentConfig
 from stl_offline.dump import dump_labels, top_k_labels
 from stl_offline.errors import InputError, JoinError, StlError, TargetError
@@ -309,6 +311,22 @@ class TestLabelsThatDoNotBelong:
         with pytest.raises(JoinError, match="45"):
             self.student(quick, labelled, data=str(changed))
         assert self.student(quick, labelled, data=str(changed), allow_changed=True)["epochs"] == 2
+
+    def test_the_same_files_in_a_tar(self, quick, labelled, stripes, tmp_path, capsys):
+        """Their keys have no file ending; the message of the command names the option that joins them."""
+        source = tmp_path / "mate.tar"
+        with tarfile.open(source, "w") as archive:
+            archive.add(stripes[0], "data/train")
+        with pytest.raises(JoinError, match='45 of 45 images match by content: `match="content"` joins them'):
+            self.student(quick, labelled, data=str(source))
+        words = f"train-student --data {source} --labels {labelled[0] / 'whole'} --out {quick['out']} --img-size 32"
+        assert main([*words.split(), "--device", "cpu"]) == 1
+        assert "--match content joins them" in capsys.readouterr().err
+        by_content = self.student(quick, labelled, data=str(source), match="content")
+        by_key = self.student(quick, labelled, out=f"{quick['out']}-key")
+        assert by_content["loss"] == by_key["loss"]
+        with pytest.raises(InputError, match="match: 'content' → 'stem'"):
+            self.student(quick, labelled, data=str(source), match="stem")
 
     def test_other_classes(self, quick, labelled, tmp_path, make_stripes):
         other = make_stripes(tmp_path / "other", 15, 1)
