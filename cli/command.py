@@ -144,4 +144,13 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r} is not a list of numbers with commas between them, such as 0.5,0.5,0.5", param, ctx)
 
 
-NUMBERS = Numbers()
+class Names(click.ParamType):
+    """Names with commas between them, as a tuple."""
+
+    name = "names"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
+
+
+NUMBERS, NAMES = Numbers(), Names()

@@ -1,5 +1,9 @@
 """Scores of trained models."""
 
+from stl_offline.evaluation.corruptions import corrupt, parse_corruptions
+from stl_offline.evaluation.figures import corruption_summary, result_lines, score_rows, top1_by_kind
+from stl_offline.evaluation.measures import BENCHMARK_CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
+from stl_offline.evaluation.robust import RESULT_VERSION, evaluate_suites
 from stl_offline.evaluation.scoring import (
     Scores,
     Validation,
@@ -9,4 +13,22 @@ from stl_offline.evaluation.scoring import (
     scoring_loader,
 )
 
-__all__ = ["Scores", "Validation", "evaluate", "evaluate_model", "match_classes", "scoring_loader"]
+__all__ = [
+    "BENCHMARK_CORRUPTIONS",
+    "EXTRA_CORRUPTIONS",
+    "RESULT_VERSION",
+    "SEVERITIES",
+    "Scores",
+    "Validation",
+    "corrupt",
+    "corruption_summary",
+    "evaluate",
+    "evaluate_model",
+    "evaluate_suites",
+    "match_classes",
+    "parse_corruptions",
+    "result_lines",
+    "score_rows",
+    "scoring_loader",
+    "top1_by_kind",
+]

@@ -1,7 +1,7 @@
-"""Top-1 and top-5 accuracy of the class head, and top-1 accuracy of the mean over tokens.
+"""Accuracy, likelihood and calibration of the class head, and top-1 accuracy of the mean over tokens.
 
 `evaluate` is the ``stl-offline evaluate`` command; `Validation` scores a model between epochs; both call
-`evaluate_model`.
+`evaluate_model`. Suites and generated corruptions are scored by `stl_offline.evaluation.robust`.
 
 B: batch, N: tokens, K: classes.
 """
@@ -18,6 +18,8 @@ from stl_offline.config import EvaluateConfig
 from stl_offline.device import autocast, pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, sum_over_world
 from stl_offline.errors import JoinError
+from stl_offline.evaluation.measures import ClassView, Tally, scores_of
+from stl_offline.evaluation.robust import evaluate_suites
 from stl_offline.geometry import center_views
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
@@ -27,27 +29,37 @@ from stl_offline.models import ModelDescription, load_model
 
 @dataclass(frozen=True)
 class Scores:
-    """Fractions of the samples, in [0, 1]. ``token_top1`` is None for a model without a trained token head."""
+    """Fractions of the samples, in [0, 1], but for nll.
+
+    token_top1: None for a model without a trained token head; nll: mean of −log p(class), nats; ece: expected
+    calibration error over 15 bins.
+    """
 
     samples: int
     top1: float
     top5: float
     token_top1: float | None
+    nll: float
+    ece: float
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Score a trained model on a folder, tars or a .beton; gives the fields of `Scores`.
+    """Score a trained model on a folder, tars or a .beton: the fields of `Scores`, and how many classes were compared.
+
+    With ``suite``, ``corrupt`` or ``model`` in the settings it gives what `evaluate_suites` does.
 
     Raises:
         InputError: no such checkpoint, or an input size that the model does not take.
         FormatError: a damaged checkpoint.
         JoinError: the images have classes that the model was not trained on.
     """
+    if not config.is_plain:
+        return evaluate_suites(config)
     device = pick_device(config.device)
     model, description = load_model(config.checkpoint)
     side = config.img_size or description.img_size
     model.grid_size(side, side)  # checks the side before images are packed
-    beton = ensure_beton(config.data, skip_broken=config.skip_broken)
+    beton = ensure_beton(config.sources["data"], skip_broken=config.skip_broken)
     class_map = match_classes(beton, description.class_names, config.checkpoint)
     model = model.to(device).to(memory_format=torch.channels_last)
     loader = scoring_loader(
@@ -59,9 +71,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         workers=pick_workers(config.workers),
         side=side,
     )
-    views = center_views(beton.heights, beton.widths, config.crop_pct)
-    amp = pick_amp(config.amp, device)
-    return asdict(evaluate_model(model, loader, views, class_map, amp, score_tokens=description.token_head_trained))
+    views = center_views(beton.heights, beton.widths, config.crop_pct or 1.0)
+    classes = len(description.class_names)
+    view = ClassView.of(config.classes, range(classes), class_map.tolist() if config.classes == "subset" else None)
+    scores = evaluate_model(
+        model,
+        loader,
+        views,
+        class_map,
+        pick_amp(config.amp, device),
+        compared=view,
+        score_tokens=description.token_head_trained,
+    )
+    compared = classes if view.columns is None else len(view.columns)
+    return asdict(scores) | {"classes": config.classes, "classes_compared": compared, "classes_of_model": classes}
 
 
 @dataclass
@@ -118,6 +141,7 @@ def evaluate_model(
     amp: torch.dtype | None = None,
     world: World | None = None,
     *,
+    compared: ClassView | None = None,
     score_tokens: bool = True,
     after_batch: Callable[[], None] | None = None,
 ) -> Scores:
@@ -127,32 +151,26 @@ def evaluate_model(
         model: gives class logits (B, K), or (class logits, token logits (B, N, K)).
         views: float32 (n, 6), the view of each sample.
         class_map: int64 (classes of the images,), each class's index in the model's class list.
+        compared: the classes whose logits are compared; default: all of the model's.
         score_tokens: False leaves ``token_top1`` out, for a token head that was never trained.
         after_batch: called after every batch; an exception that it raises ends the scoring.
     """
     was_training = model.training
     model.eval()
-    counts = torch.zeros(4, dtype=torch.float64, device=loader.device)
+    tally = Tally(loader.device)
     mapping = torch.from_numpy(class_map).to(loader.device)
-    has_tokens = False
     for batch in loader.epoch(0, views):
         with autocast(loader.device, amp):
             output = model(batch.images)
-        class_logits, token_logits = output if isinstance(output, tuple) else (output, None)
-        truth = mapping[batch.class_ids]
-        best = class_logits.float().topk(min(5, class_logits.shape[1])).indices
-        counts[0] += len(truth)
-        counts[1] += (best[:, 0] == truth).sum()
-        counts[2] += (best == truth[:, None]).sum()
-        if score_tokens and token_logits is not None:
-            has_tokens = True
-            counts[3] += (token_logits.float().mean(dim=1).argmax(dim=1) == truth).sum()
+        logits, tokens = output if isinstance(output, tuple) else (output, None)
+        view = compared or ClassView.of("all", range(logits.shape[1]), None)
+        tokens = tokens.float() if tokens is not None and score_tokens else None
+        view.add(tally, logits.float(), mapping[batch.class_ids], tokens)
         if after_batch is not None:
             after_batch()
     model.train(was_training)
-    samples, top1, top5, token_top1 = sum_over_world(counts, world or World()).tolist()
-    samples = int(samples)
-    return Scores(samples, top1 / samples, top5 / samples, token_top1 / samples if has_tokens else None)
+    found = scores_of(sum_over_world(tally.vector, world or World()).tolist())
+    return Scores(**{"token_top1": None} | found)
 
 
 def match_classes(beton: Beton, class_names: tuple[str, ...], whose: str) -> np.ndarray:

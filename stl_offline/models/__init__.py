@@ -13,6 +13,7 @@ from stl_offline.models.artifact import (
     weights_sha256,
 )
 from stl_offline.models.checkpoints import LoadReport, load_checkpoint
+from stl_offline.models.classifier import Classifier, load_classifier
 from stl_offline.models.fan import Fan
 from stl_offline.models.inference import InferenceFan, inference_form
 from stl_offline.models.labeler_by_name import create_labeler
@@ -22,6 +23,7 @@ from stl_offline.models.variants import VARIANTS
 __all__ = [
     "VARIANTS",
     "WEIGHTS_NAME",
+    "Classifier",
     "Fan",
     "InferenceFan",
     "LoadReport",
@@ -30,6 +32,7 @@ __all__ = [
     "create_labeler",
     "inference_form",
     "load_checkpoint",
+    "load_classifier",
     "load_model",
     "read_description",
     "save_model",

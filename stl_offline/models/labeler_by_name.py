@@ -21,7 +21,7 @@ from stl_offline.models.token_labeler import TokenLabeler
 TIMM_PREFIX, HUB_PREFIX = "timm:", "hf-hub:"
 _DEFAULT_SIDE = 224
 # What timm's models raise, when they are built or run, for a size that they cannot take.
-_SIZE_ERRORS = (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError)
+SIZE_ERRORS = (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def create_labeler(
@@ -65,30 +65,30 @@ def create_labeler(
                 f"`labeler_std` go with a labeler timm:NAME or hf-hub:ORG/NAME; {spec} has its own weights and classes"
             )
         return _labeler_of_run(spec, img_size or None).to(device)
-    name, architecture = _timm_name(spec)
+    name, architecture = timm_name(spec)
     _check_weights(spec, labeler_checkpoint, labeler_pretrained, labeler_by_order)
     names = labeler_classes
     if isinstance(names, str | Path):
         names = read_class_names(names, "`labeler_classes`")
 
     def make(size: int | tuple[int, int]) -> TokenLabeler:
-        arguments = _size_argument(architecture, size)
+        arguments = size_argument(architecture, size)
         if labeler_checkpoint is None:
-            model = _pretrained(name, arguments)
-            sha256 = _state_sha256(model)
+            model = pretrained_model(name, arguments)
+            sha256 = state_sha256(model)
         else:
             if labeler_by_order:
                 model = timm.create_model(name, **arguments, **({} if names is None else {"num_classes": len(names)}))
                 load_checkpoint(model, labeler_checkpoint, by_order=True)
             else:
-                model = _with_checkpoint(name, labeler_checkpoint, arguments)
+                model = with_checkpoint(name, labeler_checkpoint, arguments)
             sha256 = sha256_file(labeler_checkpoint)
         return TokenLabeler(
             model,
             mean=labeler_mean,
             std=labeler_std,
             img_size=size,
-            class_names=_imagenet_names(model) if names is None else names,
+            class_names=imagenet_names(model) if names is None else names,
             weights_sha256=sha256,
         )
 
@@ -122,7 +122,7 @@ def _at_size(
         return make(size)
     except FormatError:
         raise
-    except _SIZE_ERRORS as error:
+    except SIZE_ERRORS as error:
         # The size's errors have no common form, and loading weights hides some: an untrained copy shows the reason.
         fault = str(error) if isinstance(error, InputSizeError) else _size_fault(architecture, size)
         if fault is None:
@@ -138,19 +138,19 @@ def _at_size(
 def _size_fault(architecture: str, size: int | tuple[int, int]) -> str | None:
     """Why an untrained model cannot take images of this size or does not see all of them; None where it does."""
     try:
-        model = timm.create_model(architecture, num_classes=2, **_size_argument(architecture, size))
+        model = timm.create_model(architecture, num_classes=2, **size_argument(architecture, size))
         TokenLabeler(model, name=architecture, img_size=size)
     except InputSizeError as error:
         return str(error)
     except InputError:  # it cannot label at any size
         return None
-    except _SIZE_ERRORS as error:
+    except SIZE_ERRORS as error:
         height, width = (size, size) if isinstance(size, int) else size
         return f"{architecture} cannot take images of {height}×{width} pixels: {_one_line(error)}"
     return None
 
 
-def _timm_name(spec: str) -> tuple[str, str]:
+def timm_name(spec: str) -> tuple[str, str]:
     """What `timm.create_model` is to be called with, and the name in timm's registry of what that builds."""
     if spec.startswith(HUB_PREFIX):
         try:
@@ -164,9 +164,7 @@ def _timm_name(spec: str) -> tuple[str, str]:
         return spec, architecture
     name = spec.removeprefix(TIMM_PREFIX)
     if ":" in name or not timm.is_model(name):
-        raise InputError(
-            f"labeler {spec!r} is not {TIMM_PREFIX}NAME with a name of timm's registry (timm.list_models())"
-        )
+        raise InputError(f"{spec!r} is not {TIMM_PREFIX}NAME with a name of timm's registry (timm.list_models())")
     return name, name
 
 
@@ -186,7 +184,7 @@ def _check_weights(spec: str, checkpoint: str | Path | None, pretrained: bool, b
         raise InputError(f"there is no weights file at {checkpoint} (`labeler_checkpoint`)")
 
 
-def _size_argument(architecture: str, size: int | tuple[int, int]) -> dict[str, object]:
+def size_argument(architecture: str, size: int | tuple[int, int]) -> dict[str, object]:
     """What timm's models of fixed size are built with; the others take any size as they are."""
     cfg = timm.get_pretrained_cfg(architecture)
     fixed = bool(cfg and cfg.fixed_input_size) or architecture.startswith("fan_")
@@ -199,18 +197,35 @@ def _own_size(architecture: str) -> int | tuple[int, int]:
     return height if height == width else (height, width)
 
 
-def _pretrained(name: str, arguments: dict[str, object]) -> nn.Module:
+def pretrained_model(name: str, arguments: dict[str, object], checkpoint: str = "labeler_checkpoint") -> nn.Module:
+    """A model with timm's own weights, from the Hub or its cache.
+
+    Args:
+        checkpoint: the parameter that a weights file can be given as, for the message.
+
+    Raises:
+        InputError: the weights cannot be had.
+    """
     try:
         return timm.create_model(name, pretrained=True, **arguments)
     except Exception as error:  # timm, the hub's client and the network raise many kinds
         raise InputError(
             f"timm could not get weights for {name} from the Hugging Face Hub or its cache ({_one_line(error)}); "
-            "without a network, give a `labeler_checkpoint`"
+            f"without a network, give a `{checkpoint}`"
         ) from error
 
 
-def _with_checkpoint(name: str, checkpoint: str | Path, arguments: dict[str, object]) -> nn.Module:
-    """Build and load through timm, so that its per-model filters (names, position embeddings) apply."""
+def with_checkpoint(
+    name: str, checkpoint: str | Path, arguments: dict[str, object], by_order: str = "labeler_by_order"
+) -> nn.Module:
+    """Build and load through timm, so that its per-model filters (names, position embeddings) apply.
+
+    Args:
+        by_order: the parameter that matches tensors by their order, for the message.
+
+    Raises:
+        InputError: the checkpoint does not fit.
+    """
     state_dict, _ = read_state_dict(checkpoint)
     classes = _class_count(name, state_dict)
     if classes is not None:
@@ -221,7 +236,7 @@ def _with_checkpoint(name: str, checkpoint: str | Path, arguments: dict[str, obj
     except (RuntimeError, KeyError) as error:
         raise InputError(
             f"{checkpoint} does not fit {name} ({_one_line(error, 400)}); if only its names differ, match the tensors "
-            "by order (`labeler_by_order`)"
+            f"by order (`{by_order}`)"
         ) from error
 
 
@@ -234,12 +249,13 @@ def _class_count(name: str, state_dict: Mapping[str, Tensor]) -> int | None:
     return None if weight is None else int(weight.shape[0])
 
 
-def _imagenet_names(model: nn.Module) -> tuple[str, ...] | None:
+def imagenet_names(model: nn.Module) -> tuple[str, ...] | None:
+    """ImageNet's class names (WordNet ids) where timm knows the model's classes, else None."""
     subset = timm.data.infer_imagenet_subset(model)
     return None if subset is None else tuple(timm.data.ImageNetInfo(subset).label_names())
 
 
-def _state_sha256(model: nn.Module) -> str:
+def state_sha256(model: nn.Module) -> str:
     """SHA-256 over the names, types, shapes and bytes of the tensors, for weights that did not come as one file."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
