@@ -22,6 +22,10 @@ TOKEN_TARGETS = ("gumbel", "soft", "argmax")
 RESIDUALS = ("ignore", "uniform")
 MIX_MODES = ("batch", "pair", "elem")
 ERASE_MODES = ("const", "rand", "pixel")
+AMP_MODES = ("auto", "none", "bf16", "fp16")
+
+SEEDS = f"[0, {1 << 63})"
+SKIP_BROKEN = "Leave out images that cannot be decoded, and list them, instead of stopping."
 MATCHES = ("key", "stem", "content")
 
 
@@ -91,6 +95,29 @@ def _in_words(bounds: str) -> str:
     if high != "inf":
         return f"in {bounds}"
     return f"at least {low}" if bounds[0] == "[" else f"greater than {low}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of a command. Raises `InputError` for a value that the command does not take."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig(Config):
+    """Where a command runs. Results do not depend on it, beyond rounding."""
+
+    device: str = setting(
+        "auto",
+        "Device that models run on: auto (a GPU if torch finds one, else the CPU), cpu, cuda, or cuda:N.",
+        affects=JOB,
+        in_recipes=False,
+    )
+    workers: int = setting(
+        0, "Threads per process that load, read or send (0 chooses a number).", affects=JOB, in_recipes=False
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from tests.source_tree import REPOSITORY, Module, modules, own_imports
 LAYERS = (
     ("errors",),
     ("settings",),
+    ("config_evaluate",),
     ("config", "ffcv_setup", "files", "palette", "progress"),
     ("compiled",),
     ("random",),
@@ -46,7 +47,7 @@ DOORS = (
 
 # What a team with a training loop of its own uses: it must load where only the core is installed.
 LIGHT = (
-    *("errors", "settings", "config", "files", "progress", "compiled"),
+    *("errors", "settings", "config", "config_evaluate", "files", "progress", "compiled"),
     *("geometry", "random", "labels", "targets", "cli"),
 )
 HEAVY = ("torch", "torchvision", "ffcv", "timm", "cv2", "PIL", "safetensors", "matplotlib", "jinja2")

@@ -23,7 +23,7 @@ import numpy as np
 import timm.data
 from PIL import Image
 
-from stl_offline.config import SUITES
+from stl_offline.config_evaluate import SUITES
 from stl_offline.errors import FormatError, InputError
 from stl_offline.evaluation.measures import BENCHMARK_CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
 from stl_offline.files import sha256_parts
