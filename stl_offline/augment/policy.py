@@ -47,7 +47,7 @@ class RandAugment:
     """The settings that a string of timm's names.
 
     magnitude: mean strength, 10 is full; magnitude_std: its normal noise, inf draws it evenly from [0, magnitude];
-    magnitude_max: its upper bound; layers: operations an image; prob: chance that a drawn one is applied; increasing:
+    magnitude_max: its upper bound; layers: operations per image; prob: chance that a drawn one is applied; increasing:
     whether Posterize, Solarize and the enhancements grow stronger with the magnitude.
 
     Raises:

@@ -1,6 +1,6 @@
 """What a training step receives.
 
-B: batch; H, W: image; N: tokens; m: targets a token. On the way: FFCV's buffers are reused, so everything here is a
+B: batch; H, W: image; N: tokens; m: targets per token. On the way: FFCV's buffers are reused, so everything here is a
 copy.
 """
 

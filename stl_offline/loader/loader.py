@@ -1,6 +1,6 @@
 """Epochs of batches from a .beton: images under given views, with token targets where asked.
 
-n: samples of the .beton; B: batch; H, W: image; N: tokens; m: targets a token.
+n: samples of the .beton; B: batch; H, W: image; N: tokens; m: targets per token.
 """
 
 import contextlib

@@ -40,7 +40,7 @@ class DryRun:
 
     settings: resolved, by name; images, validation_images: of the data; parameters: of the model; tokens: its grid;
     step_images: of all processes in a step; steps, epoch_steps, warmup: counts; lr: the largest; image_seconds: of
-    one process, measured on ``measured`` images a step; seconds: of all training steps; memory: bytes of one process
+    one process, measured on ``measured`` images per step; seconds: of all training steps; memory: bytes of one process
     (weights, gradients, optimiser, average, an online labeler's weights, what backward needs of a batch; on a GPU with
     the run's own batch, CUDA's peak; and a step's images twice, as loaded and as augmented).
     """
@@ -74,11 +74,11 @@ class DryRun:
             f"model       {self.parameters:,} parameters, {self.tokens[0]}×{self.tokens[1]} tokens",
             f"processes   {self.processes}",
             f"step        {self.step_images:,} images, learning rate up to {self.lr:g}",
-            f"steps       {self.steps:,} ({self.epoch_steps:,} an epoch, the first {self.warmup:,} of them warm-up)",
+            f"steps       {self.steps:,} ({self.epoch_steps:,} per epoch, the first {self.warmup:,} of them warm-up)",
             f"speed       {rate:,.1f} images per second (loading and validation{exchange} not counted; in "
             f"steps of {self.measured} images)",
             f"time        {_duration(self.seconds)} of training steps",
-            f"memory      {self.memory / _GIB:.2f} GiB a process, libraries and loading not counted",
+            f"memory      {self.memory / _GIB:.2f} GiB per process, libraries and loading not counted",
             "nothing was written",
         ]
 

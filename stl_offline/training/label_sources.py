@@ -1,6 +1,6 @@
 """Where a student's token labels come from: label sets (dumped once), the labeler in every step, or nowhere.
 
-n: samples; B: batch; N: tokens; m: targets a token.
+n: samples; B: batch; N: tokens; m: targets per token.
 """
 
 import abc

@@ -48,7 +48,7 @@ def _targets(
         ids = probabilities.argmax(dim=-1, keepdim=True)
         return ids, torch.ones_like(ids, dtype=torch.float32)
     if kind == "gumbel":
-        # Inverse transform sampling: one uniform number a token, distributed as argmax(logits + Gumbel noise).
+        # Inverse transform sampling: one uniform number per token, distributed as argmax(logits + Gumbel noise).
         uniform = torch.rand(probabilities.shape[:2], generator=generator).to(probabilities.device)[..., None]
         ids = torch.searchsorted(probabilities.cumsum(dim=-1), uniform, right=True)
         return ids.clamp(max=probabilities.shape[-1] - 1), torch.ones_like(ids, dtype=torch.float32)

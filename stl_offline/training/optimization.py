@@ -29,7 +29,7 @@ WARMUP_LR = 1e-6
 
 
 def learning_rate(config: TrainConfig, processes: int) -> float:
-    """The largest learning rate: as set, or scaled from ``lr_batch`` images a step to those of all processes."""
+    """The largest learning rate: as set, or scaled from ``lr_batch`` images per step to those of all processes."""
     if not config.lr_batch:
         return config.lr
     return config.lr * config.batch_size * config.accumulate * processes / config.lr_batch

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/batch_parts.py IMAGES [--side 224] [--batches 8]
 
-IMAGES is anything that `stl-offline pack` takes. 64 random crops a batch, 14×14 maps, 196 tokens, 1,000 classes. Each
+IMAGES is anything that `stl-offline pack` takes. 64 random crops per batch, 14×14 maps, 196 tokens, 1,000 classes. Each
 part is the loader's own, called alone on the same batches in turn; medians of the batches.
 """
 

@@ -70,7 +70,7 @@ def main() -> None:
         "| order of the images | images/s | filling alone, images/s | " + " | ".join(f"{part} s" for part in PARTS),
         end="",
     )
-    print(" | CPU µs an image | most memory MiB |\n|---|---|---|" + "---|" * (len(PARTS) + 2))
+    print(" | CPU µs per image | most memory MiB |\n|---|---|---|" + "---|" * (len(PARTS) + 2))
     for name, order in (
         ("the label set's", np.arange(n)),
         ("random", np.random.default_rng(0).permutation(n)),

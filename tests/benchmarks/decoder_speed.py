@@ -1,4 +1,4 @@
-"""Images a second: our crops against FFCV's own random-resized-crop decoder, on the same .beton.
+"""Images per second: our crops against FFCV's own random-resized-crop decoder, on the same .beton.
 
     python tests/benchmarks/decoder_speed.py IMAGES [--sides 224 128 64] [--workers 2] [--rounds 5]
 

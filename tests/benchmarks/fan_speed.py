@@ -67,7 +67,7 @@ def in_turn(ways: Ways, rounds: int) -> tuple[dict[str, list[float]], dict[str, 
 
 
 def matmul_rate(dtype: torch.dtype, side: int, repeats: int = 5) -> float:
-    """Billions of operations a second of the best of some square matrix products."""
+    """Billions of operations per second of the best of some square matrix products."""
     a, b = torch.randn(2, side, side).to(dtype)
     best = min(in_turn({"": lambda: a @ b}, repeats)[0][""])
     return 2 * side**3 / best / 1e9

@@ -122,7 +122,7 @@ def speed(truth: ShardArrays, spec: LabelSpec, repeats: int) -> tuple[float, flo
 
 
 def pickles(truth: ShardArrays, out: Path) -> tuple[float, float]:
-    """Bytes of one file an image as the older systems write it: in the file, and on the disk."""
+    """Bytes of one file per image, as the older systems write it: in the file, and on the disk."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for row in range(len(truth)):

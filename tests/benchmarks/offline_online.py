@@ -111,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         row = compare(options.pair, options, Path(folder))
-    print("| student by labeler | batch | ms a step, dumped | ms a step, online | ratio | by processor | allowed |")
+    print("| student by labeler | batch | ms per step, dumped | ms per step, online | ratio | by processor | allowed |")
     print("|---|---|---|---|---|---|---|")
     print(row)
 

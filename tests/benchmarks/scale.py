@@ -3,7 +3,7 @@
     python -m tests.benchmarks.scale --labels runs/in1k/labels --out runs/scale
 
 Synthetic sets with a real set's statistics on a small grid (2 × 2, k = 2), so that what is measured is the keys, the
-shard table and the bookkeeping; 1,000 images a shard, so that the largest has 1,000 shards. Each size in a process
+shard table and the bookkeeping; 1,000 images per shard, so that the largest has 1,000 shards. Each size in a process
 of its own; memory is the most that a step takes of its own, without mapped files.
 """
 
@@ -77,7 +77,7 @@ def main() -> None:
         done = subprocess.run([*line, "--one", str(size)], stdout=subprocess.PIPE, text=True, check=True)
         results[size] = json.loads(done.stdout.splitlines()[-1])
         shutil.rmtree(Path(options.out) / str(size))
-    print("| µs an image (bytes of memory an image) | " + " | ".join(f"{size:,}" for size in results) + " |")
+    print("| µs per image (bytes of memory per image) | " + " | ".join(f"{size:,}" for size in results) + " |")
     print("|---" * (1 + len(results)) + "|")
     for name in STEPS:
         cells = [

@@ -89,7 +89,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _accuracy(runs: dict[str, list[dict]], labeler: dict | None, folder: Path, study: Study) -> str:
-    head = ["", "seeds", "top-1 %", "not averaged %", "corrupted %", "retention %", "CPU s an epoch", "label bytes"]
+    head = ["", "seeds", "top-1 %", "not averaged %", "corrupted %", "retention %", "CPU s per epoch", "label bytes"]
     rows = [_accuracy_row("the labeler itself", [labeler], "", study)] if labeler else []
     for arm, results in runs.items():
         labels = ARMS[arm]["labels"]

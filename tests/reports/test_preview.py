@@ -169,7 +169,7 @@ def test_crops(make_labels, images, tmp_path):
 
 def test_a_page_that_would_be_too_large_shows_less_and_says_so(labels, images, tmp_path):
     full = preview(labels, tmp_path, images, samples=9)
-    assert full.shown == 9 and len(full.figures) == 3  # eight rows an image
+    assert full.shown == 9 and len(full.figures) == 3  # eight rows per image
     limit = 0.6 * full.bytes / 1e6
     report = preview(labels, tmp_path, samples=9, data=images, max_mb=limit)
     assert 0 < report.shown < 9

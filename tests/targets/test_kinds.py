@@ -1,6 +1,6 @@
 """Token targets of one label map: what is drawn, kept and left out.
 
-Gh, Gw: the map's grid; K: classes; N: tokens of the student; m: targets a token.
+Gh, Gw: the map's grid; K: classes; N: tokens of the student; m: targets per token.
 """
 
 import numpy as np
