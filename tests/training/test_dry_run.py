@@ -33,7 +33,7 @@ def test_it_prints_and_writes_nothing(quick, stripes, tmp_path, capsys, monkeypa
     assert shown["epochs"] == "10"
     assert shown["warmup_epochs"] == "2.0"  # the recipe's
     assert shown["data"].startswith("45 images")
-    assert shown["steps"].startswith("30 (3 an epoch, the first 6 of them warm-up)")
+    assert shown["steps"].startswith("30 (3 per epoch, the first 6 of them warm-up)")
     assert "4×4 tokens" in shown["model"]
 
 

@@ -1,7 +1,7 @@
 """From a sample's bytes to its crop: FFCV's image operation, which takes the crop from a table of views.
 
-H, W: the output's size; n: samples of the .beton; B: batch. One decoding buffer per worker, not one per batch slot as in
-FFCV's own decoders: a batch of 256 large images would need gigabytes there.
+H, W: the output's size; n: samples of the .beton; B: batch. One decoding buffer per worker, not one per batch slot as
+in FFCV's own decoders: a batch of 256 large images would need gigabytes there.
 """
 
 from collections.abc import Callable
