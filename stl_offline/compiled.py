@@ -33,8 +33,9 @@ def njit(function: Callable | None = None, *, inner: bool = False, inline: bool 
     Args:
         function: what is decorated, where there are no options.
         inner: only compiled code calls it. No wrapper for Python is made, which is a third of the compilation of a
-            small function; tests call its ``py_func``.
-        inline: it becomes a part of its only caller, and is not compiled twice.
+            small function; tests call it from a compiled function of their own.
+        inline: it becomes a part of its caller, and is not compiled twice. For a few lines only: numba copies a
+            function block by block, each with all its variables, so for long ones this takes longer than it saves.
     """
     if function is None:
         return functools.partial(njit, inner=inner, inline=inline)

@@ -26,7 +26,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 
-@njit
+@njit(inner=True)
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10: four uint32 of counter and two of key → four random uint32."""
     c0 = np.uint32(c0)
@@ -49,7 +49,7 @@ def philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@njit
+@njit(inline=True)
 def random_bits(seed, stream, epoch, sample_id, draw):
     """Four random uint32 for one draw of one sample.
 
@@ -67,7 +67,7 @@ def random_bits(seed, stream, epoch, sample_id, draw):
     )
 
 
-@njit
+@njit(inline=True)
 def unit_interval(bits):
     """A uint32 as a float64 in [0, 1)."""
     return np.float64(bits) * 2.3283064365386963e-10

@@ -51,7 +51,7 @@ def relative_view_into(map_view, student_view, relative):
     relative[5] = np.float32(c * shift_u + d * shift_v)
 
 
-@njit
+@njit(inline=True)
 def window_of(relative):
     """(left, right, top, bottom): the part of the map that lies in a crop, given by its relative view of six numbers.
 
@@ -66,7 +66,7 @@ def window_of(relative):
     )
 
 
-@njit
+@njit(inline=True)
 def is_identity(r00, r01, r02, r10, r11, r12):
     """Whether a relative view is the identity to `IDENTITY_TOLERANCE`."""
     return (
@@ -79,19 +79,19 @@ def is_identity(r00, r01, r02, r10, r11, r12):
     )
 
 
-@njit
+@njit(inline=True)
 def is_in_window(x, y, window):
     """Whether a point (unit coordinates of the map) lies in the window."""
     return is_within(x, window[0], window[1]) and is_within(y, window[2], window[3])
 
 
-@njit
+@njit(inline=True)
 def is_within(position, low, high):
     """Whether a unit coordinate lies between two others, to `EDGE_TOLERANCE`."""
     return low - EDGE_TOLERANCE <= position <= high + EDGE_TOLERANCE
 
 
-@njit
+@njit(inline=True)
 def holds_map(window):
     """Whether a window shows the whole map."""
     low = EDGE_TOLERANCE

@@ -171,8 +171,10 @@ def _check_index(name: str, index: np.ndarray, samples: int, end: int) -> np.nda
 def _draw(counter, ids, number, maps, plan, ratio, uniform, min_confidence, out_ids, out_weights, classes, seed, epoch):
     """Targets that are drawn, of the samples of a batch that read cache ``number``; run by every worker."""
     relative = np.empty(6, dtype=np.float64)
-    place = _next_place(counter, ids, number, maps, plan)
-    while place >= 0:
+    while True:
+        place = _next_place(counter, ids, number, maps, plan)
+        if place < 0:
+            break
         sample = ids[place]
         choice = plan.map_index[sample]
         window = _look_at(maps, plan, sample, relative)
@@ -192,15 +194,16 @@ def _draw(counter, ids, number, maps, plan, ratio, uniform, min_confidence, out_
         )
         if min_confidence > 0:
             drop_unsure(maps.confidence[sample, choice], relative, min_confidence, out_ids[place], out_weights[place])
-        place = _next_place(counter, ids, number, maps, plan)
 
 
 @njit
 def _align(counter, ids, number, maps, plan, ratio, uniform, min_confidence, out_ids, out_weights, best_only, scratch):
     """Targets that hold the mixture or its best class, as `_draw`."""
     relative = np.empty(6, dtype=np.float64)
-    place = _next_place(counter, ids, number, maps, plan)
-    while place >= 0:
+    while True:
+        place = _next_place(counter, ids, number, maps, plan)
+        if place < 0:
+            break
         sample = ids[place]
         choice = plan.map_index[sample]
         window = _look_at(maps, plan, sample, relative)
@@ -218,22 +221,21 @@ def _align(counter, ids, number, maps, plan, ratio, uniform, min_confidence, out
         )
         if min_confidence > 0:
             drop_unsure(maps.confidence[sample, choice], relative, min_confidence, out_ids[place], out_weights[place])
-        place = _next_place(counter, ids, number, maps, plan)
 
 
-@njit(inner=True)
+@njit(inline=True)
 def _next_place(counter, ids, number, maps, plan):
     """The next place in the batch whose sample reads cache ``number`` and has labels there, or −1."""
-    place = next_item(counter)
-    while place < len(ids):
+    while True:
+        place = next_item(counter)
+        if place >= len(ids):
+            return -1
         sample = ids[place]
         if plan.cache_index[sample] == number and maps.labelled[sample] != 0:
             return place
-        place = next_item(counter)
-    return -1
 
 
-@njit(inner=True)
+@njit(inline=True)
 def _look_at(maps, plan, sample, relative):
     """The student's view on a sample's map into ``relative``, float64 (6,); gives the window of the map."""
     map_view = maps.views[sample, plan.map_index[sample]]

@@ -78,7 +78,7 @@ def roi_align_topk(
     return out_ids, out_probabilities, out_covered
 
 
-@njit
+@njit(inline=True)
 def neighbours(position, cells):
     """The two cells around a unit coordinate along one axis, and the second one's bilinear weight; border clamped."""
     at = min(max(position * cells - 0.5, 0.0), cells - 1.0)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from loader_speed import random_cache
+from numba import njit
 from target_speed import Sparse
 
 from stl_offline.device import keep_freed_memory
@@ -26,6 +27,11 @@ from stl_offline.loader.threads import Workers
 from stl_offline.losses import token_cross_entropy
 
 BATCH, TOKENS, CLASSES = 64, 196, 1000
+
+
+@njit
+def call_read_planes(*arguments):
+    return read_planes(*arguments)
 
 
 class Images:
@@ -55,7 +61,7 @@ class Images:
             top, bottom, left, right, _ = pixel_box(views[sample], height, width)
             shrink = max(choose_shrink(0, bottom - top, right - left, self.side, self.side), 1)
             data = self.bytes[start : start + int(beton.sizes[sample])]
-            read_planes(handle, data, height, width, bottom, shrink, True, self.scratch, self.notes)
+            call_read_planes(handle, data, height, width, bottom, shrink, True, self.scratch, self.notes)
 
 
 def main() -> None:

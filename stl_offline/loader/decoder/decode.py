@@ -13,7 +13,7 @@ from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
 
-from stl_offline.compiled import njit
+from stl_offline.compiled import njit, read_only
 from stl_offline.config import INTERPOLATIONS
 from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
@@ -112,7 +112,9 @@ class ViewCrop(Operation):
         return replace(previous_state, jit_mode=True, shape=query.shape, dtype=query.dtype), query
 
     def generate_code(self) -> Callable:
-        own = list(zip(self._scratch, self._lines, self._notes, self._decompressors.handles, strict=True))
+        # What was decoded is read under the type of stored pixels, so that resizing is compiled once for both.
+        decoded = [read_only(scratch) for scratch in self._scratch]
+        own = list(zip(self._scratch, decoded, self._lines, self._notes, self._decompressors.handles, strict=True))
 
         def view_crop(batch_indices, destination, _metadata, storage_state):
             counter = np.zeros(1, dtype=np.int64)
@@ -120,7 +122,7 @@ class ViewCrop(Operation):
             storage = np.asarray(storage_state[0])
             common = (
                 batch_indices,
-                destination,
+                destination.reshape((*destination.shape[:2], -1)),  # a view: FFCV's buffers are contiguous
                 storage,
                 self._table,
                 self._views,
@@ -135,7 +137,7 @@ class ViewCrop(Operation):
         return view_crop
 
 
-@njit
+@njit(inline=True)
 def pixel_box(view, height, width):
     """The pixels (top, bottom, left, right, flipped) of an axis-aligned view (six numbers), at least one each way."""
     start_u = np.float64(view[2])
@@ -152,7 +154,7 @@ def pixel_box(view, height, width):
     return top, bottom, left, right, flipped
 
 
-@njit
+@njit(inline=True)
 def choose_shrink(kind, box_height, box_width, height, width):
     """At which 1/n of its size to decode a JPEG, of whose box an output of height × width is made; 0: no resizing."""
     if box_height == height and box_width == width:
@@ -167,47 +169,51 @@ def choose_shrink(kind, box_height, box_width, height, width):
 
 
 @njit(inline=True)
-def _decode_sample(data, image, view, filters, target, scratch, lines, handle, notes):
+def _decode_sample(data, image, view, filters, target, scratch, decoded, lines, handle, notes):
     height, width = image[_HEIGHT], image[_WIDTH]
-    rows, columns = target.shape[0], target.shape[1]
+    rows, columns = target.shape[0], target.shape[1] // 3
     size = 3 * height * width
     kind = filters[0]
     top, bottom, left, right, mirrored = pixel_box(view, height, width)
-    pixels = scratch[:size]
+    pixels = decoded
     if image[_RAW]:
         if data.size < size:
             return False
-        pixels = data[:size]
+        pixels = data
     else:
         shrink = choose_shrink(kind, bottom - top, right - left, rows, columns)
         if shrink > 0 and height * width >= _FEW_TIMES * rows * columns:
             sound = image[_SOUND] != 0
-            status, planes, across, down = read_planes(
-                handle, data, height, width, bottom, shrink, sound, scratch, notes
-            )
+            status, planes = read_planes(handle, data, height, width, bottom, shrink, sound, scratch, notes)
             if status == 0:
                 box = (np.float64(top), np.float64(left), np.float64(bottom - top), np.float64(right - left))
-                resize_planes(planes, box, (height, width), shrink, across, down, mirrored, kind, lines, target)
+                resize_planes(decoded, planes, box, (height, width), shrink, mirrored, kind, lines, target)
             if status <= 0:
                 return status == 0
-        if not read_rgb(handle, data, pixels.reshape((height, width, 3)), notes):
+        if not read_rgb(handle, data, height, width, scratch, notes):
             return False
-    resize_pixels(pixels.reshape((height, width, 3)), top, bottom, left, right, mirrored, filters, lines, target)
+    resize_pixels(pixels, 3 * width, (top, bottom, left, right), mirrored, filters, lines, target)
     return True
 
 
 @njit
-def _decode_items(ids, destination, storage, table, views, filters, broken, counter, scratch, lines, notes, handle):
-    """Decode images of a batch until none is left; run by every worker, with memory of its own."""
-    # Images differ in size by a hundred times, so each worker takes the next one when it is free.
-    place = next_item(counter)
-    while place < len(ids):
+def _decode_items(
+    ids, destination, storage, table, views, filters, broken, counter, scratch, decoded, lines, notes, handle
+):
+    """Decode images of a batch until none is left; run by every worker, with memory of its own.
+
+    destination: uint8 (B, H, W · 3); decoded: the memory of ``scratch``, not writable.
+    """
+    while True:
+        # Images differ in size by a hundred times, so each worker takes the next one when it is free.
+        place = next_item(counter)
+        if place >= len(ids):
+            break
         sample = ids[place]
         image = table[sample]
         # A slice never reaches past the file's end, whatever the table says.
         data = storage[image[_POINTER] : image[_POINTER] + image[_SIZE]]
         target = destination[place]
-        if not _decode_sample(data, image, views[sample], filters, target, scratch, lines, handle, notes):
+        if not _decode_sample(data, image, views[sample], filters, target, scratch, decoded, lines, handle, notes):
             target[:] = 0
             broken[0] = sample + 1
-        place = next_item(counter)

@@ -15,25 +15,28 @@ _PIXEL_BYTES = _COLOURS * _FLOAT_BYTES
 LINE_SLACK = 4
 
 
-@njit
-def weighted_rows(plane, first_row, row_weights, line):
-    """The weighted sum of rows from ``first_row`` on of ``plane``, uint8 (h, w), into ``line``, float32 (w,)."""
-    count = min(len(row_weights), plane.shape[0] - first_row)
+@njit(inner=True)
+def weighted_rows(data, start, pitch, row_weights, line):
+    """The weighted sum of rows of bytes into ``line``, float32 (w,).
+
+    data: uint8, one-dimensional, where the first row begins at ``start`` and each other one ``pitch`` after the one
+    before. Rows of weight zero are not read, so they may lie beyond the end.
+    """
     # Loops that start at zero: with another start numba cannot rule out negative indices, and nothing is vectorised.
-    row = plane[first_row]
+    row = data[start:]
     weight = row_weights[0]
     for x in range(len(line)):
         line[x] = weight * np.float32(row[x])
-    for number in range(1, count):
+    for number in range(1, len(row_weights)):
         weight = row_weights[number]
         if weight == 0.0:
             continue
-        row = plane[first_row + number]
+        row = data[start + number * pitch :]
         for x in range(len(line)):
             line[x] += weight * np.float32(row[x])
 
 
-@njit
+@njit(inner=True)
 def enlarge_line(narrow, factor, of_means, wide):
     """Colours that are stored ``factor`` times narrower, beside the brightness.
 
@@ -58,7 +61,7 @@ def enlarge_line(narrow, factor, of_means, wide):
             wide[place] = narrow[place // factor + 1]
 
 
-@njit
+@njit(inner=True)
 def join_colours(brightness, first, second, line):
     """JPEG's Y Cb Cr (JFIF 1.02), float32 (w,) each, to red, green and blue, float32 (w · 3,)."""
     for x in range(len(brightness)):
@@ -69,7 +72,7 @@ def join_colours(brightness, first, second, line):
         line[3 * x + 2] = brightness[x] + np.float32(1.772) * blueness
 
 
-@njit
+@njit(inner=True)
 def resample_line(line, begin, firsts, weights, used, mirrored, result):
     """Filter a row of pixels along itself.
 
@@ -94,7 +97,7 @@ def resample_line(line, begin, firsts, weights, used, mirrored, result):
         target += _PIXEL_BYTES
 
 
-@njit
+@njit(inner=True)
 def to_bytes(values, target):
     """Round float32 to uint8, both of one length, within 0 … 255."""
     for place in range(len(target)):

@@ -54,7 +54,7 @@ def _atomic_add(typing_context, address, amount):
     return types.int64(types.int64, types.int64), generate
 
 
-@njit
+@njit(inline=True)
 def next_item(counter):
     """Take the next number from ``counter``, int64 (1,), shared by threads: each item goes to whoever is free."""
     return _atomic_add(np.int64(counter.ctypes.data), np.int64(1))

@@ -7,6 +7,8 @@ become much smaller, the image is decoded at ½, ¼ or ⅛ of its size, from the
 H, W: the image's size; h, w: a plane's.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from stl_offline.compiled import njit
@@ -33,7 +35,20 @@ def scratch_bytes(height: int, width: int, stored: int) -> int:
     return 3 * (height + 4) * (width + 4) + stored
 
 
-@njit
+class Planes(NamedTuple):
+    """Where planes lie in a worker's memory.
+
+    Brightness from byte ``start`` on, uint8 (h, w), behind it both colours, each (h // down, w // across).
+    """
+
+    start: int
+    h: int
+    w: int
+    across: int
+    down: int
+
+
+@njit(inner=True)
 def read_planes(handle, data, height, width, bottom, shrink, may_cut, scratch, notes):
     """Decode a JPEG into planes of brightness and colours at 1/``shrink`` of its size.
 
@@ -41,44 +56,45 @@ def read_planes(handle, data, height, width, bottom, shrink, may_cut, scratch, n
     sound, so that nothing below the rows above ``bottom`` needs to be looked at; scratch: uint8, `scratch_bytes`;
     notes: int64 (`NOTES_INTS`,).
 
-    Returns (status, planes, across, down): status 0: planes, those of the colours ``across`` and ``down`` times
-    smaller; 1: nothing, because it is stored in another way, for `read_rgb`; −1: damaged, or of another size. planes:
-    three uint8 (h, w) in ``scratch``, perhaps a little larger than the image, perhaps with fewer rows.
+    Returns (status, planes): status 0: `Planes` in ``scratch``, perhaps a little larger than the image, perhaps with
+    fewer rows; 1: nothing, because it is stored in another way, for `read_rgb`; −1: damaged, or of another size.
     """
     at = notes.ctypes.data
-    nothing = scratch[:0].reshape((0, 0))
+    start = 0
     if not _read_head(handle, data, height, width, notes):
-        return -1, (nothing, nothing, nothing), 1, 1
+        return -1, Planes(start, height, width, 1, 1)
     subsampling, colour_space = notes[2], notes[3]
     across = down = 0
     if colour_space == TJCS_YCBCR and 0 <= subsampling < len(_ACROSS):
         across, down = _ACROSS[subsampling], _DOWN[subsampling]
     if across == 0:
-        return 1, (nothing, nothing, nothing), 1, 1
+        return 1, Planes(start, height, width, 1, 1)
     # Enlarging colours and reading between shrunk pixels look at the next row of both. Blocks are decoded whole.
     needed = bottom + 2 * down * shrink
     rows_kept = -(-needed // (8 * down)) * 8 * down
+    source = data.ctypes.data
     was_cut = may_cut and rows_kept < height and keep_rows(data, rows_kept, scratch)
     if was_cut:
         height = rows_kept
-        data, scratch = scratch[: data.size], scratch[data.size :]
+        # What was copied is as long as the file; the planes come behind it.
+        start = data.size
+        source = scratch.ctypes.data
     rows, columns = -(-height // shrink), -(-width // shrink)
     # TurboJPEG pads planes to whole groups of pixels that share a colour.
     h, w = -(-rows // down) * down, -(-columns // across) * across
-    colours = (h // down) * (w // across)
-    brightness = scratch[: h * w].reshape((h, w))
-    first = scratch[h * w : h * w + colours].reshape((h // down, w // across))
-    second = scratch[h * w + colours : h * w + 2 * colours].reshape((h // down, w // across))
-    notes[4], notes[5], notes[6] = brightness.ctypes.data, first.ctypes.data, second.ctypes.data
+    target = scratch.ctypes.data + start
+    notes[4] = target
+    notes[5] = target + h * w
+    notes[6] = target + h * w + (h // down) * (w // across)
     # −1 also for warnings, as below.
-    failed = tj_planes(handle, data.ctypes.data, data.size, at + 32, columns, 0, rows, TJFLAG_ACCURATEDCT) != 0
+    failed = tj_planes(handle, source, data.size, at + 32, columns, 0, rows, TJFLAG_ACCURATEDCT) != 0
     if failed and was_cut:
         # libjpeg wonders about the bytes that are left before the end mark.
         failed = tj_error_code(handle) != TJERR_WARNING
-    return (-1 if failed else 0), (brightness, first, second), across, down
+    return (-1 if failed else 0), Planes(start, h, w, across, down)
 
 
-@njit
+@njit(inner=True)
 def keep_rows(data, rows, copy):
     """Copy a JPEG, claiming that it ends after ``rows`` rows: a decoder stops there and skips the rest.
 
@@ -111,13 +127,12 @@ def keep_rows(data, rows, copy):
     return False
 
 
-@njit
-def read_rgb(handle, data, pixels, notes):
-    """Decode a JPEG of any kind into ``pixels``, uint8 (H, W, 3); False if it is damaged or of another size.
+@njit(inner=True)
+def read_rgb(handle, data, height, width, pixels, notes):
+    """Decode a JPEG of any kind into ``pixels``, uint8 (≥ H·W·3,); False if it is damaged or of another size.
 
     Red, green and blue are to the bit those of Pillow.
     """
-    height, width = pixels.shape[0], pixels.shape[1]
     # TurboJPEG reads the whole head to tell the size, and again to decode: a thirtieth of a small image's time.
     if frame_size(data) != (height, width) and not _read_head(handle, data, height, width, notes):
         return False
@@ -126,7 +141,7 @@ def read_rgb(handle, data, pixels, notes):
     return tj_decompress(handle, source, data.size, target, width, 3 * width, height, TJPF_RGB, TJFLAG_ACCURATEDCT) == 0
 
 
-@njit
+@njit(inline=True)
 def frame_size(data):
     """(rows, columns) as a JPEG's frame header has them; zeros where a look at the segments before it does not lead."""
     place = 2
@@ -142,7 +157,7 @@ def frame_size(data):
     return np.int64(0), np.int64(0)
 
 
-@njit
+@njit(inner=True)
 def _read_head(handle, data, height, width, notes):
     """Whether a JPEG has this size; its width, height, subsampling and colour space into ``notes``."""
     at = notes.ctypes.data

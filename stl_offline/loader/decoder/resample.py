@@ -88,7 +88,7 @@ def enlarging_weights(kind: int, outputs: int) -> tuple[np.ndarray, np.ndarray, 
     return firsts, weights, used
 
 
-@njit
+@njit(inline=True)
 def kept_weights(kind, length, outputs, firsts, weights, used):
     """`filter_weights` for ``length`` whole pixels, from the tables of `enlarging_weights` if they have it."""
     if length < len(used):
@@ -96,7 +96,7 @@ def kept_weights(kind, length, outputs, firsts, weights, used):
     return filter_weights(kind, 0.0, float(length), outputs, length)
 
 
-@njit
+@njit(inner=True)
 def through_shrinking(firsts, weights, shrink, pixels):
     """The weights on a plane whose ``pixels`` pixels are the means of ``shrink`` of those that ``weights`` are for.
 
@@ -127,7 +127,7 @@ def through_shrinking(firsts, weights, shrink, pixels):
     return narrow_firsts, narrow, used
 
 
-@njit
+@njit(inline=True)
 def _kernel(kind, x):
     x = abs(x)
     if kind == BILINEAR:
@@ -139,7 +139,7 @@ def _kernel(kind, x):
     return 0.0
 
 
-@njit
+@njit(inline=True)
 def through_upsampling(firsts, weights, pixels):
     """The weights on a plane of ``pixels`` that libjpeg would enlarge by two before they are used.
 

@@ -10,15 +10,28 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 from torchvision.transforms import InterpolationMode
 
+from stl_offline.compiled import read_only
 from stl_offline.config import INTERPOLATIONS
 from stl_offline.geometry import whole_views
 from stl_offline.images.beton import BetonWriter, open_beton
 from stl_offline.images.encode import encode_image
 from stl_offline.loader.decoder.decode import choose_shrink
+from stl_offline.loader.decoder.planes import Planes
 from stl_offline.loader.decoder.resize import line_floats, make_filters, resize_pixels, resize_planes
 from tests.loader.decoder.test_pixels import by_area, shown
+
+
+@njit
+def call_resize_pixels(*arguments):
+    resize_pixels(*arguments)
+
+
+@njit
+def call_resize_planes(*arguments):
+    resize_planes(*arguments)
 
 
 def expected(pixels, size, interpolation):
@@ -32,23 +45,27 @@ def expected(pixels, size, interpolation):
 
 def resized(pixels, box, size, interpolation, mirrored=False):
     """A box (top, left, height, width) of uint8 (H, W, 3) by our filters: uint8 (h, w, 3)."""
-    target = np.zeros((*size, 3), dtype=np.uint8)
+    target = np.zeros((size[0], 3 * size[1]), dtype=np.uint8)
     lines = np.zeros(line_floats(pixels.shape[1], size[1]), dtype=np.float32)
     top, left, height, width = box
     kind = INTERPOLATIONS.index(interpolation)
-    filters = make_filters(kind, *target.shape[:2])
-    resize_pixels(pixels, top, top + height, left, left + width, mirrored, filters, lines, target)
-    return target
+    filters = make_filters(kind, *size)
+    box = (top, top + height, left, left + width)
+    call_resize_pixels(read_only(pixels.ravel()), 3 * pixels.shape[1], box, mirrored, filters, lines, target)
+    return target.reshape(*size, 3)
 
 
 def resized_planes(planes, box, size, interpolation, mirrored=False):
     """The same of three planes of Y, Cb and Cr, all of one size."""
-    target = np.zeros((*size, 3), dtype=np.uint8)
+    target = np.zeros((size[0], 3 * size[1]), dtype=np.uint8)
     lines = np.zeros(line_floats(planes[0].shape[1], size[1]), dtype=np.float32)
     box = tuple(np.float64(number) for number in box)
     kind = INTERPOLATIONS.index(interpolation)
-    resize_planes(planes, box, planes[0].shape, 1, 1, 1, mirrored, kind, lines, target)
-    return target
+    # The planes lie behind each other, after some bytes of something else.
+    data = np.concatenate([np.full(5, 255, dtype=np.uint8), *(plane.ravel() for plane in planes)])
+    sizes = planes[0].shape
+    call_resize_planes(read_only(data), Planes(5, *sizes, 1, 1), box, sizes, 1, mirrored, kind, lines, target)
+    return target.reshape(*size, 3)
 
 
 def as_red_green_blue(ycc):
