@@ -9,19 +9,22 @@ from stl_offline.cli.terminal import echo
 @option("--train", group="data", default=1600, metavar="N", help="Training images to draw.")
 @option("--val", group="data", default=300, metavar="N", help="Validation images to draw.")
 @option("--shards", group="labels", default=4, metavar="N", help="Shards of the label set.")
-@option("--epochs", group="optimisation", default=5, metavar="N", help="Epochs of each training run.")
+@option("--epochs", group="optimisation", default=5, metavar="N", help="Epochs of each student.")
+@option("--labeler-epochs", group="optimisation", default=12, metavar="N", help="Epochs of the labeler.")
 @option("--seed", group="optimisation", default=0, metavar="N", help="Seed of the images and of every stage.")
 @option("--out", group="output", default="runs/demo", metavar="DIR", help="Folder for all results of the demo.")
 @device_option
 @workers_option
 @debug_option
-def demo(out: str, train: int, val: int, shards: int, epochs: int, seed: int, device: str, workers: int) -> None:
+def demo(
+    out: str, train: int, val: int, shards: int, epochs: int, labeler_epochs: int, seed: int, device: str, workers: int
+) -> None:
     """Run all stages on drawn images: train a labeler, dump its token labels, train students, show the results.
 
     Prints a table of each stage's time and accuracy, and writes a page of the labels and a report of the runs.
     """
     from stl_offline.demo import run_demo
 
-    machine = {"device": device, "workers": workers}
-    summary = run_demo(out, train=train, val=val, epochs=epochs, shards=shards, seed=seed, **machine)
-    echo(*summary.splitlines())
+    sizes = {"train": train, "val": val, "shards": shards}
+    epochs_of = {"epochs": epochs, "labeler_epochs": labeler_epochs}
+    echo(*run_demo(out, **sizes, **epochs_of, seed=seed, device=device, workers=workers).splitlines())

@@ -23,6 +23,10 @@ from stl_offline.training.train_student import train_student
 
 MODEL = "fan_micro_4_p8"
 SIZE = 64
+LABEL_SIZE = 96  # tokens show more of an object's outline at half as much again as the training size
+# What makes labels emerge: token logits are pooled by log-mean-exp, so that the tokens that show the class are enough,
+# and the token loss is heavy (tests/benchmarks/emergence.py).
+LABELER = {"token_pool": "lme", "token_weight": 5.0}
 IMAGES = 8  # images on the page of labels
 
 
@@ -32,12 +36,15 @@ def run_demo(
     train: int = 1600,
     val: int = 300,
     epochs: int = 5,
+    labeler_epochs: int = 12,
     shards: int = 4,
     seed: int = 0,
     device: str = "auto",
     workers: int = 0,
 ) -> str:
     """Run all stages below the folder ``out`` and return the summary as text.
+
+    epochs: of each student; labeler_epochs: of the labeler.
 
     Every stage resumes where an earlier call stopped. Writes ``summary.json``, ``labels.html`` and
     ``report.html`` there.
@@ -61,9 +68,17 @@ def run_demo(
     }
     labeler = str(out / "labeler")
     labels = str(out / "labels")
-    _timed(rows, "labeler", lambda: train_labeler(LabelerConfig(out=labeler, **shared)))
+    stage_1 = LabelerConfig(out=labeler, **shared | LABELER | {"epochs": labeler_epochs})
+    _timed(rows, "labeler", lambda: train_labeler(stage_1))
     dump = DumpConfig(
-        data=shared["data"], labeler=labeler, out=labels, shards=shards, licence="Apache-2.0", seed=seed, **machine
+        data=shared["data"],
+        labeler=labeler,
+        img_size=LABEL_SIZE,
+        out=labels,
+        shards=shards,
+        licence="Apache-2.0",
+        seed=seed,
+        **machine,
     )
     _timed(rows, "labels", lambda: {"bytes": dump_labels(dump).bytes})
     runs = []

@@ -40,7 +40,9 @@ def check_pages(text: str, out: Path) -> None:
         assert f">{name}</span>" in report
     assert report.count("<article ") > 0
     assert (out / "labels.png").is_file() and (out / "confidence.png").is_file()
-    stages = [row["stage"] for row in json.loads((out / "summary.json").read_text())["stages"]]
+    summary = json.loads((out / "summary.json").read_text())
+    assert 0 < summary["auroc"] < 1 and "contrast" in summary
+    stages = [row["stage"] for row in summary["stages"]]
     assert stages == ["images", "labeler", "labels", "student", "student without labels"]
 
 
@@ -48,11 +50,13 @@ def test_the_demo_ends_with_both_pages(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "train_labeler", leave_untrained)
     monkeypatch.setattr(demo, "train_student", leave_untrained)
     out = tmp_path / "demo"
-    text = demo.run_demo(out, train=20, val=10, epochs=1, shards=2, device="cpu", workers=1)
+    text = demo.run_demo(out, train=20, val=10, epochs=1, labeler_epochs=1, shards=2, device="cpu", workers=1)
     check_pages(text, out)
 
 
 @pytest.mark.slow
 def test_a_small_demo(tmp_path):
     out = tmp_path / "demo"
-    check_pages(demo.run_demo(out, train=60, val=30, epochs=1, shards=2, device="cpu", workers=1), out)
+    check_pages(
+        demo.run_demo(out, train=60, val=30, epochs=1, labeler_epochs=1, shards=2, device="cpu", workers=1), out
+    )
