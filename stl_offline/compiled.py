@@ -130,9 +130,10 @@ def _folder() -> str | None:
             return str(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         logger.warning(
-            "compiled code cannot be kept (%s), so every process compiles again; set STL_OFFLINE_CACHE to a folder "
-            "that can be written",
+            "compiled code cannot be kept (%s), so every process compiles again; set %s to a folder that can be "
+            "written",
             error,
+            "NUMBA_CACHE_DIR" if numba.config.CACHE_DIR else "STL_OFFLINE_CACHE",
         )
     return None
 
