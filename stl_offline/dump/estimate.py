@@ -1,4 +1,4 @@
-"""What a dump would cost, measured on a few of the images, before anything is written."""
+"""Estimates the time and size of a dump from a few of the images. Writes nothing."""
 
 import os
 import tempfile
@@ -29,7 +29,7 @@ _FEWEST, _MOST = 3, 32
 
 @dataclass(frozen=True)
 class DumpEstimate:
-    """The cost of a dump. Rates and sizes are those of the ``measured`` images, spread over the whole data set.
+    """The cost of a dump, extrapolated from ``measured`` images to the whole data set.
 
     images, views (of each), shards: what the label set would hold; bytes: all its files; images_per_second,
     seconds: of the job with ``processes`` processes; pack_seconds: before that, for images that are not packed yet;
@@ -56,8 +56,8 @@ class DumpEstimate:
 
 
 def estimate_dump(config: DumpConfig) -> DumpEstimate:
-    """Label and encode a few images to estimate the cost of the whole dump. Leaves nothing behind, no packed images
-    either. Under torchrun all processes measure at the same time, as they would work.
+    """Label and encode a few images to estimate the cost of the whole dump. Leaves no files, not even packed images.
+    Under torchrun all processes measure at the same time, as they would during the dump.
 
     Raises:
         StlError: what `stl_offline.dump.dump_labels` would raise before it writes.
@@ -126,7 +126,7 @@ def _measure(
 
 
 def _label(labelling: Labelling, count: int) -> tuple[ShardArrays, float]:
-    """The labels of some images from everywhere in the data set, and the seconds that they took."""
+    """The labels of some images, spread over the data set, and the seconds that they took."""
     samples = np.unique(np.linspace(0, len(labelling.beton) - 1, min(count, len(labelling.beton))).astype(np.int64))
     started = time.perf_counter()
     arrays = labelling.label(samples, lambda done: None)

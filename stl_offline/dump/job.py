@@ -1,4 +1,4 @@
-"""The dump job: shards shared out among processes, each encoded and written while the next is labelled."""
+"""The dump job. Processes divide the shards; each shard is encoded and written while the next one is labelled."""
 
 import concurrent.futures
 import contextlib
@@ -76,7 +76,7 @@ def dump_labels(config: DumpConfig) -> DumpReport:
 def _open_together(
     path: str, spec: LabelSpec, num_shards: int, world: World
 ) -> Iterator[tuple[LabelSetWriter, list[int]]]:
-    """The writer, and the shards that are this process's: every n-th of those that are not done."""
+    """The writer, and this process's shards: every n-th of those that are not done."""
     job = told_by_first(secrets.token_hex(8), world)
     with contextlib.ExitStack() as stack:
         writer = LabelSetWriter(path, spec, num_shards, job=job)
@@ -114,7 +114,7 @@ def _write_shards(labelling: Labelling, writer: LabelSetWriter, shards: list[int
 
 
 class _Size:
-    """Bytes written so far, and those to come by what the shards took until now."""
+    """Bytes written so far, and the expected total."""
 
     def __init__(self, place: str, samples: int, bar: Any) -> None:
         self._place, self._samples, self._bar = place, samples, bar
@@ -137,7 +137,7 @@ class _Size:
 
 
 def check_place(place: str) -> None:
-    """Raise `TargetError` where no label set can be written: at a file, in a folder of other things, no permission."""
+    """Raise `TargetError` if no label set can be written: a file, a folder with other content, no permission."""
     storage = open_storage(place)
     path = storage.local
     if path is None:
@@ -157,7 +157,7 @@ def check_place(place: str) -> None:
 
 
 def free_bytes(place: str) -> int | None:
-    """Bytes free where a folder is or will be; None for an object store."""
+    """Free bytes of the disk that holds, or will hold, a folder; None for an object store."""
     if "://" in place:
         return None
     path = Path(place).absolute()

@@ -1,4 +1,4 @@
-"""From images to label maps: what a dump's shards, its estimate and a recomputed sample have in common.
+"""From images to label maps, for a dump, its estimate, and recomputation.
 
 B: batch, N: tokens on a grid (Gh, Gw), K: classes, k: classes kept, V: views of an image.
 """
@@ -28,7 +28,7 @@ _SHARD_MAPS = 16 * _SHARD_SAMPLES
 
 
 def load_labeler(config: DumpConfig) -> TokenLabeler:
-    """The labeler that the settings name, on the CPU; what can be checked without images is checked here.
+    """The labeler that the settings name, on the CPU, after all checks that need no images.
 
     Raises:
         StlError: as `create_labeler`; a labeler without class names, or of fewer classes than ``top_k``.
@@ -63,7 +63,7 @@ class Labelling:
         labeler: what `load_labeler` gives; it is moved to ``device``.
 
     Raises:
-        StlError: images, labeler and settings that do not go together.
+        StlError: images, labeler and settings that do not fit each other.
     """
 
     def __init__(self, config: DumpConfig, labeler: TokenLabeler, beton: Beton, device: torch.device) -> None:
@@ -80,7 +80,7 @@ class Labelling:
 
     @cached_property
     def loader(self) -> TokenLoader:
-        """Gives the images as the labeler takes them."""
+        """Loads the images with the labeler's preprocessing."""
         labeler = self.labeler
         images = ImageSettings(labeler.img_size, labeler.mean, labeler.std, self.config.interpolation)
         workers = pick_workers(self.config.workers)
@@ -92,7 +92,7 @@ class Labelling:
     def label(self, samples: np.ndarray, done: Callable[[int], object]) -> ShardArrays:
         """Label these samples (n,); ``done(B)`` is called after each batch.
 
-        No batch holds other samples than these, so what comes out depends on nothing else.
+        Batches contain only these samples, so the result depends on nothing else.
 
         Raises:
             InputError: the labeler gives NaN or infinity (names an image), or an image cannot be decoded.

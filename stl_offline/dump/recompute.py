@@ -29,8 +29,8 @@ _DECIDING = ("class_names", "grid", "labeler", "preprocessing")
 class Recomputed:
     """Result of `recompute_labels`.
 
-    images, tokens: numbers compared; top1: share of tokens with the same best class (or one as probable, within the
-    bounds); largest: largest difference of a probability; beyond: largest excess of a difference over what the
+    images, tokens: how many were compared; top1: share of tokens with the same best class (or one as probable, within
+    the bounds); largest: largest difference of a probability; beyond: largest excess of a difference over what the
     manifest's bounds allow.
     """
 
@@ -156,7 +156,7 @@ def _settings(
 
 
 def _read(label_set: LabelSet, shards: np.ndarray, rows: np.ndarray) -> ShardArrays:
-    """The stored labels of some places, in their order."""
+    """The stored labels of some (shard, row) places, in their order."""
     parts = []
     for shard in np.unique(shards):
         arrays = label_set.read_shard(int(shard))

@@ -1,8 +1,8 @@
 """The token cache: labels as memory-mapped arrays in the order of the images, for training.
 
-Filled once from whole shards, for one label set and one list of images; named by what it is made of; several
-processes share one. A cache that is not whole is never opened: it is built beside and renamed into place, and each of
-its files is compared with a checksum when it is opened. One that is damaged is built again.
+It is filled once from whole shards, for one label set and one list of images, and named by a hash of both. Processes
+share it. It is written under a temporary name and renamed, so that no partial cache is ever opened. Opening compares
+each file with a checksum; a damaged cache is built again.
 
 n: images; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell.
 """
@@ -103,7 +103,7 @@ def build_token_cache(
     Raises:
         JoinError, InputError: labels and images do not belong together.
         FormatError: the label set is damaged.
-        TargetError: the cache cannot be written (full disk: the message says how much it needs).
+        TargetError: the cache cannot be written (with a full disk, the message states the space that it needs).
     """
     check_match(match, allow_changed=allow_changed)
     check_class_names(label_set.spec.class_names, tuple(class_names))
@@ -200,7 +200,7 @@ def cache_name(
     missing: str,
     allow_changed: bool,
 ) -> str:
-    """A name made of the content: label set, images in their order, policy."""
+    """The cache's name: a hash of the label set, the images in their order, and how they are joined."""
     made_of = [label_set.fingerprint, match, missing, bool(allow_changed), len(keys)]
     named = hashlib.sha256(json.dumps(made_of).encode())
     # As JSON, so that no two lists of keys run together to the same text; a part at a time, for millions of them.
@@ -330,7 +330,7 @@ def _checksum(file: Path) -> str:
 
 
 def _sync_files(files: Sequence[Path]) -> None:
-    """Have all files on the disk, all at the same time."""
+    """Flush all files to the disk, in parallel."""
     with concurrent.futures.ThreadPoolExecutor(len(files)) as pool:
         list(pool.map(_sync, files))
 
@@ -341,7 +341,7 @@ def _sync(file: Path) -> None:
 
 
 def _remove(path: Path, folder: Path, name: str) -> None:
-    """What a killed or damaged build of this very cache left; called by the lock's holder only."""
+    """Remove what a killed build of this cache left, or a damaged cache. Only the lock's holder may call it."""
     for left in (path, *folder.glob(f".{name}.*.tmp")):
         shutil.rmtree(left, ignore_errors=True)
 

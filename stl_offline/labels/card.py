@@ -127,7 +127,7 @@ def _details(spec: LabelSpec) -> dict[str, str]:
 
 
 def _front_matter(spec: LabelSpec) -> str:
-    """YAML, whose strings may be written as JSON's: nothing in a name can break out of its line."""
+    """YAML whose strings are written as JSON, so that a name cannot break out of its line."""
     licence = str(spec.labeler["licence"])
     known = "unknown" if licence == "unstated" else licence.lower()
     known = known if known in _HUB_LICENCES else "other"
@@ -158,5 +158,5 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that cannot break the table: class names and settings come from others."""
+    """A value as text that cannot break the table: class names and settings are untrusted."""
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

@@ -9,7 +9,7 @@ from stl_offline.labels.label_set import open_label_set
 def read_class_names(place: str | Path, parameter: str) -> tuple[str, ...]:
     """The class names of a label set (folder or URL), or of a UTF-8 text file with one name per line, in order.
 
-    Empty lines, spaces around names, a byte-order mark and Windows line ends are left out.
+    Empty lines, spaces around names, a byte-order mark and Windows line ends are ignored.
 
     Args:
         place: the label set or the file.

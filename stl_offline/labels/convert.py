@@ -1,4 +1,4 @@
-"""The same labels in another container, another encoding, or cut into other shards."""
+"""Converts a label set to another container, another encoding, or another number of shards."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,17 +24,16 @@ def convert(
     workers: int = 0,
     **options: object,
 ) -> Manifest:
-    """Write the label set ``out`` with the labels of another one; goes on where a killed conversion stopped.
+    """Write a label set in another form to ``out``. Continues a conversion that was interrupted.
 
-    Between containers, from q8 to f16, and into other shards nothing is lost: the same labels give the same bytes
-    whichever way they came. From f16 to q8 each value moves within q8's bounds, which add up with those that stand in
-    the manifest.
+    Changing the container or the shards, and converting from q8 to f16, is lossless: the same labels give the same
+    bytes. From f16 to q8 each value changes within q8's error bounds, which are added to those of the manifest.
 
     Args:
-        label_set: a whole one.
+        label_set: a complete one.
         out: a new folder, or a URL that fsspec knows (``options`` go to it).
-        container, encoding, shards: None keeps what the set has (shards: their very sizes).
-        workers: shards in work at a time; 0: one for each core.
+        container, encoding, shards: None keeps those of the set (for shards: the size of each).
+        workers: shards converted at the same time; 0 means one per core.
 
     Raises:
         InputError: a container or an encoding that is unknown, more shards than images, a set pulled in part.

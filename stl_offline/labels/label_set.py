@@ -156,7 +156,7 @@ class LabelSet(Mapping[str, LabelMap]):
         return data
 
     def fetch(self) -> None:
-        """Bring every shard of a store to this machine, several at a time; nothing to do for a folder's shards."""
+        """Fetch every shard of an object store into the cache, several at a time. Does nothing for a folder."""
         wanted = [index for index in self.present if not self._is_here(index)]
         for _ in each_shard(lambda index: len(self.read_bytes(index)), wanted, f"{self.place} → cache", transfer=True):
             pass
@@ -240,7 +240,7 @@ class LabelSet(Mapping[str, LabelMap]):
             )
 
     def _kept(self, shard: ShardRecord) -> Path | None:
-        """Where a shard from an object store is kept on this machine, by content; None for a folder's shards."""
+        """The path at which a shard of an object store is cached, named by content; None for a folder's shards."""
         return cache_dir() / "shards" / shard.sha256 if self.storage.local is None else None
 
 
@@ -265,8 +265,8 @@ def open_label_set(place: str | Path, **options: object) -> LabelSet:
     Shards of a URL are fetched when they are needed, and kept in `stl_offline.files.cache_dir`.
 
     Raises:
-        InputError: there is no such folder, or the store cannot be reached.
-        MissingExtraError: the package that knows this kind of store is not installed.
+        InputError: the folder does not exist, or the store cannot be reached.
+        MissingExtraError: the package for this kind of store is not installed.
         FormatError: no label set is there, one of an unknown version, or one that is not finished (the message says
             how many shards are done).
     """

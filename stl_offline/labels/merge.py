@@ -1,6 +1,6 @@
-"""One label set of several: shards of different jobs or teams, made with the same settings for different images.
+"""Merges label sets that were made with the same settings for different images.
 
-Shards are copied byte for byte and numbered anew, in the order in which the sets are given; the manifest is made anew.
+Shards are copied byte for byte and renumbered in the order of the sets. A new manifest is written.
 """
 
 import json
@@ -26,7 +26,7 @@ _OWN = ("source", "creation")
 
 @dataclass(frozen=True)
 class _Part:
-    """One shard of the merged set: whose it is, and what it holds."""
+    """One shard of the merged set, and where it comes from."""
 
     label_set: LabelSet
     index: int
@@ -37,16 +37,16 @@ class _Part:
 
 
 def merge(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int = 0, **options: object) -> Manifest:
-    """Write the label set ``out`` from the shards of others, in their order; goes on where a killed merge stopped.
+    """Write the shards of several label sets as one set to ``out``. Continues a merge that was interrupted.
 
     Args:
-        label_sets: two or more; of one that was pulled in part, the shards that are here.
+        label_sets: two or more. Of a partial set, the shards that are present are merged.
         out: a new folder, or a URL that fsspec knows (``options`` go to it).
-        workers: shards in memory at a time; 0: one for each core.
+        workers: shards in memory at the same time; 0 means one per core.
 
     Raises:
-        InputError: settings differ (which, and both values), or fewer than two sets.
-        JoinError: a key is there twice (how many, with examples).
+        InputError: settings differ (the message names them, with both values), or there are fewer than two sets.
+        JoinError: a key occurs twice (the message counts such keys and names examples).
         FormatError: a set is damaged.
         TargetError: ``out`` holds something else, or cannot be written.
     """
@@ -116,7 +116,7 @@ def _name(part: _Part) -> str:
 
 
 def _fingerprint(spec: LabelSpec, parts: list[_Part]) -> str:
-    """As of a .beton that held these images in this order, with the label set's class list."""
+    """The fingerprint of a .beton with these images in this order and the label set's class list."""
     keys = b"[" + b", ".join(part.keys[1:-1] for part in parts) + b"]"
     return images_fingerprint(
         spec.class_names,

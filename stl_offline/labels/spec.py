@@ -1,4 +1,4 @@
-"""What a label set says about itself: `manifest.json`, version 1 (docs/format.md).
+"""The settings of a label set as `manifest.json`, version 1 (docs/format.md).
 
 V: views of each image; Gh, Gw: the token grid; k: classes kept for each cell; K: all classes.
 """
@@ -253,7 +253,7 @@ def _is_number(value: Any) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a JSON value is a whole number above 0, and one that every JSON reader holds exactly."""
+    """Whether a JSON value is a positive integer that every JSON reader represents exactly (below 2^53)."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 53
 
 

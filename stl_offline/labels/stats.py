@@ -1,4 +1,4 @@
-"""What the labels of a set look like: how sure they are, how much they leave out, whether they agree with the class."""
+"""Statistics of a label set: confidence, residual, and agreement with the images' classes."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,7 @@
-"""Label sets on their way: from a folder to an object store and back, whole or some shards.
+"""Transfers of label sets from a folder to an object store and back, whole or in part.
 
-Each file is compared with the manifest after its transfer, what is there already is not sent again, and the manifest
-comes last: a set that was interrupted is none yet, and the same command goes on with it.
+Each file is compared with the manifest after its transfer, and files that are already present are not sent again. The
+manifest is written last, so an interrupted transfer leaves no label set, and the same command continues it.
 """
 
 import contextlib
@@ -39,7 +39,8 @@ _LARGEST_CARD = 1 << 20
 
 @dataclass(frozen=True)
 class Transfer:
-    """What went over: ``sent`` shards of ``sent_bytes`` bytes; ``kept`` were there already; ``present`` are now."""
+    """Result of a transfer: ``sent`` shards of ``sent_bytes`` bytes were copied, ``kept`` were already present, and
+    ``present`` are there now."""
 
     sent: int
     sent_bytes: int
@@ -79,7 +80,7 @@ def pull(label_set: LabelSet, folder: str | Path, *, shards: str | None = None, 
     A folder that holds some of the set's shards keeps them; those that are damaged are fetched again.
 
     Raises:
-        InputError: shards that there are not.
+        InputError: shards that the set does not have.
         FormatError: a shard is damaged at the source; the others are pulled.
         TargetError: the folder holds another label set or something else, or cannot be written.
     """
@@ -141,7 +142,7 @@ def _look(target: Storage, manifest: Manifest) -> bool:
 
 
 def _is_whole(storage: Storage, shard: ShardRecord) -> bool:
-    """Whether a shard lies there as it should."""
+    """Whether a shard is present with the right checksum."""
     if storage.size(shard.name) != shard.bytes:
         return False
     try:
@@ -166,7 +167,7 @@ def _copy_shard(
 
 
 def _write(target: Storage, name: str, data: bytes) -> None:
-    """Store a file and read it back: a store may have got other bytes than were sent."""
+    """Store a file and read it back, since the store may hold other bytes than were sent."""
     for _ in range(_TRIES):
         target.write(name, data)
         with contextlib.suppress(FileNotFoundError):
@@ -176,7 +177,7 @@ def _write(target: Storage, name: str, data: bytes) -> None:
 
 
 def _card(label_set: LabelSet) -> bytes:
-    """The set's card as its publisher may have edited it, or a new one."""
+    """The set's card, which its publisher may have edited, or a new one."""
     with contextlib.suppress(FileNotFoundError):
         if (label_set.storage.size(CARD) or 0) <= _LARGEST_CARD:
             return label_set.storage.read(CARD)

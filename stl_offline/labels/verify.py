@@ -1,4 +1,4 @@
-"""Looks for everything that is wrong with a label set, and names each fault."""
+"""Checks a label set completely, and reports each fault in one line."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from stl_offline.labels.store import CARD, MANIFEST, PARTIAL, SOME_SHARDS, each_
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found: ``faults``, each a line that names the file; ``notes``: what is odd, but no fault."""
+    """Result of `verify`: ``faults``, one line each, which names the file; ``notes``: what is unusual but no fault."""
 
     shards: int
     samples: int
@@ -25,11 +25,11 @@ class Report:
 def verify(label_set: LabelSet, *, workers: int = 0, found: Callable[[str], None] = lambda line: None) -> Report:
     """Read every shard that is here: size, checksum, every array and value, keys unique in the whole set.
 
-    Of a store's set: what lies in the store, not what is kept of it on this machine.
+    For a set in an object store, this checks the files in the store, not those in the local cache.
 
     Args:
-        workers: shards in work at a time; 0: one for each core.
-        found: told of each fault as it is found.
+        workers: shards checked at the same time; 0 means one per core.
+        found: called with each fault as it is found.
 
     Raises:
         InputError: the store cannot be reached.

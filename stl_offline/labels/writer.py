@@ -1,4 +1,4 @@
-"""Writes a label set, shard by shard, so that a kill at any instant loses no whole shard and leaves no half one.
+"""Writes a label set shard by shard. A kill at any instant loses no finished shard and leaves no partial one.
 
 While a job runs, the folder holds finished shards and `.partial/`: the settings (`job.json`), the lock, and one record
 for each finished shard. A shard is written to a temporary name, renamed, and exists once its record does. At the end
@@ -38,20 +38,20 @@ from stl_offline.labels.store import (
 
 
 class LabelSetWriter:
-    """Writes the label set ``path``: goes on where a killed job stopped, and does nothing where all is done.
+    """Writes the label set ``path``, or continues one that a killed job left. Does nothing if the set is complete.
 
-    Use it as a context manager; each process of a job has one of its own. Every shard must be written by one process:
-    share them out by index (`todo`).
+    Use it as a context manager, one per process of a job. Each shard must be written by one process: `todo` divides
+    them by index.
 
     Args:
-        path: the folder, made where it is missing; or a URL that fsspec knows, such as ``s3://bucket/labels``.
+        path: the folder, created if it is missing; or a URL that fsspec supports, such as ``s3://bucket/labels``.
         spec: the settings; those of a job that is resumed must be the same.
-        shards: how many shards, of even sizes; or the size of each.
+        shards: number of shards of equal size (±1), or the size of each.
         job: an id that the processes of one job share; None: this process is the whole job. The first of several must
             have entered before the others do.
         options: for fsspec, where ``path`` is a URL.
 
-    ``complete`` tells whether the label set was whole already.
+    ``complete``: whether the label set was already complete.
 
     Raises:
         InputError: more shards than samples, or sizes that do not sum to the samples.
@@ -119,7 +119,7 @@ class LabelSetWriter:
         return self.complete or self._record(index) is not None
 
     def missing(self) -> list[int]:
-        """The shards that are not done by now, whoever writes them; once it is empty, `finish` can be called."""
+        """The shards that are not done yet, of all processes. Call `finish` once there are none."""
         missing = [index for index in range(self.num_shards) if not self.is_done(index)]
         if missing and self._storage.size(MANIFEST) is not None:
             # Another process of this job has finished the label set meanwhile, and taken the records away.
@@ -204,7 +204,7 @@ class LabelSetWriter:
         return record if whole else None
 
     def _check_content(self) -> None:
-        """Set ``complete``, or refuse a place that holds something else."""
+        """Set ``complete``; raise `TargetError` if the folder holds something else."""
         try:
             manifest = read_manifest(self._storage)
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Token targets: RoIAlign on sparse label maps, and what a student's tokens are asked for."""
+"""Token targets: RoIAlign on sparse label maps, and token targets of a student."""
 
 from stl_offline.targets.align import roi_align_topk
 from stl_offline.targets.kinds import (

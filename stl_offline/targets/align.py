@@ -184,7 +184,7 @@ def roi_align_topk_into(
 def _align_crop(
     class_ids, probabilities, r00, r02, r11, r12, window, s, scratch, touched, out_ids, out_probabilities, out_covered
 ):
-    """A crop's rows and columns are independent, so the s·s·4 visits of a cell become a few weighted map cells."""
+    """For a crop, rows and columns are independent, so the s·s·4 reads of a cell reduce to a few weighted map cells."""
     map_rows, map_columns, stored = class_ids.shape
     rows, columns, _ = out_ids.shape
     row_cells, row_weights, row_counts, row_covered = _axis_weights(r11, r12, window[2], window[3], s, rows, map_rows)
@@ -263,9 +263,9 @@ def _copy_cell(ids, probabilities, out_ids, out_probabilities):
 
 @njit
 def _keep_best(scratch, touched, count, row, column, out_ids, out_probabilities):
-    """The m classes with the highest sums into an output cell, and zeros back into the scratch row.
+    """Write the m classes with the highest sums to an output cell, and reset the scratch row to zeros.
 
-    Most classes are less than all that are kept, so that is asked first: it makes this four times as fast.
+    Most classes have less than all that are kept. Checking this first makes the function four times as fast.
     """
     kept = out_ids.shape[2]
     filled = 0

@@ -86,7 +86,7 @@ class TokenTargets:
 
     @property
     def best_only(self) -> bool:
-        """Whether of a mixture only the most probable class is given."""
+        """Whether only the mixture's most probable class is given."""
         return not KINDS[self.kind].lists_classes
 
     @property
@@ -306,7 +306,7 @@ def align_classes_into(
 
 @njit
 def drop_unsure(confidence, relative, min_confidence, out_ids, out_weights):
-    """Take the target from each token whose nearest cell of the map is less confident than ``min_confidence``."""
+    """Remove the target of each token whose nearest cell of the map has a confidence below ``min_confidence``."""
     map_rows, map_columns = confidence.shape
     rows, columns = out_ids.shape[:2]
     for row in range(rows):

@@ -1,4 +1,4 @@
-"""What lies where in a label set, and reading the small files that say what it is.
+"""File names of a label set, and reading its small files.
 
 `manifest.json` is written last and makes it a label set; until then `.partial/` holds the settings of the job that
 writes it (`job.json`), its lock, and a record for each finished shard. `partial.json` beside the manifest lists the

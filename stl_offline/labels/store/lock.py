@@ -103,7 +103,7 @@ class JobLock:
                 os.close(file)
 
     def _take_over(self, file: int, locked: bool, clean: Callable[[], None]) -> bool:
-        """Make the lock file this job's, unless another process of the job has; tells whether it did."""
+        """Take the lock file for this job, unless another process of the job has; returns whether it did."""
         state = _read(self.path)
         if state.get("job") == self.job:
             return False
@@ -180,7 +180,8 @@ def _beats(path: Path, before: dict[str, object]) -> bool:
 
 
 def _read(path: Path) -> dict[str, object]:
-    """What the lock file says; empty where it is not there or says nothing. Opened anew: networked disks look then."""
+    """The content of the lock file; empty if it is absent. It is opened again each time, so that network file systems
+    look for changes."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
             state = json.loads(stream.read(_FILE_BYTES))
@@ -199,7 +200,7 @@ def _write(file: int, job: str, beat: int) -> None:
 
 
 def _flock(file: int, kind: int) -> bool | None:
-    """Whether the lock is held; None on a file system without locks, where the beat alone tells."""
+    """Whether the lock is held; None on a file system without locks, where only the beat counts."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -214,7 +214,7 @@ class ObjectStorage:
         return f"{self._root}/{name}".rstrip("/")
 
     def _persist(self, what: str, kind: type[StlError], action: Callable[[], T]) -> T:
-        """Do it, and again where the store or the way to it fails; FileNotFoundError passes through."""
+        """Call it, and again if the store or the network fails; FileNotFoundError passes through."""
         wait = FIRST_WAIT_SECONDS
         for attempt in range(1, TRIES + 1):
             try:
