@@ -11,7 +11,6 @@ import torch
 from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
 from stl_offline.distributed import World, join_world, leaving_world, sum_over_world
-from stl_offline.dump.job import free_bytes
 from stl_offline.dump.labelling import Labelling, check_shards, load_labeler, pick_shards
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import find_packed, pack_sample
@@ -20,6 +19,7 @@ from stl_offline.labels.card import make_card
 from stl_offline.labels.format import encode_shard
 from stl_offline.labels.manifest import Manifest, ShardRecord, shard_name, shard_range
 from stl_offline.labels.spec import LabelSpec
+from stl_offline.labels.store import open_storage
 from stl_offline.models import TokenLabeler
 
 # A first batch warms up; then as many batches are measured as fit into the seconds, within the limits.
@@ -120,7 +120,7 @@ def _measure(
         pack_seconds=pack_seconds,
         processes=world.size,
         measured=len(arrays),
-        free_bytes=free_bytes(config.out),
+        free_bytes=open_storage(config.out).free_bytes(),
         is_first=world.is_first,
     )
 

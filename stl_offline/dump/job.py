@@ -3,13 +3,10 @@
 import concurrent.futures
 import contextlib
 import logging
-import os
 import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +16,10 @@ from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
 from stl_offline.distributed import World, barrier, join_world, leaving_world, sum_over_world, told_by_first
 from stl_offline.dump.labelling import Labelling, load_labeler
-from stl_offline.errors import TargetError
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.spec import LabelSpec
-from stl_offline.labels.store import MANIFEST, PARTIAL, open_storage
-from stl_offline.labels.writer import LabelSetWriter
+from stl_offline.labels.store import open_storage
+from stl_offline.labels.writer import LabelSetWriter, check_place
 from stl_offline.progress import progress_bar
 
 _LOGGER = logging.getLogger(__name__)
@@ -126,7 +122,7 @@ class _Size:
         self._bytes += record.bytes
         expected = self._bytes * self._samples // self._done
         self._bar.set_postfix_str(f"{self._bytes / 1e6:,.1f} of {expected / 1e6:,.1f} MB", refresh=False)
-        free = free_bytes(self._place)
+        free = open_storage(self._place).free_bytes()
         if first and free is not None and free < expected - self._bytes:
             _LOGGER.warning(
                 "the shards still to be written need %.2f GB, but %s has %.2f GB free",
@@ -134,33 +130,3 @@ class _Size:
                 self._place,
                 free / 1e9,
             )
-
-
-def check_place(place: str) -> None:
-    """Raise `TargetError` if no label set can be written: a file, a folder with other content, no permission."""
-    storage = open_storage(place)
-    path = storage.local
-    if path is None:
-        return
-    if path.exists() and not path.is_dir():
-        raise TargetError(f"{place} is a file; choose another place for the label set (`out`)")
-    others = [name for name in storage.names() if name != PARTIAL] if path.is_dir() else []
-    if others and storage.size(MANIFEST) is None and PARTIAL not in storage.names():
-        raise TargetError(
-            f"{place} is not empty and holds no label set ({others[0]} is in it); choose another place (`out`)"
-        )
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise TargetError(f"cannot write {place}: no permission for {existing}; choose another place (`out`)")
-
-
-def free_bytes(place: str) -> int | None:
-    """Free bytes of the disk that holds, or will hold, a folder; None for an object store."""
-    if "://" in place:
-        return None
-    path = Path(place).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free

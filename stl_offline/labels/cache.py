@@ -164,7 +164,8 @@ def _open(path: Path) -> TokenCache:
         raise FormatError(f"the token cache {path} lacks its {_INFO}") from error
     if info.get("version") != _VERSION:
         raise FormatError(f"the token cache {path} is of version {str(info.get('version'))[:20]}, not {_VERSION}")
-    if info.pop("own_xxh3", None) != _own_checksum(info):
+    own = info.pop("own_xxh3", "")
+    if not own or own != _own_checksum(info):
         raise FormatError(f"{path / _INFO} is damaged (its checksum differs)")
     try:
         spec = LabelSpec.from_json(info["spec"])
@@ -238,12 +239,18 @@ def _fill(folder: Path, label_set: LabelSet, report: JoinReport) -> None:
     _place_shards(arrays, label_set, report)
     # On disk before it gets its name: after a power cut it would read as zeros.
     _sync_files([folder / f"{name}.npy" for name in arrays])
+    checksums = {}
+    for name, array in arrays.items():
+        # What the file holds, without reading it again.
+        digest = xxhash.xxh3_64(_header(array.dtype, array.shape))
+        digest.update(np.asarray(array).data)
+        checksums[name] = digest.hexdigest()
     info = {
         "version": _VERSION,
         "images": n,
         "spec": label_set.spec.to_json(),
         "report": str(report),
-        "xxh3": _checksums(folder, arrays),
+        "xxh3": checksums,
     }
     atomic_write(folder / _INFO, canonical_json(info | {"own_xxh3": _own_checksum(info)}))
 

@@ -10,18 +10,20 @@ from stl_offline.errors import FormatError
 from stl_offline.labels.arrays import ShardArrays, probabilities
 from stl_offline.labels.format import confidence_table, logit_table, read_stored
 from stl_offline.labels.label_set import LabelSet
-from stl_offline.labels.rules import cell_fault, check_index, check_views, sum_limit
+from stl_offline.labels.rules import check_views, least_sum_limit
 from stl_offline.labels.spec import LabelSpec
 
 # Samples that are computed at a time: their arrays stay in the processor's cache.
 _PART = 64
-_Q8 = ("keys", "class_id", "views", "palette", "class_ranks", "confidence_steps", "logit_gaps")
+_Q8 = ("views", "palette", "class_ranks", "confidence_steps", "logit_gaps")
 
 
 def place_shard(
     cache: dict[str, np.ndarray], label_set: LabelSet, index: int, samples: np.ndarray, rows: np.ndarray
 ) -> None:
     """Put the labels of the shard's ``rows`` into the cache's rows ``samples``.
+
+    Keys and images' classes, which a join has read and checked to find the rows, are not read again on the quick way.
 
     Raises:
         FormatError: the shard is damaged.
@@ -49,12 +51,10 @@ def _place_arrays(cache: dict[str, np.ndarray], shard: ShardArrays, samples: np.
 def _place_q8(
     cache: dict[str, np.ndarray], data: bytes, spec: LabelSpec, samples: np.ndarray, rows: np.ndarray
 ) -> bool:
-    """`_place_arrays` without the arrays in between; False where a rule is broken, for the long way to tell which."""
+    """`_place_arrays` without the arrays in between; False where a rule may be broken, for the long way to judge."""
     try:
         stored = read_stored(data, spec, _Q8)
-        keys = stored["keys"].tolist()
-        check_index(keys, stored["class_id"], spec)
-        check_views(keys, stored["views"], spec)
+        check_views(range(len(stored["views"])), stored["views"], spec)
     except FormatError:
         return False
     ranks = stored["class_ranks"]
@@ -73,11 +73,9 @@ def _place_q8(
         stored["palette"],
         stored["confidence_steps"].reshape(n, cells),
         confidence_table().astype(np.float32),
-        logits.astype(np.float32),
         # What the one definition of a probability makes of each logit that there can be, the best one being 0.
         probabilities(np.stack([np.zeros_like(logits), logits], axis=-1), np.ones(len(logits)))[:, 1],
-        spec.num_classes,
-        sum_limit(spec),
+        (spec.num_classes, least_sum_limit(spec)),
         target,
         np.asarray(cache["class_ids"]).reshape(size, cells, k),
         np.asarray(cache["probabilities"]).reshape(size, cells, k),
@@ -91,27 +89,16 @@ def _place_q8(
 
 
 @njit
-def _place(
-    ranks,
-    gaps,
-    palette,
-    steps,
-    confidences,
-    logits,
-    shares,
-    classes,
-    limit,
-    target,
-    class_ids,
-    probabilities,
-    confidence,
-):
-    """Fill the cache's rows ``target`` (n), −1 for none. False where the shard is not as an encoder writes it, or a
-    cell of it breaks a rule."""
+def _place(ranks, gaps, palette, steps, confidences, shares, limits, target, class_ids, probabilities, confidence):
+    """Fill the cache's rows ``target`` (n), −1 for none. False where the shard may not be as an encoder writes it.
+
+    limits: K, and what the probabilities of a cell may sum to at least. No rule is judged here: what passes cannot
+    break one, since gaps only fall and a list of different classes gives different ranks different classes.
+    """
     samples, cells, k = ranks.shape
+    classes, most = limits
     listed = np.empty(cells * k, dtype=palette.dtype)
-    ids, numbers = np.empty(k, dtype=palette.dtype), np.empty(k, dtype=np.float32)
-    totals = np.zeros(k, dtype=np.int64)
+    last_seen = np.full(classes, -1, dtype=np.int64)
     at = 0
     for sample in range(samples):
         size = 0
@@ -125,23 +112,32 @@ def _place(
             # The sum wraps around in the palette's own dtype.
             listed[place] = running + np.int64(palette[at + place])
             running = np.int64(listed[place])
+            if running >= classes or last_seen[running] == sample:
+                return False
+            last_seen[running] = sample
         at += size
         row = target[sample]
         for cell in range(cells):
             best = confidences[steps[sample, cell]]
-            for entry in range(k):
-                if entry:
-                    totals[entry] = totals[entry - 1] + gaps[sample, cell, entry - 1]
-                    if totals[entry] > 255:
-                        return False
-                ids[entry] = listed[ranks[sample, cell, entry]]
-                numbers[entry] = logits[totals[entry]]
-            if cell_fault(ids, numbers, best, classes, limit):
+            if best <= 0:
                 return False
-            if row < 0:
-                continue
-            confidence[row, cell] = best
+            total = 0
+            mass = np.float32(0)
             for entry in range(k):
-                class_ids[row, cell, entry] = ids[entry]
-                probabilities[row, cell, entry] = shares[totals[entry]] * best
+                rank = ranks[sample, cell, entry]
+                for earlier in range(entry):
+                    if ranks[sample, cell, earlier] == rank:
+                        return False
+                if entry:
+                    total += gaps[sample, cell, entry - 1]
+                    if total > 255:
+                        return False
+                mass += shares[total]
+                if row >= 0:
+                    class_ids[row, cell, entry] = listed[rank]
+                    probabilities[row, cell, entry] = shares[total] * best
+            if mass * best > most:
+                return False
+            if row >= 0:
+                confidence[row, cell] = best
     return at == len(palette)

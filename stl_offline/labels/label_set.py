@@ -49,6 +49,8 @@ class LabelSet(Mapping[str, LabelMap]):
         self.spec: LabelSpec = manifest.spec
         self.shards: tuple[ShardRecord, ...] = manifest.shards
         self.present = tuple(range(len(self.shards))) if present is None else present
+        if not self.present or not set(self.present) <= set(range(len(self.shards))):
+            raise FormatError(f"the label set {self.place} is empty: none of its {len(self.shards)} shards is here")
         named = manifest.to_bytes() + (present_bytes(self.present) if self.is_partial else b"")
         self.fingerprint = sha256_bytes(named)
         self._last: tuple[int, ShardArrays] | None = None

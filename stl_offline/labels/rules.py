@@ -1,8 +1,9 @@
 """What the content of a label shard must be like: one table of rules, which every reader and writer of labels applies.
 
 `ShardArrays` applies the rules for keys when it is built, and all others in `ShardArrays.check`, which decoding ends
-with. Readers that do not build a `ShardArrays` call the same functions: `check_index` where only keys are read, and
-`cell_fault` within the compiled code that fills a token cache from q8 shards.
+with. Where only keys are read, `check_index` is called. The quick way from a q8 shard to the token cache, after a join
+has read the keys, calls `check_views` and takes only cells that cannot break a rule; all others go the long way, and
+are judged here.
 
 n: samples; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell; K: all classes.
 """
@@ -16,9 +17,9 @@ import numpy as np
 
 from stl_offline.compiled import njit
 from stl_offline.errors import FormatError
-from stl_offline.labels.spec import LabelSpec
+from stl_offline.labels.spec import ENCODINGS, LabelSpec
 
-# What `cell_fault` finds in a cell, by its number.
+# What `_cell_fault` finds in a cell, by its number.
 CELL_FAULTS = (
     "",
     "a class id is not below the class count",
@@ -75,7 +76,7 @@ def check_class_id(class_id: np.ndarray, spec: LabelSpec) -> None:
         raise FormatError(f"class_id {class_id.max()} is not below the {spec.num_classes} classes")
 
 
-def check_views(keys: Sequence[str], views: np.ndarray, spec: LabelSpec) -> None:
+def check_views(keys: Sequence[object], views: np.ndarray, spec: LabelSpec) -> None:
     """Raise FormatError where a view of views (n, V, 6) is not finite, has no inverse or a number beyond ±10,000, or
     is not the whole image although the set's views are."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -100,11 +101,19 @@ def sum_limit(spec: LabelSpec) -> tuple[float, float, float, float]:
 
         factor · exp(slope · (max(|logit_1|, least) + max(|logit_k|, least))) + offset.
     """
-    bounds = spec.bounds
+    # The encoding's own rounding, too, where the manifest's bounds are those of another one.
+    bounds = {name: max(value, ENCODINGS[spec.encoding].get(name, 0.0)) for name, value in spec.bounds.items()}
+    bounds = ENCODINGS[spec.encoding] | bounds
     slope = bounds.get("logit_relative", 0.0)
     factor = 1 + bounds.get("confidence_relative", 0.0) + bounds.get("probability_relative", 0.0) + _SLACK
     least = _LARGEST_LOGIT if slope and "probability_relative" in bounds else 0.0
     return factor, slope, least, spec.top_k * bounds.get("probability_absolute", 0.0)
+
+
+def least_sum_limit(spec: LabelSpec) -> float:
+    """What `sum_limit` allows of any cell, whatever its logits."""
+    factor, slope, least, offset = sum_limit(spec)
+    return factor * math.exp(slope * 2 * least) + offset
 
 
 def check_cells(
@@ -134,7 +143,7 @@ def check_cells(
 
 
 @njit(inner=True)
-def cell_fault(class_ids, logits, confidence, classes, limit):
+def _cell_fault(class_ids, logits, confidence, classes, limit):
     """The number of the first of `CELL_FAULTS` that a cell has, 0 for none.
 
     class_ids: (k,) integers; logits: (k,) float32; confidence: float32; classes: K; limit: of `sum_limit`.
@@ -186,7 +195,7 @@ def _first_fault(class_ids, logits, confidence, half, classes, limit):
                 best = half[confidence[sample, cell]]
                 for entry in range(stored):
                     numbers[entry] = half[logits[sample, cell, entry]]
-            fault = cell_fault(class_ids[sample, cell], numbers, best, classes, limit)
+            fault = _cell_fault(class_ids[sample, cell], numbers, best, classes, limit)
             if fault:
                 return sample, fault
     return -1, 0

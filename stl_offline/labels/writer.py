@@ -29,6 +29,7 @@ from stl_offline.labels.store import (
     RECORDS,
     JobLock,
     Lease,
+    Storage,
     open_storage,
     read_job,
     read_manifest,
@@ -222,11 +223,7 @@ class LabelSetWriter:
         try:
             self._check_settings(*read_job(self._storage))
         except FileNotFoundError:
-            others = [name for name in self._storage.names() if name != PARTIAL]
-            if others:
-                raise TargetError(
-                    f"{self.place} is not empty and holds no label set ({others[0]} lies there); choose another place"
-                ) from None
+            _check_foreign(self._storage)
 
     def _check_settings(self, theirs: LabelSpec, sizes: list[int]) -> None:
         found = [str(each) for each in differences(self.spec, theirs)]
@@ -254,6 +251,28 @@ class LabelSetWriter:
         if self.complete:
             # Also what a sibling process wrote while another one finished.
             self._storage.remove(PARTIAL)
+
+
+def check_place(place: str | Path, **options: object) -> None:
+    """Raise, before there is anything to write, what `LabelSetWriter` would raise of the place alone.
+
+    Raises:
+        TargetError: a file or a folder of other things lies there, or it cannot be written.
+        FormatError: a part of the folder is a symbolic link.
+    """
+    storage = open_storage(place, **options)
+    storage.check_writable()
+    if storage.size(MANIFEST) is None and storage.size(JOB) is None:
+        _check_foreign(storage)
+
+
+def _check_foreign(storage: Storage) -> None:
+    """Raise TargetError where things lie that are neither a label set nor a part of one."""
+    others = [name for name in storage.names() if name != PARTIAL]
+    if others:
+        raise TargetError(
+            f"{storage.place} is not empty and holds no label set ({others[0]} lies there); choose another place"
+        )
 
 
 def _shard_sizes(shards: int | Sequence[int], samples: int) -> list[int]:

@@ -26,11 +26,12 @@ from tests.benchmarks.memory import PeakMemory
 from tests.benchmarks.resampled import key, make_set
 
 PARTS = {"join": "join", "space": "_make_arrays", "filling": "_place_shards", "disk": "_sync_files"}
+CHECK = {"checksums": "_checksums"}
 
 
 @contextmanager
-def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
-    """Put into ``seconds`` what each part of a fill takes while the context lasts."""
+def timed_parts(seconds: dict[str, float], parts: dict[str, str]) -> Iterator[None]:
+    """Put into ``seconds`` what each of ``parts`` of a fill takes while the context lasts."""
 
     def timed(part, function):
         def call(*arguments, **named):
@@ -42,7 +43,7 @@ def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
 
         return call
 
-    functions = {name: timed(part, getattr(token_cache, name)) for part, name in PARTS.items()}
+    functions = {name: timed(part, getattr(token_cache, name)) for part, name in parts.items()}
     with mock.patch.multiple(token_cache, **functions):
         yield
 
@@ -83,7 +84,7 @@ def main() -> None:
             parts: dict[str, float] = {}
             if options.profile and repeat:
                 profile.enable()
-            with PeakMemory() as peak, timed_parts(parts):
+            with PeakMemory() as peak, timed_parts(parts, PARTS):
                 started, cpu = time.perf_counter(), time.process_time()
                 cache = token_cache.build_token_cache(label_set, theirs, hashes[order], names, folder=out / "cache")
                 parts |= {"all": time.perf_counter() - started, "cpu": time.process_time() - cpu}
@@ -98,9 +99,16 @@ def main() -> None:
         cells = [f"{statistics.median(rate):,.0f} ({min(rate):,.0f} to {max(rate):,.0f})" for rate in rates]
         cells += [f"{middle[part]:.2f}" for part in PARTS]
         print(f"| {name} | {' | '.join(cells)} | {1e6 * middle['cpu'] / n:.1f} | {middle['memory']:,.0f} |")
-    started = time.perf_counter()
-    token_cache.build_token_cache(label_set, theirs, hashes[order], names, folder=out / "cache")
-    print(f"opened again in {time.perf_counter() - started:.2f} s")
+    size = sum(file.stat().st_size for file in (out / "cache").glob("*/*.npy"))
+    parts = {}
+    with timed_parts(parts, CHECK):
+        started = time.perf_counter()
+        token_cache.build_token_cache(label_set, theirs, hashes[order], names, folder=out / "cache")
+        seconds = time.perf_counter() - started
+    print(
+        f"opened again in {seconds:.2f} s, of which comparing {size / 1e9:.2f} GB with their checksums "
+        f"{parts['checksums']:.2f} s: {1e9 * parts['checksums'] / size:.2f} s per GB"
+    )
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class Resampler:
             source={"samples": samples, "fingerprint": "resampled"},
             encoding=encoding,
             container=container,
+            bounds=None,
         )
 
     def arrays(self, spec: LabelSpec, first: int, last: int) -> ShardArrays:

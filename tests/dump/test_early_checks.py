@@ -58,9 +58,19 @@ def test_the_output_folder_is_checked_before_packing(work, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    for place, reason in (("file", "is a file"), ("other", "thesis.txt is in it"), ("file/set", "no permission for")):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for place, reason in (
+        ("file", "file is not a folder"),
+        ("other", "thesis.txt lies there"),
+        ("file/set", "file is not a folder"),
+        ("dangling", "dangling is not a folder"),
+    ):
         with pytest.raises(TargetError, match=reason):
             dump_labels(DumpConfig(**work, out=str(tmp_path / place)))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / ".partial").symlink_to(tmp_path / "other")
+    with pytest.raises(FormatError, match=r"\.partial is a symbolic link"):
+        dump_labels(DumpConfig(**work, out=str(tmp_path / "linked")))
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.txt"]
 
 

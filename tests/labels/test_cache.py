@@ -147,7 +147,7 @@ INFOS = {
     "no text": (b"\xff", r"cache\.json"),
     "nothing in it": (b'{"version": 2}', r"cache\.json is damaged"),
     "half of a pair": (b'{"version": 2, "report": "\\ud800"}', r"cache\.json"),
-    "infinite": (b'{"version": 2, "own_xxh3": "", "report": 1e999}', r"cache\.json"),
+    "infinite": (b'{"version": 2, "own_xxh3": "", "report": 1e999}', r"cache\.json is damaged"),
     "no spec": (signed({"images": 4, "report": "", "xxh3": {}, "spec": 3}), r"cache\.json cannot be used"),
     "no checksums": (signed({"images": 4, "report": "", "spec": SPEC.to_json()}), r"cache\.json cannot be used"),
     "no count": (signed({"images": 0, "report": "", "xxh3": {}, "spec": SPEC.to_json()}), r"cache\.json cannot be"),

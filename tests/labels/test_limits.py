@@ -1,16 +1,18 @@
 """Files of a label set that are too large, too deep or no text are refused in one line, before they fill the memory."""
 
 import json
+import re
 import time
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from stl_offline.cli.main import main
 from stl_offline.errors import FormatError, InputError
 from stl_offline.files import canonical_json
 from stl_offline.labels.keys import find_duplicates
-from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.writer import LabelSetWriter
 from tests.labels.synthetic import make_spec, write_set
@@ -128,10 +130,79 @@ def test_settings_of_random_views_are_numbers(change):
         LabelSpec.from_json(entries)
 
 
-def test_a_partial_set_without_shards(labels):
-    (labels / "partial.json").write_text('{"shards": []}')
-    with pytest.raises(FormatError, match="lists no shards; pull the shards again"):
+def only(name, data):
+    """Leaves nothing in a folder but one file."""
+
+    def change(path):
+        for file in path.iterdir():
+            file.unlink()
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(canonical_json(data))
+
+    return change
+
+
+def beside(data):
+    return lambda path: (path / "partial.json").write_text(data)
+
+
+def manifest(**changes):
+    def change(path):
+        entries = json.loads((path / "manifest.json").read_bytes())
+        (path / "manifest.json").write_bytes(canonical_json(entries | changes))
+
+    return change
+
+
+# A label set of which no shard is there, in each way that its files can name.
+EMPTY = {
+    "partial: none": (beside('{"shards": []}'), "it lists no shards; pull the shards again"),
+    "partial: null": (beside('{"shards": null}'), "its shards are no numbers below 2"),
+    "partial: object": (beside('{"shards": {}}'), "its shards are no numbers below 2"),
+    "partial: no list": (beside("{}"), "'shards'; pull the shards again"),
+    "partial: too high": (beside('{"shards": [2]}'), "its shards are no numbers below 2"),
+    "partial: negative": (beside('{"shards": [-1]}'), "its shards are no numbers below 2"),
+    "partial: true": (beside('{"shards": [true]}'), "its shards are no numbers below 2"),
+    "partial: empty file": (beside(""), "it is no JSON"),
+    "manifest: no shards": (manifest(shards=[]), "the shards hold 0 samples, the source has 6"),
+    "manifest: no shards, no samples": (
+        manifest(shards=[], source={"samples": 0, "fingerprint": "none"}),
+        "the source's sample count must be a positive integer",
+    ),
+    "manifest: no table": (manifest(shards=None), "the manifest has no shard table"),
+    "job: nothing done": (
+        only(".partial/job.json", {**SPEC.to_json(), "shard_samples": [3, 3]}),
+        "is not finished: 0 of 2 shards are done",
+    ),
+    "job: no shards": (
+        only(".partial/job.json", {**SPEC.to_json(), "shard_samples": []}),
+        "its shard sizes are not positive numbers that sum to the set's images",
+    ),
+    "job: other sizes": (
+        only(".partial/job.json", {**SPEC.to_json(), "shard_samples": [3, 4]}),
+        "its shard sizes are not positive numbers that sum to the set's images",
+    ),
+    "pull: nothing done": (only(".partial/pull.json", {"shards": []}), "was not pulled completely"),
+    "folder: a shard alone": (lambda path: (path / "manifest.json").unlink(), "holds no label set: it has no manifest"),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_set_without_shards_is_never_whole(labels, capsys, name):
+    change, words = EMPTY[name]
+    change(labels)
+    with pytest.raises(FormatError, match=re.escape(words)):
         open_label_set(labels)
+    assert main(["labels", "verify", str(labels)]) == 1
+    shown = capsys.readouterr()
+    assert "whole" not in shown.out and words in shown.err and "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize("present", [(), (2,), (-1, 0)])
+def test_a_set_in_memory_has_a_shard(labels, present):
+    whole = open_label_set(labels)
+    with pytest.raises(FormatError, match="none of its 2 shards is here"):
+        LabelSet(whole.storage, whole.manifest, present)
 
 
 def test_duplicates_among_many_shards_take_linear_time():

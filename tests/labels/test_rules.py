@@ -248,6 +248,12 @@ def test_no_labels_of_a_softmax_are_refused(encoding, shift, scale, classes, see
         containers.decode_shard(containers.encode_shard(once, again), again)
 
 
+def test_bounds_of_another_encoding_do_not_make_labels_unreadable():
+    """What is written can be read, whatever bounds a spec was given."""
+    spec = make_spec(samples=40, grid=(6, 7), encoding="q8", bounds=make_spec(encoding="f16").bounds)
+    containers.decode_shard(containers.encode_shard(make_arrays(spec, dtype="<f4"), spec), spec)
+
+
 def test_the_limit_of_the_sum():
     """Just below it and just above it, of each kind of set, as the formula in the docstring gives it."""
     logits = np.array([40.0, 39.5, 39.0, 38.5], dtype=np.float32)

@@ -73,8 +73,8 @@ def read_job(storage: Storage) -> tuple[LabelSpec, list[int]]:
         settings = parse_object(data)
         spec = LabelSpec.from_json(settings)
         sizes = settings["shard_samples"]
-        if not isinstance(sizes, list) or not all(is_count(size) for size in sizes):
-            raise FormatError("its shard sizes are not positive numbers")
+        if not isinstance(sizes, list) or not all(is_count(size) for size in sizes) or sum(sizes) != spec.num_samples:
+            raise FormatError("its shard sizes are not positive numbers that sum to the set's images")
         return spec, sizes
     except (ValueError, KeyError) as error:
         raise FormatError(f"{storage.place}/{JOB}: {error}; remove the folder and start again") from error

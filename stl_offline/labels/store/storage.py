@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Protocol, TypeVar
 import fsspec
 
 from stl_offline.errors import FormatError, InputError, MissingExtraError, StlError, TargetError
-from stl_offline.files import atomic_write, make_folder
+from stl_offline.files import atomic_write, check_writable, make_folder
 from stl_offline.progress import progress_bar
 
 T = TypeVar("T")
@@ -71,6 +72,14 @@ class Storage(Protocol):
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder with all that is in it; nothing where there is none."""
+        ...
+
+    def check_writable(self) -> None:
+        """Raise TargetError where it is known, without writing, that nothing can be written."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Bytes free there; None where that is not known."""
         ...
 
 
@@ -138,6 +147,13 @@ class FolderStorage:
                 path.rmdir()
         else:
             path.unlink(missing_ok=True)
+
+    def check_writable(self) -> None:
+        check_writable(self.local)
+
+    def free_bytes(self) -> int | None:
+        path = self.local.absolute()
+        return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free
 
 
 class ObjectStorage:
@@ -209,6 +225,12 @@ class ObjectStorage:
                 self._files.rm(self._path(name), recursive=True)
 
         self._persist(f"remove {self.place}/{name}", TargetError, delete)
+
+    def check_writable(self) -> None:
+        """Nothing: a store tells only when something is written."""
+
+    def free_bytes(self) -> int | None:
+        return None
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}".rstrip("/")
