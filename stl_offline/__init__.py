@@ -10,7 +10,7 @@ loaded on first use, so ``import stl_offline`` is quick. Those below "Needs the 
 - Geometry: `View`, `CropSettings`, `draw_views`, `whole_views`, `center_views`, `relative_view`.
 - Needs the extra [train]: `pack`, `open_beton`, `Beton`, `TokenLoader`, `ImageSettings`, `TokenLabels`,
   `Batch`, `token_cross_entropy`;
-  `create_labeler`, `TokenLabeler`, `load_model`.
+  `create_labeler`, `TokenLabeler`, `load_model`, `save_classifier`.
 - The commands, each a function of its settings (needs the extra [train]): `train_labeler` (`LabelerConfig`),
   `dump_labels` (`DumpConfig`), `train_student` (`StudentConfig`), `evaluate` (`EvaluateConfig`).
 - Errors: all derive from `StlError`.
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from stl_offline.labels.writer import LabelSetWriter
     from stl_offline.loader import Batch, ImageSettings, TokenLabels, TokenLoader
     from stl_offline.losses import token_cross_entropy
-    from stl_offline.models import TokenLabeler, create_labeler, load_model
+    from stl_offline.models import TokenLabeler, create_labeler, load_model, save_classifier
     from stl_offline.targets import TokenTargets, token_targets
     from stl_offline.training.train_labeler import train_labeler
     from stl_offline.training.train_student import train_student
@@ -98,6 +98,7 @@ __all__ = [
     "pull",
     "push",
     "relative_view",
+    "save_classifier",
     "token_cross_entropy",
     "token_targets",
     "train_labeler",
@@ -129,7 +130,7 @@ _TRAIN = {
     "images.pack": ("pack",),
     "loader": ("Batch", "ImageSettings", "TokenLabels", "TokenLoader"),
     "losses": ("token_cross_entropy",),
-    "models": ("TokenLabeler", "create_labeler", "load_model"),
+    "models": ("TokenLabeler", "create_labeler", "load_model", "save_classifier"),
     "training.train_labeler": ("train_labeler",),
     "training.train_student": ("train_student",),
 }

@@ -20,6 +20,7 @@ from stl_offline.settings import (
     RESULT,
     SEEDS,
     SKIP_BROKEN,
+    TOKEN_HEADS,
     Config,
     CropSettings,
     EraseSettings,
@@ -56,7 +57,26 @@ class TrainConfig(MachineConfig):
     val: str | None = setting(
         None, "Validation images, in any form that `data` takes.", affects=INPUT, in_recipes=False
     )
-    model: str = setting("fan_micro_4_p8", "FAN variant to train, such as fan_tiny_12_p16_224.")
+    model: str = setting(
+        "fan_micro_4_p8", "Model to train: a FAN variant such as fan_tiny_12_p16_224, or any classifier of timm."
+    )
+    token_head: str = setting(
+        "own",
+        "Token head of a timm classifier: one with weights of its own, or the class head at every position.",
+        choices=TOKEN_HEADS,
+    )
+    init: str | None = setting(
+        None,
+        "Initial weights: a run, a weights file, or timm's pretrained weights (timm). Heads of other classes start "
+        "untrained.",
+        affects=INPUT,
+    )
+    freeze: bool = setting(False, "Train the class head and the token head alone.")
+    grad_checkpointing: bool = setting(
+        False,
+        "Recompute activations in the backward pass, which takes less memory and more time.",
+        affects=JOB,
+    )
     img_size: int = setting(64, "Height and width of the model's input, in pixels.", bounds="[1, 8192]")
     epochs: int = setting(24, "Passes over the training data.", bounds="[1, inf)")
     batch_size: int = setting(100, "Images per batch and process.", bounds="[1, inf)")
@@ -70,6 +90,9 @@ class TrainConfig(MachineConfig):
     )
     warmup_epochs: float = setting(2.0, "Epochs of linear warm-up, at most a fifth of the run.", bounds="[0, inf)")
     weight_decay: float = setting(0.05, "Weight decay of AdamW.", bounds="[0, inf)")
+    layer_decay: float = setting(
+        1.0, "Factor of the learning rate from each layer to the one before it (1 disables it).", bounds="(0, 1]"
+    )
     clip_grad: float = setting(0.0, "Maximum norm of the gradient (0 disables clipping).", bounds="[0, inf)")
     ema_decay: float = setting(
         0.99992,

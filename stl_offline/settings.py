@@ -20,6 +20,7 @@ JOB = "job"  # where, how fast and how observably a job runs: neither recorded n
 
 TOKEN_TARGETS = ("gumbel", "soft", "argmax")
 RESIDUALS = ("ignore", "uniform")
+TOKEN_HEADS = ("own", "shared")
 MIX_MODES = ("batch", "pair", "elem")
 ERASE_MODES = ("const", "rand", "pixel")
 AMP_MODES = ("auto", "none", "bf16", "fp16")

@@ -83,3 +83,4 @@ def commands() -> None:
     labeler: stl.TokenLabeler
     labeler = stl.create_labeler("timm:resnet18", labeler_checkpoint="weights.safetensors", img_size=(224, 448))
     print(labeler.grid_size(224, 224), stl.load_model("runs/student")[1].class_names)
+    print(stl.save_classifier("runs/student", "classifier.safetensors"))

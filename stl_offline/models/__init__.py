@@ -12,12 +12,16 @@ from stl_offline.models.artifact import (
     weights_path,
     weights_sha256,
 )
+from stl_offline.models.build import build_model, check_model, resolve_model
 from stl_offline.models.checkpoints import LoadReport, load_checkpoint
 from stl_offline.models.classifier import Classifier, load_classifier
+from stl_offline.models.export import save_classifier
 from stl_offline.models.fan import Fan
 from stl_offline.models.inference import InferenceFan, inference_form
+from stl_offline.models.initial import InitialWeights, check_initial, freeze_trunk, load_initial
 from stl_offline.models.labeler_by_name import create_labeler
 from stl_offline.models.token_labeler import TokenLabeler
+from stl_offline.models.token_model import TokenModel
 from stl_offline.models.variants import VARIANTS
 
 __all__ = [
@@ -26,15 +30,24 @@ __all__ = [
     "Classifier",
     "Fan",
     "InferenceFan",
+    "InitialWeights",
     "LoadReport",
     "ModelDescription",
     "TokenLabeler",
+    "TokenModel",
+    "build_model",
+    "check_initial",
+    "check_model",
     "create_labeler",
+    "freeze_trunk",
     "inference_form",
     "load_checkpoint",
     "load_classifier",
+    "load_initial",
     "load_model",
     "read_description",
+    "resolve_model",
+    "save_classifier",
     "save_model",
     "weights_path",
     "weights_sha256",

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from stl_offline.config import INTERPOLATIONS
 from stl_offline.errors import FormatError, InputError, TargetError
 from stl_offline.files import atomic_path, sha256_file
+from stl_offline.models.build import build_model
 from stl_offline.models.checkpoints import load_checkpoint
+from stl_offline.settings import TOKEN_HEADS
 
 WEIGHTS_NAME = "weights.safetensors"
 _HEADER_KEY = "stl_offline"
@@ -39,7 +41,8 @@ class ModelDescription:
 
     model: a name in timm's registry; class_names: K distinct names, in the order of the class ids; img_size: side of
     the images, in pixels; stage: "labeler" or "student"; interpolation: how images were resized; token_head_trained:
-    False for a student trained without token labels, whose token head is random.
+    False for a student trained without token labels, whose token head is random; token_head: "" for a model that timm
+    builds with one, else the kind of token head of a `TokenModel`, "own" or "shared".
 
     Raises:
         InputError: a value that no model of this version has; the message names it.
@@ -52,6 +55,7 @@ class ModelDescription:
     version: int = 1
     interpolation: str = "area"
     token_head_trained: bool = True
+    token_head: str = ""
 
     def __post_init__(self) -> None:
         if type(self.version) is not int or self.version != 1:
@@ -75,9 +79,16 @@ class ModelDescription:
             )
         if not isinstance(self.token_head_trained, bool):
             raise InputError(f"token_head_trained must be true or false, got {_short(self.token_head_trained)}")
+        if self.token_head not in ("", *TOKEN_HEADS):
+            raise InputError(
+                f"token_head must be one of {', '.join(TOKEN_HEADS)} or empty, got {_short(self.token_head)}"
+            )
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        values = dataclasses.asdict(self)
+        if not self.token_head:  # as releases wrote it that had no other models
+            del values["token_head"]
+        return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "ModelDescription":
@@ -154,7 +165,7 @@ def load_model(run_or_file: str | Path) -> tuple[nn.Module, ModelDescription]:
         run_or_file: a run's folder, or its ``weights.safetensors`` alone.
 
     Returns:
-        The model, as timm builds it, and its description (class names, input size, …).
+        The model, as timm builds it or as a `TokenModel`, and its description (class names, input size, …).
 
     Raises:
         InputError: nothing is there.
@@ -164,7 +175,7 @@ def load_model(run_or_file: str | Path) -> tuple[nn.Module, ModelDescription]:
     description = read_description(path)
     classes, side = len(description.class_names), description.img_size
     try:
-        model = timm.create_model(description.model, num_classes=classes, img_size=side)
+        model = build_model(description.model, classes, side, token_head=description.token_head)
     except Exception as error:  # each model checks its arguments in its own way
         raise FormatError(
             f"{path} describes a {description.model} of {classes:,} classes for images of {side} pixels, which timm "

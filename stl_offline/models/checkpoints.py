@@ -108,7 +108,8 @@ def adapt_names(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> dic
     return adapted
 
 
-def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of a timm model's heads, as its configuration lists them."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
 
@@ -162,7 +163,7 @@ def load_checkpoint(
 def _drop_other_heads(state_dict: dict, own: dict, model: nn.Module, path, adapt_head: bool) -> list[str]:
     """Take heads of another class count out of `state_dict`; returns the model's head names left untouched."""
     kept = []
-    for head in _classifier_names(model):
+    for head in classifier_names(model):
         names = [f"{head}.weight", f"{head}.bias"]
         differs = [name for name in names if name in state_dict and name in own]
         differs = [name for name in differs if state_dict[name].shape[:1] != own[name].shape[:1]]

@@ -13,12 +13,12 @@ from stl_offline.errors import InputError
 from stl_offline.files import sha256_file
 from stl_offline.labels.class_names import read_class_names
 from stl_offline.models.artifact import load_model, weights_sha256
+from stl_offline.models.build import size_argument
 from stl_offline.models.checkpoints import load_checkpoint
 from stl_offline.models.labeler_by_name import (
     SIZE_ERRORS,
     imagenet_names,
     pretrained_model,
-    size_argument,
     state_sha256,
     timm_name,
     with_checkpoint,

@@ -14,6 +14,7 @@ from stl_offline.errors import FormatError, InputError
 from stl_offline.files import sha256_file
 from stl_offline.labels.class_names import read_class_names
 from stl_offline.models.artifact import load_model, read_description, weights_sha256
+from stl_offline.models.build import size_argument
 from stl_offline.models.checkpoints import load_checkpoint, read_state_dict
 from stl_offline.models.input_size import InputSizeError, cell_size, nearest_sizes
 from stl_offline.models.token_labeler import TokenLabeler
@@ -182,13 +183,6 @@ def _check_weights(spec: str, checkpoint: str | Path | None, pretrained: bool, b
         raise InputError("`labeler_by_order` matches the tensors of a `labeler_checkpoint`; give one")
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise InputError(f"there is no weights file at {checkpoint} (`labeler_checkpoint`)")
-
-
-def size_argument(architecture: str, size: int | tuple[int, int]) -> dict[str, object]:
-    """What timm's models of fixed size are built with; the others take any size as they are."""
-    cfg = timm.get_pretrained_cfg(architecture)
-    fixed = bool(cfg and cfg.fixed_input_size) or architecture.startswith("fan_")
-    return {"img_size": size} if fixed else {}
 
 
 def _own_size(architecture: str) -> int | tuple[int, int]:

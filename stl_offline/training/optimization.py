@@ -36,11 +36,16 @@ def learning_rate(config: TrainConfig, processes: int) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    """AdamW; no decay for biases, norms and what the model's ``no_weight_decay`` names.
+    """AdamW; no weight decay for biases, norms and what the model's ``no_weight_decay`` names.
+
+    With ``layer_decay`` each layer, as the model's ``group_matcher`` numbers them, learns at that factor of the rate of
+    the one after it.
 
     Fused: one pass over all tensors, several times as fast as one tensor after the other for small models on CPUs.
     """
     fused = {"fused": True} if next(model.parameters()).device.type in ("cpu", "cuda") else {}
+    if config.layer_decay < 1:
+        fused["layer_decay"] = config.layer_decay
     return timm.optim.create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=config.weight_decay, **fused)
 
 
@@ -130,8 +135,8 @@ class TrainStep:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the last step."""
-        return self.optimizer.param_groups[0]["lr"]
+        """The learning rate of the last step, of the last layers where it decays by layer."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def __call__(self, batch: Batch, step: int, notes: Callable[[], list[float]] = list) -> StepResult:
         """Take step number ``step``, counted from 0.

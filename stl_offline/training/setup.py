@@ -1,10 +1,10 @@
 """What both stages need before the first step: a `Stage` holds the objects, functions make them from settings."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import nn
 
@@ -12,16 +12,26 @@ from stl_offline.augment import Augmentation, Mix, RandAugment, RandomErase, dra
 from stl_offline.config import TrainConfig, result_settings
 from stl_offline.device import amp_name, pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, join_world
-from stl_offline.errors import InputError
 from stl_offline.evaluation import Validation, match_classes
 from stl_offline.geometry import center_views, draw_views
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader import Batch, ImageSettings, TokenLabels, TokenLoader
-from stl_offline.models import ModelDescription
+from stl_offline.models import (
+    InitialWeights,
+    ModelDescription,
+    build_model,
+    check_initial,
+    check_model,
+    freeze_trunk,
+    load_initial,
+    resolve_model,
+)
 from stl_offline.training.run_folder import RunFolder
 from stl_offline.training.steps import StepRandom
 from stl_offline.training.watch import summary_writer
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass
@@ -37,6 +47,7 @@ class Stage:
     model: nn.Module
     description: ModelDescription
     augmentation: Augmentation
+    initial: InitialWeights | None = None
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -96,40 +107,56 @@ def check_early(config: TrainConfig) -> None:
     """Check what can be checked before images are packed.
 
     Raises:
-        InputError: an unknown model, an input size that its stem does not divide, or another name than one of timm's
-            strings for RandAugment.
+        InputError: an unknown model, one that can have no token head, an input size that it does not take, initial
+            weights that are not there, or another name than one of timm's strings for RandAugment.
         MissingExtraError: TensorBoard is asked for and not installed.
     """
     if config.auto_augment:
         RandAugment.parse(config.auto_augment)
     if config.tensorboard:
         summary_writer()
-    with torch.device("meta"):  # builds the model without memory for its weights
-        timm.create_model(token_model_name(config.model), num_classes=2, img_size=config.img_size)
+    check_model(config.model, config.img_size, config.token_head, config.drop_path)
+    if config.init:
+        check_initial(config.init, _description(config, ("0", "1"), "student"))
 
 
 def build_stage(
     config: TrainConfig, stage: str, train: Beton, val: Beton | None, device: torch.device, world: World
 ) -> Stage:
     """The stage for images that are opened already. Raises as `prepare`."""
-    description = ModelDescription(
-        token_model_name(config.model),
-        train.class_names,
+    description = _description(config, train.class_names, stage)
+    # The weights' first values come from the seed, whatever ran before.
+    torch.manual_seed(config.seed)
+    model = build_model(
+        description.model,
+        len(train.class_names),
+        config.img_size,
+        token_head=description.token_head,
+        drop_path=config.drop_path,
+    )
+    initial = load_initial(model, config.init, description) if config.init else None
+    if initial is not None and world.is_first:
+        _LOGGER.info("%s", initial)
+    if config.freeze:
+        freeze_trunk(model)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+    augmentation = make_augmentation(config, model.pretrained_cfg)
+    amp = pick_amp(config.amp, device)
+    return Stage(config, device, amp, world, train, val, model, description, augmentation, initial)
+
+
+def _description(config: TrainConfig, class_names: tuple[str, ...], stage: str) -> ModelDescription:
+    name, token_head = resolve_model(config.model, config.token_head)
+    return ModelDescription(
+        name,
+        class_names,
         config.img_size,
         stage,
         interpolation=config.interpolation,
         token_head_trained=config.trains_tokens,
+        token_head=token_head,
     )
-    # The weights' first values come from the seed, whatever ran before.
-    torch.manual_seed(config.seed)
-    model = timm.create_model(
-        description.model,
-        num_classes=len(train.class_names),
-        img_size=config.img_size,
-        drop_path_rate=config.drop_path,
-    )
-    augmentation = make_augmentation(config, model.pretrained_cfg)
-    return Stage(config, device, pick_amp(config.amp, device), world, train, val, model, description, augmentation)
 
 
 def make_augmentation(config: TrainConfig, normalisation: dict[str, Any]) -> Augmentation:
@@ -151,20 +178,6 @@ def make_augmentation(config: TrainConfig, normalisation: dict[str, Any]) -> Aug
         size=(config.img_size, config.img_size),
         seed=config.seed,
     )
-
-
-def token_model_name(name: str) -> str:
-    """The variant with a token head: ``fan_micro_4_p8`` → ``fan_micro_4_p8_token``.
-
-    Raises:
-        InputError: no such FAN.
-    """
-    name = name if name.endswith("_token") else f"{name}_token"
-    known = timm.list_models("fan_*_token")
-    if name not in known:
-        plain = ", ".join(each.removesuffix("_token") for each in known)
-        raise InputError(f"there is no model {name.removesuffix('_token')!r}; there are {plain}")
-    return name
 
 
 def make_train_loader(stage: Stage, labels: TokenLabels | None) -> TokenLoader:
@@ -208,6 +221,8 @@ def make_run_folder(stage: Stage, label_identity: dict[str, Any] | None) -> RunF
         "processes": stage.world.size,
         "labels": label_identity,
     }
+    if stage.initial is not None:
+        data["init"] = {"sha256": stage.initial.sha256, "untrained": list(stage.initial.new_heads)}
     return RunFolder(stage.config.out, stage.description.stage, _settings(stage.config, stage.amp), data)
 
 

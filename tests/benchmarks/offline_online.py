@@ -24,8 +24,7 @@ from stl_offline.config import DumpConfig, StudentConfig
 from stl_offline.dump import dump_labels
 from stl_offline.images.beton import BetonWriter
 from stl_offline.images.encode import encode_image
-from stl_offline.models import WEIGHTS_NAME, ModelDescription, save_model
-from stl_offline.training.setup import token_model_name
+from stl_offline.models import WEIGHTS_NAME, ModelDescription, resolve_model, save_model
 from stl_offline.training.train_student import train_student
 
 # name → student, labeler, pixels, classes
@@ -51,7 +50,7 @@ def write_images(path: Path, count: int, classes: int) -> None:
 def write_labeler(folder: Path, name: str, side: int, classes: int) -> None:
     """A run's folder with a labeler of random weights."""
     folder.mkdir()
-    name = token_model_name(name)
+    name, _ = resolve_model(name)
     model = timm.create_model(name, num_classes=classes, img_size=side)
     names = tuple(f"class {index:04d}" for index in range(classes))
     save_model(folder / WEIGHTS_NAME, model.state_dict(), ModelDescription(name, names, side, "labeler"))
@@ -69,7 +68,7 @@ def allowed_ratio(student: str, labeler: str, side: int, classes: int) -> float:
     backward."""
     counts = []
     for name in (student, labeler):
-        model = timm.create_model(token_model_name(name), num_classes=classes, img_size=side)
+        model = timm.create_model(resolve_model(name)[0], num_classes=classes, img_size=side)
         model.eval().requires_grad_(False)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.zeros(1, 3, side, side))
