@@ -140,6 +140,8 @@ def _check_size(architecture: str, img_size: int) -> None:
 def _of_run(checkpoint: str | Path, img_size: int) -> Classifier:
     network, description = load_model(checkpoint)
     side = img_size or description.img_size
+    if side != description.img_size:
+        network.set_input_size(img_size=side)
     network.grid_size(side, side)  # raises for a size that the model does not take
     cfg = network.pretrained_cfg
     return Classifier(

@@ -34,6 +34,8 @@ def test_both_stages_labels_scores_and_a_report(quick, tmp_path):
     assert (description.model, description.token_head, description.token_head_trained) == ("test_vit", "own", True)
     scores = evaluate(EvaluateConfig(checkpoint=quick["out"], data=quick["val"], workers=1, device="cpu", amp="none"))
     assert scores["top1"] == summary["top1"] and scores["token_top1"] == summary["token_top1"]
+    larger = EvaluateConfig(checkpoint=quick["out"], data=quick["val"], img_size=48, workers=1, device="cpu")
+    assert evaluate(larger)["samples"] == 18
     page = tmp_path / "report.html"
     report_runs(
         ReportConfig(
