@@ -57,11 +57,12 @@ def parse_corruptions(text: str) -> list[tuple[str, int]]:
 
 
 def check_corruptions_can_run() -> None:
-    """Raise `MissingExtraError` where the package that corrupts images is not installed."""
-    if importlib.util.find_spec("imagecorruptions") is None:
-        raise MissingExtraError(
-            "generated corruptions need a package that is not installed: pip install 'stl-offline[corrupt]'"
-        )
+    """Load the package that corrupts images, for this process and those that it forks.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
+    _package()
 
 
 def corrupt(image: np.ndarray, kind: str, severity: int, *, seed: int, key: str) -> np.ndarray:
@@ -100,7 +101,10 @@ def corrupt(image: np.ndarray, kind: str, severity: int, *, seed: int, key: str)
 
 @cache
 def _package() -> ModuleType:
-    check_corruptions_can_run()
+    if importlib.util.find_spec("imagecorruptions") is None:
+        raise MissingExtraError(
+            "generated corruptions need a package that is not installed: pip install 'stl-offline[corrupt]'"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module("imagecorruptions")

@@ -4,9 +4,10 @@ B: batch; K: classes.
 """
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +16,9 @@ import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
+from stl_offline.distributed import World
 from stl_offline.errors import InputError, JoinError, StlError
 from stl_offline.evaluation.corruptions import corrupt
 from stl_offline.evaluation.suites import imagenet_wnids
@@ -48,6 +50,10 @@ class Transform:
         if self.as_is and image.size == self.side[::-1]:
             return np.asarray(image)
         return np.ascontiguousarray(np.asarray(self._steps(image)).transpose(1, 2, 0))
+
+    def described(self) -> dict[str, Any]:
+        """Its fields, as JSON holds them."""
+        return asdict(self) | {"side": list(self.side)}
 
     @cached_property
     def _steps(self) -> Any:
@@ -116,32 +122,67 @@ class OwnImages:
         return self._load(index)
 
 
-class InputImages(Dataset):
-    """The images at ``places`` as the model sees them: (uint8 (H, W, 3), label, place); a text for a broken one.
+@dataclass(frozen=True)
+class Inputs:
+    """What images become a model's inputs. images: called where they are needed; corruption: (kind, severity)."""
 
-    corruption: (kind, severity) to generate, drawn by ``seed`` and the image's name.
+    images: Callable[[], Images]
+    transform: Transform
+    corruption: tuple[str, int] | None = None
+
+
+class InputImages(Dataset):
+    """Inputs by (number of the part, place in it): (uint8 (H, W, 3), label, place); a text for a broken image.
+
+    Of the parts one at a time is listed. seed: of generated corruptions, with the image's name, the kind and the
+    severity.
     """
 
-    def __init__(
-        self, images: Images, transform: Transform, corruption: tuple[str, int] | None, seed: int, places: range
-    ) -> None:
-        self.images, self.transform, self.places = images, transform, places
-        self.corrupt = None
-        if corruption is not None:
-            self.corrupt = partial(corrupt, kind=corruption[0], severity=corruption[1], seed=seed)
+    def __init__(self, parts: Sequence[Inputs], seed: int) -> None:
+        self.parts, self.seed = parts, seed
+        self._listed: tuple[int, Images] | None = None
+
+    def __getitem__(self, index: tuple[int, int]) -> tuple[np.ndarray, int, int] | str:
+        number, place = index
+        part = self.parts[number]
+        if self._listed is None or self._listed[0] != number:
+            self._listed = number, part.images()
+        images = self._listed[1]
+        try:
+            pixels = part.transform(images.load(place).convert("RGB"))
+        except _UNDECODABLE as error:
+            return f"{images.names[place]} cannot be decoded ({' '.join(str(error).split())[:120]})"
+        if part.corruption is not None:
+            kind, severity = part.corruption
+            pixels = corrupt(pixels, kind, severity, seed=self.seed, key=images.names[place])
+        return pixels, int(images.labels[place]), place
+
+
+class Batches(Sampler[list[tuple[int, int]]]):
+    """Batches of indices of `InputImages`, part after part, of which this process takes every ``world.size``-th image.
+
+    sizes: (number of the part, its images) of each part that is to be scored.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], batch_size: int, world: World) -> None:
+        self.sizes, self.batch_size, self.world = sizes, batch_size, world
+
+    def places(self, size: int) -> range:
+        """This process's images of a part."""
+        return range(self.world.rank, size, self.world.size)
+
+    def of_part(self, size: int) -> int:
+        """Batches of a part of ``size`` images."""
+        return math.ceil(len(self.places(size)) / self.batch_size)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return sum(self.of_part(size) for _, size in self.sizes)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int, int] | str:
-        place = self.places[index]
-        try:
-            pixels = self.transform(self.images.load(place).convert("RGB"))
-        except _UNDECODABLE as error:
-            return f"{self.images.names[place]} cannot be decoded ({' '.join(str(error).split())[:120]})"
-        if self.corrupt is not None:
-            pixels = self.corrupt(pixels, key=self.images.names[place])
-        return pixels, int(self.images.labels[place]), place
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for number, size in self.sizes:
+            places = self.places(size)
+            for start in range(0, len(places), self.batch_size):
+                yield [(number, place) for place in places[start : start + self.batch_size]]
 
 
 def collate(items: Sequence[tuple[np.ndarray, int, int] | str]) -> tuple[Tensor, Tensor, list[int]] | str:

@@ -7,10 +7,11 @@ once: the same command continues after it.
 B: batch, K: the model's classes.
 """
 
+import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from stl_offline.distributed import World, join_world, leaving_world, sum_over_w
 from stl_offline.errors import InputError
 from stl_offline.evaluation.corruptions import check_corruptions_can_run, parse_corruptions
 from stl_offline.evaluation.figures import suite_figures, write_csv
-from stl_offline.evaluation.images import Images, InputImages, OwnImages, Transform, collate, imagenet_columns
+from stl_offline.evaluation.images import (
+    Batches,
+    InputImages,
+    Inputs,
+    OwnImages,
+    Transform,
+    collate,
+    imagenet_columns,
+)
 from stl_offline.evaluation.measures import ClassView, Tally, scores_of
 from stl_offline.evaluation.suites import Suite, open_suite, subset_classes
 from stl_offline.files import atomic_write, cache_dir, canonical_json, sha256_bytes, sha256_parts
@@ -39,17 +48,15 @@ _LOG = logging.getLogger(__name__)
 class Job:
     """One part to score.
 
-    images, fingerprint: called where they are needed; views: the classes that are compared, the first for the headline;
-    corruption: (kind, severity) to generate; transform: one of its own; real_labels: each image's right classes.
+    inputs: its images as the model sees them; fingerprint: gives what its scores are stored under, and the number of
+    images; views: the classes that are compared, the first for the headline; real_labels: each image's right classes.
     """
 
     suite: str
     name: str
-    images: Callable[[], Images]
-    fingerprint: Callable[[], str]
+    inputs: Inputs
+    fingerprint: Callable[[], tuple[str, int]]
     views: tuple[ClassView, ...]
-    corruption: tuple[str, int] | None = None
-    transform: Transform | None = None
     real_labels: tuple[tuple[int, ...], ...] | None = None
 
 
@@ -83,9 +90,8 @@ def evaluate_suites(config: EvaluateConfig) -> dict[str, Any]:
         if suites:
             jobs = _suite_jobs(suites, classifier, transform, config)
         else:
-            jobs = _own_jobs(config.sources["data"], kinds, classifier, config)
-        runner = _Runner(config, classifier, transform, device, world)
-        sums = runner.run(jobs)
+            jobs = _own_jobs(config, kinds, classifier, transform)
+        sums = _Runner(config, classifier, device, world).run(jobs)
     scores = [
         {view: scores_of(vector, job.real_labels is None) for view, vector in found.items() if vector[0]}
         for job, found in zip(jobs, sums, strict=True)
@@ -95,7 +101,7 @@ def evaluate_suites(config: EvaluateConfig) -> dict[str, Any]:
         "weights_sha256": classifier.weights_sha256,
         "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),
         "classes": classifier.model.num_classes,
-        "transform": asdict(transform) | {"mean": list(classifier.mean), "std": list(classifier.std)},
+        "transform": transform.described() | {"mean": list(classifier.mean), "std": list(classifier.std)},
         "amp": amp_name(pick_amp(config.amp, device)),
         "partial": config.partial,
     }
@@ -103,8 +109,8 @@ def evaluate_suites(config: EvaluateConfig) -> dict[str, Any]:
         settings["seed"] = config.seed
     found = suite_figures([(job.suite, job.name) for job in jobs], scores)
     for job in jobs:
-        if job.transform is not None:
-            found[job.suite]["transform"] = asdict(job.transform)
+        if job.inputs.transform != transform:
+            found[job.suite]["transform"] = job.inputs.transform.described()
     result = {"version": RESULT_VERSION, **settings, "suites": found}
     if config.csv is not None and world.is_first:
         write_csv(result, config.csv)
@@ -114,16 +120,9 @@ def evaluate_suites(config: EvaluateConfig) -> dict[str, Any]:
 class _Runner:
     """Runs jobs one after the other, each once: sums that are stored are taken from there."""
 
-    def __init__(
-        self,
-        config: EvaluateConfig,
-        classifier: Classifier,
-        transform: Transform,
-        device: torch.device,
-        world: World,
-    ) -> None:
+    def __init__(self, config: EvaluateConfig, classifier: Classifier, device: torch.device, world: World) -> None:
         self.config, self.device, self.world = config, device, world
-        self.transform, self.amp = transform, pick_amp(config.amp, device)
+        self.amp = pick_amp(config.amp, device)
         self.model = classifier.model.to(device).eval().to(memory_format=torch.channels_last)
         self.scores_tokens = classifier.scores_tokens
         shape = (1, 3, 1, 1)
@@ -134,36 +133,42 @@ class _Runner:
     def run(self, jobs: Sequence[Job]) -> list[dict[str, list[float]]]:
         """The sums of each job (`Tally.vector`), by the name of its class view."""
         # The first process alone looks at the files: ImageNet-C has millions of them.
-        places = [self._place(job) for job in jobs] if self.world.is_first else []
-        stored = told_by_first([self._stored(place) for place in places], self.world)
-        done = sum(found is not None for found in stored)
-        if done and self.world.is_first:
-            _LOG.info("%d of %d parts were scored before, with the same weights, settings and files", done, len(jobs))
-        for number, job in enumerate(jobs):
-            if stored[number] is None:
-                stored[number] = sums = self._score(job)
-                if self.world.is_first:
-                    atomic_write(
-                        places[number], canonical_json({"sums": sums, "sha256": sha256_bytes(canonical_json(sums))})
-                    )
-            if not next(iter(stored[number].values()))[0]:
+        places, sizes = zip(*(self._place(job) for job in jobs), strict=True) if self.world.is_first else ((), ())
+        sums, sizes = told_by_first([[self._stored(place) for place in places], sizes], self.world)
+        pending = [number for number, found in enumerate(sums) if found is None]
+        if len(pending) < len(jobs) and self.world.is_first:
+            _LOG.info(
+                "%d of %d parts were scored before, with the same weights, settings and files",
+                len(jobs) - len(pending),
+                len(jobs),
+            )
+        order = Batches([(number, sizes[number]) for number in pending], self.config.batch_size, self.world)
+        # One loader for all parts: its processes live as long as there is work.
+        batches = iter(
+            DataLoader(
+                InputImages([job.inputs for job in jobs], self.config.seed),
+                batch_sampler=order,
+                num_workers=pick_workers(self.config.workers),
+                collate_fn=collate,
+                pin_memory=self.device.type == "cuda",
+            )
+        )
+        for number in pending:
+            own = itertools.islice(batches, order.of_part(sizes[number]))
+            sums[number] = found = self._score(jobs[number], own, len(order.places(sizes[number])))
+            if self.world.is_first:
+                content = {"sums": found, "sha256": sha256_bytes(canonical_json(found))}
+                atomic_write(places[number], canonical_json(content))
+        for job, found in zip(jobs, sums, strict=True):
+            if not found[job.views[0].name][0]:
                 raise InputError(f"{job.suite} {job.name}: none of its images has a class that is scored")
-        return stored
+        return sums
 
     @torch.inference_mode()
-    def _score(self, job: Job) -> dict[str, list[float]]:
-        images = job.images()
-        mine = range(self.world.rank, len(images), self.world.size)
-        loader = DataLoader(
-            InputImages(images, job.transform or self.transform, job.corruption, self.config.seed, mine),
-            self.config.batch_size,
-            num_workers=pick_workers(self.config.workers),
-            collate_fn=collate,
-            pin_memory=self.device.type == "cuda",
-        )
+    def _score(self, job: Job, batches: Iterator[Any], images: int) -> dict[str, list[float]]:
         tallies = [Tally(self.device) for _ in job.views]
-        with progress_bar(len(mine), f"{job.suite} {job.name}", enabled=self.world.is_first) as bar:
-            for batch in loader:
+        with progress_bar(images, f"{job.suite} {job.name}", enabled=self.world.is_first) as bar:
+            for batch in batches:
                 if isinstance(batch, str):
                     raise InputError(
                         f"{job.suite} {job.name}: the image {batch}; restore the file, or download it again"
@@ -189,8 +194,9 @@ class _Runner:
             else:
                 view.add(tally, logits.float(), labels_B, tokens)
 
-    def _place(self, job: Job) -> Path:
-        """Where a job's sums are stored: named by all that shapes them."""
+    def _place(self, job: Job) -> tuple[Path, int]:
+        """Where a job's sums are stored, named by all that shapes them; the number of its images."""
+        fingerprint, size = job.fingerprint()
         views = [
             [view.name, None if view.columns is None else view.columns.tolist(), view.right.tolist()]
             for view in job.views
@@ -199,13 +205,13 @@ class _Runner:
             RESULT_VERSION,
             *self.identity,
             amp_name(self.amp),
-            asdict(job.transform or self.transform),
-            [job.suite, job.name, job.fingerprint()],
+            job.inputs.transform.described(),
+            [job.suite, job.name, fingerprint],
             views,
-            [*job.corruption, self.config.seed] if job.corruption else None,
+            [*job.inputs.corruption, self.config.seed] if job.inputs.corruption else None,
             job.real_labels,
         ]
-        return cache_dir() / "scores" / f"{sha256_parts(json.dumps(shaped_by).encode())}.json"
+        return cache_dir() / "scores" / f"{sha256_parts(json.dumps(shaped_by).encode())}.json", size
 
     def _stored(self, place: Path) -> dict[str, list[float]] | None:
         if not self.config.resume:
@@ -233,35 +239,24 @@ def _suite_jobs(
     every = ClassView.of("all", columns, None)
     cut = {name: ClassView.of(name, columns, subset_classes(name)) for name in ("a", "r")}
     # ImageNet-C's images are 224 px and cropped already. To resize and crop them again changes rankings.
-    cropped = None if config.crop_pct else replace(transform, side=classifier.trained_side, as_is=True)
+    cropped = transform if config.crop_pct else replace(transform, side=classifier.trained_side, as_is=True)
     jobs = []
     for name, suite in suites.items():
         # Of ImageNet, also the accuracy on the classes of A and R: what theirs is compared with.
         views = (every, *cut.values()) if name == "imagenet" else (cut[name], every) if name in cut else (every,)
-        jobs += [
-            Job(
-                name,
-                part.name,
-                part.files,
-                part.fingerprint,
-                views,
-                transform=cropped if name == "c" else None,
-                real_labels=part.real_labels,
-            )
-            for part in suite.parts
-        ]
+        for part in suite.parts:
+            inputs = Inputs(part.files, cropped if name == "c" else transform)
+            jobs.append(Job(name, part.name, inputs, part.fingerprint, views, part.real_labels))
     return jobs
 
 
 def _own_jobs(
-    place: str, kinds: Sequence[tuple[str, int]], classifier: Classifier, config: EvaluateConfig
+    config: EvaluateConfig, kinds: Sequence[tuple[str, int]], classifier: Classifier, transform: Transform
 ) -> list[Job]:
     """The clean images of a data set, and each corruption of them."""
-    data = OwnImages(place, classifier)
+    data = OwnImages(config.sources["data"], classifier)
     kept = data.columns if config.classes == "subset" else None
     view = ClassView.of(config.classes, range(classifier.model.num_classes), kept)
-    clean = Job("data", "clean", lambda: data, lambda: data.fingerprint, (view,))
-    return [
-        clean,
-        *(replace(clean, name=f"{kind}/{severity}", corruption=(kind, severity)) for kind, severity in kinds),
-    ]
+    clean = Inputs(lambda: data, transform)
+    parts = {"clean": clean} | {f"{kind}/{level}": replace(clean, corruption=(kind, level)) for kind, level in kinds}
+    return [Job("data", name, inputs, lambda: (data.fingerprint, len(data)), (view,)) for name, inputs in parts.items()]

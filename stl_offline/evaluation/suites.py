@@ -76,8 +76,9 @@ class Part:
         names, places = self.source.images(self.prefix)
         return Files(names, places, np.array([self._class_of(name) for name in names], dtype=np.int64))
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the source's place, names, sizes and times: another or a changed source gets another one.
+    def fingerprint(self) -> tuple[str, int]:
+        """SHA-256 over the source's place, names, sizes and times, for which a changed source has another one; and how
+        many images it has.
 
         Raises:
             InputError: images are missing.
@@ -90,7 +91,7 @@ class Part:
                 f"{where} has {count:,} images, the suite {self.suite} has {expected:,}; download it again, or score "
                 "what is there (`partial`)"
             )
-        return fingerprint
+        return fingerprint, count
 
     def _class_of(self, name: str) -> int:
         if self.suite == "real":  # may lie in one folder; its labels are real_labels
