@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from stl_offline.errors import StlError
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.work import TARGETS
 
 MOST_SECONDS = 10
 _START_SECONDS = 120

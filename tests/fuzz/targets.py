@@ -59,7 +59,8 @@ class LabelSets:
         labels = open_label_set(folder / "whole")
         self.arrays = [labels.read_shard(index) for index in range(2)]
 
-    def case(self, draw: random.Random, folder: Path) -> str:
+    def damage(self, draw: random.Random, folder: Path) -> bool:
+        """Write a damaged copy into ``folder``; whether a checksum covers what was changed."""
         files = dict(self.files)
         again = draw.random() < 0.5
         if draw.random() < 0.25:
@@ -78,6 +79,10 @@ class LabelSets:
                 files["manifest.json"] = canonical_json(manifest)
         for name, data in files.items():
             (folder / name).write_bytes(data)
+        return covered
+
+    def case(self, draw: random.Random, folder: Path) -> str:
+        covered = self.damage(draw, folder)
         labels = open_label_set(folder)
         report = verify(labels, workers=1)
         indexes = []
@@ -143,7 +148,7 @@ class Betons:
                 writer.add(f"k/{number}", number % 2, encode_image(_draw_image(number)))
             writer.finish(("cat", "dog"), {"kind": "test"})
         self.data = path.read_bytes()
-        self.whole = self._read(path)
+        self.whole = self.read(path)
 
     def case(self, draw: random.Random, folder: Path) -> str:
         data, again = self.data, draw.random() < 0.5
@@ -152,13 +157,12 @@ class Betons:
         else:
             data = damage_bytes(draw, data)
         (folder / "x.beton").write_bytes(data)
-        same = self._read(folder / "x.beton") == self.whole
+        same = self.read(folder / "x.beton") == self.whole
         if same or again:
             return "same" if same else "changed"
         raise WrongDataError("other images, under checksums that fit")
 
-    @staticmethod
-    def _read(path: Path) -> tuple:
+    def read(self, path: Path) -> tuple:
         beton = open_beton(path)
         images = [beton.read_image(index).tobytes() for index in range(len(beton))]
         return beton.keys, beton.class_names, beton.class_ids.tolist(), images
@@ -334,7 +338,7 @@ class ImageTars:
         return source.class_names, found
 
 
-TARGETS: dict[str, Callable[[Path], object]] = {
+READERS: dict[str, Callable[[Path], object]] = {
     **{
         f"labels {container} {encoding}": lambda folder, container=container, encoding=encoding: LabelSets(
             folder, container, encoding
