@@ -16,8 +16,9 @@ from stl_offline.errors import FormatError, InputError
 from stl_offline.evaluation import match_classes
 from stl_offline.geometry import draw_views, whole_views
 from stl_offline.images.beton import Beton
+from stl_offline.images.classes import UNLABELLED
 from stl_offline.labels.arrays import ShardArrays
-from stl_offline.labels.spec import LabelSpec
+from stl_offline.labels.spec import OWN_CLASSES, LabelSpec
 from stl_offline.loader import DECODER, ImageSettings, TokenLoader
 from stl_offline.models import TokenLabeler, create_labeler
 
@@ -74,7 +75,10 @@ class Labelling:
         self.num_shards = config.shards or pick_shards(len(beton), config.crops_per_image)
         self.spec = _make_spec(config, labeler, beton)
         _check_class_ids(beton)
-        self.class_map = match_classes(beton, labeler.class_names, f"the labeler {config.labeler}")
+        if self.spec.has_own_classes:
+            self.class_map = match_classes(beton, labeler.class_names, f"the labeler {config.labeler}")
+        else:
+            self.class_map = np.zeros(1, dtype=np.int64)
         self.views = make_views(config, beton)
         self.labeler = labeler.to(device, memory_format=torch.channels_last)
 
@@ -207,7 +211,8 @@ def _make_spec(config: DumpConfig, labeler: TokenLabeler, beton: Beton) -> Label
             "std": list(labeler.std),
             "decoder": DECODER,
         },
-        source={"samples": len(beton), "fingerprint": beton.fingerprint},
+        source={"samples": len(beton), "fingerprint": beton.fingerprint}
+        | ({OWN_CLASSES: False} if beton.class_names == (UNLABELLED,) else {}),
         views=random_views | {"flip": config.flip} if config.crops_per_image else {"kind": "whole"},
         creation=result_settings(config),
         encoding=config.encoding,

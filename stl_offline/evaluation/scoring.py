@@ -22,6 +22,7 @@ from stl_offline.evaluation.measures import ClassView, Tally, scores_of
 from stl_offline.evaluation.robust import evaluate_suites
 from stl_offline.geometry import center_views
 from stl_offline.images.beton import Beton
+from stl_offline.images.classes import UNLABELLED
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader import ImageSettings, TokenLoader
 from stl_offline.models import ModelDescription, load_model
@@ -180,8 +181,10 @@ def match_classes(beton: Beton, class_names: tuple[str, ...], whose: str) -> np.
         whose: what the class list belongs to, for the error message.
 
     Raises:
-        JoinError: the images have classes that are not in the list.
+        JoinError: the images have classes that are not in the list, or none at all.
     """
+    if beton.class_names == (UNLABELLED,):
+        raise JoinError(f"{beton.place} has no class folders: its images have no classes to compare {whose} with")
     numbers = {name: number for number, name in enumerate(class_names)}
     unknown = [name for name in beton.class_names if name not in numbers]
     if unknown:

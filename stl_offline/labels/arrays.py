@@ -19,13 +19,13 @@ from stl_offline.labels.spec import LabelSpec
 class LabelMap:
     """One image's label maps, one for each view under which it was labelled.
 
-    key: path below the data set's root; class_id: the image's own class; content_hash: xxh3 of its bytes;
-    class_ids: (V, Gh, Gw, k), best first; logits: (V, Gh, Gw, k); confidence: (V, Gh, Gw), the probability of the
-    best class; views: (V, 6) float32, the rows of each 2×3 view; num_classes: K.
+    key: path below the data set's root; class_id: the image's own class, None where the set's images have none;
+    content_hash: xxh3 of its bytes; class_ids: (V, Gh, Gw, k), best first; logits: (V, Gh, Gw, k); confidence: (V, Gh,
+    Gw), the probability of the best class; views: (V, 6) float32, the rows of each 2×3 view; num_classes: K.
     """
 
     key: str
-    class_id: int
+    class_id: int | None
     content_hash: int
     class_ids: np.ndarray
     logits: np.ndarray
@@ -119,17 +119,17 @@ class ShardArrays:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def label_map(self, row: int, num_classes: int) -> LabelMap:
+    def label_map(self, row: int, spec: LabelSpec) -> LabelMap:
         """The label map of sample ``row``: copies, so that it does not keep the whole shard in memory."""
         return LabelMap(
             key=self.keys[row],
-            class_id=int(self.class_id[row]),
+            class_id=int(self.class_id[row]) if spec.has_own_classes else None,
             content_hash=int(self.content_hash[row]),
             class_ids=self.class_ids[row].copy(),
             logits=self.logits[row].copy(),
             confidence=self.confidence[row].copy(),
             views=self.views[row].copy(),
-            num_classes=num_classes,
+            num_classes=spec.num_classes,
         )
 
     def check(self, spec: LabelSpec) -> "ShardArrays":

@@ -103,7 +103,8 @@ def _summary(manifest: Manifest) -> dict[str, str]:
         "labeler": f"{spec.labeler['architecture']} ({spec.labeler['licence']})",
         "weights": spec.labeler["weights_sha256"],
         "input": f"{spec.preprocessing['height']} × {spec.preprocessing['width']} pixels",
-        "source": f"fingerprint of the keys {spec.source['fingerprint']}",
+        "source": f"fingerprint of the keys {spec.source['fingerprint']}"
+        + ("" if spec.has_own_classes else "; images without classes"),
     }
 
 

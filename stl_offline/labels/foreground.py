@@ -13,7 +13,7 @@ from stl_offline.errors import InputError
 from stl_offline.geometry import View
 from stl_offline.labels.arrays import ShardArrays, probabilities
 from stl_offline.labels.label_set import LabelSet
-from stl_offline.labels.stats import choose_shards
+from stl_offline.labels.stats import check_own_classes, choose_shards
 from stl_offline.labels.store import each_shard
 
 CONFIDENT = 0.5  # least confidence of a confident token
@@ -60,9 +60,10 @@ def measure_foreground(
     Images without a mask are left out and counted.
 
     Raises:
-        InputError: no image has a mask; ``shards`` (as `measure` takes it) is out of range.
+        InputError: no image has a mask, or a class; ``shards`` (as `measure` takes it) is out of range.
         FormatError: a shard is damaged.
     """
+    check_own_classes(label_set)
     total = _Sums()
     for part in each_shard(
         lambda index: _Sums().count(label_set.read_shard(index), masks),

@@ -88,7 +88,7 @@ class LabelSet(Mapping[str, LabelMap]):
             if self._last is None or self._last[0] != index:
                 self._last = (index, self.read_shard(index))
             arrays = self._last[1]
-        return arrays.label_map(row, self.spec.num_classes)
+        return arrays.label_map(row, self.spec)
 
     def items(self) -> ItemsView[str, LabelMap]:
         """Every key with its label map, in stored order; each shard is read once."""
@@ -258,7 +258,7 @@ class _Values(ValuesView[LabelMap]):
         for index in label_set.present:
             arrays = label_set.read_shard(index)
             for row in range(len(arrays)):
-                yield arrays.label_map(row, label_set.spec.num_classes)
+                yield arrays.label_map(row, label_set.spec)
 
 
 def open_label_set(place: str | Path, **options: object) -> LabelSet:

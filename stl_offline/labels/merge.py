@@ -16,7 +16,7 @@ from stl_offline.files import images_fingerprint
 from stl_offline.labels.keys import find_duplicates, hash_keys, some
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import Manifest
-from stl_offline.labels.spec import LabelSpec, differences
+from stl_offline.labels.spec import OWN_CLASSES, LabelSpec, differences
 from stl_offline.labels.store import each_shard
 from stl_offline.labels.writer import LabelSetWriter
 
@@ -59,7 +59,7 @@ def merge(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int = 0, 
     sizes = [len(part.hashes) for part in parts]
     spec = replace(
         label_sets[0].spec,
-        source={"samples": sum(sizes), "fingerprint": _fingerprint(label_sets[0].spec, parts)},
+        source=_source(label_sets[0].spec, sum(sizes), _fingerprint(label_sets[0].spec, parts)),
         creation=_shared([each.spec.creation for each in label_sets]),
     )
     with LabelSetWriter(out, spec, sizes, options=options) as writer:
@@ -75,12 +75,21 @@ def merge(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int = 0, 
 
 
 def _check_settings(first: LabelSet, other: LabelSet) -> None:
-    found = [str(each) for each in differences(first.spec, other.spec) if each.entry not in _OWN]
+    found = [
+        str(each)
+        for each in differences(first.spec, other.spec)
+        if each.entry not in _OWN or each.name == f"source.{OWN_CLASSES}"
+    ]
     if not found:
         return
     form = [name for name in ("container", "encoding") if getattr(first.spec, name) != getattr(other.spec, name)]
     advice = f"; change the {' and the '.join(form)} with: stl-offline labels convert" if form else ""
     raise InputError(f"{first.place} and {other.place} cannot be merged: {'; '.join(found)}{advice}")
+
+
+def _source(spec: LabelSpec, samples: int, fingerprint: str) -> dict[str, Any]:
+    own = {} if spec.has_own_classes else {OWN_CLASSES: False}
+    return {"samples": samples, "fingerprint": fingerprint} | own
 
 
 def _read_parts(label_sets: Sequence[LabelSet], workers: int) -> list[_Part]:

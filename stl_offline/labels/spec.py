@@ -30,6 +30,8 @@ _MOST_LEVELS = 16
 _LABELER = ("architecture", "weights_sha256", "licence")
 _PREPROCESSING = ("height", "width", "interpolation", "mean", "std", "decoder")
 _SOURCE = ("samples", "fingerprint")
+# Entry of the source, only where it is false: of images without classes.
+OWN_CLASSES = "own_classes"
 _VIEWS = {"whole": (), "random": ("seed", "scale", "ratio", "flip")}
 
 
@@ -105,6 +107,10 @@ class LabelSpec:
         )
         if not is_count(self.source["samples"]):
             raise InputError(f"the source's sample count must be a positive integer, got {self.source['samples']!r}")
+        if not isinstance(self.source.get(OWN_CLASSES, True), bool):
+            raise InputError(
+                f"the source's {OWN_CLASSES} must be true or false, got {_short(self.source[OWN_CLASSES])}"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -115,6 +121,11 @@ class LabelSpec:
     def num_samples(self) -> int:
         """How many images the whole set labels."""
         return int(self.source["samples"])
+
+    @property
+    def has_own_classes(self) -> bool:
+        """Whether the images have classes; without them, every stored class_id is 0 and means nothing."""
+        return self.source.get(OWN_CLASSES, True)
 
     @property
     def id_dtype(self) -> np.dtype:

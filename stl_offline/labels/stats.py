@@ -20,9 +20,9 @@ class Stats:
     histogram: tokens by confidence, (10,) counts of [0, 0.1) … [0.9, 1]; confidence, top_k_mass, residual: means;
     mass_by_rank: the mean probability of the best class, the second, …; over_half: the share of tokens whose best
     class has more than 0.5; agreement: the share of tokens whose best class is the image's; agreement_top_k: whose
-    stored classes hold it; image_agreement: the share of images whose tokens' most frequent best class is it;
-    classes_best, classes_stored: how many classes are some token's best, or stored at all; bytes_per_image: of the
-    shards read, all told.
+    stored classes hold it; image_agreement: the share of images whose tokens' most frequent best class is it (all three
+    None where images have no classes); classes_best, classes_stored: how many classes are some token's best, or stored
+    at all; bytes_per_image: of the shards read, all told.
     """
 
     shards: int
@@ -36,9 +36,9 @@ class Stats:
     mass_by_rank: tuple[float, ...]
     residual: float
     over_half: float
-    agreement: float
-    agreement_top_k: float
-    image_agreement: float
+    agreement: float | None
+    agreement_top_k: float | None
+    image_agreement: float | None
     classes_best: int
     classes_stored: int
     bytes_per_image: float
@@ -59,7 +59,7 @@ def measure(label_set: LabelSet, *, shards: int | None = None, workers: int = 0)
 
     for part in each_shard(read, present, "stats", workers=workers):
         total.add(part)
-    tokens = total.tokens
+    tokens, own = total.tokens, label_set.spec.has_own_classes
     return Stats(
         shards=len(present),
         samples=total.samples,
@@ -72,13 +72,19 @@ def measure(label_set: LabelSet, *, shards: int | None = None, workers: int = 0)
         mass_by_rank=tuple((total.mass / tokens).tolist()),
         residual=float(total.residual / tokens),
         over_half=total.over_half / tokens,
-        agreement=total.agreeing / tokens,
-        agreement_top_k=total.agreeing_top_k / tokens,
-        image_agreement=total.agreeing_images / total.samples,
+        agreement=total.agreeing / tokens if own else None,
+        agreement_top_k=total.agreeing_top_k / tokens if own else None,
+        image_agreement=total.agreeing_images / total.samples if own else None,
         classes_best=int(total.best.sum()),
         classes_stored=int(total.stored.sum()),
         bytes_per_image=sum(label_set.shards[index].bytes for index in present) / total.samples,
     )
+
+
+def check_own_classes(label_set: LabelSet) -> None:
+    """Raise `InputError` where a set's images have no classes, so that labels cannot be compared with them."""
+    if not label_set.spec.has_own_classes:
+        raise InputError(f"the images of {label_set.place} have no classes, with which labels could be compared")
 
 
 def choose_shards(label_set: LabelSet, shards: int | None) -> tuple[int, ...]:
@@ -103,8 +109,10 @@ def table(stats: Stats) -> list[tuple[str, str]]:
         ("classes seen", f"{stats.classes_best:,} as the best of a token, {stats.classes_stored:,} at all"),
         (
             "agreement",
-            f"{stats.agreement:.2%} of the tokens name the image's class first, {stats.agreement_top_k:.2%} at all; "
-            f"{stats.image_agreement:.2%} of the images do by most of their tokens",
+            "none: the images have no classes"
+            if stats.agreement is None
+            else f"{stats.agreement:.2%} of the tokens name the image's class first, {stats.agreement_top_k:.2%} at "
+            f"all; {stats.image_agreement:.2%} of the images do by most of their tokens",
         ),
     ]
     most = max(stats.histogram)

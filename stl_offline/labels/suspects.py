@@ -9,6 +9,7 @@ import numpy as np
 from stl_offline.errors import InputError, printable
 from stl_offline.labels.arrays import ShardArrays, probabilities
 from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.stats import check_own_classes
 from stl_offline.labels.store import each_shard
 
 
@@ -35,11 +36,12 @@ def find_suspects(label_set: LabelSet, count: int, *, workers: int = 0) -> list[
     (augmentation, smoothing, few epochs) still disagrees with them.
 
     Raises:
-        InputError: fewer than one image is asked for, or the set has a single class.
+        InputError: fewer than one image is asked for, or the set has a single class, or none of its images has a class.
         FormatError: a shard is damaged.
     """
     if count < 1:
         raise InputError(f"`suspects` must be at least 1, got {count}")
+    check_own_classes(label_set)
     if label_set.spec.num_classes < 2:
         raise InputError(f"{label_set.place} has a single class, so that its labels cannot disagree with it")
 

@@ -89,17 +89,18 @@ class ConfidenceCounts:
     """Tokens by confidence, over the shards that were read.
 
     own, others: (BINS,) tokens whose most probable class is their image's class, and the rest; images, shards: how
-    many were counted.
+    many were counted; own_classes: whether images have classes, else all tokens count as others.
     """
 
     own: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
     others: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
     images: int = 0
     shards: int = 0
+    own_classes: bool = True
 
     def add(self, arrays: ShardArrays) -> None:
         """Count a shard."""
-        own = arrays.class_ids[..., 0] == arrays.class_id[:, None, None, None]
+        own = (arrays.class_ids[..., 0] == arrays.class_id[:, None, None, None]) & self.own_classes
         edges = np.linspace(0, 1, BINS + 1)
         confidence = arrays.confidence.astype(np.float64)
         self.own += np.histogram(confidence[own], edges)[0]
@@ -153,8 +154,11 @@ def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series],
 def confidence_chart(counts: ConfidenceCounts, note: str) -> Chart:
     """The histogram of confidence for a page."""
     tips = {}
+    groups = [(0, "own class", counts.own), (1, "other classes", counts.others)]
+    if not counts.own_classes:
+        groups = [(1, "all classes", counts.others)]
     for number in range(BINS):
-        for part, what, values in ((0, "own class", counts.own), (1, "other classes", counts.others)):
+        for part, what, values in groups:
             share = values[number] / max(counts.tokens, 1)
             tips[f"bar-{part}-{number}"] = [f"{_bin(number)}: {share:.1%} of tokens, {what}"]
     title = f"Histogram of the confidence of {counts.tokens:,} tokens"
@@ -162,8 +166,8 @@ def confidence_chart(counts: ConfidenceCounts, note: str) -> Chart:
         figure, axis = _new_figure()
         _draw_bars(axis, counts, _SERIES[0], _SERIES[1])
         svg = _svg(figure, title, note, tips)
-    rows = tuple((_bin(number), f"{counts.own[number]:,}", f"{counts.others[number]:,}") for number in range(BINS))
-    heads = ("confidence", "own class", "other classes")
+    rows = tuple((_bin(number), *(f"{values[number]:,}" for _, _, values in groups)) for number in range(BINS))
+    heads = ("confidence", *(what for _, what, _ in groups))
     return Chart(title, svg, note, "Tokens by confidence", heads, rows)
 
 
@@ -181,9 +185,19 @@ def _draw_bars(axis: Axes, counts: ConfidenceCounts, own_color: object, other_co
     left = np.arange(BINS) / BINS
     own, others = (values / max(counts.tokens, 1) for values in (counts.own, counts.others))
     solid = axis.bar(left, own, 1 / BINS, align="edge", color=own_color, label="the image's own class")
+    if not counts.own_classes:
+        solid.set_label("_")  # not in the legend
     # Hatched, so that the two are told apart without colour.
     look = {"facecolor": "none", "edgecolor": other_color, "hatch": "///", "linewidth": 1}
-    hatched = axis.bar(left, others, 1 / BINS, bottom=own, align="edge", label="other classes", **look)
+    hatched = axis.bar(
+        left,
+        others,
+        1 / BINS,
+        bottom=own,
+        align="edge",
+        label="other classes" if counts.own_classes else "all classes",
+        **look,
+    )
     for part, bars in enumerate((solid, hatched)):
         for number, bar in enumerate(bars):
             bar.set_gid(f"bar-{part}-{number}")

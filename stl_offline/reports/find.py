@@ -67,17 +67,17 @@ class FoundImages:
 
 
 # (source, what is wanted, class names) → the images found, without those that the source lacks.
-FindImages = Callable[[str, Wanted, tuple[str, ...]], FoundImages]
+FindImages = Callable[[str, Wanted, tuple[str, ...] | None], FoundImages]
 
 
-def find_images(spec: str | Path, wanted: Wanted, class_names: tuple[str, ...]) -> FoundImages:
+def find_images(spec: str | Path, wanted: Wanted, class_names: tuple[str, ...] | None) -> FoundImages:
     """Find images. Those that the source lacks are left out.
 
     Nothing is packed, and no other image is read, but for ``match="content"``: then all are, up to the last one found.
 
     Args:
         spec: a .beton, or what `open_source` takes.
-        class_names: the class list that folders and tars are read with; a .beton has its own.
+        class_names: the class list that folders and tars are read with (None: their own); a .beton has its own.
 
     Raises:
         InputError: the source cannot be used, an image is damaged, or two images have the same stem.

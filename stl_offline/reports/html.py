@@ -133,7 +133,8 @@ def token_data(tokens: TokenMap, view: View | None = None) -> dict[str, Any]:
 
 def page_data(articles: Sequence[Article], class_names: Sequence[str], marks: Mapping[int, str]) -> str:
     """All articles' tokens and the classes they name, as JSON that may stand inside a script element."""
-    used = sorted(set().union(*(article.class_ids for article in articles)) | {article.own for article in articles})
+    own = {article.own for article in articles} - {None}
+    used = sorted(own.union(*(article.class_ids for article in articles)))
     classes = {
         class_id: [
             class_names[class_id],
@@ -150,13 +151,14 @@ def page_data(articles: Sequence[Article], class_names: Sequence[str], marks: Ma
 
 
 def class_rows(
-    maps: Sequence[TokenMap], own: int, class_names: Sequence[str], marks: Mapping[int, str]
+    maps: Sequence[TokenMap], own: int | None, class_names: Sequence[str], marks: Mapping[int, str]
 ) -> tuple[ClassRow, ...]:
     """The most probable classes of the tokens of some maps: the image's own first, then by number of tokens."""
     best = np.concatenate([tokens.best.ravel() for tokens in maps])
     confidence = np.concatenate([tokens.confidence.ravel() for tokens in maps])
     counts = Counter(best.tolist())
-    counts.setdefault(own, 0)
+    if own is not None:
+        counts.setdefault(own, 0)
     return tuple(
         ClassRow(
             class_id,

@@ -75,7 +75,8 @@ def scene_panels(scene: Scene, class_names: Sequence[str], threshold: float) -> 
     key = printable(scene.key)
     panels = []
     if scene.image is not None:
-        panels.append(_image_panel(scene, key, class_names[scene.class_id]))
+        name = None if scene.class_id is None else class_names[scene.class_id]
+        panels.append(_image_panel(scene, key, name))
         if not scene.whole:
             alt = f"The crop of {key} that the labeler saw"
             pixels = scene.tokens.pixels
@@ -125,7 +126,7 @@ def describe_shares(tokens: TokenMap, class_names: Sequence[str], most: int = 4)
     return ", ".join(named) + (f" and {rest} more classes" if rest else "")
 
 
-def _image_panel(scene: Scene, key: str, class_name: str) -> Panel:
+def _image_panel(scene: Scene, key: str, class_name: str | None) -> Panel:
     if scene.student_view is not None:
         outline, outlined = scene.student_view, "; the student's crop is outlined"
     elif not scene.whole:
@@ -133,7 +134,8 @@ def _image_panel(scene: Scene, key: str, class_name: str) -> Panel:
     else:
         outline, outlined = None, ""
     aspect = scene.image.shape[1] / scene.image.shape[0]
-    alt = f"The image {key} of the class {class_name}{outlined}"
+    of_class = "" if class_name is None else f" of the class {class_name}"
+    alt = f"The image {key}{of_class}{outlined}"
     return Panel(IMAGE, alt, aspect, scene.image, source="image", grey=False, outline=outline)
 
 
@@ -142,19 +144,24 @@ def _map_panels(scene: Scene, key: str, class_names: Sequence[str], threshold: f
     source = "image" if scene.whole else "crop"
     base = {"aspect": tokens.aspect, "pixels": tokens.pixels, "source": source, "tokens": tokens, "name": "map"}
     outline = None if scene.student_view is None else relative_view(scene.view, scene.student_view)
-    own = tokens.own(scene.class_id)
-    confident = int((own & (tokens.confidence >= threshold)).sum())
+    own_panels = []
+    if scene.class_id is not None:
+        own = tokens.own(scene.class_id)
+        confident = int((own & (tokens.confidence >= threshold)).sum())
+        own_panels = [
+            Panel(
+                OWN,
+                f"Foreground of {key}: {own.sum()} of {own.size} tokens have the class {class_names[scene.class_id]}, "
+                f"{confident} of them with a confidence of at least {threshold:g}",
+                cells=own_cells(tokens, scene.class_id, threshold),
+                **base,
+            )
+        ]
     return [
         label_panel(
             LABELS, f"Token labels of {key}: {describe_shares(tokens, class_names)}", tokens, "map", source, outline
         ),
-        Panel(
-            OWN,
-            f"Foreground of {key}: {own.sum()} of {own.size} tokens have the class {class_names[scene.class_id]}, "
-            f"{confident} of them with a confidence of at least {threshold:g}",
-            cells=own_cells(tokens, scene.class_id, threshold),
-            **base,
-        ),
+        *own_panels,
         Panel(
             CONFIDENCE,
             f"Confidence of {key}: {tokens.confidence.min():.0%} to {tokens.confidence.max():.0%}, "
@@ -164,7 +171,8 @@ def _map_panels(scene: Scene, key: str, class_names: Sequence[str], threshold: f
         ),
         Panel(
             DRAW,
-            f"One Gumbel draw of {key}: {tokens.kept.sum()} of {own.size} tokens keep their most probable class",
+            f"One Gumbel draw of {key}: {tokens.kept.sum()} of {tokens.best.size} tokens keep their most probable "
+            "class",
             cells=draw_cells(tokens),
             letters="kept",
             **base,

@@ -74,10 +74,12 @@ def label_figure(scenes: Sequence[Scene], class_names: Sequence[str], path: str 
     scale = ScalarMappable(Normalize(0, 1), CONFIDENCE_COLORS)
     figure.colorbar(scale, cax=bar, orientation="horizontal", ticks=[0, 0.5, 1])
     bar.tick_params(labelsize=7)
-    own = _blank(figure.add_subplot(grid[-1, heads.index(OWN)]))
-    shades = [(CONFIDENT, f"from {threshold:g} on"), (UNCONFIDENT, "below")]
-    handles = [Patch(color=color, label=label) for color, label in shades]
-    own.legend(handles=handles, loc="center", fontsize=6, frameon=False, ncols=2, handlelength=1.0, columnspacing=0.8)
+    if OWN in heads:
+        own = _blank(figure.add_subplot(grid[-1, heads.index(OWN)]))
+        shades = [(CONFIDENT, f"from {threshold:g} on"), (UNCONFIDENT, "below")]
+        handles = [Patch(color=color, label=label) for color, label in shades]
+        look = {"fontsize": 6, "frameon": False, "ncols": 2, "handlelength": 1.0, "columnspacing": 0.8}
+        own.legend(handles=handles, loc="center", **look)
     save_figure(figure, path)
 
 

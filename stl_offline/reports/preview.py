@@ -57,7 +57,7 @@ def preview_labels(config: PreviewConfig, find_images: FindImages | None) -> Pre
         choice = choose_suspects(label_set, config.suspects)
     else:
         choice = choose_labels(label_set, config.keys, config.samples, config.seed)
-    counts = ConfidenceCounts()
+    counts = ConfidenceCounts(own_classes=label_set.spec.has_own_classes)
     maps = _read(label_set, choice, counts, config.all_shards)
     images = None
     if find_images is not None:
@@ -102,7 +102,7 @@ def _read(label_set: LabelSet, choice: Choice, counts: ConfidenceCounts, all_sha
         counts.add(arrays)
         for place in choice.places:
             if place.shard == shard:
-                maps[place] = arrays.label_map(place.row, label_set.spec.num_classes)
+                maps[place] = arrays.label_map(place.row, label_set.spec)
     return maps
 
 
@@ -116,9 +116,11 @@ def _join(
     """The images of the chosen labels by their label's key, joined as in training, with content hashes compared."""
     chosen = [maps[place] for place in choice.places]
     keys, contents = [each.key for each in chosen], [each.content_hash for each in chosen]
-    class_names = label_set.spec.class_names
+    # Images without classes are read without a class list.
+    class_names = label_set.spec.class_names if label_set.spec.has_own_classes else None
     found = find_images(config.data, Wanted(keys, config.match, contents), class_names)
-    check_class_names(class_names, found.class_names)
+    if class_names is not None:
+        check_class_names(class_names, found.class_names)
     missing = [key for key in keys if key not in found.by_key]
     if missing and (config.missing == "error" or len(missing) == len(keys)):
         advice = ["check that it is the labels' data set with the same root folder"]
@@ -134,12 +136,12 @@ def _join(
     hashes = np.array([found.by_key[key].content_hash for key in there], dtype=np.uint64)
     # A partial set, so that no other shard is opened.
     part = LabelSet(label_set.storage, label_set.manifest, choice.shards)
-    join(part, there, hashes, found.class_names, allow_changed=config.allow_changed)
+    join(part, there, hashes, label_set.spec.class_names, allow_changed=config.allow_changed)
     return found.by_key
 
 
 def _other_match(
-    find_images: FindImages, chosen: Sequence[LabelMap], class_names: tuple[str, ...], config: PreviewConfig
+    find_images: FindImages, chosen: Sequence[LabelMap], class_names: tuple[str, ...] | None, config: PreviewConfig
 ) -> str:
     """What is found by stems, which costs little; "" where that is no way to join."""
     keys = [each.key for each in chosen]
@@ -196,12 +198,14 @@ def scene_article(scene: Scene, class_names: Sequence[str], threshold: float, ma
 
 def _caption(scene: Scene, threshold: float) -> str:
     tokens = scene.tokens
-    own = tokens.own(scene.class_id)
-    confident = own & (tokens.confidence >= threshold)
-    text = (
-        f"{own.sum()} of {own.size} tokens have the image's class as their most probable one, "
-        f"{confident.sum()} of them confidently. The draw keeps the most probable class of {tokens.kept.sum()} tokens"
-    )
+    text = f"The draw keeps the most probable class of {tokens.kept.sum()} tokens"
+    if scene.class_id is not None:
+        own = tokens.own(scene.class_id)
+        confident = own & (tokens.confidence >= threshold)
+        text = (
+            f"{own.sum()} of {own.size} tokens have the image's class as their most probable one, "
+            f"{confident.sum()} of them confidently. {text}"
+        )
     if scene.student is not None:
         return f"{text}, and of {scene.student.kept.sum()} under the student's crop."
     return f"{text}. Students replay this crop and get these labels bit for bit."
@@ -256,6 +260,7 @@ def _page_values(
         "articles": articles,
         "classes": sorted(((class_id, names[class_id]) for class_id in shown), key=lambda each: each[1].lower()),
         "look": {
+            "own": label_set.spec.has_own_classes,
             "confident": hex_color(CONFIDENT),
             "unconfident": hex_color(UNCONFIDENT),
             "threshold": f"{config.threshold:g}",

@@ -96,12 +96,13 @@ class TokenMap:
 class Scene:
     """One label map, and the tokens that a student gets from it.
 
-    view: what the labeler saw of the image; view_index: which of the label set's maps; tokens: its tokens, over the
-    labeler's pixels; student_view, student: a student's crop and its tokens; None where students replay ``view``.
+    class_id: the image's own class, None where it has none; view: what the labeler saw of the image; view_index: which
+    of the label set's maps; tokens: its tokens, over the labeler's pixels; student_view, student: a student's crop and
+    its tokens; None where students replay ``view``.
     """
 
     key: str
-    class_id: int
+    class_id: int | None
     view_index: int
     view: View
     image: np.ndarray | None

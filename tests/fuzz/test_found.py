@@ -53,6 +53,12 @@ def test_settings_that_are_no_object_are_damage(run, part):
         run.look(True)
 
 
+def test_a_recipe_of_many_bytes_is_not_parsed(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"lr: [" + b"1, " * 20_000 + b"1]")
+    with pytest.raises(InputError, match="more than 32,768 bytes"):
+        read_recipe(StudentConfig, str(tmp_path / "r.yaml"))
+
+
 def test_a_recipe_number_of_hundreds_of_digits(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"lr: " + HUGE)
     with pytest.raises(InputError, match="lr"):
