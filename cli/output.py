@@ -7,7 +7,10 @@ from typing import Any
 
 ALREADY_COMPLETE = "already complete, nothing was done"
 
-_SCORES = (("top1", "top-1"), ("top5", "top-5"), ("token_top1", "token top-1"))
+_SCORES = (
+    *(("top1", "top-1"), ("top5", "top-5"), ("token_top1", "token top-1")),
+    *(("miou", "mean IoU"), ("mean_accuracy", "mean accuracy"), ("pixel_accuracy", "pixel accuracy")),
+)
 
 
 def counted(count: int, noun: str) -> str:

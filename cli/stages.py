@@ -1,4 +1,4 @@
-"""What the two training commands share."""
+"""What training commands share."""
 
 import os
 from typing import Any, TypeVar
@@ -8,9 +8,9 @@ import click
 from stl_offline.cli.command import given
 from stl_offline.cli.output import run_line
 from stl_offline.cli.terminal import echo
-from stl_offline.config import TrainConfig
+from stl_offline.config import RunConfig, TrainConfig
 
-C = TypeVar("C", bound=TrainConfig)
+C = TypeVar("C", bound=RunConfig)
 
 
 def settings_of_run(kind: type[C], ctx: click.Context, recipe: str | None, settings: dict[str, Any]) -> C:

@@ -8,7 +8,7 @@ random crops, are checked by building the owner's class.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from stl_offline.config_evaluate import EvaluateConfig as EvaluateConfig
 from stl_offline.errors import InputError
@@ -49,35 +49,16 @@ _LABELER_CLASSES = "Class names of a timm:NAME or hf-hub:NAME labeler: a text fi
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(MachineConfig):
-    """What both training stages share. The defaults suit a small model on 64-pixel images."""
+class RunConfig(MachineConfig):
+    """What every training run has, whatever it trains: its data, its loop and its folder."""
+
+    schedule: ClassVar[str] = "cosine"  # how the learning rate falls; a setting where there is a choice
 
     data: str = setting(help="Training images.", affects=INPUT, in_recipes=False)
     out: str = setting(help="Folder for checkpoints, settings and logs.", affects=JOB, in_recipes=False)
     val: str | None = setting(
         None, "Validation images, in any form that `data` takes.", affects=INPUT, in_recipes=False
     )
-    model: str = setting(
-        "fan_micro_4_p8", "Model to train: a FAN variant such as fan_tiny_12_p16_224, or any classifier of timm."
-    )
-    token_head: str = setting(
-        "own",
-        "Token head of a timm classifier: one with weights of its own, or the class head at every position.",
-        choices=TOKEN_HEADS,
-    )
-    init: str | None = setting(
-        None,
-        "Initial weights: a run, a weights file, or timm's pretrained weights (timm). Heads of other classes start "
-        "untrained.",
-        affects=INPUT,
-    )
-    freeze: bool = setting(False, "Train the class head and the token head alone.")
-    grad_checkpointing: bool = setting(
-        False,
-        "Recompute activations in the backward pass, which takes less memory and more time.",
-        affects=JOB,
-    )
-    img_size: int = setting(64, "Height and width of the model's input, in pixels.", bounds="[1, 8192]")
     epochs: int = setting(24, "Passes over the training data.", bounds="[1, inf)")
     batch_size: int = setting(100, "Images per batch and process.", bounds="[1, inf)")
     seed: int = setting(0, "Seed of the weights, the crops, the order of images and all random draws.", bounds=SEEDS)
@@ -99,8 +80,61 @@ class TrainConfig(MachineConfig):
         "Decay of the moving average of the weights, reached by a warm-up (0 disables the average).",
         bounds="[0, 1)",
     )
-    smoothing: float = setting(0.1, "Label smoothing of the class loss (0 disables it).", bounds="[0, 1)")
     drop_path: float = setting(0.0, "Rate of stochastic depth (0 disables it).", bounds="[0, 1)")
+    amp: str = setting("auto", "Mixed precision of the model; auto chooses by device.", choices=AMP_MODES)
+    compile: bool = setting(False, "Compile the model with torch.compile.")
+    channels_last: bool = setting(True, "Keep the model's weights in the channels-last memory format.")
+    sync_bn: bool = setting(False, "Compute batch-norm statistics over all processes.")
+    val_every: int = setting(
+        1, "Epochs between two evaluations on the validation images.", affects=JOB, bounds="[1, inf)"
+    )
+    checkpoint_every: float = setting(
+        300.0, "Seconds between checkpoints within an epoch.", affects=JOB, bounds="[0, inf)"
+    )
+    checkpoint_steps: int = setting(
+        0, "Steps between additional checkpoints within an epoch (0 disables them).", affects=JOB, bounds="[0, inf)"
+    )
+    log_every: int = setting(50, "Steps between two lines of steps.jsonl.", affects=JOB, bounds="[1, inf)")
+    tensorboard: bool = setting(False, "Also write TensorBoard's files to RUN/tensorboard.", affects=JOB)
+    resume: bool = setting(
+        True,
+        "Continue an interrupted run of the same settings. False starts the run again, over what its folder holds.",
+        affects=JOB,
+        in_recipes=False,
+    )
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every parameter of the model gets a gradient in every step."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """What both training stages share. The defaults suit a small model on 64-pixel images."""
+
+    model: str = setting(
+        "fan_micro_4_p8", "Model to train: a FAN variant such as fan_tiny_12_p16_224, or any classifier of timm."
+    )
+    token_head: str = setting(
+        "own",
+        "Token head of a timm classifier: one with weights of its own, or the class head at every position.",
+        choices=TOKEN_HEADS,
+    )
+    init: str | None = setting(
+        None,
+        "Initial weights: a run, a weights file, or timm's pretrained weights (timm). Heads of other classes start "
+        "untrained.",
+        affects=INPUT,
+    )
+    freeze: bool = setting(False, "Train the class head and the token head alone.")
+    grad_checkpointing: bool = setting(
+        False,
+        "Recompute activations in the backward pass, which takes less memory and more time.",
+        affects=JOB,
+    )
+    img_size: int = setting(64, "Height and width of the model's input, in pixels.", bounds="[1, 8192]")
+    smoothing: float = setting(0.1, "Label smoothing of the class loss (0 disables it).", bounds="[0, 1)")
     mixup: float = setting(0.0, "Alpha of mixup's Beta distribution (0 disables mixup).")
     cutmix: float = setting(0.0, "Alpha of cutmix's Beta distribution (0 disables cutmix).")
     mix_prob: float = setting(1.0, "Probability that mixup or cutmix is applied.")
@@ -124,28 +158,7 @@ class TrainConfig(MachineConfig):
         "How crops are resized, with antialiasing. A labeler and its students need the same.",
         choices=INTERPOLATIONS,
     )
-    amp: str = setting("auto", "Mixed precision of the model; auto chooses by device.", choices=AMP_MODES)
-    compile: bool = setting(False, "Compile the model with torch.compile.")
-    channels_last: bool = setting(True, "Keep the model's weights in the channels-last memory format.")
-    sync_bn: bool = setting(False, "Compute batch-norm statistics over all processes.")
     token_weight: float = setting(1.0, "Weight of the token loss (0 disables it).", bounds="[0, inf)")
-    val_every: int = setting(
-        1, "Epochs between two evaluations on the validation images.", affects=JOB, bounds="[1, inf)"
-    )
-    checkpoint_every: float = setting(
-        300.0, "Seconds between checkpoints within an epoch.", affects=JOB, bounds="[0, inf)"
-    )
-    checkpoint_steps: int = setting(
-        0, "Steps between additional checkpoints within an epoch (0 disables them).", affects=JOB, bounds="[0, inf)"
-    )
-    log_every: int = setting(50, "Steps between two lines of steps.jsonl.", affects=JOB, bounds="[1, inf)")
-    tensorboard: bool = setting(False, "Also write TensorBoard's files to RUN/tensorboard.", affects=JOB)
-    resume: bool = setting(
-        True,
-        "Continue an interrupted run of the same settings. False starts the run again, over what its folder holds.",
-        affects=JOB,
-        in_recipes=False,
-    )
     skip_broken: bool = setting(False, SKIP_BROKEN)
 
     def __post_init__(self) -> None:
@@ -160,6 +173,10 @@ class TrainConfig(MachineConfig):
     def trains_tokens(self) -> bool:
         """Whether the token head gets a gradient."""
         return self.token_weight > 0
+
+    @property
+    def trains_all(self) -> bool:
+        return self.trains_tokens
 
     def crop_settings(self) -> CropSettings:
         """How random crops are drawn."""

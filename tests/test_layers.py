@@ -15,6 +15,7 @@ LAYERS = (
     ("settings",),
     ("config_evaluate",),
     ("config", "ffcv_setup", "files", "palette", "progress"),
+    ("config_transfer",),
     ("compiled",),
     ("random",),
     ("geometry",),
@@ -23,6 +24,7 @@ LAYERS = (
     ("loader",),
     ("evaluation",),
     ("dump", "training"),
+    ("transfer",),
     ("reports",),
     ("demo",),
     ("cli",),
@@ -42,12 +44,12 @@ DOORS = (
         "loader",
         "loader.decoder",
     ),
-    *("evaluation", "dump", "demo"),
+    *("evaluation", "dump", "transfer", "demo"),
 )
 
 # What a team with a training loop of its own uses: it must load where only the core is installed.
 LIGHT = (
-    *("errors", "settings", "config", "config_evaluate", "files", "progress", "compiled"),
+    *("errors", "settings", "config", "config_evaluate", "config_transfer", "files", "progress", "compiled"),
     *("geometry", "random", "labels", "targets", "cli"),
 )
 HEAVY = ("torch", "torchvision", "ffcv", "timm", "cv2", "PIL", "safetensors", "matplotlib", "jinja2")

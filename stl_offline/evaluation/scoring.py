@@ -8,7 +8,7 @@ B: batch, N: tokens, K: classes.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -93,7 +93,10 @@ class Validation:
     """Scores a model on the validation images, each process on its part of them.
 
     views: (n, 6), class_map: as in `evaluate_model`; score_tokens: whether the token head is trained.
+    names: of the scores; the first decides which weights are the best.
     """
+
+    names: ClassVar[tuple[str, ...]] = ("top1", "top5", "token_top1")
 
     loader: TokenLoader
     views: np.ndarray
@@ -102,9 +105,9 @@ class Validation:
     world: World
     score_tokens: bool = True
 
-    def __call__(self, model: nn.Module, after_batch: Callable[[], None]) -> Scores:
-        """``after_batch`` is called after every batch; an exception that it raises ends the scoring."""
-        return evaluate_model(
+    def __call__(self, model: nn.Module, after_batch: Callable[[], None]) -> dict[str, float | None]:
+        """Scores by name. ``after_batch`` is called after every batch; an exception that it raises ends the scoring."""
+        scores = evaluate_model(
             model,
             self.loader,
             self.views,
@@ -114,6 +117,7 @@ class Validation:
             score_tokens=self.score_tokens,
             after_batch=after_batch,
         )
+        return {name: getattr(scores, name) for name in self.names}
 
 
 def scoring_loader(

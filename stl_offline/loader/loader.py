@@ -5,7 +5,7 @@ n: samples of the .beton; B: batch; H, W: image; N: tokens; m: targets per token
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,11 @@ class TokenLoader:
             )
         # Allocated once: epochs take turns with them, as only one is alive at a time.
         self._buffers = self._ffcv.graph.allocate_memory(batch_size, _BATCHES_AHEAD + 2)
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Every sample's key, by sample id."""
+        return self.beton.keys
 
     def __len__(self) -> int:
         """Batches of one epoch for this rank."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors
 import safetensors.torch
@@ -33,6 +33,14 @@ _DIGEST_KEY = "stl_offline_sha256"
 # Limits of what a description may ask for: it comes with the file, from whoever made that.
 _LARGEST_SIDE, _MOST_CLASSES = 8192, 1 << 20
 _STAGES = ("labeler", "student")
+
+
+class Description(Protocol):
+    """What stands in the header of a weights file: enough to build the model again."""
+
+    def to_json(self) -> str:
+        """The description as one JSON object."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def save_model(path: str | Path, weights: dict[str, Tensor], description: ModelDescription) -> None:
+def save_model(path: str | Path, weights: dict[str, Tensor], description: Description) -> None:
     """Write weights, description and a digest of both to ``path``, whole or not at all."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     text = description.to_json()
@@ -145,6 +153,15 @@ def weights_path(run_or_file: str | Path) -> Path:
 def read_description(run_or_file: str | Path) -> ModelDescription:
     """The description in the header of a weights file."""
     path = weights_path(run_or_file)
+    return ModelDescription.from_json(read_header(path), str(path))
+
+
+def read_header(path: Path) -> str:
+    """The description in the header of a weights file, as it was written (`Description.to_json`).
+
+    Raises:
+        FormatError: the file is no whole safetensors file, or was not written by this package.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -155,7 +172,7 @@ def read_description(run_or_file: str | Path) -> ModelDescription:
         ) from error
     if _HEADER_KEY not in metadata:
         raise FormatError(f"{path} was not written by stl-offline: its header has no entry {_HEADER_KEY!r}")
-    return ModelDescription.from_json(metadata[_HEADER_KEY], str(path))
+    return metadata[_HEADER_KEY]
 
 
 def load_model(run_or_file: str | Path) -> tuple[nn.Module, ModelDescription]:

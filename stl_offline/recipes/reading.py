@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from stl_offline.config import LabelerConfig, StudentConfig, TrainConfig
+from stl_offline.config import LabelerConfig, RunConfig, StudentConfig, TrainConfig
+from stl_offline.config_transfer import SegmentConfig
 from stl_offline.errors import InputError
 
 FOLDER = Path(__file__).parent
@@ -24,23 +25,28 @@ SUFFIX = ".yaml"
 
 _LOGGER = logging.getLogger(__name__)
 
-C = TypeVar("C", bound=TrainConfig)
+C = TypeVar("C", bound=RunConfig)
 
 _STAGES: dict[str, type[TrainConfig]] = {"labeler": LabelerConfig, "student": StudentConfig}
 # The YAML parser takes some 30 µs per byte.
 _MOST_BYTES = 1 << 15
+# What the names of the package's recipes for other commands than the two stages' begin with.
+_PREFIXES: dict[type[RunConfig], str] = {SegmentConfig: "segment-"}
 
 
-def recipe_names() -> tuple[str, ...]:
-    """The package's own recipes."""
-    return tuple(sorted(path.stem for path in FOLDER.glob(f"*{SUFFIX}")))
+def recipe_names(kind: type[RunConfig] = TrainConfig) -> tuple[str, ...]:
+    """The package's own recipes for a command's settings; by default for the two stages."""
+    names = sorted(path.stem for path in FOLDER.glob(f"*{SUFFIX}"))
+    if kind in _PREFIXES:
+        return tuple(name for name in names if name.startswith(_PREFIXES[kind]))
+    return tuple(name for name in names if not name.startswith(tuple(_PREFIXES.values())))
 
 
 def resolve(kind: type[C], recipe: str | None, given: dict[str, Any]) -> C:
     """The settings of a run: ``given``, else the recipe's, else the defaults.
 
     Args:
-        kind: `LabelerConfig` or `StudentConfig`.
+        kind: `LabelerConfig`, `StudentConfig` or `SegmentConfig`.
         recipe: a name of the package's own, a path of a YAML file, or None.
         given: settings that the user gives beside the recipe, by field. An ``lr`` alone is taken as it is, not for the
             recipe's ``lr_batch``.
@@ -54,13 +60,13 @@ def resolve(kind: type[C], recipe: str | None, given: dict[str, Any]) -> C:
     return kind(**settings | given)
 
 
-def read_recipe(kind: type[TrainConfig], recipe: str) -> dict[str, Any]:
-    """A recipe's settings for one stage, checked.
+def read_recipe(kind: type[RunConfig], recipe: str) -> dict[str, Any]:
+    """A recipe's settings for one command, checked.
 
     Raises:
         InputError: as `resolve`.
     """
-    path = _find(recipe)
+    path = _find(kind, recipe)
     with open(path, "rb") as stream:
         data = stream.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
@@ -73,6 +79,9 @@ def read_recipe(kind: type[TrainConfig], recipe: str) -> dict[str, Any]:
         raise InputError(f"the recipe {path} nests lists or settings too deeply") from error
     if not isinstance(content, dict):
         raise InputError(f"the recipe {path} is no list of settings, such as 'epochs: 100'")
+    if kind in _PREFIXES:
+        fields = _fields(kind)
+        return {name: _check(name, value, fields, str(path)) for name, value in content.items()}
     # Both stages' parts are checked: a mistake is found by whichever stage comes first.
     parts = {stage: content.pop(stage, None) or {} for stage in _STAGES}
     checked = {}
@@ -116,8 +125,8 @@ for _tag, _pattern, _starts in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_starts))
 
 
-def _find(recipe: str) -> Path:
-    names = recipe_names()
+def _find(kind: type[RunConfig], recipe: str) -> Path:
+    names = recipe_names(kind)
     if recipe in names:
         return FOLDER / f"{recipe}{SUFFIX}"
     path = Path(recipe)
@@ -128,7 +137,7 @@ def _find(recipe: str) -> Path:
     raise InputError(f"there is no recipe {recipe!r}; {hint}There are {', '.join(names)}, and files by their path")
 
 
-def _fields(kind: type[TrainConfig]) -> dict[str, Any]:
+def _fields(kind: type[RunConfig]) -> dict[str, Any]:
     """Settings that a recipe may name, with their types."""
     hints = typing.get_type_hints(kind)
     return {each.name: hints[each.name] for each in dataclasses.fields(kind) if each.metadata["in_recipes"]}

@@ -1,4 +1,4 @@
-"""The loop that both stages share: batches in, weights out, resumable to the sample.
+"""The loop that all training shares: batches in, weights out, resumable to the sample.
 
 Every step's randomness comes from (seed, step), every view from (seed, epoch, sample), the order from (seed, epoch).
 So a run that continues from a stored state takes the steps that it would have taken.
@@ -6,27 +6,50 @@ So a run that continues from a stored state takes the steps that it would have t
 
 import contextlib
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from timm.utils import distribute_bn
-from torch import nn
+from torch import Tensor, nn
 
 from stl_offline.distributed import barrier, failure_of_another, long_barrier, sum_over_world_blocking
 from stl_offline.errors import FormatError, TrainingError
-from stl_offline.evaluation import Validation
-from stl_offline.loader import Batch, TokenLabels, TokenLoader
+from stl_offline.loader import TokenLabels
 from stl_offline.progress import progress_bar
 from stl_offline.training.interrupt import StopRequest, stop_request
 from stl_offline.training.optimization import NotFiniteError, StepResult, TrainStep
 from stl_offline.training.run_folder import STATE_NAME, Clock, Progress, RunFolder, check_same_place, check_same_run
-from stl_offline.training.setup import Stage, make_run_folder, make_train_loader, make_validation
-from stl_offline.training.steps import Objective, StepInputs
+from stl_offline.training.setup import Stage, TrainingRun, make_run_folder, make_train_loader, make_validation
+from stl_offline.training.steps import Inputs, Objective
 from stl_offline.training.watch import Means, RunWatch
 
-# What an epoch shows: epoch → arguments of TokenLoader.epoch (views, and which stored map to read).
+# What an epoch shows: epoch → arguments of the loader's `epoch` (views, and which stored map to read).
 EpochPlan = Callable[[int], dict[str, Any]]
+
+
+class TrainLoader(Protocol):
+    """What the loop takes batches from. keys: every sample's, by sample id; len: batches of an epoch."""
+
+    batch_size: int
+
+    @property
+    def keys(self) -> Sequence[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, *, start_batch: int = 0, **plan: Any) -> Iterable[Any]:
+        """The batches of an epoch; each has ``sample_ids`` (B,)."""
+        ...
+
+
+class Scorer(Protocol):
+    """Scores a model by ``names``, the first of which decides which weights are the best."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def __call__(self, model: nn.Module, after_batch: Callable[[], None]) -> dict[str, float | None]: ...
 
 
 def run_stage(
@@ -43,18 +66,35 @@ def run_stage(
         label_identity: what the token labels are, by content; None for a stage without any.
         loader_labels: what the loader makes token targets from.
     """
-    config, world = stage.config, stage.world
     folder = make_run_folder(stage, label_identity)
+    return run_training(
+        stage, folder, objective, plan, lambda: (make_train_loader(stage, loader_labels), make_validation(stage))
+    )
+
+
+def run_training(
+    run: TrainingRun,
+    folder: RunFolder,
+    objective: Objective,
+    plan: EpochPlan,
+    open_data: Callable[[], tuple[TrainLoader, Scorer | None]],
+) -> dict[str, Any]:
+    """Train, or continue a run, or find that it is complete; gives the summary.
+
+    Args:
+        folder: where the run is kept; objective: inputs and losses; plan: what each epoch shows.
+        open_data: gives the loader of the training data, and what scores a model. Not called for a complete run.
+    """
+    config, world = run.config, run.world
     complete = folder.summary() if config.resume else None
     if complete is not None:
         return complete | {"already_complete": True}
-    loader = make_train_loader(stage, loader_labels)
-    validation = make_validation(stage)
+    loader, validation = open_data()
     with folder.held() if world.is_first else contextlib.nullcontext(), failure_of_another(world):
         long_barrier(world)
-        check_same_run(folder, config, stage.device, world)
+        check_same_run(folder, config, run.device, world)
         state = folder.open(resume=config.resume, write=world.is_first)
-        trainer = Trainer(stage, folder, loader, objective, plan, validation)
+        trainer = Trainer(run, folder, loader, objective, plan, validation)
         if state is not None:
             trainer.restore(state)
         del state  # as large as the model, its average and the optimiser
@@ -65,35 +105,30 @@ class Trainer:
     """One training run.
 
     Args:
-        stage: the model, its settings, device and processes.
+        run: the model, its settings, device and processes.
         folder: where the run is kept.
         loader: gives batches of ``accumulate · batch_size``.
-        objective: the stage's inputs and losses.
+        objective: inputs and losses.
         plan: what each epoch shows.
         validation: a function that scores a model, or None.
     """
 
     def __init__(
         self,
-        stage: Stage,
+        run: TrainingRun,
         folder: RunFolder,
-        loader: TokenLoader,
+        loader: TrainLoader,
         objective: Objective,
         plan: EpochPlan,
-        validation: Validation | None,
+        validation: Scorer | None,
     ) -> None:
-        self.config, self.description, self.device, self.world = (
-            stage.config,
-            stage.description,
-            stage.device,
-            stage.world,
-        )
+        self.config, self.description, self.device, self.world = run.config, run.description, run.device, run.world
         self.folder, self.loader, self.plan, self.validation = folder, loader, plan, validation
-        self.step = TrainStep(stage, objective, len(loader))
+        self.step = TrainStep(run, objective, len(loader))
         self.at = Progress()
         self.means = Means()
         self.history: list[dict[str, Any]] = []
-        self.shown: StepInputs | None = None
+        self.shown: Inputs | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -107,7 +142,7 @@ class Trainer:
                 go on from different places.
         """
         check_same_place(self.folder, self.at, self.device, self.world)
-        samples = len(self.loader.beton)
+        samples = len(self.loader.keys)
         total = samples * self.config.epochs
         done = min(total, samples * self.at.epoch + self.at.batch * self.loader.batch_size * self.world.size)
         with (
@@ -164,7 +199,7 @@ class Trainer:
             return True
         return self.world.is_first and seconds > self.config.checkpoint_every
 
-    def _take_step(self, batch: Batch, notes: Callable[[], list[float]]) -> StepResult:
+    def _take_step(self, batch: Any, notes: Callable[[], list[float]]) -> StepResult:
         """One optimiser step; keeps what led to numbers that are not finite."""
         try:
             result = self.step(batch, self.at.step, notes)
@@ -175,7 +210,7 @@ class Trainer:
             self.shown = result.inputs.first(RunWatch.IMAGES)
         return result
 
-    def _failure(self, batch: Batch, error: NotFiniteError) -> TrainingError:
+    def _failure(self, batch: Any, error: NotFiniteError) -> TrainingError:
         if not error.in_this_process:
             return TrainingError(f"the loss of another process of this job is not finite at {self._where()}")
         samples = batch.sample_ids.tolist()
@@ -185,7 +220,7 @@ class Trainer:
             "rank": self.world.rank,
             "parts": {name: str(value) for name, value in error.losses.items()},
             "sample_ids": samples,
-            "keys": [self.loader.beton.keys[sample] for sample in samples],
+            "keys": [self.loader.keys[sample] for sample in samples],
         }
         name = "not-finite.json" if self.world.size == 1 else f"not-finite-rank{self.world.rank}.json"
         path = self.folder.write_evidence(name, evidence)
@@ -210,10 +245,11 @@ class Trainer:
             self._save_state()  # measuring may take long, and whoever ends the run in it must not lose steps
             scores, best = self._measure(stop)
             entry |= scores
-            bar.set_postfix(loss=f"{entry['loss']:.3f}", top1=f"{entry['top1']:.1%}")
+            main = self.validation.names[0]
+            bar.set_postfix(loss=f"{entry['loss']:.3f}", **{main: f"{entry[main]:.1%}"})
         self.history.append(entry)
-        watch.epoch(entry, self.model, self.shown)
-        self.at = Progress(epoch=at.epoch + 1, step=at.step, best_top1=at.best_top1)
+        watch.epoch(entry, self._image_rows if self.shown is not None else None)
+        self.at = Progress(epoch=at.epoch + 1, step=at.step, best_score=at.best_score)
         self.means = Means()
         if self.world.is_first:
             # The state comes last: a run that dies in between repeats the end of this epoch, and loses nothing.
@@ -223,21 +259,25 @@ class Trainer:
             self.folder.write_log(self.history)
         self._save_state()
 
+    def _image_rows(self) -> dict[str, Tensor]:
+        return self.step.objective.image_rows(self.model, self.shown)
+
     def _measure(self, stop: StopRequest) -> tuple[dict[str, Any], nn.Module | None]:
         """Scores of the averaged model, and of the plain one beside it; and whichever is the best so far, if any.
 
         Alone, a process stops between two batches where it is asked to; several have to end the measuring together.
         """
         after_batch = stop.raise_if_asked if self.world.size == 1 else lambda: None
+        main = self.validation.names[0]
         models = {"": self.step.averaged_model()} | ({"model_": self.model} if self.step.average is not None else {})
         entry: dict[str, Any] = {}
         best = None
         for prefix, model in models.items():
             scores = self.validation(model, after_batch)
-            entry |= {f"{prefix}{name}": getattr(scores, name) for name in ("top1", "top5", "token_top1")}
-            if scores.top1 > self.at.best_top1:
-                self.at.best_top1, best = scores.top1, model
-        return entry | {"best_top1": self.at.best_top1}, best
+            entry |= {f"{prefix}{name}": value for name, value in scores.items()}
+            if scores[main] > self.at.best_score:
+                self.at.best_score, best = scores[main], model
+        return entry | {f"best_{main}": self.at.best_score}, best
 
     def _average_statistics(self) -> None:
         """One set of batch norms' means and variances: all processes measure the model that the first one saves.
@@ -283,9 +323,10 @@ class Trainer:
             "loss": last["loss"],
         }
         if self.validation is not None:
-            summary |= {name: last[name] for name in ("top1", "top5", "token_top1", "best_top1")}
+            main = self.validation.names[0]
+            summary |= {name: last[name] for name in (*self.validation.names, f"best_{main}")}
             if self.step.average is not None:
-                summary["top1_not_averaged"] = last["model_top1"]
+                summary[f"{main}_not_averaged"] = last[f"model_{main}"]
         if self.world.is_first:
             self.folder.finish(summary)
         barrier(self.world)

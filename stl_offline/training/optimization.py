@@ -9,67 +9,73 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import timm.optim
 import torch
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stl_offline.config import TrainConfig
+from stl_offline.config import RunConfig
 from stl_offline.distributed import share_batch_statistics, sum_over_world_blocking
 from stl_offline.errors import TrainingError
-from stl_offline.loader import Batch
-from stl_offline.training.setup import Stage
-from stl_offline.training.steps import Objective, Share, StepInputs, StepRandom
+from stl_offline.training.setup import TrainingRun
+from stl_offline.training.steps import Inputs, Objective, Share, StepRandom
 
 MIN_LR = 1e-6
 WARMUP_LR = 1e-6
 
 
-def learning_rate(config: TrainConfig, processes: int) -> float:
+def learning_rate(config: RunConfig, processes: int) -> float:
     """The largest learning rate: as set, or scaled from ``lr_batch`` images per step to those of all processes."""
     if not config.lr_batch:
         return config.lr
     return config.lr * config.batch_size * config.accumulate * processes / config.lr_batch
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, config: RunConfig, lr: float, groups: list[dict[str, Any]] | None = None
+) -> torch.optim.Optimizer:
     """AdamW; no weight decay for biases, norms and what the model's ``no_weight_decay`` names.
 
     With ``layer_decay`` each layer, as the model's ``group_matcher`` numbers them, learns at that factor of the rate of
-    the one after it.
+    the one after it. ``groups``, where given, replace both.
 
     Fused: one pass over all tensors, several times as fast as one tensor after the other for small models on CPUs.
     """
     fused = {"fused": True} if next(model.parameters()).device.type in ("cpu", "cuda") else {}
-    if config.layer_decay < 1:
+    if groups is None and config.layer_decay < 1:
         fused["layer_decay"] = config.layer_decay
-    return timm.optim.create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=config.weight_decay, **fused)
+    parameters = model if groups is None else groups
+    return timm.optim.create_optimizer_v2(parameters, opt="adamw", lr=lr, weight_decay=config.weight_decay, **fused)
 
 
-def warmup_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+def warmup_steps(config: RunConfig, steps_per_epoch: int) -> int:
     """Steps of rising learning rate: as set, but a fifth of the run at most."""
     return min(round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch // 5)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> CosineLRScheduler:
-    """Linear warm-up from 1e-6, then a cosine to 1e-6, step by step."""
+def make_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_per_epoch: int) -> Scheduler:
+    """Linear warm-up from 1e-6, then a cosine (or, with the schedule "poly", a straight line) to 1e-6, step by step."""
     lr = optimizer.param_groups[0]["lr"]
     warmup = warmup_steps(config, steps_per_epoch)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(1, config.epochs * steps_per_epoch - warmup),
-        lr_min=min(MIN_LR, lr),
-        warmup_t=warmup,
-        warmup_lr_init=min(WARMUP_LR, lr),
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+    settings = {
+        "t_initial": max(1, config.epochs * steps_per_epoch - warmup),
+        "lr_min": min(MIN_LR, lr),
+        "warmup_t": warmup,
+        "warmup_lr_init": min(WARMUP_LR, lr),
+        "warmup_prefix": True,
+        "t_in_epochs": False,
+    }
+    if config.schedule == "poly":
+        return PolyLRScheduler(optimizer, power=1.0, **settings)
+    return CosineLRScheduler(optimizer, **settings)
 
 
-def make_average(model: nn.Module, config: TrainConfig) -> ModelEmaV3 | None:
+def make_average(model: nn.Module, config: RunConfig) -> ModelEmaV3 | None:
     """Exponential moving average of the weights.
 
     Its decay warms up as 1 − 9 / (9 + step), so that short runs average, too: over the last ninth of the steps so far,
@@ -88,7 +94,7 @@ class StepResult:
     values: dict[str, float]
     images: int
     notes: list[float]
-    inputs: StepInputs
+    inputs: Inputs
 
 
 class NotFiniteError(TrainingError):
@@ -100,32 +106,33 @@ class NotFiniteError(TrainingError):
 
 
 class TrainStep:
-    """Takes optimiser steps: moves the stage's model to its device, and holds all that changes with it.
+    """Takes optimiser steps: moves the run's model to its device, and holds all that changes with it.
 
     Args:
-        stage: the model, its settings, device and processes.
-        objective: the stage's inputs and losses.
+        run: the model, its settings, device and processes.
+        objective: inputs and losses.
         steps_per_epoch: what the schedule is made for.
     """
 
-    def __init__(self, stage: Stage, objective: Objective, steps_per_epoch: int) -> None:
-        config, world, device = stage.config, stage.world, stage.device
+    def __init__(self, run: TrainingRun, objective: Objective, steps_per_epoch: int) -> None:
+        config, world, device = run.config, run.world, run.device
         self.config, self.world, self.device, self.objective = config, world, device, objective
-        self.model = stage.model.to(device)
+        self.model = run.model.to(device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         if config.sync_bn and world.size > 1:
             share_batch_statistics(self.model)
-        self.optimizer = make_optimizer(self.model, config, learning_rate(config, world.size))
+        lr = learning_rate(config, world.size)
+        self.optimizer = make_optimizer(self.model, config, lr, run.parameter_groups())
         self.schedule = make_schedule(self.optimizer, config, steps_per_epoch)
         self.average = make_average(self.model, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=stage.amp is torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
         self.parallel: DistributedDataParallel | None = None
         if world.size > 1:
             self.parallel = DistributedDataParallel(
                 self.model,
                 device_ids=[device] if device.type == "cuda" else None,
-                find_unused_parameters=not config.trains_tokens,
+                find_unused_parameters=not config.trains_all,
                 gradient_as_bucket_view=True,
             )
         self.forward: nn.Module = self.parallel or self.model
@@ -135,10 +142,11 @@ class TrainStep:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the last step, of the last layers where it decays by layer."""
-        return max(group["lr"] for group in self.optimizer.param_groups)
+        """The learning rate of the last step, before any group's own factor."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
 
-    def __call__(self, batch: Batch, step: int, notes: Callable[[], list[float]] = list) -> StepResult:
+    def __call__(self, batch: Any, step: int, notes: Callable[[], list[float]] = list) -> StepResult:
         """Take step number ``step``, counted from 0.
 
         Args:
@@ -194,7 +202,7 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
-    def _backward(self, inputs: StepInputs, totals: Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, totals: Tensor) -> dict[str, Tensor]:
         """Gradients of a whole step, part by part; gives this process's sums of the losses, (,) float64 each."""
         # As many parts in every process: batches may differ by one image.
         count = self.config.accumulate

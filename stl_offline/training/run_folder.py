@@ -3,7 +3,7 @@
 - ``config.json``: the settings that shape the result, versions, what the data were.
 - ``log.jsonl``: one JSON line for each epoch; ``steps.jsonl``: one every few steps.
 - ``weights.safetensors``: the averaged weights (the plain ones where averaging is off) after the last whole epoch.
-- ``best.safetensors``: those with the best top-1 so far on the validation images, averaged or plain.
+- ``best.safetensors``: those with the best score so far on the validation images, averaged or plain.
 - ``state.pt``: all that is needed to resume, with its SHA-256; removed when the run is complete.
 - ``summary.json``: the result, written last.
 """
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stl_offline.config import TrainConfig, differences
+from stl_offline.config import RunConfig, differences
 from stl_offline.distributed import World, agree
 from stl_offline.errors import FormatError, InputError, TrainingError
 from stl_offline.files import (
@@ -38,7 +38,7 @@ from stl_offline.files import (
     remove_leftovers,
     sha256_bytes,
 )
-from stl_offline.models import WEIGHTS_NAME, ModelDescription, save_model
+from stl_offline.models import WEIGHTS_NAME, Description, save_model
 
 BEST_NAME = "best.safetensors"
 STATE_NAME = "state.pt"
@@ -63,16 +63,17 @@ class Progress:
     seconds: float = 0.0  # of this epoch so far
     cpu_seconds: float = 0.0
     waited: float = 0.0  # for batches
-    best_top1: float = -1.0
+    best_score: float = -1.0  # of the score that decides, such as top-1
 
     @classmethod
     def of(cls, values: dict[str, int | float]) -> "Progress":
         """Progress from its stored values; raises TypeError or ValueError for what none has."""
-        at = cls(**values)
+        # States of earlier releases have the name of the one score that there was.
+        at = cls(**{"best_score" if name == "best_top1" else name: value for name, value in values.items()})
         for name in ("epoch", "batch", "step"):
             if type(getattr(at, name)) is not int or getattr(at, name) < 0:
                 raise ValueError(f"{name} must be an integer from 0 on, got {getattr(at, name)!r}")
-        for name in ("seconds", "cpu_seconds", "waited", "best_top1"):
+        for name in ("seconds", "cpu_seconds", "waited", "best_score"):
             if type(getattr(at, name)) not in (int, float):
                 raise TypeError(f"{name} must be a number, got {getattr(at, name)!r}")
         return at
@@ -115,7 +116,7 @@ class RunFolder:
 
     Args:
         path: the folder; made if missing.
-        stage: "labeler" or "student".
+        stage: what is trained, such as "labeler" or "student".
         settings: what shapes the result; a folder of other settings is refused.
         data: fingerprints of images and labels; refused likewise.
 
@@ -205,7 +206,7 @@ class RunFolder:
                 # torch hides the system's error of a write, such as a full disk.
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
-    def save_weights(self, model: nn.Module, description: ModelDescription, *, best: bool = False) -> None:
+    def save_weights(self, model: nn.Module, description: Description, *, best: bool = False) -> None:
         """Write a model's weights as the last ones, or as the best."""
         save_model(self.path / (BEST_NAME if best else WEIGHTS_NAME), model.state_dict(), description)
 
@@ -297,7 +298,7 @@ def content_digest(value: Any) -> str:
     return digest.hexdigest()
 
 
-def check_same_run(folder: RunFolder, config: TrainConfig, device: torch.device, world: World) -> None:
+def check_same_run(folder: RunFolder, config: RunConfig, device: torch.device, world: World) -> None:
     """Every process has the same settings and data: a machine may hold other images under the same path.
 
     Raises:

@@ -1,4 +1,8 @@
-"""What both stages need before the first step: a `Stage` holds the objects, functions make them from settings."""
+"""What training needs before the first step.
+
+`TrainingRun` is what the loop works with, whatever is trained. A `Stage` adds what the two stages share; functions make
+it from settings.
+"""
 
 import logging
 from dataclasses import dataclass
@@ -9,7 +13,7 @@ import torch
 from torch import nn
 
 from stl_offline.augment import Augmentation, Mix, RandAugment, RandomErase, draw_mix
-from stl_offline.config import TrainConfig, result_settings
+from stl_offline.config import RunConfig, TrainConfig, result_settings
 from stl_offline.device import amp_name, pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, join_world
 from stl_offline.evaluation import Validation, match_classes
@@ -18,6 +22,7 @@ from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader import Batch, ImageSettings, TokenLabels, TokenLoader
 from stl_offline.models import (
+    Description,
     InitialWeights,
     ModelDescription,
     build_model,
@@ -34,18 +39,31 @@ from stl_offline.training.watch import summary_writer
 _LOGGER = logging.getLogger(__name__)
 
 
-@dataclass
-class Stage:
-    """The objects that a stage works with, and what it draws with them."""
+@dataclass(kw_only=True)
+class TrainingRun:
+    """What the training loop works with: a model, its settings, where it runs, and how its file describes it."""
 
-    config: TrainConfig
+    config: RunConfig
     device: torch.device
     amp: torch.dtype | None
     world: World
+    model: nn.Module
+    description: Description
+
+    def parameter_groups(self) -> list[dict[str, Any]] | None:
+        """Groups of parameters for the optimiser, with ``lr_scale`` and ``weight_decay`` of each; None for AdamW's
+        usual two groups, with and without weight decay."""
+        return None
+
+
+@dataclass(kw_only=True)
+class Stage(TrainingRun):
+    """The objects that a stage works with, and what it draws with them."""
+
+    config: TrainConfig
+    description: ModelDescription
     train: Beton
     val: Beton | None
-    model: nn.Module
-    description: ModelDescription
     augmentation: Augmentation
     initial: InitialWeights | None = None
 
@@ -90,7 +108,7 @@ def prepare(config: TrainConfig, stage: str) -> Stage:
     """
     check_early(config)
     device = pick_device(config.device)
-    RunFolder(config.out, stage, _settings(config, pick_amp(config.amp, device)), {}).look(config.resume)
+    RunFolder(config.out, stage, run_settings(config, pick_amp(config.amp, device)), {}).look(config.resume)
     world = join_world(device)
     train = ensure_beton(config.data, skip_broken=config.skip_broken)
     train.require_classes()
@@ -125,8 +143,7 @@ def build_stage(
 ) -> Stage:
     """The stage for images that are opened already. Raises as `prepare`."""
     description = _description(config, train.class_names, stage)
-    # The weights' first values come from the seed, whatever ran before.
-    torch.manual_seed(config.seed)
+    seed_weights(config.seed)
     model = build_model(
         description.model,
         len(train.class_names),
@@ -141,9 +158,18 @@ def build_stage(
         freeze_trunk(model)
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
-    augmentation = make_augmentation(config, model.pretrained_cfg)
-    amp = pick_amp(config.amp, device)
-    return Stage(config, device, amp, world, train, val, model, description, augmentation, initial)
+    return Stage(
+        config=config,
+        device=device,
+        amp=pick_amp(config.amp, device),
+        world=world,
+        model=model,
+        description=description,
+        train=train,
+        val=val,
+        augmentation=make_augmentation(config, model.pretrained_cfg),
+        initial=initial,
+    )
 
 
 def _description(config: TrainConfig, class_names: tuple[str, ...], stage: str) -> ModelDescription:
@@ -157,6 +183,11 @@ def _description(config: TrainConfig, class_names: tuple[str, ...], stage: str) 
         token_head_trained=config.trains_tokens,
         token_head=token_head,
     )
+
+
+def seed_weights(seed: int) -> None:
+    """Let the first values of a model's weights come from the seed, whatever ran before."""
+    torch.manual_seed(seed)
 
 
 def make_augmentation(config: TrainConfig, normalisation: dict[str, Any]) -> Augmentation:
@@ -223,9 +254,9 @@ def make_run_folder(stage: Stage, label_identity: dict[str, Any] | None) -> RunF
     }
     if stage.initial is not None:
         data["init"] = {"sha256": stage.initial.sha256, "untrained": list(stage.initial.new_heads)}
-    return RunFolder(stage.config.out, stage.description.stage, _settings(stage.config, stage.amp), data)
+    return RunFolder(stage.config.out, stage.description.stage, run_settings(stage.config, stage.amp), data)
 
 
-def _settings(config: TrainConfig, amp: torch.dtype | None) -> dict[str, Any]:
+def run_settings(config: RunConfig, amp: torch.dtype | None) -> dict[str, Any]:
     """What a run records and must be resumed with; "auto" precision by what it came to on this machine."""
     return result_settings(config) | {"amp": amp_name(amp)}

@@ -5,13 +5,12 @@ B: images of a step in this process; N: tokens; K: classes; m: classes listed fo
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stl_offline.loader import Batch
 from stl_offline.random import step_generator
 
 
@@ -27,6 +26,22 @@ class StepRandom:
         numpy = step_generator(seed, rank, step)
         generator = torch.Generator().manual_seed(int(numpy.integers(2**62)))
         return cls(numpy, generator)
+
+
+class Inputs(Protocol):
+    """All that a step learns from: what the loop itself does with it."""
+
+    def parts(self, count: int) -> Iterator["Inputs"]:
+        """The same in ``count`` nearly equal parts; fewer where there are fewer images."""
+        ...
+
+    def first(self, count: int) -> "Inputs":
+        """The first images alone, in memory of their own."""
+        ...
+
+    def totals(self) -> Tensor:
+        """(2,) float64: images, and labelled mass (images where nothing else is counted)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,19 +91,23 @@ class Share:
     mass: Tensor
 
     @classmethod
-    def of(cls, part: StepInputs, totals: Tensor, processes: int) -> "Share":
+    def of(cls, part: Inputs, totals: Tensor, processes: int) -> "Share":
         shares = processes * part.totals() / totals.clamp(min=torch.finfo(torch.float64).tiny)
         return cls(*shares.float())
 
 
 class Objective(Protocol):
-    """What a stage does in a step."""
+    """What is learned in a step. Both stages learn from `Batch` and `StepInputs`; other tasks have their own."""
 
-    def inputs(self, batch: Batch, random: StepRandom) -> StepInputs:
-        """Labels, augmentation and mixing of a whole step's images."""
+    def inputs(self, batch: Any, random: StepRandom) -> Any:
+        """Labels, augmentation and mixing of a whole step's images: `Inputs`."""
         ...
 
-    def losses(self, model: nn.Module, inputs: StepInputs, share: Share) -> dict[str, Tensor]:
+    def image_rows(self, model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+        """Images for TensorBoard of (a few) inputs, by name: uint8 (3, H, W) each."""
+        ...
+
+    def losses(self, model: nn.Module, inputs: Any, share: Share) -> dict[str, Tensor]:
         """Named parts of the loss, each times its share; "loss" is their sum and what is minimised. What else is
         there is shown, and has no gradient."""
         ...

@@ -18,6 +18,7 @@ from stl_offline.losses import pool_tokens, soft_cross_entropy
 from stl_offline.training.engine import run_stage
 from stl_offline.training.setup import Stage, prepare
 from stl_offline.training.steps import Share, StepInputs, StepRandom
+from stl_offline.training.watch import image_rows
 
 
 def train_labeler(config: LabelerConfig) -> dict[str, Any]:
@@ -45,6 +46,8 @@ class LabelerObjective:
             images = mix_images(images, mix)
         targets = mix_class_targets(batch.class_ids, len(stage.train.class_names), stage.config.smoothing, mix)
         return StepInputs(images, targets)
+
+    image_rows = staticmethod(image_rows)
 
     def losses(self, model: nn.Module, inputs: StepInputs, share: Share) -> dict[str, Tensor]:
         stage = self.stage

@@ -18,6 +18,7 @@ from stl_offline.training.engine import run_stage
 from stl_offline.training.label_sources import LabelSource, check_labels, open_labels
 from stl_offline.training.setup import Stage, prepare
 from stl_offline.training.steps import Share, StepInputs, StepRandom, select_own, token_scores
+from stl_offline.training.watch import image_rows
 
 
 def train_student(config: StudentConfig) -> dict[str, Any]:
@@ -53,6 +54,8 @@ class StudentObjective:
                 tokens = mix_token_targets(*tokens, self.source.grid, mix)
         targets = mix_class_targets(batch.class_ids, len(stage.train.class_names), stage.config.smoothing, mix)
         return StepInputs(images, targets, *(tokens or ()))
+
+    image_rows = staticmethod(image_rows)
 
     def losses(self, model: nn.Module, inputs: StepInputs, share: Share) -> dict[str, Tensor]:
         config = self.stage.config

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stl_offline.config import TrainConfig
+from stl_offline.config import RunConfig
 from stl_offline.errors import MissingExtraError
 from stl_offline.files import atomic_write
 from stl_offline.palette import class_pixels
@@ -66,7 +67,7 @@ class RunWatch:
 
     IMAGES = 8  # shown of an epoch
 
-    def __init__(self, folder: Path, config: TrainConfig, at: Progress, *, enabled: bool) -> None:
+    def __init__(self, folder: Path, config: RunConfig, at: Progress, *, enabled: bool) -> None:
         self.config, self.enabled = config, enabled
         self.path = folder / STEPS_NAME
         self.board = None
@@ -104,13 +105,13 @@ class RunWatch:
             stream.write(json.dumps(line, sort_keys=True) + "\n")
         self._scalars("step", line, at.step)
 
-    def epoch(self, entry: dict[str, Any], model: nn.Module, shown: StepInputs | None) -> None:
-        """Called at an epoch's end with its line of the log, and the images of its last step."""
+    def epoch(self, entry: dict[str, Any], rows: Callable[[], dict[str, Tensor]] | None) -> None:
+        """Called at an epoch's end with its line of the log, and what makes images of its last step."""
         if self.board is None:
             return
         self._scalars("epoch", entry, entry["epoch"])
-        if shown is not None:
-            for name, image in image_rows(model, shown, self.IMAGES).items():
+        if rows is not None:
+            for name, image in rows().items():
                 self.board.add_image(name, image, entry["epoch"])
         self.board.flush()
 
@@ -147,12 +148,12 @@ def _cut_after(path: Path, step: int) -> None:
 
 
 @torch.no_grad()
-def image_rows(model: nn.Module, inputs: StepInputs, most: int) -> dict[str, Tensor]:
-    """Some images side by side, their label maps, what the model's tokens say of them: uint8 (3, H, B·W) each.
+def image_rows(model: nn.Module, inputs: StepInputs) -> dict[str, Tensor]:
+    """Images side by side, their label maps, what the model's tokens say of them: uint8 (3, H, B·W) each.
 
     A class has one colour everywhere. Labels are as bright as their weight, predictions as their probability.
     """
-    images = inputs.images[:most]
+    images = inputs.images
     mean, std = (
         torch.tensor(model.pretrained_cfg[name], device=images.device)[:, None, None] for name in ("mean", "std")
     )
@@ -164,8 +165,8 @@ def image_rows(model: nn.Module, inputs: StepInputs, most: int) -> dict[str, Ten
     grid = model.grid_size(*size)
     rows = {"images": (images.float() * std + mean).clamp(0, 1)}
     if inputs.token_ids is not None:
-        weights, best = inputs.token_weights[:most].max(dim=-1)
-        ids = inputs.token_ids[:most].gather(-1, best[..., None])[..., 0]
+        weights, best = inputs.token_weights.max(dim=-1)
+        ids = inputs.token_ids.gather(-1, best[..., None])[..., 0]
         rows["labels"] = _map_image(ids, weights * (ids >= 0), grid, size)
     rows["predictions"] = _map_image(predicted, sure, grid, size)
     return {name: (torch.cat(list(row), dim=2) * 255).round().byte().cpu() for name, row in rows.items()}

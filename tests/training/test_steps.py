@@ -103,8 +103,8 @@ def test_no_step_is_longer_than_the_limit(quick, monkeypatch):
     """What reaches the optimiser, and what is said of it."""
     norms = []
 
-    def make(model, config, lr):
-        optimizer = make_optimizer(model, config, lr)
+    def make(model, config, lr, groups):
+        optimizer = make_optimizer(model, config, lr, groups)
         original = optimizer.step
 
         def step(*arguments, **more):

@@ -1,0 +1,23 @@
+"""``stl-offline transfer``: fine-tune a trained backbone for dense prediction."""
+
+import click
+
+from stl_offline.cli.command import example
+from stl_offline.cli.lazy import lazy_group
+
+COMMANDS = {
+    "segment": ("stl_offline.cli.transfer.segment:segment", "Fine-tune a backbone on masks."),
+    "evaluate": ("stl_offline.cli.transfer.evaluate:evaluate", "Measure a fine-tuned model on masks."),
+}
+
+
+@click.group(
+    cls=lazy_group(COMMANDS),
+    epilog=example(
+        "stl-offline transfer segment --data camvid.tar --split train --val camvid.tar --val-split val \\",
+        "    --classes camvid.txt --ignore-id 11 --backbone runs/student --out runs/segmenter",
+        "stl-offline transfer evaluate --data camvid.tar --split val --checkpoint runs/segmenter",
+    ),
+)
+def transfer() -> None:
+    """Fine-tune a trained backbone for dense prediction, and measure what it learned."""

@@ -1,0 +1,40 @@
+"""``stl-offline transfer evaluate``."""
+
+import json
+
+from stl_offline.cli.command import command, example, setting_option
+from stl_offline.cli.options import debug_option, device_option, json_option, workers_option
+from stl_offline.cli.output import counted, percent, scores_line
+from stl_offline.cli.terminal import echo
+from stl_offline.cli.transfer.options import PAIRS_HELP
+from stl_offline.config_transfer import TransferEvaluateConfig
+
+
+@command(
+    epilog=example(
+        "stl-offline transfer evaluate --data camvid.tar --split val --checkpoint runs/segmenter --sliding-window"
+    )
+)
+@json_option
+@setting_option(TransferEvaluateConfig, "--data", group="data", metavar="SRC", more=PAIRS_HELP)
+@setting_option(TransferEvaluateConfig, "--split", group="data", metavar="NAME", show_default="all")
+@setting_option(TransferEvaluateConfig, "--checkpoint", group="model", metavar="RUN")
+@setting_option(TransferEvaluateConfig, "--sliding-window/--no-sliding-window", group="model")
+@setting_option(TransferEvaluateConfig, "--out", group="output", metavar="FOLDER", show_default="none")
+@setting_option(TransferEvaluateConfig, "--amp", group="machine")
+@device_option
+@workers_option
+@debug_option
+def evaluate(as_json: bool, **settings: object) -> None:
+    """Measure a segmenter on whole images: mean IoU, IoU of each class, accuracy."""
+    config = TransferEvaluateConfig(**settings)
+    from stl_offline.transfer import evaluate_segmenter
+
+    result = evaluate_segmenter(config)
+    if as_json:
+        echo(json.dumps(result, sort_keys=True))
+        return
+    echo(f"{counted(result['samples'], 'image')}: {scores_line(result)}")
+    classes = {name.removeprefix("iou/"): value for name, value in result.items() if name.startswith("iou/")}
+    width = max(map(len, classes))
+    echo(*(f"  {name:<{width}}  IoU {percent(value):>8}" for name, value in classes.items()))

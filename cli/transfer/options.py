@@ -1,0 +1,70 @@
+"""Options that the commands of ``stl-offline transfer`` share."""
+
+from collections.abc import Callable
+
+from stl_offline.cli.command import F, option, setting_option, together
+from stl_offline.cli.options import device_option, workers_option
+from stl_offline.config_transfer import BackboneConfig
+
+PAIRS_HELP = "images/NAME.jpg with masks/NAME.png at any depth, or NAME.jpg beside NAME.png, masks of class ids"
+
+# Option (the field's name, where it has an opposite) → its group and how its value is named.
+_OPTIONS = {
+    "--split": ("data", "NAME"),
+    "--val": ("data", "SRC"),
+    "--val-split": ("data", "NAME"),
+    "--backbone": ("model", "RUN|CKPT|timm:NAME"),
+    "--backbone-checkpoint": ("model", "FILE"),
+    "--backbone-pretrained/--no-backbone-pretrained": ("model", None),
+    "--freeze/--no-freeze": ("model", None),
+    "--drop-path": ("model", "X"),
+    "--epochs": ("optimisation", "N"),
+    "--batch-size": ("optimisation", "N"),
+    "--accumulate": ("optimisation", "N"),
+    "--lr": ("optimisation", "X"),
+    "--lr-batch": ("optimisation", "N"),
+    "--head-lr-scale": ("optimisation", "X"),
+    "--layer-decay": ("optimisation", "X"),
+    "--schedule": ("optimisation", None),
+    "--warmup-epochs": ("optimisation", "X"),
+    "--weight-decay": ("optimisation", "X"),
+    "--clip-grad": ("optimisation", "X"),
+    "--ema-decay": ("optimisation", "X"),
+    "--seed": ("optimisation", "N"),
+    "--flip": ("augmentation", "X"),
+    "--color-jitter": ("augmentation", "X"),
+    "--resume/--no-resume": ("checkpoints", None),
+    "--checkpoint-every": ("checkpoints", "SECONDS"),
+    "--out": ("output", "RUN"),
+    "--val-every": ("output", "N"),
+    "--log-every": ("output", "N"),
+    "--tensorboard/--no-tensorboard": ("output", None),
+    "--amp": ("machine", None),
+    "--compile/--no-compile": ("machine", None),
+    "--checkpoint-steps": ("advanced", "N"),
+    "--channels-last/--no-channels-last": ("advanced", None),
+    "--sync-bn/--no-sync-bn": ("advanced", None),
+}
+_NONE = {"--split": "all", "--val": "none", "--val-split": "all", "--backbone-checkpoint": "random weights"}
+
+
+def fine_tuning_options(config: type[BackboneConfig]) -> Callable[[F], F]:
+    """The options that every kind of fine-tuning has, with the defaults of its settings class."""
+    options = [
+        setting_option(
+            config,
+            names,
+            group=group,
+            **({"metavar": metavar} if metavar else {}),
+            **({"show_default": _NONE[names]} if names in _NONE else {}),
+        )
+        for names, (group, metavar) in _OPTIONS.items()
+    ]
+    recipe = option(
+        "--recipe",
+        group="general",
+        metavar="NAME|FILE",
+        show_default="none",
+        help="Settings that replace the defaults: one of the package's recipes, or a YAML file.",
+    )
+    return together(recipe, *options, device_option, workers_option)

@@ -1,0 +1,42 @@
+"""``stl-offline transfer segment``."""
+
+import click
+
+from stl_offline.cli.command import command, example, setting_option
+from stl_offline.cli.options import debug_option
+from stl_offline.cli.stages import print_run, settings_of_run
+from stl_offline.cli.transfer.options import PAIRS_HELP, fine_tuning_options
+from stl_offline.config_transfer import SegmentConfig
+
+
+@command(
+    epilog=example(
+        "stl-offline transfer segment --data camvid.tar --split train --val camvid.tar --val-split val \\",
+        "    --classes camvid.txt --ignore-id 11 --backbone runs/student --out runs/segmenter",
+        "stl-offline transfer segment --recipe segment-fan-tiny --data city/train --val city/val \\",
+        "    --classes city.txt --backbone runs/student --out runs/segmenter",
+    )
+)
+@setting_option(SegmentConfig, "--data", group="data", metavar="SRC", more=PAIRS_HELP)
+@setting_option(SegmentConfig, "--classes", group="data", metavar="FILE|A,B,…")
+@setting_option(SegmentConfig, "--ignore-id", group="data", metavar="N")
+@fine_tuning_options(SegmentConfig)
+@setting_option(SegmentConfig, "--head-width", group="model", metavar="N")
+@setting_option(SegmentConfig, "--head-dropout", group="model", metavar="X")
+@setting_option(SegmentConfig, "--crop-height", group="augmentation", metavar="N")
+@setting_option(SegmentConfig, "--crop-width", group="augmentation", metavar="N")
+@setting_option(SegmentConfig, "--scale-min", group="augmentation", metavar="X")
+@setting_option(SegmentConfig, "--scale-max", group="augmentation", metavar="X")
+@setting_option(SegmentConfig, "--sliding-window/--no-sliding-window", group="output")
+@debug_option
+@click.pass_context
+def segment(ctx: click.Context, recipe: str | None, **settings: object) -> None:
+    """Fine-tune a backbone on masks: semantic segmentation with SegFormer's head.
+
+    Images are scored at their full size after every --val-every epochs. A run that was interrupted is continued by the
+    same command. For several processes: torchrun --nproc-per-node N -m stl_offline.cli transfer segment …
+    """
+    config = settings_of_run(SegmentConfig, ctx, recipe, settings)
+    from stl_offline.transfer import train_segmenter
+
+    print_run("segmenter", config.out, train_segmenter(config))

@@ -1,0 +1,124 @@
+"""The settings of ``stl-offline transfer``: fine-tuning a backbone on masks or boxes. As `stl_offline.config`."""
+
+from dataclasses import dataclass
+
+from stl_offline.config import AMP_MODES, MachineConfig, RunConfig
+from stl_offline.errors import InputError
+from stl_offline.settings import INPUT, JOB, setting
+
+SCHEDULES = ("poly", "cosine")
+
+_SPLIT = "Use only what lies below a folder of this name, such as train in camvid/train/0.jpg."
+_CLASSES = "Names of the classes in the order of their ids: a text file with one per line, or names between commas."
+_IGNORE_ID = "Id of pixels without a class, which neither teach nor count."
+_WINDOW = "Predict windows of the training crop's size and average where they overlap, instead of whole images."
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig(RunConfig):
+    """What fine-tuning on masks and on boxes share."""
+
+    split: str | None = setting(None, _SPLIT, affects=INPUT, in_recipes=False)
+    val_split: str | None = setting(None, "The same for `val`.", affects=INPUT, in_recipes=False)
+    backbone: str = setting(
+        help="Backbone to fine-tune: a run, one of its weights files, or timm:NAME.", affects=INPUT, in_recipes=False
+    )
+    backbone_checkpoint: str | None = setting(
+        None,
+        "Weights file for a backbone given as timm:NAME, such as a published .pth.tar.",
+        affects=INPUT,
+        in_recipes=False,
+    )
+    backbone_pretrained: bool = setting(
+        False,
+        "Take timm's own weights for a backbone given as timm:NAME, from the Hugging Face Hub or its local cache.",
+        affects=INPUT,
+        in_recipes=False,
+    )
+    freeze: bool = setting(False, "Train the head alone; the backbone keeps its weights and batch statistics.")
+    epochs: int = setting(100, "Passes over the training data.", bounds="[1, inf)")
+    batch_size: int = setting(8, "Images per batch and process.", bounds="[1, inf)")
+    lr: float = setting(2e-4, "Peak learning rate of AdamW for the backbone.", bounds="(0, inf)")
+    head_lr_scale: float = setting(10.0, "Learning rate of the head, as a multiple of `lr`.", bounds="(0, inf)")
+    layer_decay: float = setting(
+        1.0, "Learning rate of a layer, as a multiple of that of the next layer towards the head.", bounds="(0, 1]"
+    )
+    schedule: str = setting(
+        "poly", "How the learning rate falls after the warm-up: in a straight line, or as a cosine.", choices=SCHEDULES
+    )
+    warmup_epochs: float = setting(1.0, "Epochs of linear warm-up, at most a fifth of the run.", bounds="[0, inf)")
+    weight_decay: float = setting(0.01, "Weight decay of AdamW.", bounds="[0, inf)")
+    drop_path: float = setting(0.1, "Rate of stochastic depth in the backbone (0 disables it).", bounds="[0, 1)")
+    ema_decay: float = setting(
+        0.0,
+        "Decay of the moving average of the weights, reached by a warm-up (0 disables the average).",
+        bounds="[0, 1)",
+    )
+    channels_last: bool = setting(False, "Keep the model's weights in the channels-last memory format.")
+    flip: float = setting(0.5, "Probability of a horizontal flip.", bounds="[0, 1]")
+    color_jitter: float = setting(0.4, "Strength of colour jitter (0 disables it).", bounds="[0, inf)")
+
+    @property
+    def trains_all(self) -> bool:
+        return False  # timm's backbones may have parameters that no feature map depends on
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named = self.backbone.startswith("timm:")
+        for name in ("backbone_checkpoint", "backbone_pretrained"):
+            if getattr(self, name) and not named:
+                raise InputError(f"`{name}` needs a backbone given as timm:NAME, got {self.backbone!r}")
+        if self.backbone_checkpoint and self.backbone_pretrained:
+            raise InputError("`backbone_checkpoint` and `backbone_pretrained` both give weights; give one of them")
+        if self.val_split and not self.val:
+            raise InputError("`val_split` needs `val`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig(BackboneConfig):
+    """``stl-offline transfer segment``. The defaults suit a small model and a few hundred images."""
+
+    data: str = setting(
+        help="Training images with masks: a folder or a tar.",
+        affects=INPUT,
+        in_recipes=False,
+    )
+    classes: str = setting(help=_CLASSES, affects=INPUT, in_recipes=False)
+    ignore_id: int = setting(255, _IGNORE_ID, bounds="[0, 65535]", in_recipes=False)
+    crop_height: int = setting(352, "Height of the training crops, in pixels.", bounds="[1, 8192]")
+    crop_width: int = setting(480, "Width of the training crops, in pixels.", bounds="[1, 8192]")
+    scale_min: float = setting(
+        0.5, "Smallest factor by which an image is scaled before it is cropped.", bounds="(0, 8]"
+    )
+    scale_max: float = setting(
+        2.0, "Largest factor by which images are scaled before they are cropped.", bounds="(0, 8]"
+    )
+    head_width: int = setting(256, "Channels of the head.", bounds="[1, 65536]")
+    head_dropout: float = setting(0.1, "Dropout of whole channels in the head.", bounds="[0, 1)")
+    sliding_window: bool = setting(False, _WINDOW)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale_min > self.scale_max:
+            raise InputError(f"`scale_min` {self.scale_min} is above `scale_max` {self.scale_max}")
+
+    @property
+    def crop(self) -> tuple[int, int]:
+        """Height and width of a training crop."""
+        return self.crop_height, self.crop_width
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferEvaluateConfig(MachineConfig):
+    """``stl-offline transfer evaluate``."""
+
+    data: str = setting(help="Images with masks: a folder or a tar.", affects=INPUT)
+    split: str | None = setting(None, _SPLIT, affects=INPUT)
+    checkpoint: str = setting(
+        help="A run of `stl-offline transfer segment`, or one of its weights files.", affects=INPUT
+    )
+    sliding_window: bool = setting(False, _WINDOW)
+    amp: str = setting("none", "Mixed precision of the model; auto chooses by device.", choices=AMP_MODES)
+    out: str | None = setting(
+        None, "Folder for predicted masks as PNG files; none are written by default.", affects=JOB
+    )
