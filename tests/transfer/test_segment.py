@@ -1,0 +1,213 @@
+"""Fine-tuning on masks: what is learned and measured, and that an interrupted run ends as one that was not."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from stl_offline.cli.main import main
+from stl_offline.config_transfer import SegmentConfig, TransferEvaluateConfig
+from stl_offline.errors import InputError
+from stl_offline.models import ModelDescription, save_model
+from stl_offline.recipes import recipe_names, resolve
+from stl_offline.training.engine import Trainer
+from stl_offline.transfer import evaluate_segmenter, load_segmenter, train_segmenter
+from stl_offline.transfer.backbone import Backbone, BackboneSpec, level_indices, make_backbone
+from stl_offline.transfer.pairs import NO_CLASS
+from stl_offline.transfer.segment_scores import SegmentScores, confusion_matrix
+from stl_offline.transfer.segmenter import MlpHead, Segmenter, whole_logits, window_logits
+from tests.transfer.conftest import CLASSES, IGNORE
+
+
+@pytest.fixture
+def quick(scenes, tmp_path):
+    """Settings of a run that takes a second."""
+    return {
+        "data": str(scenes[0]),
+        "val": str(scenes[1]),
+        "val_split": "val",
+        "classes": ",".join(CLASSES),
+        "ignore_id": IGNORE,
+        "backbone": "timm:fan_micro_4_p8",
+        "out": str(tmp_path / "run"),
+        "crop_height": 32,
+        "crop_width": 48,
+        "head_width": 16,
+        "epochs": 2,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "color_jitter": 0.1,
+        "seed": 3,
+        "workers": 1,
+        "device": "cpu",
+        "amp": "none",
+    }
+
+
+def test_a_few_epochs_learn_it_and_evaluate_says_the_same(quick, scenes, tmp_path, capsys):
+    summary = train_segmenter(SegmentConfig(**quick | {"epochs": 8, "layer_decay": 0.8, "val_every": 8}))
+    assert summary["miou"] > 0.6 and summary["best_miou"] == summary["miou"]
+    config = TransferEvaluateConfig(data=str(scenes[1]), split="val", checkpoint=quick["out"], device="cpu")
+    scores = evaluate_segmenter(config)
+    assert scores.pop("samples") == 3
+    assert {name: pytest.approx(value) for name, value in scores.items()} == {name: summary[name] for name in scores}
+    words = ["transfer", "evaluate", "--data", str(scenes[1]), "--split", "val", "--checkpoint", quick["out"]]
+    assert main([*words, "--device", "cpu", "--out", str(tmp_path / "masks")]) == 0
+    assert f"mean IoU {100 * scores['miou']:.2f} %" in capsys.readouterr().out
+    assert (tmp_path / "masks" / "set" / "val" / "31.png").is_file()
+    assert train_segmenter(SegmentConfig(**quick | {"epochs": 8, "layer_decay": 0.8}))["already_complete"]
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(quick, tmp_path, monkeypatch):
+    settings = quick | {"schedule": "cosine", "ema_decay": 0.9, "head_dropout": 0.3, "drop_path": 0.2, "val": None}
+    settings["val_split"] = None
+    whole = train_segmenter(SegmentConfig(**settings))
+    original = Trainer._take_step
+
+    def stop_in_the_second_epoch(self, batch, notes):
+        if self.at.step == 4:
+            self._save_state()
+            raise KeyboardInterrupt
+        return original(self, batch, notes)
+
+    settings["out"] = str(tmp_path / "interrupted")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_take_step", stop_in_the_second_epoch)
+        train_segmenter(SegmentConfig(**settings))
+    assert train_segmenter(SegmentConfig(**settings))["loss"] == whole["loss"]
+    first, second = (load_file(tmp_path / name / "weights.safetensors") for name in ("run", "interrupted"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(InputError, match="other settings .lr: 0.001 → 0.002"):
+        train_segmenter(SegmentConfig(**settings | {"lr": 2e-3}))
+
+
+def test_a_frozen_backbone_keeps_everything(quick):
+    settings = quick | {"freeze": True, "backbone": "timm:resnet10t", "epochs": 1, "crop_width": 64}
+    train_segmenter(SegmentConfig(**settings))
+    model, description = load_segmenter(quick["out"])
+    torch.manual_seed(3)
+    before = make_backbone(SegmentConfig(**settings), (32, 64))
+    assert description.class_names == CLASSES
+    for name, value in before.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], value), name
+
+
+def test_a_run_of_the_package_is_a_backbone(tmp_path, quick):
+    full = timm.create_model("fan_micro_4_p8_token", num_classes=3, img_size=32)
+    description = ModelDescription("fan_micro_4_p8_token", ("a", "b", "c"), 32, "student")
+    save_model(tmp_path / "weights.safetensors", full.state_dict(), description)
+    backbone = make_backbone(SegmentConfig(**quick | {"backbone": str(tmp_path), "drop_path": 0.0}), (32, 48))
+    images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    expected = full.eval().forward_intermediates(images, indices=[0, 1, 2, 3], intermediates_only=True)
+    for ours, theirs in zip(backbone.eval()(images), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(InputError, match="backbone_pretrained` needs a backbone given as timm:NAME"):
+        SegmentConfig(**quick | {"backbone": str(tmp_path), "backbone_pretrained": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "indices", "channels", "strides"),
+    [
+        ("fan_tiny_8_p4_hybrid", (0, 1, 5, 9), (128, 256, 192, 192), (4, 8, 16, 16)),
+        ("fan_micro_4_p8", (0, 1, 2, 3), (96,) * 4, (8,) * 4),
+        ("resnet10t", (1, 2, 3, 4), (64, 128, 256, 512), (4, 8, 16, 32)),
+        ("vit_tiny_patch16_224", (2, 5, 8, 11), (192,) * 4, (16,) * 4),
+    ],
+)
+def test_four_maps_of_any_backbone(name, indices, channels, strides):
+    assert level_indices(name, (64, 96)) == indices
+    with torch.device("meta"):
+        backbone = Backbone(BackboneSpec(name, indices, (64, 96)))
+        shapes = [tuple(each.shape) for each in backbone(torch.zeros(1, 3, 64, 96))]
+    assert (backbone.channels, backbone.strides) == (channels, strides)
+    assert shapes == [(1, c, 64 // s, 96 // s) for c, s in zip(channels, strides, strict=True)]
+
+
+def test_scores_are_torchmetrics():
+    generator = torch.Generator().manual_seed(2)
+    truth = torch.randint(-1, 5, (3, 17, 23), generator=generator)
+    truth[truth == 3] = 2  # a class that does not occur
+    predicted = torch.randint(0, 5, truth.shape, generator=generator)
+    predicted[predicted == 3] = 0
+    scores = SegmentScores.of(confusion_matrix(predicted, truth, 5).numpy().astype(float))
+    oracle = {"num_classes": 5, "ignore_index": NO_CLASS}
+    mean = MulticlassJaccardIndex(**oracle, average="macro")(predicted, truth)
+    each = MulticlassJaccardIndex(**oracle, average="none")(predicted, truth)
+    assert scores.miou == pytest.approx(float(mean), abs=1e-6)
+    np.testing.assert_allclose(scores.iou[[0, 1, 2, 4]], each[[0, 1, 2, 4]], atol=1e-6)
+    assert np.isnan(scores.iou[3])
+    assert scores.pixel_accuracy == pytest.approx(
+        float(MulticlassAccuracy(**oracle, average="micro")(predicted, truth))
+    )
+    assert scores.mean_accuracy == pytest.approx(
+        float(MulticlassAccuracy(**oracle, average="none")(predicted, truth)[[0, 1, 2, 4]].mean())
+    )
+    assert scores.by_name(("a", "b", "c", "d", "e"))["iou/d"] is None
+
+
+def test_whole_images_of_any_size_and_windows():
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneSpec("fan_micro_4_p8", (0, 1, 2, 3), (32, 48)))
+    model = Segmenter(backbone, 8, 3).eval()
+    images = torch.randn(2, 3, 43, 61, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        whole = whole_logits(model, images, 8)
+        assert whole.shape == (2, 3, 43, 61)
+        torch.testing.assert_close(whole_logits(model, images[..., :40, :56], 8), model(images[..., :40, :56]))
+        torch.testing.assert_close(window_logits(model, images[..., :32, :48], (32, 48)), model(images[..., :32, :48]))
+        # Where the model sees single pixels alone, windows change nothing.
+        pixels = window_logits(lambda part: part * 2, images, (16, 24))
+    torch.testing.assert_close(pixels, images * 2)
+
+
+def test_the_head_is_segformers():
+    """Against the sum over levels that its linear layers come to."""
+    head = MlpHead((5, 7), width=6, classes=4).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    maps = [torch.randn(2, c, s, s + 2, generator=generator, dtype=torch.float64) for c, s in ((5, 8), (7, 4))]
+    deep = torch.nn.functional.interpolate(head.levels[1](maps[1]), size=(8, 10), mode="bilinear")
+    fused = torch.cat([deep, head.levels[0](maps[0])], dim=1)
+    torch.testing.assert_close(head(maps), head.classify(head.fuse(fused)))
+    assert sum(each.numel() for each in head.parameters()) == 6 * 6 + 8 * 6 + 12 * 6 + 12 + 7 * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop_width": 50}, "must be positive multiples of 8"),
+        ({"crop_width": 50, "backbone": "timm:resnet10t"}, "multiples of 32 for resnet10t.*`crop_width`=50"),
+        ({"ignore_id": 2}, "`ignore_id`=2 is the id of the class 'disc'"),
+        ({"backbone": "timm:no_such"}, "timm has no model 'no_such'"),
+        ({"scale_min": 3.0}, "`scale_min` 3.0 is above"),
+        ({"val": None}, "`val_split` needs `val`"),
+        ({"backbone": "nowhere"}, "no run and no checkpoint at nowhere"),
+    ],
+)
+def test_settings_that_do_not_fit(quick, change, message):
+    with pytest.raises(InputError, match=message):
+        train_segmenter(SegmentConfig(**quick | change))
+
+
+def test_recipes_are_the_released_settings():
+    names = recipe_names(SegmentConfig)
+    assert names == ("segment-fan-base", "segment-fan-large", "segment-fan-small", "segment-fan-tiny")
+    for name in names:
+        config = resolve(SegmentConfig, name, {"data": "x", "classes": "a,b", "backbone": "run", "out": "y"})
+        assert (config.crop, config.lr, config.head_lr_scale, config.weight_decay) == ((1024, 1024), 6e-5, 10, 0.01)
+        assert (config.schedule, config.sliding_window, config.head_width) == ("poly", True, 768)
+        assert round(config.epochs * 2975 / 8, -3) == 160_000
+
+
+def test_the_command(quick, capsys):
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in (quick | {"epochs": 1}).items()]
+    assert main(["transfer", "segment", *options, "--tensorboard"]) == 0
+    assert re.search(r"segmenter: .*, mean IoU ", capsys.readouterr().out)
+    entry = json.loads(Path(quick["out"], "log.jsonl").read_text())
+    assert {"miou", "iou/disc", "loss", "accuracy"} <= entry.keys()
