@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stl_offline.config_evaluate import EvaluateConfig as EvaluateConfig
+from stl_offline.config_pages import PreviewConfig as PreviewConfig
+from stl_offline.config_pages import ReportConfig as ReportConfig
 from stl_offline.errors import InputError
 from stl_offline.settings import (
     AMP_MODES,
     INPUT,
     JOB,
     MATCHES,
+    MISSING,
     RESULT,
     SEEDS,
     SKIP_BROKEN,
@@ -37,7 +40,6 @@ CROP_MODES = ("auto", "random", "replay")
 ERASED_LABELS = ("drop", "keep")
 LABEL_PICKS = ("auto", "zoom", "draw")
 INTERPOLATIONS = ("area", "bilinear", "bicubic")
-MISSING = ("error", "skip")
 
 
 # Help texts of settings that several commands have.
@@ -356,7 +358,32 @@ class DumpConfig(MachineConfig):
         affects=JOB,
         bounds="[0, inf)",
     )
-    top_k: int = setting(5, "Classes stored per token.", bounds="[1, inf)")
+    top_k: int | None = setting(None, "Most probable classes stored per token.", bounds="[0, inf)")
+    # The manifest has entries of its own for these five.
+    draws: int = setting(
+        0,
+        "Classes drawn per token from the labeler's whole distribution, or from what `top_k` leaves of it (0: none).",
+        affects=JOB,
+        bounds="[0, 4096]",
+    )
+    confidence: bool = setting(
+        False, "Store each token's confidence beside draws. Labels with `top_k` have it in any case.", affects=JOB
+    )
+    class_top_k: int = setting(
+        0,
+        "Most probable classes stored of the labeler's class head, per view (0: none).",
+        affects=JOB,
+        bounds="[0, inf)",
+    )
+    class_draws: int = setting(
+        0, "Classes drawn from the labeler's class head, per view (0: none).", affects=JOB, bounds="[0, 4096]"
+    )
+    first_view: int = setting(
+        0,
+        "Number of the first random crop, counted from 0, to add crops to those of an earlier dump.",
+        affects=JOB,
+        bounds="[0, 16777215]",
+    )
     crops_per_image: int = setting(
         0, "Random crops labelled per image (0 labels the whole image once).", bounds="[0, inf)", recorded_as="views"
     )
@@ -366,7 +393,7 @@ class DumpConfig(MachineConfig):
         bounds="[0, 8192]",
     )
     batch_size: int = setting(64, "Images per batch.", bounds="[1, inf)")
-    seed: int = setting(0, "Seed of the random crops.", bounds=SEEDS)
+    seed: int = setting(0, "Seed of the random crops and of draws.", bounds=SEEDS)
     scale_min: float = setting(0.25, "Smallest part of an image's area that a random crop takes.")
     flip: float = setting(0.5, "Probability that a random crop is flipped.")
     interpolation: str = setting(
@@ -388,86 +415,17 @@ class DumpConfig(MachineConfig):
             values = getattr(self, name)
             if values is not None and (len(values) != 3 or not all(map(math.isfinite, values))):
                 raise InputError(f"`{name}` must be three finite numbers, got {values}")
+        if self.top_k is None:
+            object.__setattr__(self, "top_k", 0 if self.draws else 5)
+        if not self.top_k and not self.draws:
+            raise InputError("`top_k` is 0, which needs `draws`")
+        if self.first_view and not self.crops_per_image:
+            raise InputError(f"`first_view` is {self.first_view}, which needs `crops_per_image`")
         self.crop_settings()
 
     def crop_settings(self) -> CropSettings:
         """How random crops are drawn."""
         return CropSettings(scale=(self.scale_min, 1.0), flip=self.flip)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreviewConfig(Config):
-    """``stl-offline labels preview``."""
-
-    path: str = setting(help="The label set.", affects=INPUT)
-    data: str | None = setting(None, "Images of the labels.", affects=INPUT)
-    out: str = setting("preview", "Folder for labels.html and the PNG files.", affects=JOB)
-    keys: tuple[str, ...] = setting((), "Key to show, or a pattern with * and ?.")
-    samples: int = setting(
-        12, "Number of images to draw at random, from all keys or from those that match a pattern.", bounds="[1, inf)"
-    )
-    suspects: int = setting(
-        0,
-        "Show the N images whose tokens disagree most with their class, in place of random ones (0 does not).",
-        bounds="[0, inf)",
-    )
-    seed: int = setting(0, "Seed of the random choice.", bounds="[0, inf)")
-    map_index: tuple[int, ...] = setting((0,), "Which of an image's stored crops to show, from 0.")
-    threshold: float = setting(0.5, "Confidence from which a token counts as confident.", bounds="[0, 1]")
-    student_seed: int = setting(
-        0, "Seed of the student, on which its crops and drawn classes depend.", bounds="[0, inf)"
-    )
-    epoch: int = setting(
-        0, "Epoch of the student, counted from 0 (its logs and the page count from 1).", bounds="[0, inf)"
-    )
-    scale_min: float = setting(0.25, "Smallest part of an image's area that the student's crop takes.")
-    flip: float = setting(0.5, "Probability that the student's crop is flipped.")
-    missing: str = setting(
-        "error", "What to do with labels that have no image: stop, or show them alone (skip).", choices=MISSING
-    )
-    allow_changed: bool = setting(False, "Show images whose content has changed since they were labelled.")
-    match: str = setting(
-        "key",
-        "How images and labels are joined: by key, by stem (the key without folders and file ending), or by content.",
-        choices=MATCHES,
-    )
-    all_shards: bool = setting(False, "Read all shards for the histogram, not only those shown.")
-    max_mb: float = setting(5.0, "Maximum size of the page, in megabytes.", bounds="(0, inf)")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.map_index or min(self.map_index) < 0:
-            raise InputError(f"`map_index` must be one or more numbers from 0 on, got {self.map_index}")
-        if self.suspects and self.keys:
-            raise InputError("`suspects` and `keys` both choose the images; give one of them")
-        check_match(self.match, allow_changed=self.allow_changed)
-        self.crop_settings()
-
-    def crop_settings(self) -> CropSettings:
-        """How the student's random crops are drawn."""
-        return CropSettings(scale=(self.scale_min, 1.0), flip=self.flip)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig(MachineConfig):
-    """``stl-offline report``."""
-
-    runs: tuple[str, ...] = setting(help="Folders of the runs.", affects=INPUT)
-    data: str | None = setting(None, "Images to show examples of.", affects=INPUT)
-    labels: tuple[str, ...] = setting((), "Label set that a run was trained with.", affects=INPUT)
-    out: str = setting("report.html", "File to write the page to.", affects=JOB)
-    examples: int = setting(
-        4, "Correctly classified images to show, and as many wrongly classified ones.", bounds="[0, inf)"
-    )
-    predict: int = setting(256, "Images to choose examples from.", bounds="[1, inf)")
-    skip_broken: bool = setting(False, SKIP_BROKEN)
-    seed: int = setting(0, "Seed of the choice of examples.", bounds="[0, inf)")
-    max_mb: float = setting(5.0, "Maximum size of the page, in megabytes.", bounds="(0, inf)")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.runs:
-            raise InputError("a report needs at least one run")
 
 
 def result_settings(config: Config) -> dict[str, Any]:

@@ -18,12 +18,15 @@ STREAM_JITTER = 5
 STREAM_ERASE = 6
 STREAM_LABELS = 7
 STREAM_DENSE = 8
+STREAM_DRAW = 9
+STREAM_CLASS_DRAW = 10
 
 _M0 = np.uint64(0xD2511F53)
 _M1 = np.uint64(0xCD9E8D57)
 _W0 = np.uint32(0x9E3779B9)
 _W1 = np.uint32(0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
+_MASK = 0xFFFFFFFF
 _SHIFT = np.uint64(32)
 
 
@@ -88,6 +91,43 @@ def _fill_uniforms(seed, stream, epoch, sample_ids, numbers):
             bits = random_bits(seed, stream, epoch, sample_ids[index], draw)
             for place in range(4):
                 numbers[index, 4 * draw + place] = unit_interval(bits[place])
+
+
+def philox_arrays(counter: tuple, key: tuple) -> tuple:
+    """`philox` for whole arrays: four of counter and two of key → four, all int64 that hold uint32.
+
+    Only operators are used, so that numpy arrays and tensors on any device serve; they broadcast.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The product's lower 64 bits are right although int64 overflows; its upper half is masked after the shift.
+        p0, p1 = c0 * int(_M0), c2 * int(_M1)
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + int(_W0)) & _MASK, (k1 + int(_W1)) & _MASK
+    return c0, c1, c2, c3
+
+
+def draw_keys(seed: int, stream: int, hashes: np.ndarray, view: int, tokens: int, draw: int) -> np.ndarray:
+    """The keys under which classes are drawn for tokens of images: int64 (n, tokens, 4) that hold uint32.
+
+    The first two numbers are a Philox key; the last two, with a block of four classes as counter (block, these), make
+    its counter. They are Philox's answer to all that a draw depends on.
+
+    seed: of the dump; stream: `STREAM_DRAW` or `STREAM_CLASS_DRAW`; hashes: uint64 (n,), the images' content; view: its
+    number; tokens: how many; draw: its number within the token.
+    """
+    low = (hashes & np.uint64(_MASK)).astype(np.int64)[:, None]
+    high = (hashes >> np.uint64(32)).astype(np.int64)[:, None]
+    at = np.arange(tokens, dtype=np.int64)[None]
+    first = philox_arrays((at, low, high, np.int64(stream << 24)), (np.int64(seed & _MASK), np.int64(seed >> 32)))
+    where = (first[2], first[3], np.int64(view), np.int64(draw))
+    return np.stack(philox_arrays(where, (first[0], first[1])), axis=-1)
 
 
 # numpy's Philox is Philox4x64: its streams have nothing in common with those above. The keys below never change, since

@@ -27,6 +27,7 @@ AMP_MODES = ("auto", "none", "bf16", "fp16")
 
 SEEDS = f"[0, {1 << 63})"
 SKIP_BROKEN = "Leave out images that cannot be decoded, and list them, instead of stopping."
+MISSING = ("error", "skip")
 MATCHES = ("key", "stem", "content")
 
 

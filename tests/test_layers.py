@@ -13,7 +13,7 @@ from tests.source_tree import REPOSITORY, Module, modules, own_imports
 LAYERS = (
     ("errors",),
     ("settings",),
-    ("config_evaluate",),
+    ("config_evaluate", "config_pages"),
     ("config", "ffcv_setup", "files", "palette", "progress"),
     ("config_transfer",),
     ("compiled",),
@@ -49,7 +49,8 @@ DOORS = (
 
 # What a team with a training loop of its own uses: it must load where only the core is installed.
 LIGHT = (
-    *("errors", "settings", "config", "config_evaluate", "config_transfer", "files", "progress", "compiled"),
+    *("errors", "settings", "config", "config_evaluate", "config_pages", "config_transfer", "files"),
+    *("progress", "compiled"),
     *("geometry", "random", "labels", "targets", "cli"),
 )
 HEAVY = ("torch", "torchvision", "ffcv", "timm", "cv2", "PIL", "safetensors", "matplotlib", "jinja2")

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numba import njit
 
-from stl_offline.random import STREAM_TOKEN, STREAM_VIEW, philox, random_bits, uniforms, unit_interval
+from stl_offline.random import STREAM_TOKEN, STREAM_VIEW, philox, philox_arrays, random_bits, uniforms, unit_interval
 
 ONES = 0xFFFFFFFF
 
@@ -97,3 +98,11 @@ def test_uniforms_of_many_samples_are_those_of_each(count):
             for bits in call_bits(np.uint64(2**63 + 5), STREAM_TOKEN, np.uint64(7), np.uint64(sample), np.uint32(draw))
         ]
         np.testing.assert_array_equal(row, drawn[:count])
+
+
+def test_philox_of_arrays_is_philox():
+    words = np.random.default_rng(0).integers(2**32, size=(6, 50), dtype=np.int64)
+    expected = np.array([call_philox(column[:4].astype("u4"), column[4:].astype("u4")) for column in words.T]).T
+    for kind in (np.asarray, torch.from_numpy):
+        c0, c1, c2, c3, k0, k1 = map(kind, words)
+        assert (np.stack([np.asarray(part) for part in philox_arrays((c0, c1, c2, c3), (k0, k1))]) == expected).all()

@@ -1,5 +1,7 @@
 """``stl-offline labels convert``."""
 
+from typing import Any
+
 import click
 
 from stl_offline.cli.command import command, example, ignored, option
@@ -32,6 +34,14 @@ from stl_offline.cli.terminal import echo
     help="Encoding of the new set: f16, or q8, which is smaller.",
 )
 @option(
+    "--format-version",
+    group="labels",
+    type=int,
+    metavar="N",
+    show_default="that of SET",
+    help="Format version of the new set: 1, or 2, whose tars hold plain .npz files that more programs read.",
+)
+@option(
     "--shards",
     group="labels",
     type=int,
@@ -42,7 +52,7 @@ from stl_offline.cli.terminal import echo
 @workers_option
 @debug_option
 @ignored("--device")
-def convert(path: str, out: str, container: str | None, encoding: str | None, shards: int | None, workers: int) -> None:
+def convert(path: str, out: str, **options: Any) -> None:
     """Write a label set in another container or encoding, or with another number of shards.
 
     Nothing is lost, except from f16 to q8, which changes probabilities within the bounds in the manifest. An
@@ -52,5 +62,5 @@ def convert(path: str, out: str, container: str | None, encoding: str | None, sh
     from stl_offline.labels.label_set import open_label_set
 
     label_set, complete = open_label_set(path), is_complete(out)
-    manifest = write(label_set, out, container=container, encoding=encoding, shards=shards, workers=workers)
+    manifest = write(label_set, out, **options)
     echo(written_line(out, manifest, complete))

@@ -68,7 +68,8 @@ def verify(path: str, recompute: int, tolerance: float, workers: int, **options:
 
     Prints one line per fault; the exit code is then 1. Shards of an object store are fetched again. --recompute also
     runs the labeler on a random sample, under the set's own views, and compares: probabilities must agree within the
-    bounds of the encoding plus --tolerance, and 99 % of the tokens must have the same class (needs the extra [train]).
+    bounds of the encoding plus --tolerance, and 99 % of the tokens must have the same class. Draws must be the same, or
+    near ties, in 99 % (needs the extra [train]).
     """
     if recompute and not (options["labeler"] and options["data"]):
         raise click.UsageError("--recompute needs --labeler and --data")
@@ -115,7 +116,13 @@ def _recompute(label_set: Any, images: int, tolerance: float, workers: int, opti
         f"tokens have the same class, probabilities differ by at most {found.largest:.2g}, and exceed the bounds by "
         f"{found.beyond:.2g}"
     )
-    if found.beyond > tolerance or found.top1 < LEAST_AGREEMENT:
+    if found.draws:
+        echo(
+            f"{label_set.place}: {found.same_draws:.2%} of {found.draws:,} draws are the same, "
+            f"{found.near_ties:.2%} are near ties"
+        )
+    agreement = min(found.top1, found.same_draws + found.near_ties)
+    if found.beyond > tolerance or agreement < LEAST_AGREEMENT:
         raise FormatError(
             f"the labels of {label_set.place} are not those of this labeler: at most {tolerance:g} beyond the bounds "
             f"and at least {LEAST_AGREEMENT:.0%} agreement are allowed"

@@ -9,9 +9,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stl_offline.config import DumpConfig, result_settings
 from stl_offline.device import autocast, pick_amp, pick_workers
+from stl_offline.dump.drawing import DrawKey, draw_classes
 from stl_offline.errors import FormatError, InputError
 from stl_offline.evaluation import match_classes
 from stl_offline.geometry import draw_views, whole_views
@@ -19,8 +21,9 @@ from stl_offline.images.beton import Beton
 from stl_offline.images.classes import UNLABELLED
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.spec import OWN_CLASSES, LabelSpec
-from stl_offline.loader import DECODER, ImageSettings, TokenLoader
+from stl_offline.loader import DECODER, Batch, ImageSettings, TokenLoader
 from stl_offline.models import TokenLabeler, create_labeler
+from stl_offline.random import STREAM_CLASS_DRAW, STREAM_DRAW
 
 # Shards are read whole, and a killed job repeats the one it was writing, so they must not be too large. Nor too small:
 # each has a description of 7 kB of its own, and an image's labels take 1 to 3 kB.
@@ -49,8 +52,11 @@ def load_labeler(config: DumpConfig) -> TokenLabeler:
             f"the {labeler.num_classes} classes of {config.labeler} have no names (timm names ImageNet's only); give "
             "`labeler_classes`, a text file with one name per line or a label set"
         )
-    if config.top_k > labeler.num_classes:
-        raise InputError(f"`top_k` is {config.top_k}, but the labeler has only {labeler.num_classes} classes")
+    for name in ("top_k", "class_top_k"):
+        if getattr(config, name) > labeler.num_classes:
+            raise InputError(
+                f"`{name}` is {getattr(config, name)}, but the labeler has only {labeler.num_classes} classes"
+            )
     return labeler
 
 
@@ -101,28 +107,21 @@ class Labelling:
         Raises:
             InputError: the labeler gives NaN or infinity (names an image), or an image cannot be decoded.
         """
-        shape = (len(samples), *self.spec.map_shape)
-        ids = np.empty(shape, dtype=self.spec.id_dtype)
-        logits = np.empty(shape, dtype=np.float32)
-        confidence = np.empty(shape[:-1], dtype=np.float32)
+        arrays: dict[str, np.ndarray] = {}
         amp = pick_amp(self.config.amp, self.device)
         for view, views in enumerate(self.views):
             first = 0
             with self.loader.epoch(0, views, sample_ids=samples) as batches:
                 for batch in batches:
                     with autocast(self.device, amp):
-                        token_logits = self.labeler(batch.images)[1]
-                    labels = top_k_labels(token_logits, self.config.top_k)
-                    if not bool(torch.isfinite(labels[2]).all()):
-                        wrong = ~torch.isfinite(labels[2]).all(dim=1)
-                        key = self.beton.keys[int(batch.sample_ids[wrong.cpu()][0])]
-                        raise InputError(
-                            f"the labeler gives logits that are not finite for {int(wrong.sum())} of {len(batch)} "
-                            f"images, the first is {key!r}; check its weights, and that `amp` is not fp16"
-                        )
+                        class_logits, token_logits = self.labeler(batch.images)
+                    labels = self._labels(class_logits, token_logits, batch, self.spec.first_view + view)
                     rows = slice(first, first + len(batch))
-                    for target, values in zip((ids, logits, confidence), labels, strict=True):
-                        target[rows, view] = values.cpu().numpy().reshape(len(batch), *target.shape[2:])
+                    for name, values in labels.items():
+                        if name not in arrays:
+                            shape = (len(samples), len(self.views), *self._shape(name, values))
+                            arrays[name] = np.empty(shape, values.dtype)
+                        arrays[name][rows, view] = values.reshape(len(batch), *arrays[name].shape[2:])
                     first = rows.stop
                     done(len(batch))
         return ShardArrays(
@@ -130,10 +129,58 @@ class Labelling:
             content_hash=self.beton.content_hashes[samples],
             class_id=self.class_map[self.beton.class_ids[samples]],
             views=np.ascontiguousarray(self.views[:, samples].transpose(1, 0, 2)),
-            class_ids=ids,
-            logits=logits,
-            confidence=confidence,
+            **arrays,
         )
+
+    def _shape(self, name: str, values: np.ndarray) -> tuple[int, ...]:
+        """The shape of one view's part of an array: of labels (B, N, …), or of the class head's (B, …)."""
+        return values.shape[1:] if name.startswith("head_") else (*self.spec.grid, *values.shape[2:])
+
+    def _labels(self, class_logits: Tensor, token_logits: Tensor, batch: Batch, view: int) -> dict[str, np.ndarray]:
+        """The labels of a batch under its view number ``view``, as `ShardArrays` has them: (B, N, …) and (B, …)."""
+        spec = self.spec
+        found = self._answer(token_logits, spec.top_k, spec.draws, batch, view, STREAM_DRAW)
+        labels = {name: found[name] for name in ("class_ids", "logits", "draws") if name in found}
+        if spec.has_confidence:
+            labels["confidence"] = found["confidence"]
+        if spec.class_top_k or spec.class_draws:
+            head = self._answer(
+                class_logits[:, None], spec.class_top_k, spec.class_draws, batch, view, STREAM_CLASS_DRAW
+            )
+            for name, stored in (("ids", "class_ids"), ("logits", "logits"), ("confidence", "confidence")):
+                if spec.class_top_k:
+                    labels[f"head_{name}"] = head[stored][:, 0]
+            if spec.class_draws:
+                labels["head_draws"] = head["draws"][:, 0]
+        return labels
+
+    def _draw(self, logits: Tensor, draws: int, key: DrawKey, without: Tensor, samples: np.ndarray) -> Tensor:
+        """Classes (B, N, S) drawn for logits (B, N, K) of these samples (B,)."""
+        return draw_classes(logits, draws, key, without)
+
+    def _answer(
+        self, logits: Tensor, top_k: int, draws: int, batch: Batch, view: int, stream: int
+    ) -> dict[str, np.ndarray]:
+        """Of logits (B, N, K): class_ids and logits (B, N, k), confidence (B, N) and, where S > 0, draws (B, N, S)."""
+        logits = logits.float()
+        ids, best, confidence = top_k_labels(logits, top_k)
+        if not bool(torch.isfinite(confidence).all()):
+            wrong = ~torch.isfinite(confidence).all(dim=1)
+            key = self.beton.keys[int(batch.sample_ids[wrong.cpu()][0])]
+            raise InputError(
+                f"the labeler gives logits that are not finite for {int(wrong.sum())} of {len(batch)} "
+                f"images, the first is {key!r}; check its weights, and that `amp` is not fp16"
+            )
+        found = {"class_ids": ids, "logits": best, "confidence": confidence}
+        if draws:
+            hashes = self.beton.content_hashes[batch.sample_ids.cpu().numpy()]
+            key = DrawKey(self.config.seed, stream, hashes, view)
+            found["draws"] = self._draw(logits, draws, key, ids, batch.sample_ids.cpu().numpy())
+        arrays = {name: values.cpu().numpy() for name, values in found.items()}
+        return {
+            name: values if values.dtype.kind == "f" else values.astype(self.spec.id_dtype)
+            for name, values in arrays.items()
+        }
 
 
 def make_views(config: DumpConfig, beton: Beton) -> np.ndarray:
@@ -144,17 +191,22 @@ def make_views(config: DumpConfig, beton: Beton) -> np.ndarray:
     samples = np.arange(len(beton))
     return np.stack(
         [
-            draw_views(config.seed, view, samples, beton.heights, beton.widths, crops)
+            draw_views(config.seed, config.first_view + view, samples, beton.heights, beton.widths, crops)
             for view in range(config.crops_per_image)
         ]
     )
 
 
 def top_k_labels(token_logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token logits (B, N, K) → class ids (B, N, k), their logits (B, N, k), confidence (B, N); float32, best first."""
+    """Token logits (B, N, K) → class ids (B, N, k), their logits (B, N, k), confidence (B, N); float32, best first.
+
+    k may be 0; the confidence is the best class's probability all the same.
+    """
     token_logits = token_logits.float()
-    logits, ids = token_logits.topk(k, dim=-1)
+    logits, ids = token_logits.topk(max(1, k), dim=-1)
     confidence = torch.exp(logits[..., 0] - torch.logsumexp(token_logits, dim=-1))
+    if not k:
+        logits, ids = logits[..., :0], ids[..., :0]
     return ids, logits, confidence
 
 
@@ -193,6 +245,8 @@ def _make_spec(config: DumpConfig, labeler: TokenLabeler, beton: Beton) -> Label
     check_shards(config.shards, len(beton))
     height, width = labeler.img_size
     random_views = {"kind": "random", "seed": config.seed, "scale": [config.scale_min, 1.0], "ratio": [3 / 4, 4 / 3]}
+    if config.first_view:
+        random_views["first"] = config.first_view
     return LabelSpec(
         class_names=labeler.class_names,
         grid=labeler.grid_size(height, width),
@@ -217,4 +271,9 @@ def _make_spec(config: DumpConfig, labeler: TokenLabeler, beton: Beton) -> Label
         creation=result_settings(config),
         encoding=config.encoding,
         container=config.format,
+        draws=config.draws,
+        draw_seed=config.seed if config.draws or config.class_draws else None,
+        has_confidence=bool(config.top_k) or config.confidence,
+        class_top_k=config.class_top_k,
+        class_draws=config.class_draws,
     )

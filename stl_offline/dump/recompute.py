@@ -3,12 +3,15 @@
 n: images of the sample; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
+from stl_offline.dump.drawing import DrawKey, draw_shortfall
 from stl_offline.dump.labelling import Labelling, load_labeler
 from stl_offline.errors import FormatError, InputError
 from stl_offline.geometry import whole_views
@@ -19,8 +22,11 @@ from stl_offline.labels.keys import rename_keys
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.spec import differences
 from stl_offline.progress import progress_bar
+from stl_offline.random import STREAM_CLASS_DRAW, STREAM_DRAW
 from stl_offline.settings import check_match
 
+# Of a logit with its noise: what other hardware and precisions change stays below it.
+NEAR_TIE = 0.05
 # Entries that must be equal for the labels to be comparable; others (source, shards, encoding) may differ.
 _DECIDING = ("class_names", "grid", "labeler", "preprocessing")
 
@@ -31,7 +37,8 @@ class Recomputed:
 
     images, tokens: how many were compared; top1: share of tokens with the same best class (or one as probable, within
     the bounds); largest: largest difference of a probability; beyond: largest excess of a difference over what the
-    manifest's bounds allow.
+    manifest's bounds allow. All of these are of the stored top-k classes. draws: drawn classes compared; same_draws:
+    share of them that are drawn again; near_ties: share of them that are not, but within `NEAR_TIE` of the one that is.
     """
 
     images: int
@@ -39,6 +46,9 @@ class Recomputed:
     top1: float
     largest: float
     beyond: float
+    draws: int = 0
+    same_draws: float = 1.0
+    near_ties: float = 0.0
 
 
 def recompute_labels(
@@ -74,7 +84,7 @@ def recompute_labels(
     chosen = pick_device(device)
     model = load_labeler(config)
     beton = ensure_beton(data, skip_broken=skip_broken)
-    labelling = Labelling(config, model, beton, chosen)
+    labelling = _Again(config, model, beton, chosen)
     found = [
         str(each)
         for each in differences(label_set.spec, labelling.spec)
@@ -100,13 +110,17 @@ def recompute_labels(
     views = np.stack([whole_views(len(beton))] * stored.views.shape[1])
     views[:, samples] = stored.views.transpose(1, 0, 2)
     labelling.views = views
+    labelling.expect(samples, stored)
     with progress_bar(len(samples) * len(views), "labelling again") as bar:
         again = labelling.label(samples, bar.update)
-    return compare(stored, again, label_set.spec.bounds)
+    return replace(compare(stored, again, label_set.spec.bounds), **labelling.draws_found())
 
 
 def compare(stored: ShardArrays, again: ShardArrays, bounds: dict[str, float]) -> Recomputed:
-    """Compare stored labels with recomputed ones (float32) of the same images and views."""
+    """Compare stored top-k labels with recomputed ones (float32) of the same images and views."""
+    if not stored.class_ids.shape[-1]:
+        tokens = int(np.prod(stored.class_ids.shape[:-1]))
+        return Recomputed(images=len(stored), tokens=tokens, top1=1.0, largest=0.0, beyond=0.0)
     old = probabilities(stored.logits, stored.confidence).astype(np.float64)
     new = probabilities(again.logits, again.confidence).astype(np.float64)
     same = stored.class_ids[..., :, None] == again.class_ids[..., None, :]
@@ -128,11 +142,38 @@ def compare(stored: ShardArrays, again: ShardArrays, bounds: dict[str, float]) -
     )
 
 
+class _Again(Labelling):
+    """Labels again, and compares the draws of the labels that it expects instead of drawing."""
+
+    def expect(self, samples: np.ndarray, stored: ShardArrays) -> None:
+        """The stored labels of these samples (n,)."""
+        self._rows = {int(sample): row for row, sample in enumerate(samples)}
+        self._stored = {STREAM_DRAW: stored.draws, STREAM_CLASS_DRAW: stored.head_draws}
+        self._short: list[np.ndarray] = []
+
+    def draws_found(self) -> dict[str, float]:
+        """The entries of `Recomputed` that are about draws."""
+        if not self._short:
+            return {}
+        short = np.concatenate(self._short)
+        near = (short > 0) & (short <= NEAR_TIE)
+        return {"draws": len(short), "same_draws": float((short == 0).mean()), "near_ties": float(near.mean())}
+
+    def _draw(self, logits: Tensor, draws: int, key: DrawKey, without: Tensor, samples: np.ndarray) -> Tensor:
+        rows = [self._rows[int(sample)] for sample in samples]
+        stored = self._stored[key.stream][rows, key.view - self.spec.first_view]
+        drawn = torch.from_numpy(stored.reshape(*logits.shape[:2], draws).astype(np.int64)).to(logits.device)
+        self._short.append(draw_shortfall(logits, drawn, key, without).cpu().numpy().ravel())
+        return drawn
+
+
 def _settings(
     label_set: LabelSet, data: str, labeler: str, device: str, workers: int, labeler_options: dict[str, object]
 ) -> DumpConfig:
     """The settings of the job that made the set, as far as the manifest records them."""
     spec = label_set.spec
+    if (spec.draws or spec.class_draws) and spec.draw_seed is None:
+        raise InputError(f"the draws of {label_set.place} were made by another generator, and cannot be repeated")
     if spec.preprocessing["height"] != spec.preprocessing["width"]:
         raise InputError(f"{label_set.place} was labelled on images that are not square; this labeler takes squares")
     kept = {field.name for field in fields(DumpConfig)} & {"interpolation", "amp", "batch_size"}
@@ -145,6 +186,12 @@ def _settings(
             "labeler": labeler,
             "out": "",
             "top_k": spec.top_k,
+            "draws": spec.draws,
+            "confidence": spec.has_confidence,
+            "class_top_k": spec.class_top_k,
+            "class_draws": spec.class_draws,
+            "first_view": spec.first_view,
+            "seed": spec.draw_seed or 0,
             "img_size": spec.preprocessing["height"],
             # How many, not which: these come from the set.
             "crops_per_image": 0 if spec.views["kind"] == "whole" else spec.views_per_image,

@@ -7,7 +7,7 @@ import json
 
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import Manifest
-from stl_offline.labels.spec import LabelSpec
+from stl_offline.labels.spec import MEMBER_SUFFIX, LabelSpec, of_cell
 from stl_offline.labels.store import format_ranges
 
 # Licences by the names that hubs know them under; any other stands as "other", with its name.
@@ -38,7 +38,7 @@ shard["keys"][:], shard["{array}"][:]  # (images, views, rows, columns, classes 
 _WEBDATASET = """\
 import webdataset
 for sample in webdataset.WebDataset("{names}", shardshuffle=False).decode():
-    sample["__key__"], sample["labels.npy.gz"]["{array}"]  # (views, rows, columns, classes kept)
+    sample["__key__"], sample["{member}"]["{array}"]  # (views, rows, columns, classes kept)
 """
 
 
@@ -98,7 +98,7 @@ def _summary(manifest: Manifest) -> dict[str, str]:
     size = sum(shard.bytes for shard in manifest.shards)
     return {
         "images": f"{spec.num_samples:,} in {_counted(len(manifest.shards), 'shard')}, {_counted(size, 'byte')}",
-        "labels": f"{spec.grid[0]} × {spec.grid[1]} tokens, top {spec.top_k} of {spec.num_classes:,} classes, {views}",
+        "labels": f"{spec.grid[0]} × {spec.grid[1]} tokens, {of_cell(spec)} of {spec.num_classes:,} classes, {views}",
         "encoding": f"{spec.encoding} ({spec.container})",
         "labeler": f"{spec.labeler['architecture']} ({spec.labeler['licence']})",
         "weights": spec.labeler["weights_sha256"],
@@ -118,11 +118,15 @@ def _details(spec: LabelSpec) -> dict[str, str]:
         "error bounds": ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in sorted(spec.bounds.items())),
         "format": f"label set version {spec.format_version}",
     }
+    if spec.draws or spec.class_draws:
+        details["draws"] = f"seed {spec.draw_seed}" if spec.draw_seed is not None else "by another generator"
+    if spec.class_top_k or spec.class_draws:
+        details["class answers"] = f"per view, the {spec.class_top_k} best classes and {spec.class_draws} drawn ones"
     if spec.views["kind"] != "whole":
         scale, ratio = (" to ".join(f"{value:.3g}" for value in spec.views[name]) for name in ("scale", "ratio"))
         details["crops"] = (
             f"random, area {scale}, aspect ratio {ratio}, flipped with probability {spec.views['flip']:g}, seed "
-            f"{spec.views['seed']}"
+            f"{spec.views['seed']}" + (f", from number {spec.first_view} on" if spec.first_view else "")
         )
     return details
 
@@ -145,13 +149,19 @@ tags: [token-labels, knowledge-distillation, vision-transformer, stl-offline, {s
 
 
 def _plain_snippet(manifest: Manifest) -> str:
-    array = "class_ids" if manifest.spec.encoding == "f16" else "class_ranks"
+    spec = manifest.spec
+    array = {
+        ("f16", True): "class_ids",
+        ("f16", False): "draws",
+        ("q8", True): "class_ranks",
+        ("q8", False): "draw_ranks",
+    }[spec.encoding, spec.top_k > 0]
     first = manifest.shards[0].name
     if manifest.spec.container == "zarr":
         return _ZARR.format(name=first, array=array)
     last = len(manifest.shards) - 1
     names = first if not last else first.replace("labels-00000", f"labels-{{00000..{last:05d}}}")
-    return _WEBDATASET.format(names=names, array=array)
+    return _WEBDATASET.format(names=names, member=MEMBER_SUFFIX[spec.format_version], array=array)
 
 
 def _counted(number: int, noun: str) -> str:

@@ -20,6 +20,7 @@ def convert(
     *,
     container: str | None = None,
     encoding: str | None = None,
+    format_version: int | None = None,
     shards: int | None = None,
     workers: int = 0,
     **options: object,
@@ -32,11 +33,12 @@ def convert(
     Args:
         label_set: a complete one.
         out: a new folder, or a URL that fsspec knows (``options`` go to it).
-        container, encoding, shards: None keeps those of the set (for shards: the size of each).
+        container, encoding, format_version, shards: None keeps those of the set (for shards: the size of each).
         workers: shards converted at the same time; 0 means one per core.
 
     Raises:
-        InputError: a container or an encoding that is unknown, more shards than images, a set pulled in part.
+        InputError: a container or an encoding that is unknown, labels that the format version cannot hold, more shards
+            than images, a set pulled in part.
         FormatError: the set is damaged.
         TargetError: ``out`` holds something else, or cannot be written.
     """
@@ -49,7 +51,9 @@ def convert(
             raise InputError(f"`shards` must lie between 1 and the {len(label_set)} images, got {shards}")
         sizes = [last - first for first, last in (shard_range(i, shards, len(label_set)) for i in range(shards))]
     spec = _new_spec(old, container or old.container, encoding or old.encoding, len(sizes))
-    is_copy = (spec.container, spec.encoding) == (old.container, old.encoding)
+    if format_version is not None:
+        spec = replace(spec, format_version=format_version)
+    is_copy = all(getattr(spec, name) == getattr(old, name) for name in ("container", "encoding", "format_version"))
     # Neighbours share a source shard where shards are cut anew.
     read = lru_cache(maxsize=2)(label_set.read_shard)
     with LabelSetWriter(out, spec, sizes, options=options) as writer:

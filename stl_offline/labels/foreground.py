@@ -164,6 +164,7 @@ class _Sums:
         self.bins, self.confidence, self.right = np.zeros(_BINS), np.zeros(_BINS), np.zeros(_BINS)
 
     def count(self, arrays: ShardArrays, masks: Mapping[str, np.ndarray]) -> "_Sums":
+        arrays = arrays.listed()
         grid = arrays.confidence.shape[2:]
         self.samples = len(arrays)
         for row, key in enumerate(arrays.keys):

@@ -12,7 +12,7 @@ from stl_offline.labels.arrays import LabelMap, ShardArrays, ShardIndex
 from stl_offline.labels.format import decode_shard, read_shard_index
 from stl_offline.labels.manifest import Manifest, ShardRecord
 from stl_offline.labels.rules import check_index
-from stl_offline.labels.spec import LabelSpec
+from stl_offline.labels.spec import LabelSpec, of_cell
 from stl_offline.labels.store import (
     MANIFEST,
     PULL,
@@ -109,7 +109,7 @@ class LabelSet(Mapping[str, LabelMap]):
     def __repr__(self) -> str:
         grid = "×".join(map(str, self.spec.grid))
         some = f", shards {format_ranges(self.present)} of {len(self.shards)}" if self.is_partial else ""
-        return f"LabelSet({self.place!r}: {len(self)} images, {grid} tokens, top {self.spec.top_k}{some})"
+        return f"LabelSet({self.place!r}: {len(self)} images, {grid} tokens, {of_cell(self.spec)}{some})"
 
     @cached_property
     def _keys(self) -> list[str]:

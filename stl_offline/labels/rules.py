@@ -8,6 +8,7 @@ are judged here.
 n: samples; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell; K: all classes.
 """
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -92,7 +93,7 @@ def check_views(keys: Sequence[object], views: np.ndarray, spec: LabelSpec) -> N
         )
 
 
-def sum_limit(spec: LabelSpec) -> tuple[float, float, float, float]:
+def sum_limit(spec: LabelSpec, k: int) -> tuple[float, float, float, float]:
     """(factor, slope, least, offset): how far the probabilities of a cell may sum beyond 1, from the set's bounds.
 
     Rounding moves a confidence by a share of ``confidence_relative``, a probability by ``probability_relative`` or
@@ -107,12 +108,12 @@ def sum_limit(spec: LabelSpec) -> tuple[float, float, float, float]:
     slope = bounds.get("logit_relative", 0.0)
     factor = 1 + bounds.get("confidence_relative", 0.0) + bounds.get("probability_relative", 0.0) + _SLACK
     least = _LARGEST_LOGIT if slope and "probability_relative" in bounds else 0.0
-    return factor, slope, least, spec.top_k * bounds.get("probability_absolute", 0.0)
+    return factor, slope, least, k * bounds.get("probability_absolute", 0.0)
 
 
 def least_sum_limit(spec: LabelSpec) -> float:
     """What `sum_limit` allows of any cell, whatever its logits."""
-    factor, slope, least, offset = sum_limit(spec)
+    factor, slope, least, offset = sum_limit(spec, spec.top_k)
     return factor * math.exp(slope * 2 * least) + offset
 
 
@@ -122,9 +123,10 @@ def check_cells(
     """Raise FormatError where a cell has one of `CELL_FAULTS`.
 
     Args:
-        class_ids, logits: (n, V, Gh, Gw, k); confidence: (n, V, Gh, Gw); numbers as float16 or float32.
+        class_ids, logits: (n, V, Gh, Gw, k); confidence: (n, V, Gh, Gw); numbers as float16 or float32. Of the class
+            head's answer (n, V, k) and (n, V).
     """
-    n, k = len(keys), spec.top_k
+    n, k = len(keys), class_ids.shape[-1]
     is_half = logits.dtype == confidence.dtype == np.dtype("<f2")
     logits, confidence = (
         np.ascontiguousarray(values).view("<u2") if is_half else np.ascontiguousarray(values, "<f4")
@@ -136,10 +138,61 @@ def check_cells(
         confidence.reshape(n, -1),
         _half_values() if is_half else None,
         spec.num_classes,
-        sum_limit(spec),
+        sum_limit(spec, k),
     )
     if fault:
         raise FormatError(f"the labels of {keys[sample]} cannot be used: {CELL_FAULTS[fault]}")
+
+
+def check_confidence(keys: Sequence[str], confidence: np.ndarray) -> None:
+    """Raise FormatError where a confidence (n, ...) that stands without top-k classes is not within (0, 1]."""
+    wrong = ~((confidence > 0) & (confidence <= 1)).reshape(len(keys), -1).all(axis=1)
+    if wrong.any():
+        raise FormatError(f"the labels of {keys[int(wrong.argmax())]} cannot be used: {CELL_FAULTS[_CONFIDENCE]}")
+
+
+def check_draws(keys: Sequence[str], draws: np.ndarray, class_ids: np.ndarray | None, spec: LabelSpec) -> None:
+    """Raise FormatError where a drawn class (n, ..., S) is not below K, or is one of its cell's stored classes.
+
+    Args:
+        class_ids: (n, ..., k), the stored classes; None: there are none.
+    """
+    cells = draws[0, ..., 0].size
+    if class_ids is None:
+        class_ids = np.empty((len(keys), cells, 0), dtype=draws.dtype)
+    draws, class_ids = (
+        np.ascontiguousarray(ids).reshape(len(keys), cells, ids.shape[-1]) for ids in (draws, class_ids)
+    )
+    sample = _first_wrong_draw(draws, class_ids, spec.num_classes)
+    if sample >= 0:
+        raise FormatError(
+            f"the labels of {keys[sample]} cannot be used: a drawn class is not below the class count, or is among the "
+            "stored classes of its cell"
+        )
+
+
+def check_augmentation(keys: Sequence[str], records: Sequence[str], spec: LabelSpec) -> None:
+    """Raise FormatError where an image's augmentation record is not JSON text of a list with an entry for each view."""
+    for key, text in zip(keys, records, strict=True):
+        try:
+            entries = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"the augmentation record of {key} is no JSON: {error}") from error
+        if not isinstance(entries, list) or len(entries) != spec.views_per_image:
+            raise FormatError(f"the augmentation record of {key} is no list of {spec.views_per_image} entries")
+
+
+@njit
+def _first_wrong_draw(draws, class_ids, classes):
+    for sample in range(len(draws)):
+        for cell in range(draws.shape[1]):
+            for drawn in draws[sample, cell]:
+                if drawn >= classes:
+                    return sample
+                for class_id in class_ids[sample, cell]:
+                    if class_id == drawn:
+                        return sample
+    return -1
 
 
 @njit(inner=True)

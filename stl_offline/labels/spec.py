@@ -1,6 +1,6 @@
-"""The settings of a label set as `manifest.json`, version 1 (docs/format.md).
+"""The settings of a label set as `manifest.json`, versions 1 and 2 (docs/format.md).
 
-V: views of each image; Gh, Gw: the token grid; k: classes kept for each cell; K: all classes.
+V: views of each image; Gh, Gw: the token grid; k, S: classes kept and drawn for each cell; K: all classes.
 """
 
 import json
@@ -13,7 +13,16 @@ import numpy as np
 from stl_offline.errors import FormatError, InputError
 
 FORMAT = "stl-offline label set"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+# What version 2 adds to the manifest, and what version 1 means by leaving it out.
+ADDED = {
+    "draws": 0,
+    "draw_seed": None,
+    "has_confidence": True,
+    "class_top_k": 0,
+    "class_draws": 0,
+    "has_augmentation": False,
+}
 VALUE_KINDS = ("logits",)
 # What an encoding may change, as the manifest states it: 2^-11 is float16's rounding; of a probability's two bounds
 # the wider one holds.
@@ -21,11 +30,16 @@ ENCODINGS: dict[str, dict[str, float]] = {
     "f16": {"logit_relative": 2.0**-11, "confidence_relative": 2.0**-11},
     "q8": {"probability_relative": 0.02, "probability_absolute": 1e-4, "confidence_relative": 0.005},
 }
+# What a webdataset member is called after its sample's name, by format version.
+MEMBER_SUFFIX = {1: "labels.npy.gz", 2: "labels.npz"}
 # A container's file name suffix.
 CONTAINERS = {"zarr": ".zarr.zip", "webdataset": ".tar"}
 
 # Of nested settings: more than any command writes, and far from where Python stops.
 _MOST_LEVELS = 16
+
+# Draws of a token: far more than any use, and few enough for every array of them.
+_MOST_DRAWS = 4096
 
 _LABELER = ("architecture", "weights_sha256", "licence")
 _PREPROCESSING = ("height", "width", "interpolation", "mean", "std", "decoder")
@@ -39,11 +53,18 @@ _VIEWS = {"whole": (), "random": ("seed", "scale", "ratio", "flip")}
 class LabelSpec:
     """The settings of a label set: all of the manifest but the shard table.
 
-    class_names: (K,) names, in the order of the class ids; grid: (Gh, Gw); top_k: k; views_per_image: V; labeler:
-    what made the labels (architecture, weights_sha256, licence, …); preprocessing: what it saw (height, width,
-    interpolation, mean, std, decoder); source: the images (samples, fingerprint); views: kind "whole", or "random"
-    with seed, scale, ratio and flip; creation: the settings of the command, without paths and dates; bounds: what
-    the encodings that the labels went through may have changed (None: this encoding alone).
+    class_names: (K,) names, in the order of the class ids; grid: (Gh, Gw); top_k: k, 0 for draws alone;
+    views_per_image: V; labeler: what made the labels (architecture, weights_sha256, licence, …); preprocessing: what it
+    saw (height, width, interpolation, mean, std, decoder); source: the images (samples, fingerprint); views: kind
+    "whole", or "random" with seed, scale, ratio and flip, and ``first``, the number of the first view where that is not
+    0; creation: the settings of the command, without paths and dates; format_version: None takes the lowest version
+    that can hold the labels; bounds: what the encodings that the labels went through may have changed (None: this
+    encoding alone).
+
+    Of version 2: draws: S; draw_seed: the seed of the generator that drew them (None: another generator);
+    has_confidence: whether the best class's probability is stored, as always where k > 0; class_top_k, class_draws: how
+    many classes of the labeler's class head are stored for each view, its most probable ones and drawn ones;
+    has_augmentation: whether each view has a record of how its pixels were augmented.
 
     Raises:
         InputError: a setting that no label set of this version can have.
@@ -61,13 +82,19 @@ class LabelSpec:
     encoding: str = "f16"
     container: str = "zarr"
     value_kind: str = "logits"
-    format_version: int = FORMAT_VERSION
+    format_version: int | None = None
     bounds: dict[str, float] | None = None
+    draws: int = 0
+    draw_seed: int | None = None
+    has_confidence: bool = True
+    class_top_k: int = 0
+    class_draws: int = 0
+    has_augmentation: bool = False
 
     def __post_init__(self) -> None:
         # Kinds first: what the rest means depends on them.
         for what, value, known in (
-            ("format version", self.format_version, (FORMAT_VERSION,)),
+            ("format version", self.format_version, (None, *FORMAT_VERSIONS)),
             ("value kind", self.value_kind, VALUE_KINDS),
             ("encoding", self.encoding, tuple(ENCODINGS)),
             ("container", self.container, tuple(CONTAINERS)),
@@ -82,8 +109,7 @@ class LabelSpec:
             raise InputError("class names must differ from each other")
         if len(self.grid) != 2 or not all(is_count(side) for side in self.grid):
             raise InputError(f"the token grid must be two positive integers (rows, columns), got {self.grid}")
-        if not is_count(self.top_k) or self.top_k > len(self.class_names):
-            raise InputError(f"top-k must lie between 1 and the {len(self.class_names)} classes, got {self.top_k}")
+        self._check_counts()
         if not is_count(self.views_per_image):
             raise InputError(f"views of each image must be a positive integer, got {self.views_per_image}")
         for name, needed in (
@@ -98,6 +124,7 @@ class LabelSpec:
         if kind not in _VIEWS:
             raise InputError(f"unknown kind of views {kind!r}; known here: {', '.join(_VIEWS)}")
         _plain_json("views", self.views, _VIEWS[kind])
+        self._check_version()
         if kind == "random":
             _check_random_views(self.views)
         if kind == "whole" and self.views_per_image != 1:
@@ -111,6 +138,41 @@ class LabelSpec:
             raise InputError(
                 f"the source's {OWN_CLASSES} must be true or false, got {_short(self.source[OWN_CLASSES])}"
             )
+
+    def _check_counts(self) -> None:
+        classes = len(self.class_names)
+        if (
+            not is_count(self.top_k + 1 if self.draws and type(self.top_k) is int else self.top_k)
+            or self.top_k > classes
+        ):
+            raise InputError(f"top-k must lie between 1 and the {classes} classes (0 beside draws), got {self.top_k}")
+        for name, most in (("draws", _MOST_DRAWS), ("class_top_k", classes), ("class_draws", _MOST_DRAWS)):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= most:
+                raise InputError(f"{name} must lie between 0 and {most:,}, got {value!r}")
+        if self.draws and self.top_k == classes:
+            raise InputError(f"the top {self.top_k} are all classes: nothing is left to draw from")
+        if self.draw_seed is not None and (type(self.draw_seed) is not int or not 0 <= self.draw_seed < 1 << 63):
+            raise InputError(f"draw_seed must be a whole number from 0 on, got {self.draw_seed!r}")
+        for name in ("has_confidence", "has_augmentation"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.top_k and not self.has_confidence:
+            raise InputError("top-k labels have a confidence: their probabilities are computed from it")
+
+    def _check_version(self) -> None:
+        """Set the lowest version that can hold the labels, or refuse a lower one."""
+        added = [name for name, value in ADDED.items() if getattr(self, name) != value]
+        if "first" in self.views:
+            added.append("views.first")
+            if not is_count(self.views["first"]) or self.views["kind"] != "random":
+                raise InputError(
+                    f"the first view must be a positive number of random views, got {self.views['first']!r}"
+                )
+        if self.format_version == 1 and added:
+            raise InputError(f"format version 1 has no {', '.join(added)}; version 2 has")
+        if self.format_version is None:
+            object.__setattr__(self, "format_version", 2 if added else 1)
 
     @property
     def num_classes(self) -> int:
@@ -137,6 +199,16 @@ class LabelSpec:
         """(V, Gh, Gw, k)."""
         return (self.views_per_image, *self.grid, self.top_k)
 
+    @property
+    def classes_per_image(self) -> int:
+        """Class ids that an image's cells name, V · Gh · Gw · (k + S): more than it can name different ones."""
+        return math.prod(self.map_shape[:-1]) * (self.top_k + self.draws)
+
+    @property
+    def first_view(self) -> int:
+        """The number of the first view among those of its random family."""
+        return self.views.get("first", 0)
+
     def to_json(self) -> dict[str, Any]:
         """The manifest's entries, without the shard table."""
         return {
@@ -157,6 +229,7 @@ class LabelSpec:
             "preprocessing": self.preprocessing,
             "source": self.source,
             "creation": self.creation,
+            **({name: getattr(self, name) for name in ADDED} if self.format_version == 2 else {}),
         }
 
     @classmethod
@@ -170,9 +243,10 @@ class LabelSpec:
         if not isinstance(entries, dict) or entries.get("format") != FORMAT:
             raise FormatError(f'this is not a label set: its manifest has no entry "format": "{FORMAT}"')
         version = entries.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version not in FORMAT_VERSIONS:
             raise FormatError(
-                f"label set format version {version!r} is unknown here (this program reads {FORMAT_VERSION}); "
+                f"label set format version {version!r} is unknown here (this program reads "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}); "
                 "update stl-offline"
             )
         try:
@@ -191,6 +265,7 @@ class LabelSpec:
                 source=entries["source"],
                 creation=entries["creation"],
                 bounds=entries["bounds"],
+                **({name: entries[name] for name in ADDED} if version == 2 else {}),
             )
             for name, derived in (("classes", spec.num_classes), ("class_id_dtype", spec.id_dtype.name)):
                 if entries[name] != derived:
@@ -202,6 +277,12 @@ class LabelSpec:
         except InputError as error:
             raise FormatError(f"the manifest cannot be used: {error}") from error
         return spec
+
+
+def of_cell(spec: LabelSpec) -> str:
+    """What is stored of each token, in words: "top 5", "4 draws", or "top 5 and 4 draws"."""
+    parts = [(spec.top_k, f"top {spec.top_k}"), (spec.draws, f"{spec.draws} {'draw' if spec.draws == 1 else 'draws'}")]
+    return " and ".join(text for number, text in parts if number)
 
 
 class Difference(NamedTuple):

@@ -11,6 +11,8 @@ from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.store import each_shard
 
 _BINS = 10
+# Of a token's classes by mass: those that the table names.
+_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Stats:
     class has more than 0.5; agreement: the share of tokens whose best class is the image's; agreement_top_k: whose
     stored classes hold it; image_agreement: the share of images whose tokens' most frequent best class is it (all three
     None where images have no classes); classes_best, classes_stored: how many classes are some token's best, or stored
-    at all; bytes_per_image: of the shards read, all told.
+    at all; bytes_per_image: of the shards read, all told. Of labels with
+    draws, a class's probability is its mass, `LabelMap.listed`.
     """
 
     shards: int
@@ -42,6 +45,7 @@ class Stats:
     classes_best: int
     classes_stored: int
     bytes_per_image: float
+    draws: int = 0
 
 
 def measure(label_set: LabelSet, *, shards: int | None = None, workers: int = 0) -> Stats:
@@ -52,10 +56,12 @@ def measure(label_set: LabelSet, *, shards: int | None = None, workers: int = 0)
         FormatError: a shard is damaged.
     """
     present = choose_shards(label_set, shards)
-    total = _Sums(label_set.spec.num_classes, label_set.spec.top_k)
+    spec = label_set.spec
+    entries = spec.top_k + spec.draws
+    total = _Sums(spec.num_classes, entries)
 
     def read(index: int) -> _Sums:
-        return _Sums(label_set.spec.num_classes, label_set.spec.top_k).count(label_set.read_shard(index))
+        return _Sums(spec.num_classes, entries).count(label_set.read_shard(index).listed())
 
     for part in each_shard(read, present, "stats", workers=workers):
         total.add(part)
@@ -65,7 +71,8 @@ def measure(label_set: LabelSet, *, shards: int | None = None, workers: int = 0)
         samples=total.samples,
         tokens=tokens,
         classes=label_set.spec.num_classes,
-        top_k=label_set.spec.top_k,
+        top_k=spec.top_k,
+        draws=spec.draws,
         histogram=tuple(total.histogram.tolist()),
         confidence=float(total.mass[0] / tokens),
         top_k_mass=float(total.mass.sum() / tokens),
@@ -102,9 +109,15 @@ def table(stats: Stats) -> list[tuple[str, str]]:
     tokens = stats.tokens
     lines = [
         ("images", f"{stats.samples:,} in {stats.shards:,} shards, {stats.bytes_per_image:,.0f} bytes each"),
-        ("tokens", f"{tokens:,}, the {stats.top_k} best of {stats.classes:,} classes"),
-        ("confidence", f"{stats.confidence:.4f} on average; {stats.over_half:.2%} of the tokens over 0.5"),
-        ("top-k mass", f"{stats.top_k_mass:.4f} ({', '.join(f'{mass:.4f}' for mass in stats.mass_by_rank)})"),
+        ("tokens", f"{tokens:,}, {_stored(stats)} of {stats.classes:,} classes"),
+        (
+            "confidence" if not stats.draws else "first class",
+            f"{stats.confidence:.4f} on average; {stats.over_half:.2%} of the tokens over 0.5",
+        ),
+        (
+            "top-k mass" if not stats.draws else "mass",
+            f"{stats.top_k_mass:.4f} ({', '.join(f'{mass:.4f}' for mass in stats.mass_by_rank[:_RANKS])})",
+        ),
         ("residual", f"{stats.residual:.4f} left to the classes that are not stored"),
         ("classes seen", f"{stats.classes_best:,} as the best of a token, {stats.classes_stored:,} at all"),
         (
@@ -120,6 +133,11 @@ def table(stats: Stats) -> list[tuple[str, str]]:
         bar = "█" * round(40 * count / most)
         lines.append((f"{place / _BINS:.1f}–{(place + 1) / _BINS:.1f}", f"{count / tokens:7.2%} {bar}".rstrip()))
     return lines
+
+
+def _stored(stats: Stats) -> str:
+    best, drawn = f"the {stats.top_k} best", f"{stats.draws} drawn"
+    return " and ".join([best] * bool(stats.top_k) + [drawn] * bool(stats.draws))
 
 
 class _Sums:

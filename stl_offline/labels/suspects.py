@@ -77,6 +77,7 @@ def _rank(suspect: Suspect) -> tuple[float, int, int]:
 
 
 def _score(arrays: ShardArrays, shard: int, classes: int) -> list[Suspect]:
+    arrays = arrays.listed()
     mass = probabilities(arrays.logits, arrays.confidence)
     tokens = arrays.confidence[0].size
     found = []

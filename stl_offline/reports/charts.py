@@ -100,6 +100,7 @@ class ConfidenceCounts:
 
     def add(self, arrays: ShardArrays) -> None:
         """Count a shard."""
+        arrays = arrays.listed()
         own = (arrays.class_ids[..., 0] == arrays.class_id[:, None, None, None]) & self.own_classes
         edges = np.linspace(0, 1, BINS + 1)
         confidence = arrays.confidence.astype(np.float64)

@@ -138,7 +138,8 @@ def make_scenes(
     height, width = (spec.preprocessing["height"], spec.preprocessing["width"])
     if image is not None:
         height, width = image.shape[:2]
-    probabilities = label_map.probabilities()
+    label_map = label_map.listed()
+    probabilities, stored = label_map.probabilities(), label_map.class_ids.shape[-1]
     for index in view_indices:
         view = label_map.view(index)
         ids = label_map.class_ids[index].astype(np.int32)
@@ -157,7 +158,7 @@ def make_scenes(
             crop = View.from_array(six)
             relative = relative_view(view, crop)
             aligned = roi_align_topk(
-                ids, probabilities[index], relative, spec.grid, SAMPLING_RATIO, min(2 * spec.top_k, spec.num_classes)
+                ids, probabilities[index], relative, spec.grid, SAMPLING_RATIO, min(2 * stored, spec.num_classes)
             )
             drawn = _draw(spec, student, ids, probabilities[index], relative, sample_id)
             seen = None if image is None else see_through(image, crop, _size(1.0))

@@ -1,5 +1,6 @@
 """Label sets made of numbers, for tests: no labeler, no images."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,44 @@ def make_arrays(spec: LabelSpec, first: int = 0, last: int | None = None, seed: 
         views=np.stack([sample[4] for sample in samples]),
         class_ids=np.stack([sample[2] for sample in samples]).astype(spec.id_dtype),
         logits=logits,
-        confidence=np.stack([sample[1] for sample in samples]).astype(dtype),
+        confidence=np.stack([sample[1] for sample in samples]).astype(dtype) if spec.has_confidence else None,
+        **make_added(spec, first, last, seed, dtype),
     )
+
+
+def make_added(spec: LabelSpec, first: int, last: int, seed: int, dtype) -> dict:
+    """What version 2 adds, of samples [first, last), as far as the spec has it."""
+    added: dict[str, list] = {}
+    for position in range(first, last):
+        draw = np.random.default_rng([seed, position, 2])
+        ids = _make_sample(spec, seed, position)[2]
+        free = np.argsort(draw.random((*ids.shape[:-1], spec.num_classes)) + _named(ids, spec.num_classes), axis=-1)
+        values = {}
+        if spec.draws:
+            places = draw.integers(0, min(3, spec.num_classes - spec.top_k), (*ids.shape[:-1], spec.draws))
+            values["draws"] = np.take_along_axis(free, places, axis=-1).astype(spec.id_dtype)
+        views = spec.views_per_image
+        order = np.stack([draw.permutation(spec.num_classes) for _ in range(views)]).astype(spec.id_dtype)
+        if spec.class_top_k:
+            values["head_ids"] = order[:, : spec.class_top_k]
+            values["head_logits"] = -np.sort(draw.random((views, spec.class_top_k))).astype(dtype)
+            values["head_confidence"] = draw.uniform(0.1, 0.5 / spec.class_top_k, views).astype(dtype)
+        if spec.class_draws:
+            places = draw.integers(spec.class_top_k, spec.num_classes, (views, spec.class_draws))
+            values["head_draws"] = np.take_along_axis(order, places, axis=-1)
+        for name, value in values.items():
+            added.setdefault(name, []).append(value)
+    arrays = {name: np.stack(parts) for name, parts in added.items()}
+    if spec.has_augmentation:
+        arrays["augmentation"] = [json.dumps([{"op": "größe", "n": n}] * views) for n in range(first, last)]
+    return arrays
+
+
+def _named(ids, classes):
+    """2 where a cell's stored classes name a class, 0 elsewhere: (…, K)."""
+    named = np.zeros((*ids.shape[:-1], classes))
+    np.put_along_axis(named, ids, 2, axis=-1)
+    return named
 
 
 def make_key(position: int) -> str:

@@ -191,6 +191,6 @@ def test_what_is_no_label_set(tmp_path):
 def test_a_version_from_the_future_is_refused(tmp_path):
     write_set(tmp_path, make_spec())
     entries = json.loads((tmp_path / "manifest.json").read_bytes())
-    (tmp_path / "manifest.json").write_text(json.dumps(entries | {"format_version": 2}))
-    with pytest.raises(FormatError, match=r"manifest.json: label set format version 2 is unknown here"):
+    (tmp_path / "manifest.json").write_text(json.dumps(entries | {"format_version": 3}))
+    with pytest.raises(FormatError, match=r"manifest.json: label set format version 3 is unknown here"):
         open_label_set(tmp_path)

@@ -76,7 +76,7 @@ def test_ids_grow_with_the_classes():
         ({"encoding": "f8"}, "unknown encoding 'f8'"),
         ({"container": "hdf5"}, "unknown container 'hdf5'"),
         ({"value_kind": "probabilities"}, "unknown value kind"),
-        ({"format_version": 2}, "unknown format version 2"),
+        ({"format_version": 3}, "unknown format version 3"),
     ],
 )
 def test_impossible_settings_are_refused(changes, words):
@@ -88,7 +88,7 @@ def test_impossible_settings_are_refused(changes, words):
     ("changes", "words"),
     [
         ({"format": "another"}, "not a label set"),
-        ({"format_version": 2}, "version 2 is unknown"),
+        ({"format_version": 3}, "version 3 is unknown"),
         ({"format_version": None}, "version None is unknown"),
         # The version is looked at before anything else is, which a later version may have changed.
         ({"format_version": 99, "encoding": "q1", "grid": "large"}, "version 99 is unknown"),

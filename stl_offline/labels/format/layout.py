@@ -1,10 +1,11 @@
 """Between a shard's content and the plain arrays that a container stores: one layout for each encoding.
 
-n: samples; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell.
+n: samples; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell; S: classes drawn for each; c, s:
+classes kept and drawn of the class head's answer.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -41,6 +42,7 @@ _HARMLESS_BYTES, _MOST_RATIO = 1 << 28, 300
 # Far more than any path. Without a limit a few kilobytes of a packed shard hold one key of gigabytes.
 MOST_KEY_BYTES = 1 << 16
 
+_U2 = np.dtype("<u2")
 _MAP = ("sample", "view", "row", "column")
 
 
@@ -54,17 +56,29 @@ def layout(spec: LabelSpec, samples: int) -> dict[str, StoredArray]:
         "class_id": StoredArray(np.dtype("<u4"), (samples,), ("sample",)),
         "views": StoredArray(np.dtype("<f4"), (samples, views, 6), ("sample", "view", "matrix")),
     }
+    of_view, c, s = (samples, views), spec.class_top_k, spec.class_draws
     ranked = (*_MAP, "rank")
-    if spec.encoding == "f16":
-        arrays["class_ids"] = StoredArray(spec.id_dtype, (*cells, k), ranked, "bitshuffle", 4)
-        arrays["logits"] = StoredArray(np.dtype("<f2"), (*cells, k), ranked, "shuffle", 4)
-        arrays["confidence"] = StoredArray(np.dtype("<f2"), cells, _MAP, "bitshuffle", 4)
-    else:
-        arrays["palette"] = StoredArray(spec.id_dtype, (None,), ("entry",), "shuffle", 4)
-        arrays["class_ranks"] = StoredArray(spec.id_dtype, (*cells, k), ranked, "shuffle", 3)
-        arrays["confidence_steps"] = StoredArray(np.dtype("<u2"), cells, _MAP, "bitshuffle", 4)
-        if k > 1:
-            arrays["logit_gaps"] = StoredArray(np.dtype("u1"), (*cells, k - 1), (*_MAP, "gap"), "noshuffle", 1)
+    drawn = (*_MAP, "draw")
+    ids, half, u1 = spec.id_dtype, np.dtype("<f2"), np.dtype("u1")
+    is_q8 = spec.encoding == "q8"
+    for name, is_stored, array in (
+        ("class_ids", k and not is_q8, StoredArray(ids, (*cells, k), ranked, "bitshuffle", 4)),
+        ("logits", k and not is_q8, StoredArray(half, (*cells, k), ranked, "shuffle", 4)),
+        ("confidence", spec.has_confidence and not is_q8, StoredArray(half, cells, _MAP, "bitshuffle", 4)),
+        ("draws", spec.draws and not is_q8, StoredArray(ids, (*cells, spec.draws), drawn, "bitshuffle", 4)),
+        ("palette", is_q8, StoredArray(ids, (None,), ("entry",), "shuffle", 4)),
+        ("class_ranks", k and is_q8, StoredArray(ids, (*cells, k), ranked, "shuffle", 3)),
+        ("confidence_steps", spec.has_confidence and is_q8, StoredArray(_U2, cells, _MAP, "bitshuffle", 4)),
+        ("logit_gaps", k > 1 and is_q8, StoredArray(u1, (*cells, k - 1), (*_MAP, "gap"), "noshuffle", 1)),
+        ("draw_ranks", spec.draws and is_q8, StoredArray(ids, (*cells, spec.draws), drawn, "shuffle", 3)),
+        ("head_ids", c, StoredArray(ids, (*of_view, c), (*_MAP[:2], "rank"))),
+        ("head_logits", c, StoredArray(half, (*of_view, c), (*_MAP[:2], "rank"))),
+        ("head_confidence", c, StoredArray(half, of_view, _MAP[:2])),
+        ("head_draws", s, StoredArray(ids, (*of_view, s), (*_MAP[:2], "draw"))),
+        ("augmentation", spec.has_augmentation, StoredArray(None, (samples,), ("sample",))),
+    ):
+        if is_stored:
+            arrays[name] = array
     return arrays
 
 
@@ -88,6 +102,9 @@ def to_stored(arrays: ShardArrays, spec: LabelSpec) -> dict[str, np.ndarray]:
         FormatError: the content does not fit the spec, or a value cannot be held (a logit beyond float16).
     """
     arrays.check(spec)
+    for text in arrays.augmentation or ():
+        if len(text.encode()) > MOST_KEY_BYTES:
+            raise FormatError(f"an image's augmentation record has more than {MOST_KEY_BYTES:,} bytes: {text[:40]}…")
     for key in arrays.keys:
         if len(key.encode()) > MOST_KEY_BYTES:
             raise FormatError(f"the key {key[:40]}… has more than {MOST_KEY_BYTES:,} bytes; shorten the image's path")
@@ -97,26 +114,35 @@ def to_stored(arrays: ShardArrays, spec: LabelSpec) -> dict[str, np.ndarray]:
         "class_id": arrays.class_id,
         "views": arrays.views,
     }
-    if spec.encoding == "q8":
-        return stored | to_q8(arrays, spec)
-    logits, confidence = _to_half(arrays.logits), _to_half(arrays.confidence)
-    if not (np.isfinite(logits).all() and (confidence > 0).all()):
-        raise FormatError("a logit or a confidence is beyond float16; scale the labeler's logits")
-    return stored | {"class_ids": arrays.class_ids, "logits": logits, "confidence": confidence}
+    for name in ("confidence", "draws", "head_ids", "head_logits", "head_confidence", "head_draws"):
+        if getattr(arrays, name) is not None:
+            stored[name] = getattr(arrays, name)
+    if arrays.augmentation is not None:
+        stored["augmentation"] = np.array(arrays.augmentation, dtype=np.dtypes.StringDType())
+    stored |= to_q8(arrays, spec) if spec.encoding == "q8" else {"class_ids": arrays.class_ids, "logits": arrays.logits}
+    planes = layout(spec, len(arrays))
+    stored = {
+        name: _to_half(array) if array.dtype.kind == "f" and name != "views" else array
+        for name, array in stored.items()
+        if name in planes
+    }
+    for name in ("logits", "head_logits", "confidence", "head_confidence"):
+        values = stored.get(name)
+        if values is not None and not (np.isfinite(values) if "logits" in name else values > 0).all():
+            raise FormatError("a logit or a confidence is beyond float16; scale the labeler's logits")
+    return stored
 
 
 def from_stored(stored: dict[str, np.ndarray], spec: LabelSpec) -> ShardArrays:
     """The inverse of `to_stored`; checks every value, raises FormatError."""
-    maps = from_q8(stored, spec) if spec.encoding == "q8" else stored
-    return ShardArrays(
-        keys=stored["keys"].tolist(),
-        content_hash=stored["content_hash"],
-        class_id=stored["class_id"],
-        views=stored["views"],
-        class_ids=maps["class_ids"],
-        logits=maps["logits"],
-        confidence=maps["confidence"],
-    ).check(spec)
+    n = len(stored["keys"])
+    values = stored | (from_q8(stored, spec) if spec.encoding == "q8" else {})
+    if not spec.top_k:
+        values["class_ids"] = np.empty((n, *spec.map_shape), dtype=spec.id_dtype)
+        values["logits"] = np.empty((n, *spec.map_shape), dtype="<f2")
+    names = {field.name for field in fields(ShardArrays)}
+    texts = {name: values[name].tolist() for name in ("keys", "augmentation") if name in values}
+    return ShardArrays(**{name: value for name, value in (values | texts).items() if name in names}).check(spec)
 
 
 def _to_half(values: np.ndarray) -> np.ndarray:

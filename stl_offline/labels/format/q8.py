@@ -3,7 +3,8 @@
 An image's cells name few different classes, so each class is named once and the cells hold places in that list.
 Probabilities fall steeply, so they are held as steps of their logarithm.
 
-- ``class_ranks`` (n, V, Gh, Gw, k): places in the image's list of classes.
+- ``class_ranks`` (n, V, Gh, Gw, k): places in the image's list of classes. ``draw_ranks`` (n, V, Gh, Gw, S) likewise,
+  of drawn classes; the list is one for both.
 - ``palette``: these lists one after the other, each as long as the image's greatest rank + 1. An entry is the
   difference to the one before it in its list (modulo the dtype; the first one to 0), so a running sum gives the ids.
   The order within a list is free; classes that are about as frequent stand together, by id, which packs best.
@@ -39,14 +40,21 @@ _FAULTS = (
 
 
 def to_q8(arrays: ShardArrays, spec: LabelSpec) -> dict[str, np.ndarray]:
-    """What stands for ``class_ids``, ``logits`` and ``confidence`` of ``arrays``, by name."""
+    """What stands for ``class_ids``, ``logits``, ``confidence`` and ``draws`` of ``arrays``, by name."""
     n, k = len(arrays), spec.top_k
-    cells = arrays.confidence.size // n
-    ranks = np.empty((n, cells * k), dtype=spec.id_dtype)
-    palette = np.empty(arrays.class_ids.size, dtype=spec.id_dtype)
-    used = _rank_classes(arrays.class_ids.reshape(n, -1), spec.num_classes, ranks, palette)
+    named = arrays.class_ids
+    if arrays.draws is not None:
+        named = np.concatenate([named, arrays.draws], axis=-1)
+    cells = named[0, ..., 0].size
+    ranks = np.empty((n, named[0].size), dtype=spec.id_dtype)
+    palette = np.empty(named.size, dtype=spec.id_dtype)
+    # Draws alone name more classes, so that the list costs more: it is kept closer to the order of the ids.
+    used = _rank_classes(named.reshape(n, -1), spec.num_classes, 1 if k else 2, ranks, palette)
+    stored = {"palette": palette[:used]} | _split(ranks.reshape(named.shape), k, ("class_ranks", "draw_ranks"))
+    if arrays.confidence is None:
+        return stored
     steps = np.empty((n, cells), dtype=np.uint16)
-    gaps = np.empty((n, cells, k - 1), dtype=np.uint8)
+    gaps = np.empty((n, cells, max(0, k - 1)), dtype=np.uint8)
     _quantize(
         arrays.logits.astype(np.float32, copy=False).reshape(n, cells, k),
         arrays.confidence.astype(np.float32, copy=False).reshape(n, cells),
@@ -54,37 +62,42 @@ def to_q8(arrays: ShardArrays, spec: LabelSpec) -> dict[str, np.ndarray]:
         steps,
         gaps,
     )
-    stored = {
-        "palette": palette[:used],
-        "class_ranks": ranks.reshape(arrays.class_ids.shape),
-        "confidence_steps": steps.reshape(arrays.confidence.shape),
-    }
+    stored["confidence_steps"] = steps.reshape(arrays.confidence.shape)
     if k > 1:
         stored["logit_gaps"] = gaps.reshape(*arrays.confidence.shape, k - 1)
     return stored
 
 
 def from_q8(stored: dict[str, np.ndarray], spec: LabelSpec) -> dict[str, np.ndarray]:
-    """``class_ids``, ``logits`` (of each cell's best class: 0) and ``confidence``, as float16; the inverse of `to_q8`.
+    """``class_ids``, ``logits`` (of each cell's best class: 0), ``confidence`` and ``draws``, as far as the set has
+    them, numbers as float16; the inverse of `to_q8`.
 
     Raises:
         FormatError: the arrays contradict each other.
     """
-    ranks, steps = stored["class_ranks"], stored["confidence_steps"]
+    parts = [stored[name] for name in ("class_ranks", "draw_ranks") if name in stored]
+    ranks = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
     n, k = len(ranks), spec.top_k
-    cells = steps.size // n
+    cells = ranks[0, ..., 0].size
     gaps = stored["logit_gaps"].reshape(n, cells, k - 1) if k > 1 else np.empty((n, cells, 0), dtype=np.uint8)
-    class_ids = np.empty((n, cells, k), dtype=spec.id_dtype)
+    named = np.empty((n, cells, ranks.shape[-1]), dtype=spec.id_dtype)
     logits = np.empty((n, cells, k), dtype=np.uint16)
     bits = logit_table().view("<u2")
-    sample, fault = _restore(ranks.reshape(n, cells, k), gaps, stored["palette"], bits, class_ids, logits)
+    sample, fault = _restore(ranks.reshape(named.shape), gaps, stored["palette"], bits, named, logits)
     if fault:
         raise FormatError(f"sample {sample} of the shard is damaged: {_FAULTS[fault]}")
-    return {
-        "class_ids": class_ids.reshape(ranks.shape),
-        "logits": logits.view("<f2").reshape(ranks.shape),
-        "confidence": confidence_table()[steps],
-    }
+    found = _split(named.reshape(ranks.shape), k, ("class_ids", "draws"))
+    if k:
+        found["logits"] = logits.view("<f2").reshape(*ranks.shape[:-1], k)
+    if "confidence_steps" in stored:
+        found["confidence"] = confidence_table()[stored["confidence_steps"]]
+    return found
+
+
+def _split(values: np.ndarray, k: int, names: tuple[str, str]) -> dict[str, np.ndarray]:
+    """The part of the top k and the part of the draws, along the last axis; those that are not empty."""
+    parts = {names[0]: values[..., :k], names[1]: values[..., k:]}
+    return {name: np.ascontiguousarray(part) for name, part in parts.items() if part.shape[-1]}
 
 
 @cache
@@ -100,7 +113,7 @@ def logit_table() -> np.ndarray:
 
 
 @njit
-def _rank_classes(class_ids, classes, ranks, palette):
+def _rank_classes(class_ids, classes, step, ranks, palette):
     """Fill ranks (n, entries) and the palettes' differences; gives how much of the palette is used."""
     counts = np.zeros(classes, dtype=np.int64)
     rank_of = np.zeros(classes, dtype=np.int64)
@@ -113,11 +126,11 @@ def _rank_classes(class_ids, classes, ranks, palette):
                 order[size] = class_id
                 size += 1
             counts[class_id] += 1
-        # By the power of two below the count, falling; then by id. Sorted as one number.
+        # By the power of two (or of four) below the count, falling; then by id. Sorted as one number.
         for place in range(size):
-            count = counts[order[place]]
+            count = counts[order[place]] >> (step - 1)
             while count > 1:
-                count >>= 1
+                count >>= step
                 order[place] -= 1 << 32
         order[:size].sort()
         before = 0
@@ -142,7 +155,7 @@ def _quantize(logits, confidence, confidences, steps, gaps):
             step = int(min(max(np.rint(-true / CONFIDENCE_STEP), 0.0), 65_535.0))
             steps[sample, cell] = step
             offset = np.log(confidences[step]) - true
-            best = np.float64(logits[sample, cell, 0])
+            best = np.float64(logits[sample, cell, 0]) if stored else 0.0
             before = 0.0
             for entry in range(1, stored):
                 total = np.rint((best - np.float64(logits[sample, cell, entry]) + offset) / LOGIT_STEP)
@@ -154,6 +167,7 @@ def _quantize(logits, confidence, confidences, steps, gaps):
 @njit
 def _restore(ranks, gaps, differences, logit_bits, class_ids, logits):
     samples, cells, stored = ranks.shape
+    kept = logits.shape[2]
     palette = np.empty(cells * stored, dtype=class_ids.dtype)
     at = 0
     for sample in range(samples):
@@ -174,6 +188,8 @@ def _restore(ranks, gaps, differences, logit_bits, class_ids, logits):
             total = 0
             for entry in range(stored):
                 class_ids[sample, cell, entry] = palette[ranks[sample, cell, entry]]
+                if entry >= kept:
+                    continue
                 if entry:
                     total += gaps[sample, cell, entry - 1]
                     if total > 255:

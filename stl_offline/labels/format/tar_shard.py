@@ -2,7 +2,8 @@
 
 - ``__labels__``: JSON that says what the shard is. webdataset passes names of this form over.
 - ``NAME.labels.npy.gz``, in sample order: a gzipped .npy file that holds one record (shape (), a structured dtype)
-  whose fields are the sample's ``key`` (UTF-8) and its part of each array that the encoding stores.
+  whose fields are the sample's ``key`` (UTF-8) and its part of each array that the encoding stores. In version 2 it is
+  ``NAME.labels.npz`` (`stl_offline.labels.format.npz_member`).
 
 NAME is the key up to the first dot of its last part, as webdataset names an image's members, so that tars of labels
 and of images can be joined. What webdataset could not read back, and what another sample is called already, is
@@ -15,20 +16,24 @@ import math
 import re
 import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from stl_offline.errors import FormatError
 from stl_offline.labels.arrays import ShardArrays, ShardIndex
 from stl_offline.labels.format.layout import MOST_KEY_BYTES, StoredArray, check_claim, from_stored, layout, to_stored
-from stl_offline.labels.spec import FORMAT, LabelSpec
+from stl_offline.labels.format.npz_member import pack_member, sample_values, unpack_member
+from stl_offline.labels.spec import FORMAT, MEMBER_SUFFIX, LabelSpec
 
 _HEAD = "__labels__"
-_SUFFIX = ".labels.npy.gz"
+_SUFFIX = {version: f".{suffix}" for version, suffix in MEMBER_SUFFIX.items()}
+_TEXT = np.dtypes.StringDType()
 _BLOCK = 512
 _LEVEL = 6
 _GZIP_HEAD = b"\x1f\x8b\x08\x00" + bytes(4) + b"\x02\xff"
@@ -63,6 +68,13 @@ def encode(arrays: ShardArrays, spec: LabelSpec) -> bytes:
     for sample, name in enumerate(member_names(arrays.keys)):
         key = arrays.keys[sample].encode()
         palette = slice(*palettes[sample : sample + 2]) if palettes is not None else slice(0, 0)
+        if spec.format_version > 1:
+            values = sample_values(planes, stored, sample)
+            if palettes is not None:
+                values["palette"] = stored["palette"][palette]
+            member = pack_member({name: values[name] for name in _names(planes)})
+            _add(stream, name + _SUFFIX[spec.format_version], member)
+            continue
         header, dtype = _record(fields, len(key), palette.stop - palette.start)
         record = np.zeros((), dtype=dtype)
         for field in dtype.names:
@@ -70,7 +82,7 @@ def encode(arrays: ShardArrays, spec: LabelSpec) -> bytes:
                 record[field] = key
             else:
                 record[field] = stored[field][palette if field == "palette" else sample]
-        _add(stream, name + _SUFFIX, _gzip(header + record.tobytes()))
+        _add(stream, name + _SUFFIX[1], _gzip(header + record.tobytes()))
     stream.write(bytes(2 * _BLOCK))
     return stream.getvalue()
 
@@ -88,10 +100,12 @@ def decode(source: bytes | str | Path, spec: LabelSpec) -> ShardArrays:
     for name, plane in planes.items():
         if name == "palette":
             stored[name] = np.concatenate([record[name] for record in records])
-        elif name != "keys":
+        elif plane.dtype is None:
+            stored.setdefault(name, np.array([str(record[name]) for record in records if name != "keys"], _TEXT))
+        else:
             stored[name] = np.empty(plane.shape, dtype=plane.dtype)
             for sample, record in enumerate(records):
-                stored[name][sample] = record[name]
+                stored[name][sample] = record[name].reshape(plane.shape[1:])
     return from_stored(stored, spec)
 
 
@@ -99,7 +113,7 @@ def read_index(source: bytes | str | Path, spec: LabelSpec) -> ShardIndex:
     """Keys, content hashes and class ids. Raises FormatError as `decode` does."""
     records = _read_records(source, spec)
     hashes, class_ids = (
-        np.array([record[name] for record in records], dtype=dtype)
+        np.array([record[name].item() for record in records], dtype=dtype)
         for name, dtype in (("content_hash", "<u8"), ("class_id", "<u4"))
     )
     return ShardIndex(_keys(records).tolist(), hashes, class_ids)
@@ -121,8 +135,8 @@ def member_names(keys: list[str]) -> list[str]:
 
 def _palette_bounds(stored: dict[str, np.ndarray]) -> np.ndarray:
     """Where each image's list starts and ends in the palette: a list is as long as the greatest rank + 1."""
-    ranks = stored["class_ranks"]
-    sizes = ranks.reshape(len(ranks), -1).max(axis=1).astype(np.int64) + 1
+    parts = [stored[name] for name in ("class_ranks", "draw_ranks") if name in stored]
+    sizes = np.max([ranks.reshape(len(ranks), -1).max(axis=1).astype(np.int64) + 1 for ranks in parts], axis=0)
     return np.concatenate([[0], np.cumsum(sizes)])
 
 
@@ -163,26 +177,42 @@ def _gzip(data: bytes) -> bytes:
     return _GZIP_HEAD + packer.compress(data) + packer.flush() + struct.pack("<LL", zlib.crc32(data), len(data))
 
 
-def _read_records(source: bytes | str | Path, spec: LabelSpec) -> list[np.void]:
+def _read_records(source: bytes | str | Path, spec: LabelSpec) -> list[Any]:
+    """Each sample's arrays by name, in order: of version 1 a record, of version 2 a dict."""
     names: list[str] = []
-    records: list[np.void] = []
+    records: list[Any] = []
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         members = _members(data)
         samples = _check_head(next(members, None), spec)
-        fields = _fields(layout(spec, samples))
+        planes = layout(spec, samples)
+        fields = _fields(planes)
         check_claim(spec, samples, len(data))
-        most = _most_bytes(spec)
+        most, suffix = _most_bytes(spec), _SUFFIX[spec.format_version]
         for name, content in members:
-            if not name.endswith(_SUFFIX):
+            if not name.endswith(suffix):
                 raise FormatError(f"the shard holds a member that is no label: {name!r}")
-            names.append(name.removesuffix(_SUFFIX))
-            records.append(_read_record(content, fields, most))
+            names.append(name.removesuffix(suffix))
+            if spec.format_version > 1:
+                records.append(unpack_member(content, planes, spec.classes_per_image))
+            else:
+                records.append(_read_record(content, fields, most))
     except FileNotFoundError as error:
         raise FormatError(f"the shard {source} is missing") from error
     except FormatError:
         raise
-    except (tarfile.TarError, EOFError, OSError, ValueError, RecursionError, zlib.error, struct.error) as error:
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        RecursionError,
+        zlib.error,
+        struct.error,
+    ) as error:
         raise FormatError(f"the shard is damaged: {type(error).__name__}: {error}") from error
     if len(records) != samples:
         raise FormatError(f"the shard says that it holds {samples} samples, but has {len(records)}: it is cut off")
@@ -238,7 +268,7 @@ def _most_bytes(spec: LabelSpec) -> int:
     """Larger than any record of this label set."""
     planes = layout(spec, 1)
     arrays = sum(array.dtype.itemsize * math.prod(array.shape) for array in planes.values() if array.is_sized)
-    palette = spec.id_dtype.itemsize * math.prod(spec.map_shape) if "palette" in planes else 0
+    palette = spec.id_dtype.itemsize * spec.classes_per_image if "palette" in planes else 0
     return arrays + palette + _MOST_HEADER + MOST_KEY_BYTES
 
 
@@ -263,8 +293,13 @@ def _read_record(data: bytes, fields: tuple, most: int) -> np.void:
     return np.frombuffer(data, dtype=dtype, count=1, offset=len(header))[0]
 
 
-def _keys(records: list[np.void]) -> np.ndarray:
+def _names(planes: dict[str, StoredArray]) -> list[str]:
+    return ["key" if name == "keys" else name for name in planes]
+
+
+def _keys(records: list[Any]) -> np.ndarray:
+    keys = (record["key"].item() for record in records)
     try:
-        return np.array([bytes(record["key"]).decode() for record in records], dtype=np.dtypes.StringDType())
+        return np.array([key.decode() if isinstance(key, bytes) else key for key in keys], dtype=_TEXT)
     except UnicodeDecodeError as error:
         raise FormatError(f"the shard holds a key that is not UTF-8: {error.object!r}") from error

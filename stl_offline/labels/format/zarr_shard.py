@@ -92,7 +92,7 @@ def read_stored(
             chunks[name] = _check_array(name, array, metadata.get(f"{name}/zarr.json"), spec, samples)
             own |= {f"{name}/zarr.json", *_chunk_paths(name, *chunks[name], paths)}
         if others := paths - own:
-            raise FormatError(f"the shard holds {min(others)}, which belongs to no array of version 1")
+            raise FormatError(f"the shard holds {min(others)}, which belongs to no array of this label set")
         return {
             name: read_array(name, *chunks[name], array.dtype, entries)
             for name, array in expected.items()
@@ -215,7 +215,7 @@ def _check_array(
             f"the shard's array {name} is {metadata['data_type']} {shape}, expected {dtype} {array.shape}"
         )
     # The one array whose length is not a matter of the sample count: a list of classes has an entry per rank at most.
-    if not array.is_sized and array.dtype is not None and not 0 < shape[0] <= samples * math.prod(spec.map_shape):
+    if not array.is_sized and array.dtype is not None and not 0 < shape[0] <= samples * spec.classes_per_image:
         raise FormatError(f"the shard's array {name} claims {shape[0]:,} entries, more than its images name")
     if (metadata["zarr_format"], metadata["node_type"]) != (3, "array"):
         raise FormatError(f"the shard's {name} is no array of zarr version 3")

@@ -3,6 +3,7 @@
 A round trip misses a change that writer and reader make together; these files do not.
 """
 
+import dataclasses
 import hashlib
 import json
 import zlib
@@ -30,6 +31,13 @@ PINNED = {
     ("webdataset", "f16"): "00d5331e6bb67e3f82fee204e785537ac9d65e5c8381ed4255b98bd7e9025883",
     ("webdataset", "q8"): "c2e2e6458514a67b6ca6ee7be4a5af7455027ccb17159034175415be69df5aea",
 }
+PINNED_2 = {
+    ("zarr", "f16"): "6904083ef00797fc0cd78ea02482479a848ffa27cd18c59f1ada4d170476e385",
+    ("zarr", "q8"): "d3466ad202208f788a02df47222460be0ef8410f016e166dfb8322e02eade955",
+    ("webdataset", "f16"): "43a44f44d3a130fd348a8dfc76a84f6c06e401ea11e32b5783cf061d2c9a3050",
+    ("webdataset", "q8"): "34e938da581d7de45fb4acd53c6318ec9c12b7cbfdde7084e7a78ab42b240247",
+}
+MANIFEST_2 = "1eb79bfdcbb2cc77c77b76b1de15bd21bfdb279902ac3b7a0ac20c582228923c"
 MANIFEST = "5b36b426103bd43342db6dbd95449021dffad95361f814d94c3c11bf53eb3856"
 
 
@@ -78,6 +86,31 @@ def golden_arrays(spec: LabelSpec) -> ShardArrays:
     )
 
 
+def golden_spec_2(container: str, encoding: str) -> LabelSpec:
+    """All that version 2 adds."""
+    spec = golden_spec(container, encoding)
+    views = spec.views | {"first": 10}
+    added = {"draws": 2, "draw_seed": 7, "class_top_k": 2, "class_draws": 1, "has_augmentation": True}
+    return dataclasses.replace(spec, format_version=2, top_k=1, views=views, **added)
+
+
+def golden_arrays_2(spec: LabelSpec) -> ShardArrays:
+    """The best class of version 1's labels, and numbers that can be written down beside it."""
+    old = golden_arrays(golden_spec(spec.container, spec.encoding))
+    cells = np.arange(2 * 2 * 2 * 3).reshape(2, 2, 2, 3)
+    return dataclasses.replace(
+        old,
+        class_ids=np.ascontiguousarray(old.class_ids[..., :1]),
+        logits=np.ascontiguousarray(old.logits[..., :1]),
+        draws=np.stack([(cells + 2) % 5, (cells + 4) % 5], axis=-1).astype("<u2"),
+        head_ids=np.array([[[1, 0], [2, 4]], [[3, 1], [0, 1]]], dtype="<u2"),
+        head_logits=np.array([[[4, 1.5], [2, -2]], [[0, -0.25], [8, 0]]], dtype="<f2"),
+        head_confidence=np.array([[0.75, 0.5], [0.25, 1]], dtype="<f2"),
+        head_draws=np.array([[[3], [0]], [[4], [2]]], dtype="<u2"),
+        augmentation=['[{"op":"Rotate","degrees":9},null]', '["größe",{}]'],
+    )
+
+
 every_kind = pytest.mark.parametrize(("container", "encoding"), [(c, e) for c in CONTAINERS for e in ENCODINGS])
 
 
@@ -96,6 +129,23 @@ def test_new_shards_have_the_same_bytes(container, encoding):
         pytest.skip(f"pinned with {PINNED_WITH[container]}, here {PACKED_BY[container]}")
     spec = golden_spec(container, encoding)
     assert sha256_bytes(containers.encode_shard(golden_arrays(spec), spec)) == PINNED[container, encoding]
+
+
+@every_kind
+def test_shards_of_version_2(container, encoding):
+    spec = golden_spec_2(container, encoding)
+    data = (DATA / f"{container}-{encoding}-2.shard").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == PINNED_2[container, encoding]
+    assert containers.decode_shard(data, spec).equals(golden_arrays_2(spec))
+    if PACKED_BY[container] == PINNED_WITH[container]:
+        assert containers.encode_shard(golden_arrays_2(spec), spec) == data
+
+
+def test_the_manifests_bytes_of_version_2():
+    spec = golden_spec_2("zarr", "q8")
+    manifest = Manifest(spec, (ShardRecord(shard_name(0, 1, "zarr"), 0, 2, 1234, "ab" * 32),)).to_bytes()
+    assert sha256_bytes(manifest) == MANIFEST_2
+    assert Manifest.from_bytes(manifest).spec == spec
 
 
 def test_the_manifests_bytes():
