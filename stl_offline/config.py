@@ -233,8 +233,8 @@ class StudentConfig(TrainConfig):
     labeler_classes: str | None = setting(None, _LABELER_CLASSES, affects=INPUT)
     token_target: str = setting(
         "gumbel",
-        "Target of a token: one class drawn in each step (gumbel), the distribution (soft), or the best class "
-        "(argmax).",
+        "Target of a token: one class drawn whenever the image is shown (gumbel), the distribution (soft), or the best "
+        "class (argmax).",
     )
     residual: str = setting(
         "ignore",
@@ -262,7 +262,7 @@ class StudentConfig(TrainConfig):
     )
     match: str = setting(
         "key",
-        "How images and labels are joined: by key, by stem (the key without folders and file ending), or by content.",
+        "How images and labels are joined: by key, by stem (the key's base name up to its first dot), or by content.",
         choices=MATCHES,
     )
     missing: str = setting(

@@ -50,7 +50,7 @@ class PreviewConfig(Config):
     allow_changed: bool = setting(False, "Show images whose content has changed since they were labelled.")
     match: str = setting(
         "key",
-        "How images and labels are joined: by key, by stem (the key without folders and file ending), or by content.",
+        "How images and labels are joined: by key, by stem (the key's base name up to its first dot), or by content.",
         choices=MATCHES,
     )
     all_shards: bool = setting(False, "Read all shards for the histogram, not only those shown.")
