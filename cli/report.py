@@ -13,9 +13,10 @@ from stl_offline.config import ReportConfig
     epilog=example(
         "stl-offline report runs/student --data images/val",
         "stl-offline report runs/student runs/baseline --data images/val --labels labels --out report.html",
+        "stl-offline report fan.json resnet50.json --out robustness.html",
     )
 )
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...|FILE.json...")
 @setting_option(ReportConfig, "--data", group="data", metavar="SRC", show_default="no examples", more=SOURCE_HELP)
 @setting_option(ReportConfig, "--examples", group="data", metavar="N")
 @setting_option(ReportConfig, "--predict", group="data", metavar="N")
@@ -30,9 +31,16 @@ from stl_offline.config import ReportConfig
 def report(**settings: object) -> None:
     """Compare runs on one page: curves, results, differing settings, labels, and examples with token predictions.
 
-    The page is one self-contained file. Runs may be unfinished; damaged files of a run are listed.
+    The page is one self-contained file. Runs may be unfinished; damaged files of a run are listed. Files that hold what
+    evaluate --json printed, for suites or corruptions, give a page of scores instead: models side by side.
     """
     config = ReportConfig(**settings)
+    if config.of_scores:
+        from stl_offline.reports.scores import report_scores
+
+        page = report_scores(config)
+        echo(f"page: {page.page} ({counted(len(config.runs), 'model')}, {counted(page.bytes, 'byte')})")
+        return
     from stl_offline.reports.report import report_runs
 
     done = report_runs(config)

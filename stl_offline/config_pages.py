@@ -1,5 +1,6 @@
 """The settings of ``labels preview`` and ``report``, as `stl_offline.config` gives them."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from stl_offline.errors import InputError
@@ -74,7 +75,7 @@ class PreviewConfig(Config):
 class ReportConfig(MachineConfig):
     """``stl-offline report``."""
 
-    runs: tuple[str, ...] = setting(help="Folders of the runs.", affects=INPUT)
+    runs: tuple[str, ...] = setting(help="Folders of runs, or results of evaluate as JSON files.", affects=INPUT)
     data: str | None = setting(None, "Images to show examples of.", affects=INPUT)
     labels: tuple[str, ...] = setting((), "Label set that a run was trained with.", affects=INPUT)
     out: str = setting("report.html", "File to write the page to.", affects=JOB)
@@ -90,3 +91,16 @@ class ReportConfig(MachineConfig):
         super().__post_init__()
         if not self.runs:
             raise InputError("a report needs at least one run")
+        files = [run for run in self.runs if run.endswith(".json")]
+        if files and len(files) < len(self.runs):
+            raise InputError(f"runs and results of evaluate go on pages of their own; got {', '.join(self.runs)}")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        unused = ("data", "labels", "examples", "predict", "skip_broken", "seed", "device", "workers")
+        given = [f"`{name}`" for name in unused if getattr(self, name) != defaults[name]]
+        if files and given:
+            raise InputError(f"{', '.join(given)} cannot be used with results of evaluate; leave it out")
+
+    @property
+    def of_scores(self) -> bool:
+        """Whether the page is of results of evaluate, instead of runs."""
+        return self.runs[0].endswith(".json")

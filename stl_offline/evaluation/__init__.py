@@ -1,7 +1,7 @@
 """Scores of trained models."""
 
 from stl_offline.evaluation.corruptions import corrupt, parse_corruptions
-from stl_offline.evaluation.figures import corruption_summary, result_lines, score_rows, top1_by_kind
+from stl_offline.evaluation.figures import SUITE_NAMES, describe_transform, result_lines, score_rows, top1_by_kind
 from stl_offline.evaluation.measures import BENCHMARK_CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
 from stl_offline.evaluation.robust import RESULT_VERSION, evaluate_suites
 from stl_offline.evaluation.scoring import (
@@ -18,10 +18,11 @@ __all__ = [
     "EXTRA_CORRUPTIONS",
     "RESULT_VERSION",
     "SEVERITIES",
+    "SUITE_NAMES",
     "Scores",
     "Validation",
     "corrupt",
-    "corruption_summary",
+    "describe_transform",
     "evaluate",
     "evaluate_model",
     "evaluate_suites",

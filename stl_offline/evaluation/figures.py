@@ -19,6 +19,7 @@ from stl_offline.files import atomic_write
 
 Scores = dict[str, float]
 
+CORRUPTIONS = (*BENCHMARK_CORRUPTIONS, *EXTRA_CORRUPTIONS)
 SUITE_NAMES = {
     "imagenet": "imagenet",
     "real": "imagenet-real",
@@ -45,7 +46,7 @@ def suite_figures(parts: Sequence[tuple[str, str]], scores: Sequence[Mapping[str
     figures: dict[str, Any] = {}
     for suite, own in found.items():
         if suite in ("c", "data"):
-            figures[suite] = _corruption_figures(own, clean.get("all"))
+            figures[suite] = _corruption_figures(own, clean.get("all"), generated=suite == "data")
         elif suite in ("a", "r"):
             # The headline is over the suite's own classes, as its authors and papers count.
             figures[suite] = {
@@ -58,11 +59,13 @@ def suite_figures(parts: Sequence[tuple[str, str]], scores: Sequence[Mapping[str
     return figures
 
 
-def _corruption_figures(parts: Mapping[str, Mapping[str, Scores]], imagenet: Scores | None) -> dict[str, Any]:
+def _corruption_figures(
+    parts: Mapping[str, Mapping[str, Scores]], imagenet: Scores | None, *, generated: bool
+) -> dict[str, Any]:
     compared = next(iter(next(iter(parts.values()))))
     first = {name: found[compared] for name, found in parts.items()}
     clean = first.pop("clean", imagenet)
-    summary = corruption_scores(top1_by_kind(first), clean["top1"] if clean else None)
+    summary = corruption_scores(top1_by_kind(first), clean["top1"] if clean else None, generated=generated)
     return {"classes": compared, "clean": clean, **asdict(summary), "parts": first}
 
 
@@ -91,8 +94,9 @@ def score_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, Scores]]:
             compared = f"data's, of {every}" if own["classes"] == "subset" else f"all {every}"
             if suite == "data":
                 yield name, compared, own["clean"]
-            for part, scores in own["parts"].items():
-                yield f"{name if suite == 'c' else 'generated'}/{part}", compared, scores
+            for part in (f"{kind}/{level}" for kind in CORRUPTIONS for level in SEVERITIES):
+                if part in own["parts"]:
+                    yield f"{name if suite == 'c' else 'generated'}/{part}", compared, own["parts"][part]
         else:
             yield name, f"all {every}", own["all"]
 
@@ -154,23 +158,26 @@ def _cells(scores: Scores) -> tuple[str, ...]:
 
 def _corruption_lines(title: str, own: Mapping[str, Any]) -> list[str]:
     top1 = top1_by_kind(own["parts"])
-    rows: list[Sequence[str]] = [(f"{title}: top-1 % by severity", *map(str, SEVERITIES), "error %", "CE %")]
+    shown = [name for name in ("error", "ce") if own[name]]
+    heads = {"error": "error %", "ce": "CE %"}
+    rows = [(f"{title}: top-1 % by severity", *map(str, SEVERITIES), *(heads[name] for name in shown))]
     for kinds, mark in ((BENCHMARK_CORRUPTIONS, ""), (EXTRA_CORRUPTIONS, "extra: ")):
         for kind in kinds:
             if kind in top1:
                 cells = [f"{100 * top1[kind][level]:.1f}" if level in top1[kind] else "–" for level in SEVERITIES]
-                figures = [f"{100 * own[each][kind]:.2f}" if kind in own[each] else "–" for each in ("error", "ce")]
+                figures = [f"{100 * own[name][kind]:.2f}" if kind in own[name] else "–" for name in shown]
                 rows.append((mark + kind.replace("_", " "), *cells, *figures))
-    return [*_aligned(rows), *corruption_summary(own)]
+    return [*_aligned(rows), *_summary_lines(own)]
 
 
-def corruption_summary(own: Mapping[str, Any]) -> list[str]:
-    """mCE, mean accuracy and retention as lines; why they are missing where they are."""
-    if own["mce"] is None:
-        return ["mCE and retention: not given, they take all 15 corruptions of the benchmark at all 5 severities"]
-    lines = [f"mCE {100 * own['mce']:.2f} %, mean top-1 {100 * own['top1']:.2f} %, over the benchmark's 15 corruptions"]
+def _summary_lines(own: Mapping[str, Any]) -> list[str]:
+    """Mean accuracy, mCE and retention; why they are missing where they are."""
+    if own["top1"] is None:
+        return ["no means: they take all 15 corruptions of the benchmark at all 5 severities"]
+    mce = "" if own["mce"] is None else f"mCE {100 * own['mce']:.2f} %, "
+    lines = [f"{mce}mean top-1 {100 * own['top1']:.2f} %, over the benchmark's 15 corruptions"]
     if own["retention"] is None:
-        return [*lines, "retention: not given, it takes the accuracy on clean images (suite imagenet)"]
+        return [*lines, "no retention: it takes the accuracy on clean images (suite imagenet)"]
     return [*lines, f"retention {100 * own['retention']:.2f} % of the clean top-1, {100 * own['clean']['top1']:.2f} %"]
 
 

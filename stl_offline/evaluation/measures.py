@@ -158,29 +158,35 @@ def calibration_error(bins: Sequence[float]) -> float:
 class CorruptionScores:
     """The figures of ImageNet-C and of generated corruptions.
 
-    error: each corruption's top-1 error, mean over severities; ce: it over AlexNet's (benchmark corruptions only);
-    mce: mean of ``ce``, and top1: mean accuracy, both over the benchmark's 15 corruptions and None unless all are
-    there; retention: ``top1`` over the clean accuracy (FAN, arXiv 2204.12451), None where that is not known.
+    error: each corruption's top-1 error, mean over severities; top1: mean accuracy over the benchmark's 15 corruptions,
+    None unless all are there; retention: ``top1`` over the clean accuracy (FAN, arXiv 2204.12451), None where that is
+    not known; ce: ``error`` over AlexNet's, of the benchmark's corruptions; mce: its mean, None unless all are there.
     """
 
     error: dict[str, float]
-    ce: dict[str, float]
-    mce: float | None
     top1: float | None
     retention: float | None
+    ce: dict[str, float]
+    mce: float | None
 
 
-def corruption_scores(top1: Mapping[str, Mapping[int, float]], clean: float | None = None) -> CorruptionScores:
-    """From top-1 by corruption and severity to error, CE, mCE and retention.
+def corruption_scores(
+    top1: Mapping[str, Mapping[int, float]], clean: float | None = None, *, generated: bool = False
+) -> CorruptionScores:
+    """From top-1 by corruption and severity to error, mean accuracy, retention, CE and mCE.
 
     Args:
         top1: corruption → severity → accuracy in [0, 1]. A corruption that lacks a severity has no figures.
         clean: accuracy on clean images of the same classes.
+        generated: corruptions that were generated have neither CE nor mCE: AlexNet's errors are ImageNet-C's.
     """
     whole = {name: found for name, found in top1.items() if set(found) == set(SEVERITIES)}
     error = {name: 1 - sum(found.values()) / len(found) for name, found in whole.items()}
-    ce = {name: error[name] / ALEXNET_ERROR[name] for name in BENCHMARK_CORRUPTIONS if name in error}
-    if len(ce) < len(BENCHMARK_CORRUPTIONS):
-        return CorruptionScores(error, ce, None, None, None)
+    own = {} if generated else ALEXNET_ERROR
+    ce = {name: error[name] / own[name] for name in own if name in error}
+    if not set(BENCHMARK_CORRUPTIONS) <= set(error):
+        return CorruptionScores(error, None, None, ce, None)
     accuracy = 1 - sum(error[name] for name in BENCHMARK_CORRUPTIONS) / len(BENCHMARK_CORRUPTIONS)
-    return CorruptionScores(error, ce, sum(ce.values()) / len(ce), accuracy, accuracy / clean if clean else None)
+    return CorruptionScores(
+        error, accuracy, accuracy / clean if clean else None, ce, sum(ce.values()) / len(ce) if ce else None
+    )

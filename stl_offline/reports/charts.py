@@ -24,6 +24,7 @@ from stl_offline.reports.png import save_figure
 
 # The dashes of the first, second, … run, in points; a run has the same dashes and colour in all charts.
 DASHES = ((), (7, 3), (2, 3), (10, 3, 2, 3), (4, 2), (12, 4))
+HATCHES = ("", "///", "...", "xxx", "---", "+++")
 BINS = 20
 WIDTH, HEIGHT = 440, 270  # points of 1/72 inch, and units of the SVG
 _DOTTED = 60  # series with more points have no dots
@@ -150,6 +151,60 @@ def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series],
         svg = _svg(figure, title, f"{y_label} over {x_label}", tips)
     heads = (x_label, *(line.name for line in series))
     return Chart(title, svg, note="", caption=y_label, heads=heads, table=_table(series, form))
+
+
+@dataclass(frozen=True)
+class Bars:
+    """The bars of one model: for each group of the chart, values by place within the group; None for one that lacks.
+
+    number: which of the page's series.
+    """
+
+    name: str
+    number: int
+    values: tuple[tuple[float | None, ...], ...]
+
+
+def bar_chart(
+    title: str, y_label: str, groups: Sequence[str], places: Sequence[str], bars: Sequence[Bars], form: str = ".1%"
+) -> Chart:
+    """Bars of shares in [0, 1], in groups: in each those of the first model at all places, then those of the next.
+
+    Args:
+        groups: what stands below each group; places: the name of each place within a group, "" for a single one.
+    """
+    per_group = len(bars) * len(places)
+    width = 0.86 / per_group
+    tips: dict[str, list[str]] = {}
+    rows: list[tuple[str, ...]] = []
+    with rc_context(_STYLE):
+        figure, axis = _new_figure("", y_label)
+        for position, each in enumerate(bars):
+            color = _SERIES[each.number]
+            # From the second series on hatched, so that they are told apart without colour.
+            look = {"facecolor": "none", "edgecolor": color, "hatch": HATCHES[each.number], "linewidth": 1}
+            for group, values in enumerate(each.values):
+                for place, value in enumerate(values):
+                    if not _finite(value):
+                        continue
+                    left = group + 0.07 + (position * len(places) + place) * width
+                    gid = f"bar-{position}-{group}-{place}"
+                    what = ", ".join(part for part in (groups[group], places[place]) if part)
+                    tips[gid] = [f"{each.name}: {what}, {value:{form}}"]
+                    kind = look if HATCHES[each.number] else {"color": color}
+                    axis.bar(left, value, 0.88 * width, align="edge", gid=gid, **kind)[0].set_gid(gid)
+        axis.set_xlim(0, len(groups))
+        axis.set_xticks(np.arange(len(groups)) + 0.5, [group.replace(" ", "\n", 1) for group in groups])
+        axis.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.set_ylim(0, 1)
+        svg = _svg(figure, title, f"{y_label} in groups of bars", tips)
+    for group, name in enumerate(groups):
+        for place, part in enumerate(places):
+            values = [each.values[group][place] for each in bars]
+            label = ", ".join(each for each in (name, part) if each)
+            rows.append((label, *(f"{value:{form}}" if _finite(value) else "–" for value in values)))
+    return Chart(title, svg, "", y_label, ("", *(each.name for each in bars)), tuple(rows))
 
 
 def confidence_chart(counts: ConfidenceCounts, note: str) -> Chart:

@@ -115,6 +115,8 @@ def test_mce_and_retention_by_hand():
 def test_the_benchmarks_mean_takes_all_of_it():
     top1 = {name: dict.fromkeys(SEVERITIES, 0.5) for name in BENCHMARK_CORRUPTIONS}
     assert corruption_scores(top1).mce is not None and corruption_scores(top1).retention is None
+    generated = corruption_scores(top1, generated=True)
+    assert generated.top1 == pytest.approx(0.5) and generated.mce is None and generated.ce == {}
     del top1["fog"][3]
     found = corruption_scores(top1)
     assert found.mce is None and found.top1 is None and "fog" not in found.error
