@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from stl_offline.config import AMP_MODES, MachineConfig, RunConfig
 from stl_offline.errors import InputError
-from stl_offline.settings import INPUT, JOB, setting
+from stl_offline.settings import INPUT, JOB, SEEDS, SKIP_BROKEN, setting
 
 SCHEDULES = ("poly", "cosine")
 
@@ -109,6 +109,25 @@ class SegmentConfig(BackboneConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ZeroTrainConfig(MachineConfig):
+    """``stl-offline transfer zero-train``."""
+
+    data: str = setting(help="Images with classes.", affects=INPUT)
+    masks: str = setting(
+        help="Their objects: a folder of masks or Pascal VOC boxes, an .npz file, or a .json file of boxes.",
+        affects=INPUT,
+    )
+    checkpoint: str = setting(help="A run with a trained token head, or one of its weights files.", affects=INPUT)
+    threshold: float = setting(
+        0.5, "Probability of the image's class from which a pixel counts as foreground.", bounds="(0, 1)"
+    )
+    img_size: int = setting(0, "Height and width of the input (0 takes the size trained with).", bounds="[0, 8192]")
+    batch_size: int = setting(128, "Images per batch.", bounds="[1, inf)")
+    amp: str = setting("none", "Mixed precision of the model; auto chooses by device.", choices=AMP_MODES)
+    skip_broken: bool = setting(False, SKIP_BROKEN)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TransferEvaluateConfig(MachineConfig):
     """``stl-offline transfer evaluate``."""
 
@@ -118,6 +137,12 @@ class TransferEvaluateConfig(MachineConfig):
         help="A run of `stl-offline transfer segment`, or one of its weights files.", affects=INPUT
     )
     sliding_window: bool = setting(False, _WINDOW)
+    corrupt: str | None = setting(
+        None,
+        "Corruptions of the images to score, too: all, benchmark, extra, noise, blur, weather, digital, or kinds such "
+        "as fog:2-4, with severities after the colon.",
+    )
+    seed: int = setting(0, "Seed of the corruptions.", bounds=SEEDS)
     amp: str = setting("none", "Mixed precision of the model; auto chooses by device.", choices=AMP_MODES)
     out: str | None = setting(
         None, "Folder for predicted masks as PNG files; none are written by default.", affects=JOB

@@ -7,6 +7,7 @@ from stl_offline.cli.lazy import lazy_group
 
 COMMANDS = {
     "segment": ("stl_offline.cli.transfer.segment:segment", "Fine-tune a backbone on masks."),
+    "zero-train": ("stl_offline.cli.transfer.zero_train:zero_train", "Measure a token head as a coarse segmenter."),
     "evaluate": ("stl_offline.cli.transfer.evaluate:evaluate", "Measure a fine-tuned model on masks."),
 }
 

@@ -12,7 +12,7 @@ from stl_offline.config_transfer import TransferEvaluateConfig
 
 @command(
     epilog=example(
-        "stl-offline transfer evaluate --data camvid.tar --split val --checkpoint runs/segmenter --sliding-window"
+        "stl-offline transfer evaluate --data camvid.tar --split val --checkpoint runs/segmenter --corrupt noise,fog:3"
     )
 )
 @json_option
@@ -20,13 +20,15 @@ from stl_offline.config_transfer import TransferEvaluateConfig
 @setting_option(TransferEvaluateConfig, "--split", group="data", metavar="NAME", show_default="all")
 @setting_option(TransferEvaluateConfig, "--checkpoint", group="model", metavar="RUN")
 @setting_option(TransferEvaluateConfig, "--sliding-window/--no-sliding-window", group="model")
+@setting_option(TransferEvaluateConfig, "--corrupt", group="data", metavar="KINDS", show_default="none")
+@setting_option(TransferEvaluateConfig, "--seed", group="data", metavar="N")
 @setting_option(TransferEvaluateConfig, "--out", group="output", metavar="FOLDER", show_default="none")
 @setting_option(TransferEvaluateConfig, "--amp", group="machine")
 @device_option
 @workers_option
 @debug_option
 def evaluate(as_json: bool, **settings: object) -> None:
-    """Measure a segmenter on whole images: mean IoU, IoU of each class, accuracy."""
+    """Measure a segmenter on whole images: mean IoU, IoU of each class, accuracy; clean and corrupted."""
     config = TransferEvaluateConfig(**settings)
     from stl_offline.transfer import evaluate_segmenter
 
@@ -38,3 +40,11 @@ def evaluate(as_json: bool, **settings: object) -> None:
     classes = {name.removeprefix("iou/"): value for name, value in result.items() if name.startswith("iou/")}
     width = max(map(len, classes))
     echo(*(f"  {name:<{width}}  IoU {percent(value):>8}" for name, value in classes.items()))
+    if "corrupted" not in result:
+        return
+    retention = "" if result["retention"] is None else f", retention {percent(result['retention'])}"
+    echo(f"corrupted: mean IoU {percent(result['corrupted_miou'])}{retention}")
+    width = max(map(len, result["corrupted"]))
+    for kind, scores in result["corrupted"].items():
+        shown = ", ".join(f"{severity}: {percent(value)}" for severity, value in scores.items())
+        echo(f"  {kind:<{width}}  mean IoU by severity {shown}")

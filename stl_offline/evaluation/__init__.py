@@ -1,6 +1,6 @@
 """Scores of trained models."""
 
-from stl_offline.evaluation.corruptions import corrupt, parse_corruptions
+from stl_offline.evaluation.corruptions import check_corruptions_can_run, corrupt, parse_corruptions
 from stl_offline.evaluation.figures import SUITE_NAMES, describe_transform, result_lines, score_rows, top1_by_kind
 from stl_offline.evaluation.measures import BENCHMARK_CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
 from stl_offline.evaluation.robust import RESULT_VERSION, evaluate_suites
@@ -21,6 +21,7 @@ __all__ = [
     "SUITE_NAMES",
     "Scores",
     "Validation",
+    "check_corruptions_can_run",
     "corrupt",
     "describe_transform",
     "evaluate",

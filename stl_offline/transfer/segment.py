@@ -5,9 +5,11 @@ B: images of a step in this process; H, W: crop; K: classes.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
@@ -18,6 +20,7 @@ from stl_offline.config_transfer import SegmentConfig, TransferEvaluateConfig
 from stl_offline.device import autocast, pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, join_world, leaving_world
 from stl_offline.errors import InputError
+from stl_offline.evaluation import check_corruptions_can_run, corrupt, parse_corruptions
 from stl_offline.files import make_folder
 from stl_offline.palette import class_pixels
 from stl_offline.training.engine import run_training
@@ -225,6 +228,9 @@ def evaluate_segmenter(config: TransferEvaluateConfig) -> dict[str, Any]:
         InputError: no such run, or images and masks that cannot be used.
         FormatError: a damaged checkpoint.
     """
+    if config.corrupt is not None:
+        parse_corruptions(config.corrupt)
+        check_corruptions_can_run()
     device = pick_device(config.device)
     model, description = load_segmenter(config.checkpoint)
     model = model.to(device)
@@ -242,4 +248,27 @@ def evaluate_segmenter(config: TransferEvaluateConfig) -> dict[str, Any]:
 
         validation.keep = keep
     scores = validation.measure(model).by_name(description.class_names)
-    return {"samples": len(pairs)} | scores
+    result: dict[str, Any] = {"samples": len(pairs)} | scores
+    return result if config.corrupt is None else result | _corrupted(config, validation, model, scores["miou"])
+
+
+def _corrupted(
+    config: TransferEvaluateConfig, validation: SegmentValidation, model: Segmenter, clean: float | None
+) -> dict[str, Any]:
+    """Scores on corrupted images; the masks stay as they are.
+
+    Returns:
+        ``corrupted``: mIoU by kind and severity; ``corrupted_miou``: mean over kinds of the mean over severities;
+        ``retention``: that over the clean mIoU.
+    """
+    validation.keep = None
+    found: dict[str, dict[str, float | None]] = {}
+    for kind, severity in parse_corruptions(config.corrupt or ""):
+        validation.change = partial(_corrupt, kind=kind, severity=severity, seed=config.seed)
+        found.setdefault(kind, {})[str(severity)] = validation.measure(model).miou
+    mean = float(np.mean([np.mean(list(each.values())) for each in found.values()]))
+    return {"corrupted": found, "corrupted_miou": mean, "retention": mean / clean if clean else None}
+
+
+def _corrupt(key: str, pixels: np.ndarray, *, kind: str, severity: int, seed: int) -> np.ndarray:
+    return corrupt(pixels, kind, severity, seed=seed, key=key)

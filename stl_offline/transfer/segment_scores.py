@@ -108,7 +108,8 @@ class SegmentValidation:
         model.eval()
         matrix = torch.zeros(classes, classes, dtype=torch.float64, device=self.device)
         for key, image, mask in self._images():
-            predicted = self.predict(model, image)
+            # Here, not in the threads that read: corruptions draw from a generator that all threads share.
+            predicted = self.predict(model, image if self.change is None else self.change(key, image))
             matrix += confusion_matrix(predicted, torch.from_numpy(mask).to(self.device, torch.int64), classes)
             if self.keep is not None:
                 self.keep(key, predicted.cpu().numpy())
@@ -142,10 +143,8 @@ class SegmentValidation:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, number: int) -> tuple[str, np.ndarray, np.ndarray]:
-        key = self.pairs.pairs[number].key
         image, mask = self.pairs.read(number)
-        pixels = np.array(image)
-        return key, pixels if self.change is None else self.change(key, pixels), mask
+        return self.pairs.pairs[number].key, np.array(image), mask
 
 
 def save_ids(path: str, ids: np.ndarray) -> None:
