@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import mmap
 import os
 import secrets
@@ -27,9 +28,11 @@ import numpy as np
 import xxhash
 from numpy.lib.format import dtype_to_descr, open_memmap, write_array_header_1_0
 
+from stl_offline.compiled import read_only
 from stl_offline.errors import FormatError, TargetError
 from stl_offline.files import COPY_BYTES, atomic_write, cache_dir, canonical_json, make_folder
 from stl_offline.labels.cache_rows import place_shard
+from stl_offline.labels.draws import bits_of, expand_into, packed_bytes
 from stl_offline.labels.join import JoinReport, check_class_names, join
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.spec import LabelSpec, is_count
@@ -54,16 +57,37 @@ class TokenCache:
     class_ids: (n, V, Gh, Gw, k) uint16 or uint32; probabilities: (n, V, Gh, Gw, k) float32; confidence:
     (n, V, Gh, Gw) float32; views: (n, V, 6) float32; labelled: (n,) uint8, 0 where an image has no label (its other
     entries are zeros).
+
+    None where the labels have no such thing: confidence; draws: (n, V, bytes) uint8, each map's drawn classes, packed
+    (`stl_offline.labels.draws`); head_ids: (n, V, c + s), the class head's best classes and its drawn ones;
+    head_masses: (n, V, c + s) float32, their probabilities, each draw's an s-th of what the best ones leave.
     """
 
     path: Path
     spec: LabelSpec
     class_ids: np.ndarray
     probabilities: np.ndarray
-    confidence: np.ndarray
+    confidence: np.ndarray | None
     views: np.ndarray
     labelled: np.ndarray
     report: str
+    draws: np.ndarray | None = None
+    head_ids: np.ndarray | None = None
+    head_masses: np.ndarray | None = None
+
+    def entries(self, sample: int, view: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """All that is stored of a map's distributions: class ids and float32 masses, (Gh, Gw, k + S).
+
+        Draws share the mass outside the top k; a class may be drawn several times.
+        """
+        ids, masses = self.class_ids[sample, view], self.probabilities[sample, view]
+        if self.draws is None:
+            return ids, masses
+        found = np.empty((*self.grid, self.top_k + self.spec.draws), ids.dtype)
+        sums = np.empty(found.shape, np.float32)
+        arrays = (read_only(ids), read_only(masses), read_only(self.draws[sample, view]))
+        expand_into(*arrays, bits_of(self.num_classes), False, found, sums)
+        return found, sums
 
     def __len__(self) -> int:
         return len(self.labelled)
@@ -189,7 +213,11 @@ def _open(path: Path) -> TokenCache:
         name: np.memmap(path / f"{name}.npy", dtype, "r", len(_header(dtype, shape)), shape)
         for name, (dtype, shape) in layout.items()
     }
-    return TokenCache(path=path, spec=spec, report=report, **arrays)
+    # Of labels without top-k classes.
+    empty = (images, *spec.map_shape)
+    arrays.setdefault("class_ids", np.empty(empty, spec.id_dtype))
+    arrays.setdefault("probabilities", np.empty(empty, np.float32))
+    return TokenCache(path=path, spec=spec, report=report, **{"confidence": None, **arrays})
 
 
 def cache_name(
@@ -212,13 +240,20 @@ def cache_name(
 
 
 def _layout(spec: LabelSpec, n: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    return {
+    views, cells = spec.views_per_image, math.prod(spec.grid)
+    head = (n, views, spec.class_top_k + spec.class_draws)
+    arrays = {
         "class_ids": (spec.id_dtype, (n, *spec.map_shape)),
         "probabilities": (np.dtype("<f4"), (n, *spec.map_shape)),
-        "confidence": (np.dtype("<f4"), (n, *spec.map_shape[:-1])),
-        "views": (np.dtype("<f4"), (n, spec.views_per_image, 6)),
+        "confidence": (np.dtype("<f4"), (n, *spec.map_shape[:-1]) if spec.has_confidence else (0,)),
+        "draws": (np.dtype("u1"), (n, views, packed_bytes(cells * spec.draws, spec.num_classes) if spec.draws else 0)),
+        "head_ids": (spec.id_dtype, head),
+        "head_masses": (np.dtype("<f4"), head),
+        "views": (np.dtype("<f4"), (n, views, 6)),
         "labelled": (np.dtype("u1"), (n,)),
     }
+    # What has no number in it is in no file.
+    return {name: (dtype, shape) for name, (dtype, shape) in arrays.items() if math.prod(shape)}
 
 
 def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:

@@ -8,6 +8,7 @@ import numpy as np
 from stl_offline.compiled import njit
 from stl_offline.errors import FormatError
 from stl_offline.labels.arrays import ShardArrays, probabilities
+from stl_offline.labels.draws import entries, pack_draws
 from stl_offline.labels.format import confidence_table, logit_table, read_stored
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.rules import check_views, least_sum_limit
@@ -30,22 +31,47 @@ def place_shard(
     """
     data = label_set.read_bytes(index)
     spec = label_set.spec
-    if spec.encoding == "q8" and spec.container == "zarr" and _place_q8(cache, data, spec, samples, rows):
+    is_quick = spec.encoding == "q8" and spec.container == "zarr" and spec.format_version == 1
+    if is_quick and _place_q8(cache, data, spec, samples, rows):
         return
-    _place_arrays(cache, label_set.decode(index, data), samples, rows)
+    _place_arrays(cache, label_set.decode(index, data), samples, rows, spec.num_classes)
 
 
-def _place_arrays(cache: dict[str, np.ndarray], shard: ShardArrays, samples: np.ndarray, rows: np.ndarray) -> None:
+def _place_arrays(
+    cache: dict[str, np.ndarray], shard: ShardArrays, samples: np.ndarray, rows: np.ndarray, classes: int
+) -> None:
     # By row of the cache, a part at a time: written pages are written once, and what is computed stays small.
     order = np.argsort(samples)
     for start in range(0, len(order), _PART):
         part = order[start : start + _PART]
         to, of = samples[part], rows[part]
-        cache["class_ids"][to] = shard.class_ids[of]
-        cache["probabilities"][to] = probabilities(shard.logits[of], shard.confidence[of])
-        cache["confidence"][to] = shard.confidence[of]
+        if shard.class_ids.shape[-1]:
+            cache["class_ids"][to] = shard.class_ids[of]
+            cache["probabilities"][to] = probabilities(shard.logits[of], shard.confidence[of])
+        if shard.confidence is not None:
+            cache["confidence"][to] = shard.confidence[of]
+        if shard.draws is not None:
+            _pack(cache["draws"], to, shard.draws[of], classes)
+        if "head_ids" in cache:
+            cache["head_ids"][to], cache["head_masses"][to] = _head(shard, of)
         cache["views"][to] = shard.views[of]
         cache["labelled"][to] = 1
+
+
+def _pack(cache: np.ndarray, rows: np.ndarray, draws: np.ndarray, classes: int) -> None:
+    """Draws (m, V, Gh, Gw, S) into the cache's rows (m,), each map on its own."""
+    packed = pack_draws(draws.reshape(-1, *draws.shape[2:]), classes)
+    cache[rows] = packed.reshape(len(rows), draws.shape[1], -1)
+
+
+def _head(shard: ShardArrays, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The class head's answer for some rows (m,): class ids and masses (m, V, c + s)."""
+    if shard.head_ids is None:
+        draws = shard.head_draws[rows]
+        none = np.empty((*draws.shape[:-1], 0))
+        return entries(none.astype(draws.dtype), none.astype(np.float32), draws)
+    masses = probabilities(shard.head_logits[rows], shard.head_confidence[rows])
+    return entries(shard.head_ids[rows], masses, None if shard.head_draws is None else shard.head_draws[rows])
 
 
 def _place_q8(

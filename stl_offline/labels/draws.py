@@ -48,7 +48,7 @@ def _merge_cells(class_ids, masses):
         merge_same(class_ids[cell], masses[cell])
 
 
-@njit
+@njit(inner=True)
 def merge_same(class_ids, masses):
     """Give a class's first entry in a cell the mass of its others, which keep none: class_ids, masses (m,)."""
     for entry in range(1, len(class_ids)):
@@ -91,7 +91,7 @@ def _pack(ids, bits, packed):
             at += bits
 
 
-@njit
+@njit(inline=True)
 def unpack_draw(packed, place, bits):
     """The class id at ``place`` of packed ids (bytes,); ``bits``: `bits_of`, at most 25."""
     at = place * bits
@@ -103,3 +103,32 @@ def unpack_draw(packed, place, bits):
         | np.uint32(packed[byte + 3]) << np.uint32(24)
     )
     return np.int64((word >> np.uint32(at & 7)) & np.uint32((1 << bits) - 1))
+
+
+@njit
+def expand_into(class_ids, masses, packed, bits, merges, out_ids, out_masses):
+    """One map's stored classes and draws as one list per cell, as `entries`, without allocation.
+
+    class_ids, masses: (Gh, Gw, k); packed: (bytes,) uint8, the map's draws; bits: `bits_of`; merges: whether a class's
+    first entry gets the mass of its others; out_ids, out_masses: (Gh, Gw, k + S).
+    """
+    rows, columns, stored = class_ids.shape
+    draws = out_ids.shape[2] - stored
+    place = 0
+    for row in range(rows):
+        for column in range(columns):
+            left = 1.0
+            for entry in range(stored):
+                out_ids[row, column, entry] = class_ids[row, column, entry]
+                out_masses[row, column, entry] = masses[row, column, entry]
+                left -= masses[row, column, entry]
+            share = np.float32(max(left, 0.0) / draws)
+            for draw in range(draws):
+                out_ids[row, column, stored + draw] = unpack_draw(packed, place, bits)
+                out_masses[row, column, stored + draw] = share
+                place += 1
+            if merges:
+                merge_same(out_ids[row, column], out_masses[row, column])
+            elif draws:
+                # Who sums masses up to a number below 1 must not pass the last because of rounding.
+                out_masses[row, column, stored + draws - 1] += np.float32(1e-6)

@@ -5,6 +5,7 @@ V: views of each image; Gh, Gw: the token grid; k, S: classes kept and drawn for
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -283,6 +284,17 @@ def of_cell(spec: LabelSpec) -> str:
     """What is stored of each token, in words: "top 5", "4 draws", or "top 5 and 4 draws"."""
     parts = [(spec.top_k, f"top {spec.top_k}"), (spec.draws, f"{spec.draws} {'draw' if spec.draws == 1 else 'draws'}")]
     return " and ".join(text for number, text in parts if number)
+
+
+def check_use(specs: Sequence[LabelSpec], residual: str, min_confidence: float) -> None:
+    """Raise InputError where label sets cannot be used with these settings of `stl_offline.targets.TokenTargets`."""
+    if min_confidence > 0 and not all(spec.has_confidence for spec in specs):
+        raise InputError(
+            "`min_confidence` needs labels with a confidence, and these are draws without one; dump them with "
+            "`confidence=True`"
+        )
+    if residual != "ignore" and all(spec.draws for spec in specs):
+        raise InputError("`residual` does nothing for labels with draws: these leave no probability over")
 
 
 class Difference(NamedTuple):

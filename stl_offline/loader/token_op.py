@@ -17,6 +17,8 @@ from stl_offline.compiled import njit, read_only
 from stl_offline.errors import InputError
 from stl_offline.geometry import relative_view_into, window_of
 from stl_offline.labels.cache import TokenCache
+from stl_offline.labels.draws import bits_of, expand_into
+from stl_offline.labels.spec import check_use
 from stl_offline.loader.decoder import next_item
 from stl_offline.loader.threads import Workers
 from stl_offline.targets import AlignScratch, TokenTargets, align_classes_into, draw_classes_into, drop_unsure
@@ -40,6 +42,7 @@ class TokenLabels:
         if not self.caches:
             raise InputError("token targets need at least one token cache, got none")
         counts = sorted({cache.num_classes for cache in self.caches})
+        check_use([cache.spec for cache in self.caches], self.targets.residual, self.targets.min_confidence)
         if len(counts) > 1:
             raise InputError(
                 f"token caches must be of one class list, got caches of {' and '.join(map(str, counts))} classes"
@@ -58,13 +61,29 @@ class TokenLabels:
 
 class _Maps(NamedTuple):
     """One cache: class_ids uint16 or uint32 (n, V, Gh, Gw, k), probabilities float32 of that shape, confidence float32
-    (n, V, Gh, Gw), views float32 (n, V, 6), labelled uint8 (n,)."""
+    (n, V, Gh, Gw), draws uint8 (n, V, bytes), views float32 (n, V, 6), labelled uint8 (n,); without numbers where there
+    is no such thing."""
 
     class_ids: np.ndarray
     probabilities: np.ndarray
     confidence: np.ndarray
+    draws: np.ndarray
     views: np.ndarray
     labelled: np.ndarray
+
+
+class _Shown(NamedTuple):
+    """What targets are made from: the cache's own class_ids and probabilities, or, ``expanded``, those of one map at a
+    time, whose draws are put beside its top k. ids, masses: that memory, to write (Gh, Gw, k + S); bits: of a draw;
+    merges: whether each class is to be named once."""
+
+    expanded: bool
+    bits: int
+    merges: bool
+    ids: np.ndarray
+    masses: np.ndarray
+    class_ids: np.ndarray
+    probabilities: np.ndarray
 
 
 class _Plan(NamedTuple):
@@ -96,6 +115,8 @@ class TokenDraw(Operation):
         self._seed = np.uint64(seed % 2**64)
         self._settings = (targets.sampling_ratio, targets.residual == "uniform", np.float32(targets.min_confidence))
         self._classes = labels.num_classes
+        sources = zip(labels.caches, self._maps, strict=True)
+        self._shown = [[_shown(*source, targets) for _ in range(len(workers))] for source in sources]
         self._scratch = []
         if not targets.is_drawn:
             self._scratch = [AlignScratch.make(targets, labels.num_classes) for _ in range(len(workers))]
@@ -143,12 +164,14 @@ class TokenDraw(Operation):
                 out_weights.fill(0.0)
             for number, maps in enumerate(self._maps):
                 items = (np.zeros(1, dtype=np.int64), ids, number)
-                common = (maps, self._plan, *self._settings, out_ids, out_weights)
+                common = (self._plan, *self._settings, out_ids, out_weights)
                 if self.targets.is_drawn:
-                    arguments = [(*items, *common, self._classes, self._seed, self._epoch)] * len(self._workers)
+                    last = (self._classes, self._seed, self._epoch)
+                    arguments = [(*items, maps, shown, *common, *last) for shown in self._shown[number]]
                     self._workers.run(_draw, arguments)
                 else:
-                    arguments = [(*items, *common, self.targets.best_only, scratch) for scratch in self._scratch]
+                    each = zip(self._shown[number], self._scratch, strict=True)
+                    arguments = [(*items, maps, shown, *common, self.targets.best_only, own) for shown, own in each]
                     self._workers.run(_align, arguments)
             return destinations
 
@@ -156,8 +179,21 @@ class TokenDraw(Operation):
 
 
 def _maps_of(cache: TokenCache) -> _Maps:
-    types = _Maps(cache.class_ids.dtype, np.float32, np.float32, np.float32, np.uint8)
-    return _Maps(*(read_only(getattr(cache, name), dtype) for name, dtype in types._asdict().items()))
+    absent = {"confidence": np.empty((0, 0, 0, 0)), "draws": np.empty((0, 0, 0))}
+    types = _Maps(cache.class_ids.dtype, np.float32, np.float32, np.uint8, np.float32, np.uint8)
+    arrays = {name: getattr(cache, name) for name in _Maps._fields}
+    arrays |= {name: array for name, array in absent.items() if arrays[name] is None}
+    return _Maps(*(read_only(arrays[name], dtype) for name, dtype in types._asdict().items()))
+
+
+def _shown(cache: TokenCache, maps: _Maps, targets: TokenTargets) -> _Shown:
+    shape = (*cache.grid, cache.top_k + cache.spec.draws) if cache.draws is not None else (0, 0, 0)
+    ids, masses = np.empty(shape, maps.class_ids.dtype), np.empty(shape, np.float32)
+    # The same memory twice: numba compiles functions anew for arrays that may be written.
+    read = (read_only(ids[None, None]), read_only(masses[None, None]))
+    if cache.draws is None:
+        read = (maps.class_ids, maps.probabilities)
+    return _Shown(cache.draws is not None, bits_of(cache.num_classes), not targets.is_drawn, ids, masses, *read)
 
 
 def _check_index(name: str, index: np.ndarray, samples: int, end: int) -> np.ndarray:
@@ -168,7 +204,9 @@ def _check_index(name: str, index: np.ndarray, samples: int, end: int) -> np.nda
 
 
 @njit
-def _draw(counter, ids, number, maps, plan, ratio, uniform, min_confidence, out_ids, out_weights, classes, seed, epoch):
+def _draw(
+    counter, ids, number, maps, shown, plan, ratio, uniform, min_confidence, out_ids, out_weights, classes, seed, epoch
+):
     """Targets that are drawn, of the samples of a batch that read cache ``number``; run by every worker."""
     relative = np.empty(6, dtype=np.float64)
     while True:
@@ -178,9 +216,10 @@ def _draw(counter, ids, number, maps, plan, ratio, uniform, min_confidence, out_
         sample = ids[place]
         choice = plan.map_index[sample]
         window = _look_at(maps, plan, sample, relative)
+        row, view = _show(maps, shown, sample, choice)
         draw_classes_into(
-            maps.class_ids[sample, choice],
-            maps.probabilities[sample, choice],
+            shown.class_ids[row, view],
+            shown.probabilities[row, view],
             relative,
             window,
             ratio,
@@ -197,7 +236,9 @@ def _draw(counter, ids, number, maps, plan, ratio, uniform, min_confidence, out_
 
 
 @njit
-def _align(counter, ids, number, maps, plan, ratio, uniform, min_confidence, out_ids, out_weights, best_only, scratch):
+def _align(
+    counter, ids, number, maps, shown, plan, ratio, uniform, min_confidence, out_ids, out_weights, best_only, scratch
+):
     """Targets that hold the mixture or its best class, as `_draw`."""
     relative = np.empty(6, dtype=np.float64)
     while True:
@@ -207,9 +248,10 @@ def _align(counter, ids, number, maps, plan, ratio, uniform, min_confidence, out
         sample = ids[place]
         choice = plan.map_index[sample]
         window = _look_at(maps, plan, sample, relative)
+        row, view = _show(maps, shown, sample, choice)
         align_classes_into(
-            maps.class_ids[sample, choice],
-            maps.probabilities[sample, choice],
+            shown.class_ids[row, view],
+            shown.probabilities[row, view],
             relative,
             window,
             ratio,
@@ -233,6 +275,23 @@ def _next_place(counter, ids, number, maps, plan):
         sample = ids[place]
         if plan.cache_index[sample] == number and maps.labelled[sample] != 0:
             return place
+
+
+@njit(inline=True)
+def _show(maps, shown, sample, choice):
+    """Where in ``shown`` a sample's map is: expanded into it, if it has draws."""
+    if not shown.expanded:
+        return sample, choice
+    expand_into(
+        maps.class_ids[sample, choice],
+        maps.probabilities[sample, choice],
+        maps.draws[sample, choice],
+        shown.bits,
+        shown.merges,
+        shown.ids,
+        shown.masses,
+    )
+    return np.int64(0), np.int64(0)
 
 
 @njit(inline=True)

@@ -19,6 +19,7 @@ from stl_offline.errors import InputError, JoinError
 from stl_offline.labels.cache import TokenCache, build_token_cache
 from stl_offline.labels.keys import rename_keys
 from stl_offline.labels.label_set import LabelSet, open_label_set
+from stl_offline.labels.spec import check_use
 from stl_offline.loader import DECODER, Batch, TokenLabels
 from stl_offline.models import TokenLabeler, create_labeler
 from stl_offline.targets import TokenTargets
@@ -220,6 +221,7 @@ def how_read(label_sets: list[LabelSet], config: StudentConfig) -> tuple[list[bo
     Raises:
         InputError: the settings do not go with the sets.
     """
+    check_use([label_set.spec for label_set in label_sets], config.residual, config.min_confidence)
     replays = [_is_replayed(label_set, config.crops) for label_set in label_sets]
     return replays, choose_between(label_sets, config.labels_pick, config.labels_share, config.seed)
 
