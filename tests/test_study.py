@@ -3,22 +3,28 @@
 import json
 import subprocess
 import sys
+from typing import ClassVar
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from stl_offline.evaluation import corrupt
 from tests.source_tree import REPOSITORY
 
 
 @pytest.fixture(scope="module")
 def study():
     """The study's modules, which import each other as scripts do."""
-    pytest.importorskip("kornia")
+    pytest.importorskip("imagecorruptions")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(REPOSITORY / "tests" / "benchmarks"))
         import study
         import study_plan
         import study_tables
 
+        assert [len(kinds) for kinds in study_tables.KINDS.values()] == [3, 4, 4, 4]
         yield study, study_plan, study_tables
 
 
@@ -116,6 +122,32 @@ def test_tables_hold_means_spreads_and_differences(study, settings, tmp_path):
     assert kept["results"]["views-seed1"]["top1"] == 0.75
     assert (tmp_path / "out" / "study-curves.png").stat().st_size > 5000
     assert (tmp_path / "out" / "study-corruptions.png").stat().st_size > 5000
+
+
+def test_corrupted_images_are_those_that_evaluate_generates(study, tmp_path, monkeypatch):
+    import study_corruptions
+
+    monkeypatch.setattr(study_corruptions, "KINDS", {"weather": ("fog",), "digital": ("jpeg_compression",)})
+
+    for name, shade in (("dark", 60), ("light", 200)):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64), (shade, 90, shade // 2)).save(tmp_path / "val" / name / "0.png")
+    folder = tmp_path / "corrupted"
+    study_corruptions.make_corrupted(str(tmp_path / "val"), folder, 64, 2, seed=0)
+    clean, fog = np.load(folder / "clean.npy"), np.load(folder / "fog.npy")
+    assert len(list(folder.glob("*.npy"))) == 2 + 2 and fog.shape == (3, 2, 64, 64, 3)
+    assert (fog[1, 1] == corrupt(clean[1], "fog", 3, seed=0, key="light/0.png")).all()
+
+    class Bright(torch.nn.Module):  # tells the two by their shade
+        pretrained_cfg: ClassVar = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+
+        def forward(self, images):
+            shade = images[:, 0].mean(dim=(1, 2)) - 0.5
+            return torch.stack([-shade, shade], dim=1), None
+
+    found = study_corruptions.measure_corrupted(Bright(), ("dark", "light"), folder)
+    assert found["clean"] == 1.0 and found["kinds"]["jpeg_compression"] == [1.0] * 3
+    assert set(found["kinds"]) == {"fog", "jpeg_compression"}
 
 
 def test_cells_in_a_box(study):

@@ -1,96 +1,59 @@
-"""Corrupted validation images: noise, blur, weather and digital kinds by kornia, each at three severities.
+"""Corrupted validation images: the benchmark's 15 kinds as `stl_offline.evaluation` generates them, three severities.
 
-The idea is ImageNet-C's (Hendrycks and Dietterich, arXiv 1903.12261); its own code wants 224 pixels and packages that
-no longer install. Strengths here are for 64 pixels. n: images; S: severities.
+Generated corruptions are not ImageNet-C: these images are 64 px. n: images; S: severities.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-import kornia.augmentation as K
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stl_offline.evaluation import corrupt, parse_corruptions
 from stl_offline.files import atomic_path, atomic_write, canonical_json
 from stl_offline.geometry import center_views
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader import ImageSettings, TokenLoader
 
-ALWAYS = {"p": 1.0}
-# family → kind → (what makes it from a strength, the strengths of the severities, weakest first).
-KINDS: dict[str, dict[str, tuple[Callable[..., nn.Module], tuple]]] = {
-    "noise": {
-        "gaussian noise": (lambda std: K.RandomGaussianNoise(std=std, **ALWAYS), (0.05, 0.1, 0.2)),
-        "salt and pepper": (
-            lambda share: K.RandomSaltAndPepperNoise((share, share), (0.5, 0.5), **ALWAYS),
-            (0.02, 0.05, 0.1),
-        ),
-    },
-    "blur": {
-        "gaussian blur": (lambda sigma: K.RandomGaussianBlur((9, 9), (sigma, sigma), **ALWAYS), (0.7, 1.2, 2.0)),
-        "motion blur": (lambda side: K.RandomMotionBlur(side, 45.0, 0.0, "reflect", **ALWAYS), (3, 5, 9)),
-        "median blur": (lambda side: K.RandomMedianBlur((side, side), **ALWAYS), (3, 5, 7)),
-    },
-    "weather": {
-        "snow": (lambda share: K.RandomSnow((share, share), (2.0, 2.0), **ALWAYS), (0.2, 0.35, 0.5)),
-        "rain": (lambda drops: K.RandomRain((drops, drops), (4, 8), (-2, 2), **ALWAYS), (30, 80, 160)),
-        "coloured haze": (
-            lambda light: K.RandomPlasmaBrightness((0.4, 0.4), (light, light), **ALWAYS),
-            (0.3, 0.5, 0.8),
-        ),
-    },
-    "digital": {
-        "jpeg": (lambda quality: K.RandomJPEG((quality, quality), **ALWAYS), (40.0, 20.0, 10.0)),
-        "darkness": (lambda factor: K.RandomContrast((factor, factor), **ALWAYS), (0.6, 0.4, 0.2)),
-        "posterize": (lambda bits: K.RandomPosterize((bits, bits), **ALWAYS), (4.0, 3.0, 2.0)),
-        "elastic": (
-            lambda alpha: K.RandomElasticTransform((15, 15), (4.0, 4.0), (alpha, alpha), **ALWAYS),
-            (0.3, 0.6, 1.0),
-        ),
-    },
+# family → its kinds.
+KINDS = {
+    family: tuple(dict.fromkeys(kind for kind, _ in parse_corruptions(family)))
+    for family in ("noise", "blur", "weather", "digital")
 }
-SEVERITIES = 3
-
-
-def family_of(kind: str) -> str:
-    """The family that a kind belongs to."""
-    return next(family for family, kinds in KINDS.items() if kind in kinds)
+SEVERITIES = (1, 3, 5)
 
 
 def make_corrupted(val: str, folder: Path, side: int, images: int, seed: int) -> None:
-    """Write ``clean.npy`` (n, H, W, 3), ``classes.npy`` (n,), ``NAME.npy`` (S, n, H, W, 3) and ``index.json``, last.
+    """Write ``clean.npy`` (n, H, W, 3), ``classes.npy`` (n,), ``KIND.npy`` (S, n, H, W, 3) and ``index.json``, last.
 
-    Every kind and severity has a seed of its own, so the same sets come out whenever they are made.
+    The same images come out whenever they are made: each is drawn by the seed, its key, the kind and the severity.
     """
     if (folder / "index.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    clean, classes, class_names = _clean(val, side, images)
+    clean, classes, keys, class_names = _clean(val, side, images)
     _save(folder / "clean.npy", clean)
     _save(folder / "classes.npy", classes)
-    floats = torch.from_numpy(clean).permute(0, 3, 1, 2).float() / 255
     kinds = [kind for family in KINDS.values() for kind in family]
-    for number, kind in enumerate(kinds):
-        make, strengths = KINDS[family_of(kind)][kind]
-        levels = []
-        for severity, strength in enumerate(strengths):
-            # kornia draws from torch's own generator.
-            torch.manual_seed(seed * 10_000 + number * 100 + severity)
-            levels.append(_bytes(torch.cat([make(strength)(part) for part in floats.split(100)])))
-        _save(folder / f"{kind.replace(' ', '-')}.npy", np.stack(levels))
+    for kind in kinds:
+        levels = [
+            [corrupt(image, kind, severity, seed=seed, key=key) for image, key in zip(clean, keys, strict=True)]
+            for severity in SEVERITIES
+        ]
+        _save(folder / f"{kind}.npy", np.array(levels))
     atomic_write(folder / "index.json", canonical_json({"kinds": kinds, "class_names": list(class_names)}))
 
 
-def _clean(val: str, side: int, images: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Evenly spread validation images as evaluation shows them."""
+def _clean(val: str, side: int, images: int) -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
+    """Evenly spread validation images as evaluation shows them, their classes and keys; the class names."""
     beton = ensure_beton(val)
     chosen = np.unique(np.linspace(0, len(beton) - 1, min(images, len(beton))).round().astype(np.int64))
     loader = TokenLoader(beton, ImageSettings((side, side), (0, 0, 0), (1, 1, 1)), 100, shuffle=False)
     views = center_views(beton.heights, beton.widths)
     batches = [_bytes(batch.images) for batch in loader.epoch(0, views, sample_ids=chosen)]
-    return np.concatenate(batches), beton.class_ids[chosen], beton.class_names
+    keys = [beton.keys[index] for index in chosen]
+    return np.concatenate(batches), beton.class_ids[chosen], keys, beton.class_names
 
 
 def _bytes(images: Tensor) -> np.ndarray:
@@ -120,7 +83,7 @@ def measure_corrupted(model: nn.Module, class_names: tuple[str, ...], folder: Pa
             hits += int((logits.argmax(dim=1) == truth[start : start + 100]).sum())
         return hits / len(pixels)
 
-    kinds = {kind: np.load(folder / f"{kind.replace(' ', '-')}.npy", mmap_mode="r") for kind in index["kinds"]}
+    kinds = {kind: np.load(folder / f"{kind}.npy", mmap_mode="r") for kind in index["kinds"]}
     return {
         "clean": top1(np.load(folder / "clean.npy")),
         "kinds": {kind: [top1(np.array(level)) for level in levels] for kind, levels in kinds.items()},

@@ -187,7 +187,7 @@ def _corruptions(runs: dict[str, list[dict]], labeler: dict | None) -> str:
             means = [
                 [np.mean(result["corrupted"]["kinds"][kind]) for result in results] for results in columns.values()
             ]
-            rows.append([f"{family}: {kind}", *map(spread, means)])
+            rows.append([f"{family}: {kind.replace('_', ' ')}", *map(spread, means)])
     return _table(["top-1 %, mean of severities", *columns], rows) if columns else ""
 
 
@@ -256,7 +256,7 @@ def _plot_corruptions(runs: dict[str, list[dict]], path: Path) -> None:
         values = np.array([[100 * np.mean(result["corrupted"]["kinds"][kind]) for kind in kinds] for result in results])
         bars = values.std(axis=0, ddof=1) if len(values) > 1 else None
         axis.bar(np.arange(len(kinds)) + number * width, values.mean(axis=0), width, yerr=bars, label=arm)
-    axis.set_xticks(np.arange(len(kinds)) + 0.4 - width / 2, [kind.replace(" ", "\n", 1) for kind in kinds])
+    axis.set_xticks(np.arange(len(kinds)) + 0.4 - width / 2, [kind.replace("_", "\n", 1) for kind in kinds])
     axis.set(ylabel="top-1 %, mean of severities")
     axis.legend()
     figure.savefig(path, dpi=120)
