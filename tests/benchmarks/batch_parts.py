@@ -89,7 +89,7 @@ def main() -> None:
     drawn, mixed = gumbel(), soft()
     parts = {
         "JPEG to planes": lambda ids: images.entropy(ids, views),
-        "JPEG to planes, resizing, colours": images.decode,
+        "all of decoding (planes, resizing, colours)": images.decode,
         "to normalised float32": lambda ids: to_device.images(images.pixels),
         "token targets, gumbel": lambda ids: gumbel(),
         "token targets, soft": lambda ids: soft(),
