@@ -24,7 +24,7 @@ COMMANDS = {
     "labels": ("stl_offline.cli.labels:labels", "Inspect, check, convert, merge and share label sets."),
     "train-student": ("stl_offline.cli.train_student:train_student", "Stage 2: train a student from the labels."),
     "evaluate": ("stl_offline.cli.evaluate:evaluate", "Measure the accuracy of a trained model."),
-    "transfer": ("stl_offline.cli.transfer:transfer", "Fine-tune a trained model on masks, and measure it."),
+    "transfer": ("stl_offline.cli.transfer:transfer", "Fine-tune a trained model on masks or boxes, and measure it."),
     "report": ("stl_offline.cli.report:report", "Compare training runs on one page, with examples."),
     "demo": ("stl_offline.cli.demo:demo", "Run all stages on drawn images, in minutes."),
 }

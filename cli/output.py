@@ -10,6 +10,7 @@ ALREADY_COMPLETE = "already complete, nothing was done"
 _SCORES = (
     *(("top1", "top-1"), ("top5", "top-5"), ("token_top1", "token top-1")),
     *(("miou", "mean IoU"), ("mean_accuracy", "mean accuracy"), ("pixel_accuracy", "pixel accuracy")),
+    *(("map", "mAP"), ("map_50", "mAP at IoU 0.5"), ("map_75", "mAP at IoU 0.75")),
 )
 
 

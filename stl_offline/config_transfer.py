@@ -55,8 +55,8 @@ class BackboneConfig(RunConfig):
         bounds="[0, 1)",
     )
     channels_last: bool = setting(False, "Keep the model's weights in the channels-last memory format.")
+    classes: str = setting(help=_CLASSES, affects=INPUT, in_recipes=False)
     flip: float = setting(0.5, "Probability of a horizontal flip.", bounds="[0, 1]")
-    color_jitter: float = setting(0.4, "Strength of colour jitter (0 disables it).", bounds="[0, inf)")
 
     @property
     def trains_all(self) -> bool:
@@ -83,7 +83,6 @@ class SegmentConfig(BackboneConfig):
         affects=INPUT,
         in_recipes=False,
     )
-    classes: str = setting(help=_CLASSES, affects=INPUT, in_recipes=False)
     ignore_id: int = setting(255, _IGNORE_ID, bounds="[0, 65535]", in_recipes=False)
     crop_height: int = setting(352, "Height of the training crops, in pixels.", bounds="[1, 8192]")
     crop_width: int = setting(480, "Width of the training crops, in pixels.", bounds="[1, 8192]")
@@ -93,6 +92,7 @@ class SegmentConfig(BackboneConfig):
     scale_max: float = setting(
         2.0, "Largest factor by which images are scaled before they are cropped.", bounds="(0, 8]"
     )
+    color_jitter: float = setting(0.4, "Strength of colour jitter (0 disables it).", bounds="[0, inf)")
     head_width: int = setting(256, "Channels of the head.", bounds="[1, 65536]")
     head_dropout: float = setting(0.1, "Dropout of whole channels in the head.", bounds="[0, 1)")
     sliding_window: bool = setting(False, _WINDOW)
@@ -106,6 +106,39 @@ class SegmentConfig(BackboneConfig):
     def crop(self) -> tuple[int, int]:
         """Height and width of a training crop."""
         return self.crop_height, self.crop_width
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectConfig(BackboneConfig):
+    """``stl-offline transfer detect``."""
+
+    data: str = setting(help="Training images with boxes: a folder or a tar.", affects=INPUT, in_recipes=False)
+    annotations: str | None = setting(
+        None, "COCO JSON file of the boxes. By default, Pascal VOC's XML files.", affects=INPUT, in_recipes=False
+    )
+    val_annotations: str | None = setting(
+        None, "COCO JSON file of the boxes of `val`.", affects=INPUT, in_recipes=False
+    )
+    batch_size: int = setting(4, "Images per batch and process.", bounds="[1, inf)")
+    epochs: int = setting(24, "Passes over the training data.", bounds="[1, inf)")
+    head_lr_scale: float = setting(1.0, "Learning rate of the head, as a multiple of `lr`.", bounds="(0, inf)")
+    side: int = setting(480, "Shorter side that images are scaled to, in pixels.", bounds="[32, 8192]")
+    side_min: int = setting(
+        0,
+        "Smallest shorter side drawn in training, in steps of 32 pixels up to `side` (0 draws none).",
+        bounds="[0, 8192]",
+    )
+    longest: int = setting(800, "Longest side of a scaled image, in pixels.", bounds="[32, 8192]")
+    head_width: int = setting(256, "Channels of the feature pyramid.", bounds="[1, 4096]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.side_min > self.side or self.side > self.longest:
+            raise InputError(
+                f"`side_min` {self.side_min}, `side` {self.side} and `longest` {self.longest} must not fall"
+            )
+        if self.val_annotations and not self.val:
+            raise InputError("`val_annotations` needs `val`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +164,12 @@ class ZeroTrainConfig(MachineConfig):
 class TransferEvaluateConfig(MachineConfig):
     """``stl-offline transfer evaluate``."""
 
-    data: str = setting(help="Images with masks: a folder or a tar.", affects=INPUT)
-    split: str | None = setting(None, _SPLIT, affects=INPUT)
-    checkpoint: str = setting(
-        help="A run of `stl-offline transfer segment`, or one of its weights files.", affects=INPUT
+    data: str = setting(help="Images with masks or boxes: a folder or a tar.", affects=INPUT)
+    annotations: str | None = setting(
+        None, "COCO JSON file of a detector's boxes. By default, Pascal VOC's XML files.", affects=INPUT
     )
+    split: str | None = setting(None, _SPLIT, affects=INPUT)
+    checkpoint: str = setting(help="A run of transfer segment or detect, or one of its weights files.", affects=INPUT)
     sliding_window: bool = setting(False, _WINDOW)
     corrupt: str | None = setting(
         None,

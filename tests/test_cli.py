@@ -18,7 +18,7 @@ from stl_offline.cli.command import GROUPS
 from stl_offline.cli.failures import Session, run
 from stl_offline.cli.main import COMMANDS, group, main
 from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, PreviewConfig, ReportConfig, StudentConfig
-from stl_offline.config_transfer import SegmentConfig, TransferEvaluateConfig, ZeroTrainConfig
+from stl_offline.config_transfer import DetectConfig, SegmentConfig, TransferEvaluateConfig, ZeroTrainConfig
 from stl_offline.errors import InputError, MissingExtraError, TargetError
 
 HEAVY = "torch torchvision ffcv timm cv2 PIL safetensors matplotlib jinja2"
@@ -109,6 +109,7 @@ def test_every_option_reaches_the_command(path, command):
             "report": ReportConfig,
             "labels preview": PreviewConfig,
             "transfer segment": SegmentConfig,
+            "transfer detect": DetectConfig,
             "transfer evaluate": TransferEvaluateConfig,
             "transfer zero-train": ZeroTrainConfig,
         }[path]

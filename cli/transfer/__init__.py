@@ -7,8 +7,9 @@ from stl_offline.cli.lazy import lazy_group
 
 COMMANDS = {
     "segment": ("stl_offline.cli.transfer.segment:segment", "Fine-tune a backbone on masks."),
+    "detect": ("stl_offline.cli.transfer.detect:detect", "Fine-tune a backbone on boxes."),
     "zero-train": ("stl_offline.cli.transfer.zero_train:zero_train", "Measure a token head as a coarse segmenter."),
-    "evaluate": ("stl_offline.cli.transfer.evaluate:evaluate", "Measure a fine-tuned model on masks."),
+    "evaluate": ("stl_offline.cli.transfer.evaluate:evaluate", "Measure a fine-tuned model, clean and corrupted."),
 }
 
 

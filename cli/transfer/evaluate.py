@@ -17,6 +17,7 @@ from stl_offline.config_transfer import TransferEvaluateConfig
 )
 @json_option
 @setting_option(TransferEvaluateConfig, "--data", group="data", metavar="SRC", more=PAIRS_HELP)
+@setting_option(TransferEvaluateConfig, "--annotations", group="data", metavar="FILE", show_default="XML files")
 @setting_option(TransferEvaluateConfig, "--split", group="data", metavar="NAME", show_default="all")
 @setting_option(TransferEvaluateConfig, "--checkpoint", group="model", metavar="RUN")
 @setting_option(TransferEvaluateConfig, "--sliding-window/--no-sliding-window", group="model")
@@ -28,23 +29,27 @@ from stl_offline.config_transfer import TransferEvaluateConfig
 @workers_option
 @debug_option
 def evaluate(as_json: bool, **settings: object) -> None:
-    """Measure a segmenter on whole images: mean IoU, IoU of each class, accuracy; clean and corrupted."""
+    """Measure a segmenter (mean IoU, IoU of each class, accuracy) or a detector (mAP) on whole images, clean and
+    corrupted.
+    """
     config = TransferEvaluateConfig(**settings)
-    from stl_offline.transfer import evaluate_segmenter
+    from stl_offline.transfer import evaluate_transfer
 
-    result = evaluate_segmenter(config)
+    result = evaluate_transfer(config)
     if as_json:
         echo(json.dumps(result, sort_keys=True))
         return
     echo(f"{counted(result['samples'], 'image')}: {scores_line(result)}")
-    classes = {name.removeprefix("iou/"): value for name, value in result.items() if name.startswith("iou/")}
+    each = "IoU" if "miou" in result else "AP"
+    classes = {name.partition("/")[2]: value for name, value in result.items() if "/" in name}
     width = max(map(len, classes))
-    echo(*(f"  {name:<{width}}  IoU {percent(value):>8}" for name, value in classes.items()))
+    echo(*(f"  {name:<{width}}  {each} {percent(value):>8}" for name, value in classes.items()))
     if "corrupted" not in result:
         return
+    label, mean = ("mean IoU", "corrupted_miou") if "miou" in result else ("mAP", "corrupted_map")
     retention = "" if result["retention"] is None else f", retention {percent(result['retention'])}"
-    echo(f"corrupted: mean IoU {percent(result['corrupted_miou'])}{retention}")
+    echo(f"corrupted: {label} {percent(result[mean])}{retention}")
     width = max(map(len, result["corrupted"]))
     for kind, scores in result["corrupted"].items():
         shown = ", ".join(f"{severity}: {percent(value)}" for severity, value in scores.items())
-        echo(f"  {kind:<{width}}  mean IoU by severity {shown}")
+        echo(f"  {kind:<{width}}  {label} by severity {shown}")

@@ -10,6 +10,7 @@ PAIRS_HELP = "images/NAME.jpg with masks/NAME.png at any depth, or NAME.jpg besi
 
 # Option (the field's name, where it has an opposite) → its group and how its value is named.
 _OPTIONS = {
+    "--classes": ("data", "FILE|A,B,…"),
     "--split": ("data", "NAME"),
     "--val": ("data", "SRC"),
     "--val-split": ("data", "NAME"),
@@ -32,7 +33,6 @@ _OPTIONS = {
     "--ema-decay": ("optimisation", "X"),
     "--seed": ("optimisation", "N"),
     "--flip": ("augmentation", "X"),
-    "--color-jitter": ("augmentation", "X"),
     "--resume/--no-resume": ("checkpoints", None),
     "--checkpoint-every": ("checkpoints", "SECONDS"),
     "--out": ("output", "RUN"),

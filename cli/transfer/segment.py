@@ -18,7 +18,6 @@ from stl_offline.config_transfer import SegmentConfig
     )
 )
 @setting_option(SegmentConfig, "--data", group="data", metavar="SRC", more=PAIRS_HELP)
-@setting_option(SegmentConfig, "--classes", group="data", metavar="FILE|A,B,…")
 @setting_option(SegmentConfig, "--ignore-id", group="data", metavar="N")
 @fine_tuning_options(SegmentConfig)
 @setting_option(SegmentConfig, "--head-width", group="model", metavar="N")
@@ -27,6 +26,7 @@ from stl_offline.config_transfer import SegmentConfig
 @setting_option(SegmentConfig, "--crop-width", group="augmentation", metavar="N")
 @setting_option(SegmentConfig, "--scale-min", group="augmentation", metavar="X")
 @setting_option(SegmentConfig, "--scale-max", group="augmentation", metavar="X")
+@setting_option(SegmentConfig, "--color-jitter", group="augmentation", metavar="X")
 @setting_option(SegmentConfig, "--sliding-window/--no-sliding-window", group="output")
 @debug_option
 @click.pass_context

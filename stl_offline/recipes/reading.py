@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from stl_offline.config import LabelerConfig, RunConfig, StudentConfig, TrainConfig
-from stl_offline.config_transfer import SegmentConfig
+from stl_offline.config_transfer import DetectConfig, SegmentConfig
 from stl_offline.errors import InputError
 
 FOLDER = Path(__file__).parent
@@ -31,7 +31,7 @@ _STAGES: dict[str, type[TrainConfig]] = {"labeler": LabelerConfig, "student": St
 # The YAML parser takes some 30 µs per byte.
 _MOST_BYTES = 1 << 15
 # What the names of the package's recipes for other commands than the two stages' begin with.
-_PREFIXES: dict[type[RunConfig], str] = {SegmentConfig: "segment-"}
+_PREFIXES: dict[type[RunConfig], str] = {SegmentConfig: "segment-", DetectConfig: "detect-"}
 
 
 def recipe_names(kind: type[RunConfig] = TrainConfig) -> tuple[str, ...]:

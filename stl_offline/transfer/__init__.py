@@ -1,7 +1,19 @@
-"""Dense transfer: a trained backbone fine-tuned on masks, or its token head as it is."""
+"""Dense transfer: a trained backbone fine-tuned on masks or boxes, or its token head as it is."""
 
-from stl_offline.transfer.segment import evaluate_segmenter, train_segmenter
+from stl_offline.transfer.detect import train_detector
+from stl_offline.transfer.detector import Detector, load_detector
+from stl_offline.transfer.evaluate import evaluate_transfer
+from stl_offline.transfer.segment import train_segmenter
 from stl_offline.transfer.segmenter import Segmenter, load_segmenter
 from stl_offline.transfer.zero_train import score_token_head
 
-__all__ = ["Segmenter", "evaluate_segmenter", "load_segmenter", "score_token_head", "train_segmenter"]
+__all__ = [
+    "Detector",
+    "Segmenter",
+    "evaluate_transfer",
+    "load_detector",
+    "load_segmenter",
+    "score_token_head",
+    "train_detector",
+    "train_segmenter",
+]

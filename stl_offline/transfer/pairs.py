@@ -117,7 +117,7 @@ def find_pairs(source: str | Path, split: str | None = None) -> list[Pair]:
     Raises:
         InputError: nothing is there, or an image lacks its mask.
     """
-    files = _files(source)
+    files = list_files(source)
     if split is not None:
         files = {name: load for name, load in files.items() if split in name.split("/")[:-1]}
         if not files:
@@ -143,8 +143,12 @@ def find_pairs(source: str | Path, split: str | None = None) -> list[Pair]:
     return sorted(pairs, key=lambda pair: pair.key)
 
 
-def _files(source: str | Path) -> dict[str, Callable[[], bytes]]:
-    """Every file by its path below the folder or within the tar, and what reads it."""
+def list_files(source: str | Path) -> dict[str, Callable[[], bytes]]:
+    """Every file by its path below the folder or within the tar, and what reads it.
+
+    Raises:
+        InputError: it is neither a folder nor a tar.
+    """
     path = Path(source)
     if path.is_dir():
         return {
@@ -155,7 +159,7 @@ def _files(source: str | Path) -> dict[str, Callable[[], bytes]]:
     if path.is_file() and path.name.endswith(TAR_SUFFIXES):
         return {member.name: member.read for member in tar_members(path)}
     problem = "is neither" if path.exists() else "does not exist"
-    raise InputError(f"{source} {problem}; {_FORMS}")
+    raise InputError(f"{source} {problem}; give a folder or a tar")
 
 
 def _is_mask(name: str, has_folders: bool) -> bool:
@@ -173,7 +177,7 @@ def _stem(name: str, folder: str) -> str:
 def _check(pair: Pair, classes: int, ignore_id: int) -> tuple[Pair, np.ndarray, list[object]]:
     """The pair with its size, pixels of each class, and what stands for its contents."""
     data, mask_data = pair.image(), pair.mask()
-    image = _open(pair.key, data)
+    image = open_image(pair.key, data)
     mask = decode_mask(mask_data, pair.key, classes, ignore_id)
     if mask.shape != (image.height, image.width):
         raise InputError(
@@ -188,7 +192,7 @@ def _check(pair: Pair, classes: int, ignore_id: int) -> tuple[Pair, np.ndarray, 
 def read_image(pair: Pair) -> Image.Image:
     """The image in 8-bit RGB."""
     try:
-        return to_rgb(_open(pair.key, pair.image()))
+        return to_rgb(open_image(pair.key, pair.image()))
     except ImageError as error:
         raise InputError(f"the image {pair.key} {error}; {error.advice}") from error
 
@@ -198,7 +202,8 @@ def read_mask(pair: Pair, classes: int, ignore_id: int) -> np.ndarray:
     return decode_mask(pair.mask(), pair.key, classes, ignore_id)
 
 
-def _open(key: str, data: bytes) -> Image.Image:
+def open_image(key: str, data: bytes) -> Image.Image:
+    """An image that is not decoded yet; raises `InputError` where the bytes are none."""
     try:
         return Image.open(io.BytesIO(data))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

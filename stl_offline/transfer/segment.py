@@ -1,27 +1,22 @@
-"""``stl-offline transfer segment`` and ``transfer evaluate``: fine-tune a backbone on masks, and score it.
+"""``stl-offline transfer segment``: fine-tune a backbone on masks.
 
 B: images of a step in this process; H, W: crop; K: classes.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from stl_offline.augment import Augmentation
-from stl_offline.config_transfer import SegmentConfig, TransferEvaluateConfig
+from stl_offline.config_transfer import SegmentConfig
 from stl_offline.device import autocast, pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, join_world, leaving_world
 from stl_offline.errors import InputError
-from stl_offline.evaluation import check_corruptions_can_run, corrupt, parse_corruptions
-from stl_offline.files import make_folder
 from stl_offline.palette import class_pixels
 from stl_offline.training.engine import run_training
 from stl_offline.training.run_folder import RunFolder
@@ -32,8 +27,8 @@ from stl_offline.transfer.backbone import make_backbone
 from stl_offline.transfer.crops import DenseCrops
 from stl_offline.transfer.pair_loader import PairBatch, PairLoader
 from stl_offline.transfer.pairs import NO_CLASS, PairSet, class_list, open_pairs
-from stl_offline.transfer.segment_scores import SegmentValidation, save_ids
-from stl_offline.transfer.segmenter import Segmenter, SegmenterDescription, load_segmenter
+from stl_offline.transfer.segment_scores import SegmentValidation
+from stl_offline.transfer.segmenter import Segmenter, SegmenterDescription
 
 
 def train_segmenter(config: SegmentConfig) -> dict[str, Any]:
@@ -203,10 +198,10 @@ def _scorer(run: SegmentRun) -> SegmentValidation | None:
     if run.val is None:
         return None
     window = run.config.crop if run.config.sliding_window else None
-    return _validation(run.model, run.val, run.device, run.amp, pick_workers(run.config.workers), run.world, window)
+    return make_validation(run.model, run.val, run.device, run.amp, pick_workers(run.config.workers), run.world, window)
 
 
-def _validation(
+def make_validation(
     model: Segmenter,
     pairs: PairSet,
     device: torch.device,
@@ -215,60 +210,8 @@ def _validation(
     world: World,
     window: tuple[int, int] | None,
 ) -> SegmentValidation:
+    """What scores a segmenter on pairs; ``window``: (H, W) of a sliding window, or None."""
     backbone = model.backbone
     return SegmentValidation(
         pairs, backbone.mean, backbone.std, backbone.multiple, device, amp, workers, world, window=window
     )
-
-
-def evaluate_segmenter(config: TransferEvaluateConfig) -> dict[str, Any]:
-    """Score a trained segmenter on whole images; gives the scores by name, and the number of images.
-
-    Raises:
-        InputError: no such run, or images and masks that cannot be used.
-        FormatError: a damaged checkpoint.
-    """
-    if config.corrupt is not None:
-        parse_corruptions(config.corrupt)
-        check_corruptions_can_run()
-    device = pick_device(config.device)
-    model, description = load_segmenter(config.checkpoint)
-    model = model.to(device)
-    pairs = open_pairs(config.data, description.class_names, description.ignore_id, config.split)
-    window = description.crop if config.sliding_window else None
-    amp, workers = pick_amp(config.amp, device), pick_workers(config.workers)
-    validation = _validation(model, pairs, device, amp, workers, World(), window)
-    if config.out is not None:
-        folder = Path(config.out)
-
-        def keep(key: str, ids: Any) -> None:
-            place = folder / f"{key}.png"
-            make_folder(place.parent)
-            save_ids(str(place), ids)
-
-        validation.keep = keep
-    scores = validation.measure(model).by_name(description.class_names)
-    result: dict[str, Any] = {"samples": len(pairs)} | scores
-    return result if config.corrupt is None else result | _corrupted(config, validation, model, scores["miou"])
-
-
-def _corrupted(
-    config: TransferEvaluateConfig, validation: SegmentValidation, model: Segmenter, clean: float | None
-) -> dict[str, Any]:
-    """Scores on corrupted images; the masks stay as they are.
-
-    Returns:
-        ``corrupted``: mIoU by kind and severity; ``corrupted_miou``: mean over kinds of the mean over severities;
-        ``retention``: that over the clean mIoU.
-    """
-    validation.keep = None
-    found: dict[str, dict[str, float | None]] = {}
-    for kind, severity in parse_corruptions(config.corrupt or ""):
-        validation.change = partial(_corrupt, kind=kind, severity=severity, seed=config.seed)
-        found.setdefault(kind, {})[str(severity)] = validation.measure(model).miou
-    mean = float(np.mean([np.mean(list(each.values())) for each in found.values()]))
-    return {"corrupted": found, "corrupted_miou": mean, "retention": mean / clean if clean else None}
-
-
-def _corrupt(key: str, pixels: np.ndarray, *, kind: str, severity: int, seed: int) -> np.ndarray:
-    return corrupt(pixels, kind, severity, seed=seed, key=key)

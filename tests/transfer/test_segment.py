@@ -17,7 +17,7 @@ from stl_offline.errors import InputError
 from stl_offline.models import ModelDescription, save_model
 from stl_offline.recipes import recipe_names, resolve
 from stl_offline.training.engine import Trainer
-from stl_offline.transfer import evaluate_segmenter, load_segmenter, train_segmenter
+from stl_offline.transfer import evaluate_transfer, load_segmenter, train_segmenter
 from stl_offline.transfer.backbone import Backbone, BackboneSpec, level_indices, make_backbone
 from stl_offline.transfer.pairs import NO_CLASS
 from stl_offline.transfer.segment_scores import SegmentScores, confusion_matrix
@@ -54,7 +54,7 @@ def test_a_few_epochs_learn_it_and_evaluate_says_the_same(quick, scenes, tmp_pat
     summary = train_segmenter(SegmentConfig(**quick | {"epochs": 8, "layer_decay": 0.8, "val_every": 8}))
     assert summary["miou"] > 0.6 and summary["best_miou"] == summary["miou"]
     config = TransferEvaluateConfig(data=str(scenes[1]), split="val", checkpoint=quick["out"], device="cpu")
-    scores = evaluate_segmenter(config)
+    scores = evaluate_transfer(config)
     assert scores.pop("samples") == 3
     assert {name: pytest.approx(value) for name, value in scores.items()} == {name: summary[name] for name in scores}
     words = ["transfer", "evaluate", "--data", str(scenes[1]), "--split", "val", "--checkpoint", quick["out"]]

@@ -12,7 +12,7 @@ from stl_offline.cli.main import main
 from stl_offline.config_transfer import TransferEvaluateConfig, ZeroTrainConfig
 from stl_offline.errors import InputError
 from stl_offline.models import ModelDescription, save_model
-from stl_offline.transfer import evaluate_segmenter, score_token_head
+from stl_offline.transfer import evaluate_transfer, score_token_head
 from stl_offline.transfer import zero_train as module
 from stl_offline.transfer.backbone import Backbone, BackboneSpec
 from stl_offline.transfer.segmenter import Segmenter, SegmenterDescription
@@ -102,8 +102,8 @@ def test_corrupted_images_and_the_masks_that_stay(scenes, tmp_path, capsys):
     description = SegmenterDescription("resnet10t", (1, 2, 3, 4), CLASSES, (32, 64), 8, IGNORE)
     save_model(tmp_path / "weights.safetensors", model.state_dict(), description)
     settings = {"data": str(scenes[1]), "split": "val", "checkpoint": str(tmp_path), "device": "cpu"}
-    clean = evaluate_segmenter(TransferEvaluateConfig(**settings))
-    result = evaluate_segmenter(TransferEvaluateConfig(**settings, corrupt="gaussian_noise:1-2,fog:3"))
+    clean = evaluate_transfer(TransferEvaluateConfig(**settings))
+    result = evaluate_transfer(TransferEvaluateConfig(**settings, corrupt="gaussian_noise:1-2,fog:3"))
     assert {name: result[name] for name in clean} == clean
     assert {kind: list(each) for kind, each in result["corrupted"].items()} == {
         "gaussian_noise": ["1", "2"],
@@ -112,12 +112,12 @@ def test_corrupted_images_and_the_masks_that_stay(scenes, tmp_path, capsys):
     noise, fog = (np.mean(list(each.values())) for each in result["corrupted"].values())
     assert result["corrupted_miou"] == pytest.approx((noise + fog) / 2)
     assert result["retention"] == pytest.approx(result["corrupted_miou"] / clean["miou"])
-    again = evaluate_segmenter(TransferEvaluateConfig(**settings, corrupt="gaussian_noise:2", workers=3))
+    again = evaluate_transfer(TransferEvaluateConfig(**settings, corrupt="gaussian_noise:2", workers=3))
     assert again["corrupted"]["gaussian_noise"]["2"] == result["corrupted"]["gaussian_noise"]["2"]
-    other = evaluate_segmenter(TransferEvaluateConfig(**settings, corrupt="gaussian_noise:2", seed=1))
+    other = evaluate_transfer(TransferEvaluateConfig(**settings, corrupt="gaussian_noise:2", seed=1))
     assert other["corrupted"] != again["corrupted"]
     words = ["transfer", "evaluate", *(f"--{name}={value}" for name, value in settings.items()), "--corrupt", "fog:3"]
     assert main(words) == 0
     assert "corrupted: mean IoU" in capsys.readouterr().out
     with pytest.raises(InputError, match="there is no corruption 'mist'"):
-        evaluate_segmenter(TransferEvaluateConfig(**settings, corrupt="mist"))
+        evaluate_transfer(TransferEvaluateConfig(**settings, corrupt="mist"))

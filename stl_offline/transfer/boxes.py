@@ -1,0 +1,171 @@
+"""Images with boxes of objects, from Pascal VOC's XML files or a COCO JSON file, checked before training.
+
+Boxes are (left, top, right, bottom) in pixels from the image's upper left corner. VOC's corners are pixels from 1, both
+included; COCO's are a corner and a size. What a file marks as difficult or as a crowd is left out.
+"""
+
+import json
+import math
+import posixpath
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from stl_offline.errors import InputError
+from stl_offline.files import canonical_json, sha256_bytes
+from stl_offline.images.common import is_image_name
+from stl_offline.images.encode import content_hash, to_rgb
+from stl_offline.transfer.pairs import list_files, open_image
+
+_XML_BYTES, _JSON_BYTES = 1 << 20, 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class BoxedImage:
+    """An image and its objects. image: reads its bytes; boxes_n4: float32; class_ids: int64 (n,)."""
+
+    key: str
+    image: Callable[[], bytes]
+    boxes_n4: np.ndarray
+    class_ids: np.ndarray
+
+    def read(self) -> Image.Image:
+        """The image in 8-bit RGB."""
+        return to_rgb(open_image(self.key, self.image()))
+
+
+@dataclass(frozen=True)
+class BoxSet:
+    """The images of a data set. fingerprint: of names, contents, boxes and classes."""
+
+    images: tuple[BoxedImage, ...]
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return [image.key for image in self.images]
+
+
+def open_boxes(
+    source: str | Path, class_names: Sequence[str], annotations: str | None = None, split: str | None = None
+) -> BoxSet:
+    """The images of a folder or tar with their boxes.
+
+    Args:
+        class_names: the classes, in the order of their ids.
+        annotations: a COCO JSON file; None takes Pascal VOC's ``NAME.xml``, beside ``NAME.jpg`` or in a folder
+            ``annotations`` (or ``Annotations``) where the images lie in ``images`` (or ``JPEGImages``).
+        split: keep only what lies below a folder of this name.
+
+    Raises:
+        InputError: nothing is there, an image lacks its file, or a file cannot be read or has other classes.
+    """
+    files = list_files(source)
+    if split is not None:
+        files = {name: load for name, load in files.items() if split in name.split("/")[:-1]}
+    images = {name: load for name, load in files.items() if is_image_name(posixpath.basename(name))}
+    if not images:
+        raise InputError(f"{source} holds no images" + ("" if split is None else f" below a folder {split!r}"))
+    ids = {name: number for number, name in enumerate(class_names)}
+    read = _voc(source, files, images, ids) if annotations is None else _coco(Path(annotations), images, ids)
+    found, marks = [], []
+    for name, load in sorted(images.items()):
+        if name not in read:
+            continue
+        data = load()
+        image = open_image(name, data)
+        boxes_n4, class_ids = read[name]
+        if boxes_n4.size and not (
+            (boxes_n4[:, :2] < boxes_n4[:, 2:]).all()
+            and boxes_n4.min() >= -1
+            and (boxes_n4[:, 2:] <= np.array(image.size) + 1).all()
+        ):
+            raise InputError(f"{name} has a box that is empty or leaves its {image.width}×{image.height} pixels")
+        found.append(BoxedImage(posixpath.splitext(name)[0], load, boxes_n4, class_ids))
+        marks.append([name, content_hash(data), boxes_n4.tolist(), class_ids.tolist()])
+    if not any(len(image.class_ids) for image in found):
+        raise InputError(f"the {len(found):,} images of {source} have no boxes")
+    return BoxSet(tuple(found), tuple(class_names), sha256_bytes(canonical_json([marks, list(class_names)])))
+
+
+_Boxes = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _arrays(boxes: list[list[float]], ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(boxes, np.float32).reshape(-1, 4), np.array(ids, np.int64)
+
+
+def _voc(source: object, files: dict, images: dict, ids: dict[str, int]) -> _Boxes:
+    def stem(name: str) -> str:
+        folders = {"images", "jpegimages", "annotations"}
+        *path, base = posixpath.splitext(name)[0].split("/")
+        return "/".join([*(each for each in path if each.lower() not in folders), base])
+
+    by_stem = {stem(name): name for name in files if name.lower().endswith(".xml")}
+    without = [name for name in images if stem(name) not in by_stem]
+    if without:
+        raise InputError(
+            f"{len(without):,} of {len(images):,} images of {source} have no XML, for example {without[0]}"
+        )
+    return {name: _read_voc(by_stem[stem(name)], files[by_stem[stem(name)]](), ids) for name in images}
+
+
+def _read_voc(name: str, data: bytes, ids: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    boxes, class_ids = [], []
+    try:
+        if len(data) > _XML_BYTES:
+            raise ValueError(f"it has more than {_XML_BYTES:,} bytes")
+        for item in ElementTree.fromstring(data).iterfind("object"):
+            if (item.findtext("difficult") or "0").strip() == "1":
+                continue
+            class_name = (item.findtext("name") or "").strip()
+            if class_name not in ids:
+                raise ValueError(f"the class {class_name!r} is not among `classes`: {', '.join(ids)}")
+            sides = [float(item.findtext(f"bndbox/{side}") or "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
+            if not all(map(math.isfinite, sides)):
+                raise ValueError("a box has no numbers for its sides")
+            boxes.append([sides[0] - 1, sides[1] - 1, *sides[2:]])
+            class_ids.append(ids[class_name])
+    except (ValueError, ElementTree.ParseError) as error:
+        raise InputError(f"the annotations {name} cannot be used: {error}") from error
+    return _arrays(boxes, class_ids)
+
+
+def _coco(path: Path, images: dict, ids: dict[str, int]) -> _Boxes:
+    try:
+        if path.stat().st_size > _JSON_BYTES:
+            raise ValueError(f"it has more than {_JSON_BYTES:,} bytes")
+        content = json.loads(path.read_bytes())
+        names = {each["id"]: each["file_name"] for each in content["images"]}
+        classes = {each["id"]: each["name"] for each in content["categories"]}
+        found: dict[str, tuple[list, list]] = {name: ([], []) for name in names.values()}
+        for each in content["annotations"]:
+            if each.get("iscrowd"):
+                continue
+            left, top, width, height = map(float, each["bbox"])
+            class_name = classes[each["category_id"]]
+            if class_name not in ids:
+                raise ValueError(f"the class {class_name!r} is not among `classes`: {', '.join(ids)}")
+            boxes, class_ids = found[names[each["image_id"]]]
+            boxes.append([left, top, left + width, top + height])
+            class_ids.append(ids[class_name])
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"the annotations {path} cannot be used as COCO's: {type(error).__name__}: {error}") from error
+    # File names are relative to the folder of images, which may lie anywhere within the source.
+    placed: _Boxes = {}
+    for name in images:
+        parts = name.split("/")
+        listed = next((tail for start in range(len(parts)) if (tail := "/".join(parts[start:])) in found), None)
+        if listed is not None:
+            placed[name] = _arrays(*found[listed])
+    if len(placed) < len(found):
+        raise InputError(f"{len(found) - len(placed):,} of the {len(found):,} images of {path} are not in the data")
+    return placed

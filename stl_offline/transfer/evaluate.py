@@ -1,0 +1,102 @@
+"""``stl-offline transfer evaluate``: scores of segmenters and detectors, on images as they are and corrupted."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stl_offline.config_transfer import TransferEvaluateConfig
+from stl_offline.device import pick_amp, pick_device, pick_workers
+from stl_offline.distributed import World
+from stl_offline.errors import InputError
+from stl_offline.evaluation import check_corruptions_can_run, corrupt, parse_corruptions
+from stl_offline.files import make_folder
+from stl_offline.models import read_header, weights_path
+from stl_offline.transfer import detector
+from stl_offline.transfer.boxes import open_boxes
+from stl_offline.transfer.detect_scores import DetectValidation, check_coco_can_run
+from stl_offline.transfer.pairs import open_pairs
+from stl_offline.transfer.segment import make_validation
+from stl_offline.transfer.segment_scores import SegmentValidation, save_ids
+from stl_offline.transfer.segmenter import load_segmenter
+
+
+def evaluate_transfer(config: TransferEvaluateConfig) -> dict[str, Any]:
+    """Score a run of ``transfer segment`` or ``transfer detect``.
+
+    Returns:
+        ``samples``, and the scores by name. With ``config.corrupt``, ``corrupted``: the first score by kind and
+        severity; ``corrupted_miou`` or ``corrupted_map``: mean over kinds of the mean over severities; ``retention``:
+        that over the score of the images as they are.
+
+    Raises:
+        InputError: no such run, or images that cannot be used.
+        FormatError: a damaged checkpoint.
+        MissingExtraError: a package that corrupts images or measures mAP is not installed.
+    """
+    corruptions = [] if config.corrupt is None else parse_corruptions(config.corrupt)
+    if corruptions:
+        check_corruptions_can_run()
+    path = weights_path(config.checkpoint)
+    try:
+        kind = json.loads(read_header(path)).get("kind")
+    except (ValueError, AttributeError):
+        kind = None
+    device = pick_device(config.device)
+    prepare = _prepare_detector if kind == detector.KIND else _prepare_segmenter
+    model, validation, samples = prepare(config, device)
+    scores = validation(model, lambda: None)
+    main = validation.names[0]
+    result: dict[str, Any] = {"samples": samples} | scores
+    if not corruptions:
+        return result
+    if isinstance(validation, SegmentValidation):
+        validation.keep = None
+    found: dict[str, dict[str, float]] = {}
+    for name, severity in corruptions:
+        validation.change = partial(_corrupt, kind=name, severity=severity, seed=config.seed)
+        found.setdefault(name, {})[str(severity)] = validation(model, lambda: None)[main] or 0.0
+    mean = float(np.mean([np.mean(list(each.values())) for each in found.values()]))
+    clean = scores[main]
+    return result | {"corrupted": found, f"corrupted_{main}": mean, "retention": mean / clean if clean else None}
+
+
+def _corrupt(key: str, pixels: np.ndarray, *, kind: str, severity: int, seed: int) -> np.ndarray:
+    return corrupt(pixels, kind, severity, seed=seed, key=key)
+
+
+def _prepare_segmenter(
+    config: TransferEvaluateConfig, device: torch.device
+) -> tuple[torch.nn.Module, SegmentValidation, int]:
+    if config.annotations is not None:
+        raise InputError(f"`annotations` are for detectors; {config.checkpoint} is a segmenter")
+    model, description = load_segmenter(config.checkpoint)
+    pairs = open_pairs(config.data, description.class_names, description.ignore_id, config.split)
+    window = description.crop if config.sliding_window else None
+    amp, workers = pick_amp(config.amp, device), pick_workers(config.workers)
+    validation = make_validation(model, pairs, device, amp, workers, World(), window)
+    if config.out is not None:
+        folder = Path(config.out)
+
+        def keep(key: str, ids: np.ndarray) -> None:
+            place = folder / f"{key}.png"
+            make_folder(place.parent)
+            save_ids(str(place), ids)
+
+        validation.keep = keep
+    return model.to(device), validation, len(pairs)
+
+
+def _prepare_detector(
+    config: TransferEvaluateConfig, device: torch.device
+) -> tuple[torch.nn.Module, DetectValidation, int]:
+    if config.sliding_window or config.out is not None:
+        name = "sliding_window" if config.sliding_window else "out"
+        raise InputError(f"`{name}` is for segmenters; {config.checkpoint} is a detector")
+    check_coco_can_run()
+    model, description = detector.load_detector(config.checkpoint)
+    images = open_boxes(config.data, description.class_names, config.annotations, config.split)
+    return model.to(device), DetectValidation(images, device, pick_amp(config.amp, device)), len(images)

@@ -1,0 +1,185 @@
+"""Fine-tuning on boxes: reading, scores against torchmetrics, learning, and an interrupted run."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torchmetrics.detection import MeanAveragePrecision
+
+from stl_offline.cli.main import main
+from stl_offline.config_transfer import DetectConfig, TransferEvaluateConfig
+from stl_offline.errors import InputError
+from stl_offline.training.engine import Trainer
+from stl_offline.transfer import evaluate_transfer, train_detector
+from stl_offline.transfer.backbone import Backbone, BackboneSpec
+from stl_offline.transfer.boxes import open_boxes
+from stl_offline.transfer.detect_scores import Boxes, average_precisions
+from stl_offline.transfer.detector import Pyramid
+from tests.transfer.conftest import jpeg, scene
+
+CLASSES = ("box", "disc")
+
+
+def boxes_of(ids: np.ndarray) -> list[tuple[str, list[int]]]:
+    """(class, [left, top, right, bottom)) of what `scene` drew."""
+    found = []
+    for number, name in enumerate(CLASSES, 1):
+        rows, columns = np.nonzero(ids == number)
+        found.append((name, [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]))
+    return found
+
+
+def voc(objects) -> bytes:
+    parts = "".join(
+        f"<object><name>{name}</name><difficult>0</difficult><bndbox><xmin>{left + 1}</xmin><ymin>{top + 1}</ymin>"
+        f"<xmax>{right}</xmax><ymax>{bottom}</ymax></bndbox></object>"
+        for name, (left, top, right, bottom) in objects
+    )
+    return f"<annotation>{parts}</annotation>".encode()
+
+
+@pytest.fixture(scope="module")
+def boxed(tmp_path_factory):
+    """(tar with VOC's XML beside the images, folder of its images, COCO JSON file)."""
+    root = tmp_path_factory.mktemp("boxed")
+    coco = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "disc"}, {"id": 3, "name": "box"}]}
+    (root / "images").mkdir()
+    with tarfile.open(root / "boxed.tar", "w") as tar:
+        for seed in range(6):
+            image, ids = scene(seed, 64, 96)
+            objects = boxes_of(ids)
+            split = "train" if seed < 4 else "val"
+            for name, data in ((f"{split}/{seed}.jpg", jpeg(image)), (f"{split}/{seed}.xml", voc(objects))):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+            (root / "images" / f"{seed}.jpg").write_bytes(jpeg(image))
+            coco["images"].append({"id": 10 + seed, "file_name": f"{seed}.jpg"})
+            for name, (left, top, right, bottom) in objects:
+                category = {"disc": 7, "box": 3}[name]
+                box = [int(left), int(top), int(right - left), int(bottom - top)]
+                coco["annotations"].append({"image_id": 10 + seed, "category_id": category, "bbox": box})
+            coco["annotations"].append({"image_id": 10 + seed, "category_id": 7, "bbox": [0, 0, 5, 5], "iscrowd": 1})
+    (root / "coco.json").write_text(json.dumps(coco))
+    return root / "boxed.tar", root / "images", root / "coco.json"
+
+
+@pytest.fixture
+def quick(boxed, tmp_path):
+    return {
+        "data": str(boxed[0]),
+        "split": "train",
+        "val": str(boxed[0]),
+        "val_split": "val",
+        "classes": ",".join(CLASSES),
+        "backbone": "timm:resnet10t",
+        "out": str(tmp_path / "run"),
+        "side": 64,
+        "longest": 96,
+        "head_width": 16,
+        "epochs": 2,
+        "batch_size": 2,
+        "device": "cpu",
+        "workers": 1,
+        "amp": "none",
+    }
+
+
+def test_voc_and_coco_give_the_same_boxes(boxed):
+    tar, images, coco = boxed
+    first = open_boxes(tar, CLASSES)
+    second = open_boxes(images, CLASSES, str(coco))
+    assert first.keys == ["train/0", "train/1", "train/2", "train/3", "val/4", "val/5"]
+    for ours, theirs, seed in zip(first.images, second.images, range(6), strict=True):
+        expected = boxes_of(scene(seed, 64, 96)[1])
+        np.testing.assert_array_equal(ours.boxes_n4, np.array([box for _, box in expected]))
+        np.testing.assert_array_equal(ours.boxes_n4, theirs.boxes_n4)
+        assert ours.class_ids.tolist() == theirs.class_ids.tolist() == [0, 1]
+    assert len(open_boxes(tar, CLASSES, split="val")) == 2
+
+
+@pytest.mark.parametrize(
+    ("xml", "message"),
+    [
+        (None, "1 of 1 images .* have no XML, for example a.jpg"),
+        (voc([("cat", [0, 0, 3, 4])]), "the class 'cat' is not among `classes`: box, disc"),
+        (voc([("box", [5, 0, 5, 4])]), "has a box that is empty"),
+        (voc([("box", [0, 0, 99, 4])]), "leaves its 56×40 pixels"),
+        (b"<annotation>", "annotations a.xml cannot be used"),
+        (voc([]), "have no boxes"),
+    ],
+)
+def test_boxes_that_cannot_be_used(tmp_path, xml, message):
+    (tmp_path / "a.jpg").write_bytes(jpeg(scene(1)[0]))
+    if xml is not None:
+        (tmp_path / "a.xml").write_bytes(xml)
+    with pytest.raises(InputError, match=message):
+        open_boxes(tmp_path, CLASSES)
+
+
+def test_scores_are_torchmetrics():
+    generator = np.random.default_rng(5)
+    oracle = MeanAveragePrecision(class_metrics=True)
+    images = []
+    for _ in range(12):
+        corner = generator.uniform(0, 60, (5, 2))
+        truth = np.concatenate([corner, corner + generator.uniform(8, 40, (5, 2))], axis=1).astype(np.float32)
+        classes = generator.integers(0, 3, 5)
+        guess = np.concatenate([truth[:4] + generator.normal(0, 2, (4, 4)), truth[:2] + 30]).astype(np.float32)
+        labels = np.concatenate([classes[:4], [0, 3]])
+        scores = generator.uniform(0, 1, 6)
+        images.append((Boxes(truth, classes), Boxes(guess, labels, scores)))
+        as_tensors = lambda boxes, ids: {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(ids)}  # noqa: E731
+        oracle.update([as_tensors(guess, labels) | {"scores": torch.from_numpy(scores)}], [as_tensors(truth, classes)])
+    expected = oracle.compute()
+    ours = average_precisions(images, ("a", "b", "c", "d"))
+    for name in ("map", "map_50", "map_75"):
+        assert ours[name] == pytest.approx(float(expected[name]), abs=1e-6)
+    assert [ours[f"ap/{name}"] for name in "abc"] == pytest.approx(expected["map_per_class"][:3].tolist(), abs=1e-6)
+    assert ours["ap/d"] is None  # detected, and never there
+    assert (
+        average_precisions([(images[0][0], Boxes(np.zeros((0, 4)), np.zeros(0), np.zeros(0)))], ("a",) * 4)["map"] == 0
+    )
+
+
+def test_levels_of_one_stride_become_a_pyramid():
+    backbone = Backbone(BackboneSpec("fan_micro_4_p8", (0, 1, 2, 3), (64, 64)))
+    pyramid = Pyramid(backbone, 8).eval()
+    maps = pyramid(torch.zeros(1, 3, 64, 128))
+    assert [tuple(each.shape) for each in maps.values()] == [(1, 8, s, 2 * s) for s in (8, 4, 2, 1)] + [(1, 8, 1, 1)]
+
+
+def test_a_run_is_scored_resumed_and_evaluated(quick, tmp_path, monkeypatch, capsys):
+    whole = train_detector(DetectConfig(**quick))
+    assert {"map", "map_50", "ap/disc", "best_map"} <= whole.keys()
+    config = TransferEvaluateConfig(data=quick["data"], split="val", checkpoint=quick["out"], device="cpu")
+    scores = evaluate_transfer(config)
+    assert scores == {"samples": 2} | {name: whole[name] for name in scores if name != "samples"}
+    original = Trainer._take_step
+
+    def stop_in_the_second_epoch(self, batch, notes):
+        if self.at.step == 3:
+            self._save_state()
+            raise KeyboardInterrupt
+        return original(self, batch, notes)
+
+    interrupted = quick | {"out": str(tmp_path / "interrupted"), "tensorboard": True}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_take_step", stop_in_the_second_epoch)
+        train_detector(DetectConfig(**interrupted))
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in interrupted.items() if name != "tensorboard"]
+    assert main(["transfer", "detect", *words, "--tensorboard"]) == 0
+    assert "detector: " in (out := capsys.readouterr().out) and "mAP at IoU 0.5" in out
+    first, second = (load_file(tmp_path / name / "weights.safetensors") for name in ("run", "interrupted"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_it_learns_where_boxes_and_discs_are(quick):
+    config = DetectConfig(**quick | {"epochs": 60, "lr": 1e-3, "val_every": 60, "split": None, "val_split": None})
+    assert train_detector(config)["map_50"] > 0.5
