@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from stl_offline import needs
 from stl_offline.config_evaluate import EvaluateConfig as EvaluateConfig
 from stl_offline.config_pages import PreviewConfig as PreviewConfig
 from stl_offline.config_pages import ReportConfig as ReportConfig
@@ -88,7 +89,11 @@ class RunConfig(MachineConfig):
     channels_last: bool = setting(True, "Keep the model's weights in the channels-last memory format.")
     sync_bn: bool = setting(False, "Compute batch-norm statistics over all processes.")
     val_every: int = setting(
-        1, "Epochs between two evaluations on the validation images.", affects=JOB, bounds="[1, inf)"
+        1,
+        "Epochs between two evaluations on the validation images.",
+        affects=JOB,
+        bounds="[1, inf)",
+        needs=needs.VALIDATION,
     )
     checkpoint_every: float = setting(
         300.0, "Seconds between checkpoints within an epoch.", affects=JOB, bounds="[0, inf)"
@@ -139,9 +144,11 @@ class TrainConfig(RunConfig):
     smoothing: float = setting(0.1, "Label smoothing of the class loss (0 disables it).", bounds="[0, 1)")
     mixup: float = setting(0.0, "Alpha of mixup's Beta distribution (0 disables mixup).")
     cutmix: float = setting(0.0, "Alpha of cutmix's Beta distribution (0 disables cutmix).")
-    mix_prob: float = setting(1.0, "Probability that mixup or cutmix is applied.")
+    mix_prob: float = setting(1.0, "Probability that mixup or cutmix is applied.", needs=needs.MIXING)
     mix_mode: str = setting(
-        "batch", "Whether mixup and cutmix are drawn once per batch, per pair of images, or per image (elem)."
+        "batch",
+        "Whether mixup and cutmix are drawn once per batch, per pair of images, or per image (elem).",
+        needs=needs.MIXING,
     )
     scale_min: float = setting(0.25, "Smallest part of an image's area that a random crop takes.")
     flip: float = setting(0.5, "Probability of a horizontal flip.")
@@ -154,6 +161,7 @@ class TrainConfig(RunConfig):
         "pixel",
         "What `random_erase` fills a box with: the mean colour (const), one random colour (rand), or random "
         "pixels (pixel).",
+        needs=needs.ERASING,
     )
     interpolation: str = setting(
         "area",
@@ -167,6 +175,9 @@ class TrainConfig(RunConfig):
         if self.auto_augment == "none":  # how a command turns a recipe's auto_augment off
             object.__setattr__(self, "auto_augment", None)
         super().__post_init__()
+
+    def check_together(self) -> None:
+        super().check_together()
         self.crop_settings()
         self.mix_settings()
         self.erase_settings()
@@ -202,6 +213,7 @@ class LabelerConfig(TrainConfig):
         "How token logits are pooled for the token loss: their mean (STL), or lme, the log of the mean of their "
         "exponentials, with which labels outline objects.",
         choices=TOKEN_POOLS,
+        needs=needs.TOKEN_LOSS,
     )
 
 
@@ -214,65 +226,90 @@ class StudentConfig(TrainConfig):
         "Source of token labels: one or more label sets, none, or online (a labeler runs in every step).",
         affects=INPUT,
     )
+    token_weight: float = setting(
+        1.0, "Weight of the token loss (0 disables it).", bounds="[0, inf)", needs=needs.TOKEN_LABELS
+    )
     labels_pick: str = setting(
         "auto",
         "How one of several label sets is chosen for a sample: by its crop's scale (zoom), or at random (draw).",
         choices=LABEL_PICKS,
+        needs=needs.SEVERAL_SETS,
     )
     labels_share: tuple[float, ...] | None = setting(
-        None, "How often each label set is drawn, in the order of `labels`."
+        None,
+        "How often each label set is drawn, in the order of `labels`.",
+        needs=needs.SEVERAL_SETS,
     )
     labeler: str | None = setting(
         None,
         "Labeler to run during training (only with `labels=online`). Must have the student's token grid and "
         "class list.",
         affects=INPUT,
+        needs=needs.ONLINE,
     )
-    labeler_checkpoint: str | None = setting(None, _LABELER_CHECKPOINT, affects=INPUT)
-    labeler_pretrained: bool = setting(False, _LABELER_PRETRAINED, affects=INPUT)
-    labeler_classes: str | None = setting(None, _LABELER_CLASSES, affects=INPUT)
+    labeler_checkpoint: str | None = setting(None, _LABELER_CHECKPOINT, affects=INPUT, needs=needs.ONLINE)
+    labeler_pretrained: bool = setting(False, _LABELER_PRETRAINED, affects=INPUT, needs=needs.ONLINE)
+    labeler_classes: str | None = setting(None, _LABELER_CLASSES, affects=INPUT, needs=needs.ONLINE)
     token_target: str = setting(
         "gumbel",
         "Target of a token: one class drawn whenever the image is shown (gumbel), the distribution (soft), or the best "
         "class (argmax).",
+        needs=needs.TOKEN_LABELS,
     )
     residual: str = setting(
         "ignore",
         "What happens to probability outside the stored classes: left unlabelled (ignore), or spread over all "
         "classes (uniform).",
+        needs=(needs.TOKEN_LABELS, needs.LEFT_MASS),
     )
     crops: str = setting(
         "auto",
         "Crops to train on: new ones (random), those of the label set (replay), or whichever the set allows (auto).",
         choices=CROP_MODES,
         recorded_as="views",
+        needs=needs.LABEL_SET,
     )
-    soft_classes: int = setting(8, "Classes kept per token of a soft target.", recorded_as="columns")
-    sampling_ratio: int = setting(2, "RoIAlign's sampling points per cell, along each side.")
-    min_confidence: float = setting(0.0, "Confidence below which a token is left unlabelled.")
+    soft_classes: int = setting(
+        8,
+        "Classes kept per token of a soft target.",
+        recorded_as="columns",
+        needs=(needs.TOKEN_LABELS, needs.SOFT_TARGET),
+    )
+    sampling_ratio: int = setting(
+        2, "RoIAlign's sampling points per cell, along each side.", needs=(needs.TOKEN_LABELS, needs.SAMPLED_MAPS)
+    )
+    min_confidence: float = setting(0.0, "Confidence below which a token is left unlabelled.", needs=needs.TOKEN_LABELS)
     select: str = setting(
         "all",
         "Tokens to train on: all, those whose (best) target is the image's own class (own), or those with at least the "
         "confidence X (confident:X, the same as a minimum confidence of X).",
+        needs=needs.TOKEN_LABELS,
     )
     erased_labels: str = setting(
         "drop",
         "Whether labels of cells hidden by `random_erase` are weighted down (drop) or kept.",
         choices=ERASED_LABELS,
+        needs=(needs.TOKEN_LABELS, needs.ERASING),
     )
     match: str = setting(
         "key",
         "How images and labels are joined: by key, by stem (the key's base name up to its first dot), or by content.",
         choices=MATCHES,
+        needs=needs.LABEL_SET,
     )
     missing: str = setting(
         "error",
         "What to do with images that have no labels: stop, or train on them without token labels (skip).",
         choices=MISSING,
+        needs=needs.LABEL_SET,
     )
-    allow_changed: bool = setting(False, "Use labels of images whose content has changed since they were labelled.")
+    allow_changed: bool = setting(
+        False, "Use labels of images whose content has changed since they were labelled.", needs=needs.LABEL_SET
+    )
     key_prefix: str = setting(
-        "", "Replace the start OLD of the images' keys by NEW before labels are looked up, such as train/=."
+        "",
+        "Replace the start OLD of the images' keys by NEW before labels are looked up, such as train/=.",
+        needs=needs.LABEL_SET,
     )
 
     @property
@@ -281,7 +318,13 @@ class StudentConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._read_select()
+        if self.select.startswith("confident:"):  # the minimum confidence by another name: one of them is recorded
+            object.__setattr__(self, "min_confidence", float(self.select.partition(":")[2]))
+            object.__setattr__(self, "select", "all")
+
+    def check_together(self) -> None:
+        super().check_together()
+        self._check_select()
         check_token_targets(
             self.token_target, self.residual, self.soft_classes, self.sampling_ratio, self.min_confidence
         )
@@ -305,11 +348,8 @@ class StudentConfig(TrainConfig):
                 raise InputError('`labels="online"` needs `labeler`: a run, a checkpoint, or timm:NAME')
             if self.crops == "replay":
                 raise InputError('`crops="replay"` needs a label set of crops, and `labels="online"` has none')
-        elif self.labeler is not None:
-            raise InputError('`labeler` needs `labels="online"`; a label set records its own labeler')
 
-    def _read_select(self) -> None:
-        """ "confident:X" is the minimum confidence by another name: one of them is recorded."""
+    def _check_select(self) -> None:
         word, colon, number = self.select.partition(":")
         if word == "confident" and colon:
             try:
@@ -322,12 +362,8 @@ class StudentConfig(TrainConfig):
                 raise InputError(
                     f"`select` is {self.select} and `min_confidence` {self.min_confidence}; give one of them"
                 )
-            object.__setattr__(self, "min_confidence", least)
-            object.__setattr__(self, "select", "all")
         elif self.select not in ("all", "own"):
             raise InputError(f'`select` must be "all", "own" or "confident:X", got {self.select!r}')
-        if self.select == "own" and self.labels in ("none", ("none",)):
-            raise InputError('`select` chooses among token labels; it does nothing with `labels` "none"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,9 +429,9 @@ class DumpConfig(MachineConfig):
         bounds="[0, 8192]",
     )
     batch_size: int = setting(64, "Images per batch.", bounds="[1, inf)")
-    seed: int = setting(0, "Seed of the random crops and of draws.", bounds=SEEDS)
-    scale_min: float = setting(0.25, "Smallest part of an image's area that a random crop takes.")
-    flip: float = setting(0.5, "Probability that a random crop is flipped.")
+    seed: int = setting(0, "Seed of the random crops and of draws.", bounds=SEEDS, needs=needs.ANY_DRAW)
+    scale_min: float = setting(0.25, "Smallest part of an image's area that a random crop takes.", needs=needs.CROPS)
+    flip: float = setting(0.5, "Probability that a random crop is flipped.", needs=needs.CROPS)
     interpolation: str = setting(
         "auto",
         "How images are resized; auto does it as in the labeler's training, and takes area for timm:NAME.",
@@ -409,8 +445,8 @@ class DumpConfig(MachineConfig):
     licence: str = setting("unstated", "Licence of the labeler's weights, stored in the manifest and the card.")
     skip_broken: bool = setting(False, SKIP_BROKEN)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
+        super().check_together()
         for name in ("labeler_mean", "labeler_std"):
             values = getattr(self, name)
             if values is not None and (len(values) != 3 or not all(map(math.isfinite, values))):

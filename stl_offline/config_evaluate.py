@@ -64,6 +64,9 @@ class EvaluateConfig(MachineConfig):
         if isinstance(self.data, str):
             object.__setattr__(self, "data", (self.data,))
         super().__post_init__()
+
+    def check_together(self) -> None:
+        super().check_together()
         if self.checkpoint is None and self.model is None:
             raise InputError("give a `checkpoint` (a run, or weights), a timm `model`, or both")
         for name in ("mean", "std"):

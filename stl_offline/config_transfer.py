@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from stl_offline import needs
 from stl_offline.config import AMP_MODES, MachineConfig, RunConfig
 from stl_offline.errors import InputError
 from stl_offline.settings import INPUT, JOB, SEEDS, SKIP_BROKEN, setting
@@ -19,7 +20,9 @@ class BackboneConfig(RunConfig):
     """What fine-tuning on masks and on boxes share."""
 
     split: str | None = setting(None, _SPLIT, affects=INPUT, in_recipes=False)
-    val_split: str | None = setting(None, "The same for `val`.", affects=INPUT, in_recipes=False)
+    val_split: str | None = setting(
+        None, "The same for `val`.", affects=INPUT, in_recipes=False, needs=needs.VALIDATION
+    )
     backbone: str = setting(
         help="Backbone to fine-tune: a run, one of its weights files, or timm:NAME.", affects=INPUT, in_recipes=False
     )
@@ -41,14 +44,19 @@ class BackboneConfig(RunConfig):
     lr: float = setting(2e-4, "Peak learning rate of AdamW for the backbone.", bounds="(0, inf)")
     head_lr_scale: float = setting(10.0, "Learning rate of the head, as a multiple of `lr`.", bounds="(0, inf)")
     layer_decay: float = setting(
-        1.0, "Learning rate of a layer, as a multiple of that of the next layer towards the head.", bounds="(0, 1]"
+        1.0,
+        "Learning rate of a layer, as a multiple of that of the next layer towards the head.",
+        bounds="(0, 1]",
+        needs=needs.UNFROZEN,
     )
     schedule: str = setting(
         "poly", "How the learning rate falls after the warm-up: in a straight line, or as a cosine.", choices=SCHEDULES
     )
     warmup_epochs: float = setting(1.0, "Epochs of linear warm-up, at most a fifth of the run.", bounds="[0, inf)")
     weight_decay: float = setting(0.01, "Weight decay of AdamW.", bounds="[0, inf)")
-    drop_path: float = setting(0.1, "Rate of stochastic depth in the backbone (0 disables it).", bounds="[0, 1)")
+    drop_path: float = setting(
+        0.1, "Rate of stochastic depth in the backbone (0 disables it).", bounds="[0, 1)", needs=needs.UNFROZEN
+    )
     ema_decay: float = setting(
         0.0,
         "Decay of the moving average of the weights, reached by a warm-up (0 disables the average).",
@@ -62,16 +70,14 @@ class BackboneConfig(RunConfig):
     def trains_all(self) -> bool:
         return False  # timm's backbones may have parameters that no feature map depends on
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
+        super().check_together()
         named = self.backbone.startswith("timm:")
         for name in ("backbone_checkpoint", "backbone_pretrained"):
             if getattr(self, name) and not named:
                 raise InputError(f"`{name}` needs a backbone given as timm:NAME, got {self.backbone!r}")
         if self.backbone_checkpoint and self.backbone_pretrained:
             raise InputError("`backbone_checkpoint` and `backbone_pretrained` both give weights; give one of them")
-        if self.val_split and not self.val:
-            raise InputError("`val_split` needs `val`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +103,8 @@ class SegmentConfig(BackboneConfig):
     head_dropout: float = setting(0.1, "Dropout of whole channels in the head.", bounds="[0, 1)")
     sliding_window: bool = setting(False, _WINDOW)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
+        super().check_together()
         if self.scale_min > self.scale_max:
             raise InputError(f"`scale_min` {self.scale_min} is above `scale_max` {self.scale_max}")
 

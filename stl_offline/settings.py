@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stl_offline.errors import InputError
+from stl_offline.needs import Need, check_needs
 
 # What a setting affects.
 RESULT = "result"  # it shapes the result: recorded with it, and the same when a job is resumed
@@ -40,6 +41,7 @@ def setting(
     recorded_as: str | None = None,
     choices: tuple[str, ...] | None = None,
     bounds: str | None = None,
+    needs: Need | tuple[Need, ...] = (),
 ) -> Any:
     """A dataclass field with what is known about it as metadata.
 
@@ -51,9 +53,11 @@ def setting(
         choices: the strings it takes.
         bounds: the interval of its values, such as "[0, 1)" or "(0, inf)"; None takes any finite number. A None value
             passes.
+        needs: the conditions under which another value than the default does something.
     """
     metadata = {"help": help, "affects": affects, "in_recipes": in_recipes, "recorded_as": recorded_as}
-    return dataclasses.field(default=default, metadata=metadata | {"choices": choices, "bounds": bounds})
+    metadata |= {"choices": choices, "bounds": bounds, "needs": (needs,) if isinstance(needs, Need) else needs}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_settings(settings: Any) -> None:
@@ -101,10 +105,15 @@ def _in_words(bounds: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of a command. Raises `InputError` for a value that the command does not take."""
+    """Settings of a command. Raises `InputError` for a value that the command does not take, or has no use for."""
 
     def __post_init__(self) -> None:
         check_settings(self)
+        self.check_together()
+        check_needs(self)
+
+    def check_together(self) -> None:
+        """Compare the settings with each other. A subclass calls its parent's method first."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from tests.source_tree import REPOSITORY, Module, modules, own_imports
 # From the bottom up. A module may import from rows below its own, and from its own package.
 LAYERS = (
     ("errors",),
+    ("needs",),
     ("settings",),
     ("config_evaluate", "config_pages"),
     ("config", "ffcv_setup", "files", "palette", "progress"),
@@ -49,7 +50,7 @@ DOORS = (
 
 # What a team with a training loop of its own uses: it must load where only the core is installed.
 LIGHT = (
-    *("errors", "settings", "config", "config_evaluate", "config_pages", "config_transfer", "files"),
+    *("errors", "needs", "settings", "config", "config_evaluate", "config_pages", "config_transfer", "files"),
     *("progress", "compiled"),
     *("geometry", "random", "labels", "targets", "cli"),
 )

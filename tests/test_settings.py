@@ -6,7 +6,18 @@ import pytest
 
 from stl_offline import config as module
 from stl_offline.augment import MixSettings, RandomErase
-from stl_offline.config import Config, DumpConfig, EvaluateConfig, LabelerConfig, StudentConfig, result_settings
+from stl_offline.cli.main import main
+from stl_offline.config import (
+    Config,
+    DumpConfig,
+    EvaluateConfig,
+    LabelerConfig,
+    PreviewConfig,
+    ReportConfig,
+    StudentConfig,
+    result_settings,
+)
+from stl_offline.config_transfer import SegmentConfig
 from stl_offline.errors import InputError
 from stl_offline.geometry import CropSettings
 from stl_offline.settings import INPUT, JOB, RESULT
@@ -37,7 +48,9 @@ def test_what_does_not_shape_a_run():
 
 
 def test_recorded_names_are_those_of_earlier_releases():
-    student = result_settings(StudentConfig(**PLACES, crops="random", soft_classes=3))
+    student = result_settings(
+        StudentConfig(**PLACES, labels="set", crops="random", token_target="soft", soft_classes=3)
+    )
     assert (student["views"], student["columns"]) == ("random", 3)
     assert not {"crops", "soft_classes", "data", "labels", "device"} & student.keys()
     dump = result_settings(DumpConfig(**PLACES, labeler="run", crops_per_image=4))
@@ -105,6 +118,139 @@ def test_a_setting_is_checked_by_its_owner(settings, build):
 def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(InputError, match=message):
         StudentConfig(**PLACES, **settings)
+
+
+PREVIEW, REPORT = {"path": "labels"}, {"runs": ("run",)}
+DUMP = {**PLACES, "labeler": "run"}
+SEGMENT = {**PLACES, "backbone": "run", "classes": "road,sky"}
+SET, ONLINE = {"labels": "set"}, {"labels": "online", "labeler": "run"}
+
+# Settings class, what it cannot do without, a setting with a value, and settings beside which it does something and
+# beside which it does nothing.
+NEEDS = [
+    (LabelerConfig, PLACES, {"token_pool": "lme"}, [{"token_weight": 0.1}], [{"token_weight": 0.0}]),
+    (LabelerConfig, PLACES, {"val_every": 2}, [{"val": "v"}], [{}]),
+    (LabelerConfig, PLACES, {"mix_prob": 0.5}, [{"mixup": 0.8}, {"cutmix": 1.0}], [{}, {"mixup": 0.0}]),
+    (LabelerConfig, PLACES, {"mix_mode": "elem"}, [{"mixup": 0.8}, {"cutmix": 1.0}], [{}]),
+    (LabelerConfig, PLACES, {"erase_mode": "const"}, [{"random_erase": 0.1}], [{}]),
+    (StudentConfig, PLACES, {"token_weight": 0.5}, [SET, ONLINE], [{}]),
+    (StudentConfig, PLACES, {"labels_pick": "draw"}, [{"labels": ("a", "b")}], [{}, SET, ONLINE]),
+    (StudentConfig, PLACES, {"labeler": "run"}, [{"labels": "online"}], [{}, SET, {"labels": ("a", "b")}]),
+    (StudentConfig, PLACES, {"labeler_checkpoint": "file"}, [ONLINE], [{}, SET]),
+    (StudentConfig, PLACES, {"labeler_pretrained": True}, [ONLINE], [{}, SET]),
+    (StudentConfig, PLACES, {"labeler_classes": "file"}, [ONLINE], [{}, SET]),
+    (StudentConfig, PLACES, {"token_target": "argmax"}, [SET, ONLINE], [{}]),
+    (
+        StudentConfig,
+        PLACES,
+        {"residual": "uniform"},
+        [SET, {**ONLINE, "token_target": "soft"}],
+        [{}, ONLINE, {**SET, "token_target": "argmax"}],
+    ),
+    (StudentConfig, PLACES, {"crops": "random"}, [SET], [{}, ONLINE]),
+    (
+        StudentConfig,
+        PLACES,
+        {"soft_classes": 3},
+        [{**each, "token_target": "soft"} for each in (SET, ONLINE)],
+        [{}, SET],
+    ),
+    (
+        StudentConfig,
+        PLACES,
+        {"sampling_ratio": 3},
+        [SET, {**ONLINE, "auto_augment": "rand-m9"}],
+        [{}, {"auto_augment": "rand-m9"}, ONLINE],
+    ),
+    (StudentConfig, PLACES, {"min_confidence": 0.5}, [SET, ONLINE], [{}]),
+    (StudentConfig, PLACES, {"select": "own"}, [SET, ONLINE], [{}]),
+    (StudentConfig, PLACES, {"select": "confident:0.5"}, [SET, ONLINE], [{}]),
+    (
+        StudentConfig,
+        PLACES,
+        {"erased_labels": "keep"},
+        [{**SET, "random_erase": 0.2}],
+        [{}, SET, {"random_erase": 0.2}],
+    ),
+    (StudentConfig, PLACES, {"match": "stem"}, [SET], [{}, ONLINE]),
+    (StudentConfig, PLACES, {"missing": "skip"}, [SET], [{}, ONLINE]),
+    (StudentConfig, PLACES, {"allow_changed": True}, [SET], [{}, ONLINE]),
+    (StudentConfig, PLACES, {"key_prefix": "a/=b/"}, [SET], [{}, ONLINE]),
+    (DumpConfig, DUMP, {"seed": 1}, [{"crops_per_image": 2}, {"draws": 4}, {"class_draws": 4}], [{}]),
+    (DumpConfig, DUMP, {"scale_min": 0.5}, [{"crops_per_image": 1}], [{}, {"draws": 4}]),
+    (DumpConfig, DUMP, {"flip": 0.0}, [{"crops_per_image": 1}], [{}, {"draws": 4}]),
+    (PreviewConfig, PREVIEW, {"samples": 3}, [{}, {"keys": ("a/*", "b")}], [{"suspects": 3}, {"keys": ("a",)}]),
+    (PreviewConfig, PREVIEW, {"seed": 3}, [{}, {"keys": ("a/?",)}], [{"suspects": 3}, {"keys": ("a", "b")}]),
+    (PreviewConfig, PREVIEW, {"missing": "skip"}, [{"data": "images"}], [{}]),
+    (PreviewConfig, PREVIEW, {"match": "stem"}, [{"data": "images"}], [{}]),
+    (PreviewConfig, PREVIEW, {"allow_changed": True}, [{"data": "images"}], [{}]),
+    *(
+        (ReportConfig, REPORT, setting, [{"data": "images"}], [{}])
+        for setting in ({"examples": 2}, {"predict": 9}, {"skip_broken": True}, {"seed": 1})
+    ),
+    (SegmentConfig, SEGMENT, {"val_split": "val"}, [{"val": "images"}], [{}]),
+    (SegmentConfig, SEGMENT, {"val_every": 2}, [{"val": "images"}], [{}]),
+    (SegmentConfig, SEGMENT, {"drop_path": 0.3}, [{}], [{"freeze": True}]),
+    (SegmentConfig, SEGMENT, {"layer_decay": 0.8}, [{}], [{"freeze": True}]),
+]
+
+
+@pytest.mark.parametrize(("kind", "base", "setting", "used", "idle"), NEEDS, ids=lambda value: str(value)[:40])
+def test_a_setting_is_used_or_refused(kind, base, setting, used, idle):
+    for more in used:
+        kind(**{**base, **setting, **more})
+    for more in idle:
+        with pytest.raises(InputError, match=f"`{next(iter(setting))}` needs .*, else it does nothing; leave it out"):
+            kind(**{**base, **setting, **more})
+
+
+def test_every_need_is_tried():
+    """Those declared, but for one that is refused for its own reasons first; the default is never refused."""
+    tried = {(kind, name) for kind, _, setting, _, _ in NEEDS for name in setting} | {(StudentConfig, "labels_share")}
+    bases = {LabelerConfig: PLACES, StudentConfig: PLACES, DumpConfig: DUMP, SegmentConfig: SEGMENT}
+    for kind, base in (bases | {PreviewConfig: PREVIEW, ReportConfig: REPORT}).items():
+        kind(**base)
+        declared = {field.name for field in dataclasses.fields(kind) if field.metadata["needs"]}
+        shared = {field.name for field in dataclasses.fields(LabelerConfig)} - {"token_pool"}
+        declared -= shared if kind is StudentConfig else set()
+        assert declared <= {name for owner, name in tried if owner is kind}, kind
+
+
+def test_what_does_nothing_is_named_together():
+    with pytest.raises(InputError) as error:
+        StudentConfig(**PLACES, match="stem", missing="skip", mix_mode="elem")
+    assert str(error.value) == (
+        "`mix_mode` needs `mixup` or `cutmix` above 0 and `match` and `missing` need a label set in `labels`, "
+        "else they do nothing; leave them out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("train-student --data x --out y --labels none --match stem", ["--match", "--labels"]),
+        ("train-student --data x --out y --views random", ["--views", "--labels"]),
+        ("train-student --data x --out y --labels set --labeler run", ["--labeler", "--labels online"]),
+        ("train-student --data x --out y --labels set --columns 3", ["--columns", "--token-target soft"]),
+        ("train-labeler --data x --out y --mix-prob 0.5", ["--mix-prob", "--mixup", "--cutmix"]),
+        ("train-labeler --data x --out y --val-every 5", ["--val-every", "--val"]),
+        ("dump-labels --data x --labeler y --out z --scale-min 0.5", ["--scale-min", "--views"]),
+        ("dump-labels --data x --labeler y --out z --seed 3", ["--seed", "--views", "--draws", "--class-draws"]),
+        ("labels preview set --match stem", ["--match", "--data"]),
+        ("labels preview set --suspects 2 --samples 3", ["--samples", "--suspects", "--key"]),
+        ("report run --predict 10", ["--predict", "--data"]),
+        (
+            "transfer segment --data x --classes a --backbone y --out z --freeze --drop-path 0.2",
+            ["--drop-path", "--freeze"],
+        ),
+    ],
+)
+def test_the_command_line_refuses_in_its_own_words(line, named, capsys):
+    assert main(line.split()) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.endswith("else it does nothing; leave it out")
+    assert "`" not in error
+    assert all(option in error for option in named)
 
 
 def test_a_central_crop_takes_something():

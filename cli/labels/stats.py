@@ -62,7 +62,7 @@ def stats(path: str, shards: int | None, masks: str | None, suspects: int | None
     inside = None
     if objects is not None:
         inside = foreground.measure_foreground(label_set, objects, shards=shards, workers=workers)
-    doubtful = disagreeing.find_suspects(label_set, suspects, workers=workers) if suspects else []
+    doubtful = disagreeing.find_suspects(label_set, suspects, shards=shards, workers=workers) if suspects else []
     if as_json:
         values = to_json(found)
         if inside:

@@ -77,7 +77,6 @@ def run_demo(
         out=labels,
         shards=shards,
         licence="Apache-2.0",
-        seed=seed,
         **machine,
     )
     _timed(rows, "labels", lambda: {"bytes": dump_labels(dump).bytes})

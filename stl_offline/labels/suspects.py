@@ -9,7 +9,7 @@ import numpy as np
 from stl_offline.errors import InputError, printable
 from stl_offline.labels.arrays import ShardArrays, probabilities
 from stl_offline.labels.label_set import LabelSet
-from stl_offline.labels.stats import check_own_classes
+from stl_offline.labels.stats import check_own_classes, choose_shards
 from stl_offline.labels.store import each_shard
 
 
@@ -29,14 +29,17 @@ class Suspect:
     row: int
 
 
-def find_suspects(label_set: LabelSet, count: int, *, workers: int = 0) -> list[Suspect]:
+def find_suspects(label_set: LabelSet, count: int, *, shards: int | None = None, workers: int = 0) -> list[Suspect]:
     """The ``count`` images with the highest scores, the most doubtful first; fewer where the set holds fewer.
+
+    Of all shards, or of ``shards`` of them, as `measure` chooses them.
 
     The labeler may have been trained on the same wrong classes: training that does not learn single images by heart
     (augmentation, smoothing, few epochs) still disagrees with them.
 
     Raises:
-        InputError: fewer than one image is asked for, or the set has a single class, or none of its images has a class.
+        InputError: fewer than one image is asked for, ``shards`` is out of range, the set has a single class, or none of
+            its images has a class.
         FormatError: a shard is damaged.
     """
     if count < 1:
@@ -49,7 +52,7 @@ def find_suspects(label_set: LabelSet, count: int, *, workers: int = 0) -> list[
         found = _score(label_set.read_shard(index), index, label_set.spec.num_classes)
         return heapq.nlargest(count, found, key=_rank)
 
-    parts = each_shard(read, label_set.present, "suspects", workers=workers)
+    parts = each_shard(read, choose_shards(label_set, shards), "suspects", workers=workers)
     return heapq.nlargest(count, (suspect for part in parts for suspect in part), key=_rank)
 
 

@@ -1,7 +1,8 @@
 """Reading recipes: YAML files of training settings, those of this package (beside this module) or anybody's.
 
 A recipe names settings of `stl_offline.config.TrainConfig` and its kin; what stands under ``labeler`` or ``student`` is
-for that stage alone. Settings given beside the recipe win, the recipe wins over the defaults.
+for that stage alone. Settings given beside the recipe win, the recipe wins over the defaults. A recipe serves several
+arms: of its settings, those that do nothing beside the ones given are left out, such as token targets without labels.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import yaml
 from stl_offline.config import LabelerConfig, RunConfig, StudentConfig, TrainConfig
 from stl_offline.config_transfer import DetectConfig, SegmentConfig
 from stl_offline.errors import InputError
+from stl_offline.needs import without_idle
 
 FOLDER = Path(__file__).parent
 SUFFIX = ".yaml"
@@ -57,7 +59,10 @@ def resolve(kind: type[C], recipe: str | None, given: dict[str, Any]) -> C:
     settings = read_recipe(kind, recipe) if recipe is not None else {}
     if "lr" in given and "lr_batch" not in given:
         settings.pop("lr_batch", None)
-    return kind(**settings | given)
+    used = without_idle(kind, settings, given)
+    if idle := [name for name in settings if name not in used]:
+        _LOGGER.info("the recipe %s is used without its %s, which would do nothing here", recipe, ", ".join(idle))
+    return kind(**used | given)
 
 
 def read_recipe(kind: type[RunConfig], recipe: str) -> dict[str, Any]:

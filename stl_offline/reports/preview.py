@@ -53,6 +53,7 @@ def preview_labels(config: PreviewConfig, find_images: FindImages | None) -> Pre
     """
     label_set = open_label_set(config.path)
     _check_views(label_set, config.map_index)
+    _check_student_crop(label_set, config)
     if config.suspects:
         choice = choose_suspects(label_set, config.suspects)
     else:
@@ -92,6 +93,15 @@ def _check_views(label_set: LabelSet, views: Sequence[int]) -> None:
         raise InputError(
             f"{label_set.place} holds {there} label maps per image, 0 to {there - 1}; got the view {max(views)}"
         )
+
+
+def _check_student_crop(label_set: LabelSet, config: PreviewConfig) -> None:
+    """Raise `InputError` for settings of a student's crop where students replay the set's own crops."""
+    if label_set.spec.views["kind"] == "whole" or config.crop_settings() == PreviewConfig(path="").crop_settings():
+        return
+    raise InputError(
+        f"{label_set.place} holds crops, which students replay: `scale_min` and `flip` do nothing; leave them out"
+    )
 
 
 def _read(label_set: LabelSet, choice: Choice, counts: ConfidenceCounts, all_shards: bool) -> dict[Place, LabelMap]:

@@ -73,6 +73,17 @@ def test_the_commands_show_them(place, tmp_path, capsys):
     assert "those whose tokens disagree most with their class first" in page
 
 
+def test_shards_are_chosen_as_for_the_other_figures(tmp_path, capsys):
+    write_set(tmp_path / "four", SPEC, shards=4)
+    label_set = open_label_set(tmp_path / "four")
+    found = find_suspects(label_set, 50, shards=2)
+    expected = [key for shard in (0, 2) for key in label_set.read_index(shard).keys]
+    assert sorted(suspect.key for suspect in found) == sorted(expected)
+    assert main(["labels", "stats", str(tmp_path / "four"), "--suspects", "50", "--shards", "2", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["shards"] == 2 and len(shown["suspects"]) == len(expected)
+
+
 def test_what_cannot_be_asked(place, tmp_path, capsys):
     assert main(["labels", "stats", str(place), "--suspects", "0"]) == 2
     assert main(["labels", "preview", str(place), "--suspects", "2", "--key", "*", "--out", str(tmp_path / "x")]) != 0

@@ -157,6 +157,14 @@ def test_labels_alone(labels, tmp_path):
     assert len(page.all("img")) == 3 * 6
 
 
+@pytest.mark.parametrize("settings", [{"scale_min": 0.5}, {"flip": 0.0}])
+def test_a_student_that_replays_crops_has_none_of_its_own(make_labels, tmp_path, settings):
+    labels = make_labels(maps=3)
+    with pytest.raises(InputError, match="set holds crops, which students replay: .* leave them out"):
+        preview(labels, tmp_path, **settings)
+    assert not list(tmp_path.iterdir())
+
+
 def test_crops(make_labels, images, tmp_path):
     labels = make_labels(maps=3)
     report = preview(labels, tmp_path, images, samples=2, map_index=(0, 2))

@@ -64,7 +64,7 @@ def test_a_file_with_parts_for_each_stage(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("epochs: 7\nlr: 2e-3\nlabeler: {drop_path: 0.2}\nstudent:\n  residual: uniform\n")
     assert resolve(LabelerConfig, str(path), PLACES).drop_path == 0.2
-    student = resolve(StudentConfig, str(path), PLACES)
+    student = resolve(StudentConfig, str(path), PLACES | {"labels": "set"})
     assert (student.epochs, student.lr, student.drop_path, student.residual) == (7, 0.002, 0.0, "uniform")
 
 
@@ -116,9 +116,25 @@ def test_mistakes(tmp_path, text, message):
     assert len(str(error.value)) < 600 + len(str(path))
 
 
+def test_what_a_recipe_sets_for_other_modes_is_left_out(tmp_path, caplog):
+    """One recipe serves a student of labels and its baseline; what is given beside it must do something."""
+    caplog.set_level("INFO")
+    path = tmp_path / "mine.yaml"
+    path.write_text("random_erase: 0.2\nerase_mode: const\nstudent: {token_target: soft, soft_classes: 3}")
+    labelled = resolve(StudentConfig, str(path), PLACES | {"labels": "set"})
+    assert (labelled.token_target, labelled.soft_classes, labelled.erase_mode) == ("soft", 3, "const")
+    assert not caplog.records
+    baseline = resolve(StudentConfig, str(path), PLACES | {"random_erase": 0.0})
+    assert baseline == StudentConfig(**PLACES)
+    assert "without its erase_mode, token_target, soft_classes" in caplog.text
+    with pytest.raises(InputError, match=r"^`token_target` needs token labels .*, else it does nothing; leave it out$"):
+        resolve(StudentConfig, str(path), PLACES | {"token_target": "soft"})
+
+
 def test_earlier_names_are_taken_with_a_warning(tmp_path, caplog):
     (tmp_path / "mine.yaml").write_text("student: {columns: 2, views: random}")
-    config = resolve(StudentConfig, str(tmp_path / "mine.yaml"), PLACES)
+    given = PLACES | {"labels": "set", "token_target": "soft"}
+    config = resolve(StudentConfig, str(tmp_path / "mine.yaml"), given)
     assert (config.soft_classes, config.crops) == (2, "random")
     assert [record.getMessage().partition("mine.yaml: ")[2] for record in caplog.records] == [
         "'columns' is now called 'soft_classes'",
@@ -140,7 +156,7 @@ def test_a_recipes_switches_can_be_turned_off(tmp_path, monkeypatch):
     path.write_text("skip_broken: true\nstudent: {allow_changed: true}")
     found = []
     monkeypatch.setattr(student, "train_student", lambda config: found.append(config) or {})
-    line = ["train-student", "--recipe", str(path), "--data", "x", "--out", "y", "--labels", "none"]
+    line = ["train-student", "--recipe", str(path), "--data", "x", "--out", "y", "--labels", "set"]
     monkeypatch.setattr(stages, "run_line", lambda *_: "done")
     for more in ([], ["--no-skip-broken"], ["--no-allow-changed"]):
         main([*line, *more])

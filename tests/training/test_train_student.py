@@ -131,7 +131,7 @@ def test_only_tokens_of_the_own_class_are_trained_on(quick, labelled, monkeypatc
         ({"select": "confident:2"}, r"confident:X with X in \(0, 1\]"),
         ({"select": "confident:x"}, r"confident:X with X in \(0, 1\]"),
         ({"select": "confident:0.5", "min_confidence": 0.2}, "give one of them"),
-        ({"select": "own", "labels": "none"}, "does nothing with `labels`"),
+        ({"select": "own", "labels": "none"}, "`select` needs token labels"),
     ],
 )
 def test_selections_that_cannot_be(settings, message):
