@@ -38,8 +38,8 @@ def find_suspects(label_set: LabelSet, count: int, *, shards: int | None = None,
     (augmentation, smoothing, few epochs) still disagrees with them.
 
     Raises:
-        InputError: fewer than one image is asked for, ``shards`` is out of range, the set has a single class, or none of
-            its images has a class.
+        InputError: fewer than one image is asked for, ``shards`` is out of range, the set has a single class, or none
+            of its images has a class.
         FormatError: a shard is damaged.
     """
     if count < 1:
