@@ -50,7 +50,7 @@ def run(seed: int, options: argparse.Namespace) -> tuple[float, float, int]:
         )
     )
     labels = str(out / "labels")
-    dump = {"crops_per_image": options.views, "top_k": 5, "seed": seed}
+    dump = {"crops_per_image": options.views, "top_k": 5, "seed": seed if options.views else 0}
     stl.dump_labels(stl.DumpConfig(labeler=labeler, out=labels, **dump, **shared))
     found = find_suspects(stl.open_label_set(labels), len(changed))
     return len(changed & {suspect.key for suspect in found}) / len(changed), PART, len(changed)

@@ -92,6 +92,7 @@ def test_a_student_that_was_stopped_ends_with_the_same_weights(quick, labelled, 
 @pytest.mark.parametrize("target", ["gumbel", "soft", "argmax"])
 @pytest.mark.parametrize(("labels", "residual"), [("whole", "ignore"), ("views", "uniform")])
 def test_dumped_labels_train_a_student(quick, labelled, labels, residual, target):
+    residual = "ignore" if target == "argmax" else residual  # the best class leaves nothing
     config = StudentConfig(
         labels=str(labelled[0] / labels), token_target=target, residual=residual, mixup=0.8, cutmix=1.0, **quick
     )
