@@ -182,7 +182,7 @@ class TransferEvaluateConfig(MachineConfig):
         "Corruptions of the images to score, too: all, benchmark, extra, noise, blur, weather, digital, or kinds such "
         "as fog:2-4, with severities after the colon.",
     )
-    seed: int = setting(0, "Seed of the corruptions.", bounds=SEEDS)
+    seed: int = setting(0, "Seed of the corruptions.", bounds=SEEDS, needs=needs.CORRUPTIONS)
     amp: str = setting("none", "Mixed precision of the model; auto chooses by device.", choices=AMP_MODES)
     out: str | None = setting(
         None, "Folder for predicted masks as PNG files; none are written by default.", affects=JOB

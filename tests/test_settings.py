@@ -17,7 +17,7 @@ from stl_offline.config import (
     StudentConfig,
     result_settings,
 )
-from stl_offline.config_transfer import SegmentConfig
+from stl_offline.config_transfer import SegmentConfig, TransferEvaluateConfig
 from stl_offline.errors import InputError
 from stl_offline.geometry import CropSettings
 from stl_offline.settings import INPUT, JOB, RESULT
@@ -187,6 +187,13 @@ NEEDS = [
     *(
         (ReportConfig, REPORT, setting, [{"data": "images"}], [{}])
         for setting in ({"examples": 2}, {"predict": 9}, {"skip_broken": True}, {"seed": 1})
+    ),
+    (
+        TransferEvaluateConfig,
+        {"data": "images", "checkpoint": "run"},
+        {"seed": 1},
+        [{"corrupt": "fog"}],
+        [{}],
     ),
     (SegmentConfig, SEGMENT, {"val_split": "val"}, [{"val": "images"}], [{}]),
     (SegmentConfig, SEGMENT, {"val_every": 2}, [{"val": "images"}], [{}]),
