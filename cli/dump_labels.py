@@ -1,5 +1,7 @@
 """``stl-offline dump-labels``."""
 
+import click
+
 from stl_offline.cli.command import command, example, option, setting_option
 from stl_offline.cli.options import (
     SOURCE_HELP,
@@ -27,6 +29,18 @@ from stl_offline.config import DumpConfig
 )
 @json_option
 @option("--estimate", group="general", is_flag=True, help="Label a few images and print the cost. Write nothing.")
+@option(
+    "--finish",
+    group="general",
+    is_flag=True,
+    help="Label nothing. Write the manifest of a set whose shards are all there.",
+)
+@option(
+    "--worker",
+    group="general",
+    is_flag=True,
+    help="Work beside others on the same label set. Every dump does, so this changes nothing.",
+)
 @setting_option(DumpConfig, "--data", group="data", metavar="SRC", more=SOURCE_HELP)
 @skip_broken_option
 @setting_option(DumpConfig, "--labeler", group="model", metavar="RUN|CKPT|timm:NAME|hf-hub:NAME")
@@ -54,18 +68,20 @@ from stl_offline.config import DumpConfig
 @workers_option
 @foreign_labeler_options
 @debug_option
-def dump_labels(estimate: bool, as_json: bool, **settings: object) -> None:
+def dump_labels(estimate: bool, finish: bool, worker: bool, as_json: bool, **settings: object) -> None:
     """Label every token of every image once, and write the labels as a set of shards.
 
-    An interrupted dump continues from its last complete shard when the same command runs again, with any number of
-    processes, and gives the same bytes. For several processes: torchrun --nproc-per-node N -m stl_offline.cli
-    dump-labels …
+    Run the same command on as many machines as you like: each process claims one shard after another until the set is
+    complete. An interrupted dump continues from its last complete shard when the same command runs again, and gives the
+    same bytes. For several processes on one machine: torchrun --nproc-per-node N -m stl_offline.cli dump-labels …
     """
+    if estimate and finish:
+        raise click.UsageError("--estimate and --finish exclude each other")
     config = DumpConfig(**settings)
     from stl_offline.dump import dump_labels as dump
     from stl_offline.dump import estimate_dump
 
-    result = estimate_dump(config) if estimate else dump(config)
+    result = estimate_dump(config) if estimate else dump(config, finish=finish)
     if result.is_first:
         lines = result_json(result) if as_json else estimate_lines(result) if estimate else [dump_line(result)]
         echo(*lines)

@@ -1,11 +1,13 @@
 """Files that appear whole or not at all, and names made from content."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from stl_offline.errors import FormatError, TargetError
 
 COPY_BYTES = 1 << 20
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 def cache_dir() -> Path:
@@ -115,12 +118,17 @@ def make_folder(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success it is synced and renamed into place, else removed.
 
     The temporary name starts with a dot and ends in ``.tmp``, so readers that list a folder skip it. The file is locked
-    while it is written, so that `remove_leftovers` can tell it from one that a killed process left. Raises
-    `TargetError` where the disk is full or the folder cannot be written.
+    while it is written, so that `remove_leftovers` can tell it from one that a killed process left.
+
+    Args:
+        exclusive: leave a file that is already there as it is, and raise FileExistsError.
+
+    Raises:
+        TargetError: the disk is full or the folder cannot be written.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -133,10 +141,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             # Some libraries make their files private; what is shared must be as readable as any new file.
             os.fchmod(stream.fileno(), 0o666 & ~_umask())
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        if exclusive:
+            _link(temporary, path)
+        else:
+            os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        if isinstance(error, TargetError) or getattr(error, "filename", None) not in (None, str(temporary), str(path)):
+        if isinstance(error, TargetError | FileExistsError) or getattr(error, "filename", None) not in (
+            None,
+            str(temporary),
+            str(path),
+        ):
             raise
         raise TargetError(f"cannot write {path}: {error.strerror or error}; nothing was changed there") from error
     finally:
@@ -146,14 +161,28 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees either the old file or the whole new one."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+def atomic_write(path: str | Path, data: bytes, *, exclusive: bool = False) -> None:
+    """Write ``data`` to ``path`` so that a reader sees either the old file or the whole new one; as `atomic_path`."""
+    with atomic_path(path, exclusive=exclusive) as temporary, open(temporary, "wb") as stream:
         stream.write(data)
 
 
-def remove_leftovers(folder: str | Path, name: str = "*") -> None:
-    """Remove the temporary files that killed processes left in ``folder`` while they wrote ``name`` (a glob pattern).
+def _link(temporary: Path, path: Path) -> None:
+    """Give the file its name unless another has it: FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # A file system without hard links: two processes that come at the same instant may both write.
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.replace(temporary, path)
+
+
+def remove_leftovers(folder: str | Path, name: str = "*", *, seconds: float = 0.0) -> None:
+    """Remove the temporary files that killed processes left in ``folder`` while they wrote ``name`` (a glob pattern),
+    if they have not changed for so long.
 
     Those that a living process writes are locked, and stay: the kernel frees a lock when its process ends.
     """
@@ -162,7 +191,8 @@ def remove_leftovers(folder: str | Path, name: str = "*") -> None:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                if not seconds or time.time() - os.fstat(descriptor).st_mtime >= seconds:
+                    path.unlink()
             finally:
                 os.close(descriptor)
 

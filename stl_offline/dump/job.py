@@ -1,23 +1,22 @@
-"""The dump job. Processes divide the shards; each shard is encoded and written while the next one is labelled."""
+"""The dump job: each process is a worker that claims one shard after another until none is left.
+
+Workers do not know of each other. They may run on any number of machines, start late and be killed: what they share is
+the place where the label set lies. Each shard is encoded and written while the next one is labelled.
+"""
 
 import concurrent.futures
-import contextlib
 import logging
-import secrets
+import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
-from stl_offline.distributed import World, barrier, join_world, leaving_world, sum_over_world, told_by_first
 from stl_offline.dump.labelling import Labelling, load_labeler
 from stl_offline.images.pack import ensure_beton
-from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.store import open_storage
 from stl_offline.labels.writer import LabelSetWriter, check_place
 from stl_offline.progress import progress_bar
@@ -27,9 +26,9 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DumpReport:
-    """Result of a dump job: ``labelled`` images in this run by all its processes, of ``samples`` in the set.
+    """Result of a worker: ``labelled`` images by this process, of ``samples`` in the set, which is complete now.
 
-    ``is_first``: whether this is the process that reports for the job.
+    ``is_first``: whether this is the process that reports, of those that torchrun started on one machine.
     """
 
     path: str
@@ -40,73 +39,54 @@ class DumpReport:
     is_first: bool = True
 
 
-def dump_labels(config: DumpConfig) -> DumpReport:
-    """Write a label set, or continue one that a killed job left. Under torchrun, as one of the job's processes.
+def dump_labels(config: DumpConfig, *, finish: bool = False) -> DumpReport:
+    """Work on a label set until all its shards are written, alone or beside other processes that do the same.
+
+    Args:
+        finish: label nothing; write the manifest of a set whose shards are all there.
 
     Raises:
-        StlError: bad input, or a folder that belongs to another job; or another process of this job has failed.
+        StlError: bad input, a place that holds something else or a label set with other settings, or a shard that is
+            there with other bytes; with ``finish``, shards that are missing.
     """
     device = pick_device(config.device)
-    # The processes exchange only counts and names, so gloo serves on GPUs, too.
-    world = join_world(device, "gloo")
-    with leaving_world():
-        # What can be refused without the images is refused before they are packed, which may take hours.
-        labeler = load_labeler(config)
-        check_place(config.out)
-        beton = ensure_beton(config.data, skip_broken=config.skip_broken)
-        labelling = Labelling(config, labeler, beton, device)
-        started = time.perf_counter()
-        with _open_together(config.out, labelling.spec, labelling.num_shards, world) as (writer, shards):
-            _write_shards(labelling, writer, shards, world)
-            labelled = sum(last - first for first, last in map(writer.shard_range, shards))
-            # All shards are done once every process has come to this sum.
-            labelled = int(sum_over_world(torch.tensor([labelled]), world))
-            if world.is_first:
-                size = sum(shard.bytes for shard in writer.finish().shards)
-            size = told_by_first(size if world.is_first else None, world)
-        seconds = time.perf_counter() - started
-        return DumpReport(str(config.out), len(labelling.beton), labelled, seconds, size, world.is_first)
+    # What can be refused without the images is refused before they are packed, which may take hours.
+    labeler = load_labeler(config)
+    check_place(config.out)
+    labelling = Labelling(config, labeler, ensure_beton(config.data, skip_broken=config.skip_broken), device)
+    started = time.perf_counter()
+    is_first = os.environ.get("RANK", "0") == "0"
+    with LabelSetWriter(config.out, labelling.spec, labelling.num_shards) as writer:
+        labelled = 0 if finish else _write_shards(labelling, writer, is_first)
+        size = sum(shard.bytes for shard in writer.finish().shards)
+    seconds = time.perf_counter() - started
+    return DumpReport(str(config.out), len(labelling.beton), labelled, seconds, size, is_first)
 
 
-@contextlib.contextmanager
-def _open_together(
-    path: str, spec: LabelSpec, num_shards: int, world: World
-) -> Iterator[tuple[LabelSetWriter, list[int]]]:
-    """The writer, and this process's shards: every n-th of those that are not done."""
-    job = told_by_first(secrets.token_hex(8), world)
-    with contextlib.ExitStack() as stack:
-        writer = LabelSetWriter(path, spec, num_shards, job=job)
-        # The first takes the folder, or finds that it may not; only then do the others come.
-        if world.is_first:
-            stack.enter_context(writer)
-        missing = told_by_first(writer.missing() if world.is_first else None, world)
-        if not world.is_first:
-            stack.enter_context(writer)
-        barrier(world)
-        yield writer, missing[world.rank :: world.size]
-
-
-def _write_shards(labelling: Labelling, writer: LabelSetWriter, shards: list[int], world: World) -> None:
-    """Label, encode and write ``shards``; one is encoded and written while the next is labelled."""
-    if not shards:
-        return
+def _write_shards(labelling: Labelling, writer: LabelSetWriter, is_first: bool) -> int:
+    """Label, encode and write shards until all are done; gives the number of images that this process labelled."""
     views = len(labelling.views)
-    samples = [np.arange(*writer.shard_range(shard)) for shard in shards]
-    total = sum(map(len, samples))
-    name = "labelling" if world.size == 1 else f"labelling (process 1 of {world.size})"
+    left = sum(last - first for first, last in map(writer.shard_range, writer.unrecorded()))
+    labelled = 0
     with (
-        progress_bar(total * views, name, "map" if views > 1 else "image", enabled=world.is_first) as bar,
+        progress_bar(left * views, "labelling", "map" if views > 1 else "image", enabled=is_first) as bar,
         concurrent.futures.ThreadPoolExecutor(1) as background,
     ):
-        size = _Size(writer.place, total, bar)
-        pending: concurrent.futures.Future[Any] | None = None
-        for shard, ids in zip(shards, samples, strict=True):
-            arrays = labelling.label(ids, bar.update)
+        size = _Size(writer.place, left, bar)
+        pending: list[concurrent.futures.Future[Any]] = []
+
+        def end_pending() -> None:
             # Never more than one waits.
-            if pending is not None:
-                size.add(pending.result())
-            pending = background.submit(writer.write_shard, shard, arrays)
-        size.add(pending.result())
+            while pending:
+                size.add(pending.pop().result())
+
+        for shard in writer.claim_shards(end_pending):
+            arrays = labelling.label(np.arange(*writer.shard_range(shard)), bar.update)
+            labelled += len(arrays)
+            end_pending()
+            pending.append(background.submit(writer.write_shard, shard, arrays))
+        end_pending()
+    return labelled
 
 
 class _Size:

@@ -5,10 +5,11 @@ manifest is written last, so an interrupted transfer leaves no label set, and th
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import filelock
 
 from stl_offline.errors import FormatError, InputError, TargetError
 from stl_offline.files import make_folder, remove_leftovers, sha256_bytes
@@ -30,7 +31,6 @@ from stl_offline.labels.store import (
     present_bytes,
     read_manifest,
     read_present,
-    try_lock,
 )
 
 _TRIES = 3
@@ -201,10 +201,12 @@ def _transfer(sent: Sequence[int], label_set: LabelSet, present: tuple[int, ...]
 
 @contextlib.contextmanager
 def _alone(path: Path, place: str) -> Iterator[None]:
-    held = try_lock(path)
-    if held is None:
-        raise TargetError(f"another pull is writing into {place}; wait for it or stop it")
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise TargetError(f"another pull is writing into {place}; wait for it or stop it") from error
     try:
         yield
     finally:
-        os.close(held)
+        lock.release()

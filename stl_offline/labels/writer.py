@@ -1,19 +1,28 @@
 """Writes a label set shard by shard. A kill at any instant loses no finished shard and leaves no partial one.
 
-While a job runs, the folder holds finished shards and `.partial/`: the settings (`job.json`), the lock, and one record
-for each finished shard. A shard is written to a temporary name, renamed, and exists once its record does. At the end
-`manifest.json` is put together from the records, and `.partial/` goes. Nothing that is written depends on the clock,
-the folder's name or the number of processes: the same input gives the same bytes.
+While a job runs, the folder holds finished shards and `.partial/`: the settings (`job.json`), one record for each
+finished shard, and the claims of the workers. Any number of processes on any number of machines may write one set:
+
+- Every file is created whole, and only where there is none. Where a shard is there already, its bytes are compared.
+- A shard exists once its record does. At the end `manifest.json` is put together from the records; `.partial/` goes.
+- `LabelSetWriter.claim_shards` divides the shards among processes that do not know of each other.
+
+Nothing that is written depends on the clock, the folder's name or the number of processes: the same input gives the
+same bytes.
 """
 
-from collections.abc import Sequence
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from stl_offline.errors import FormatError, InputError, TargetError
-from stl_offline.files import canonical_json, make_folder, sha256_bytes
+from stl_offline.files import canonical_json, make_folder, remove_leftovers, sha256_bytes
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.card import make_card
 from stl_offline.labels.format import encode_shard
@@ -21,14 +30,14 @@ from stl_offline.labels.manifest import Manifest, ShardRecord, shard_name, shard
 from stl_offline.labels.spec import LabelSpec, differences
 from stl_offline.labels.store import (
     CARD,
+    CLAIMS,
     JOB,
-    LOCK,
     MANIFEST,
     PARTIAL,
     RECORD_BYTES,
     RECORDS,
-    JobLock,
-    Lease,
+    TRANSFERS,
+    Claims,
     Storage,
     open_storage,
     read_job,
@@ -37,27 +46,33 @@ from stl_offline.labels.store import (
     record_name,
 )
 
+# A worker that waits for others looks again after so long, then after twice as long, up to a maximum: listings of an
+# object store are paid for.
+_FIRST_WAIT_SECONDS = 0.05
+_LONGEST_WAIT_SECONDS, _LONGEST_STORE_WAIT_SECONDS = 1.0, 30.0
+# Temporary files that have not changed for so long are those of killed processes, also where locks do not reach from
+# one machine to another.
+_LEFTOVER_SECONDS = 3600.0
+
 
 class LabelSetWriter:
-    """Writes the label set ``path``, or continues one that a killed job left. Does nothing if the set is complete.
+    """Writes the label set ``path``, or continues one that other processes have begun. Does nothing if it is complete.
 
-    Use it as a context manager, one per process of a job. Each shard must be written by one process: `todo` divides
-    them by index.
+    Use it as a context manager. Several processes may write one set at the same time: `claim_shards` divides the work,
+    and where two have written the same shard all the same, their bytes are compared.
 
     Args:
         path: the folder, created if it is missing; or a URL that fsspec supports, such as ``s3://bucket/labels``.
-        spec: the settings; those of a job that is resumed must be the same.
+        spec: the settings; those of a job that is resumed or joined must be the same.
         shards: number of shards of equal size (±1), or the size of each.
-        job: an id that the processes of one job share; None: this process is the whole job. The first of several must
-            have entered before the others do.
         options: for fsspec, where ``path`` is a URL.
 
     ``complete``: whether the label set was already complete.
 
     Raises:
         InputError: more shards than samples, or sizes that do not sum to the samples.
-        TargetError: the folder holds something else or a label set with other settings (named), another job is
-            writing there, or it cannot be written.
+        TargetError: the folder holds something else or a label set with other settings (named), or it cannot be
+            written.
     """
 
     def __init__(
@@ -66,7 +81,6 @@ class LabelSetWriter:
         spec: LabelSpec,
         shards: int | Sequence[int],
         *,
-        job: str | None = None,
         options: dict | None = None,
     ) -> None:
         self._sizes = _shard_sizes(shards, spec.num_samples)
@@ -76,36 +90,34 @@ class LabelSetWriter:
         self.spec = spec
         self.num_shards = len(self._sizes)
         self.complete = False
-        self._job = job
-        self._lock: JobLock | Lease | None = None
+        self._is_open = False
+        self._claims: Claims | None = None
+        self._checked: list[ShardRecord | None] = []
+        self._index_of = {self.shard_name(index): index for index in range(self.num_shards)}
 
     def __enter__(self) -> Self:
-        local = self._storage.local
-        if local is not None:
-            make_folder(local)
+        if self._storage.local is not None:
+            make_folder(self._storage.local)
         self._check_content()
-        if not self.complete:
-            self._lock = (
-                Lease(self._storage, self._job)
-                if local is None
-                else JobLock(self._storage.path(LOCK), self._job, self._clean)
-            )
-            try:
-                # Again, now that nobody else changes it.
-                self._check_content()
-                if not self.complete and self._storage.size(JOB) is None:
-                    self._storage.write(JOB, self._settings())
-            except BaseException:
-                self._release()
-                raise
+        if not self.complete and self._storage.size(JOB) is None:
+            self._storage.create(JOB, canonical_json({**self.spec.to_json(), "shard_samples": self._sizes}))
+            # Another process may have been first, with other settings.
+            self._check_content()
+        self._clean(0.0 if self.complete else _LEFTOVER_SECONDS)
+        self._is_open = not self.complete
         if self.complete:
-            self._release()
+            self._storage.remove(PARTIAL)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
+        self._is_open = False
+        if self._claims is not None:
+            self._claims.__exit__(kind, error, trace)
+        if self.complete:
+            # Also what another process wrote there while this one finished.
+            self._storage.remove(PARTIAL)
 
     def shard_range(self, index: int) -> tuple[int, int]:
         """The half-open range of samples of shard ``index``."""
@@ -117,27 +129,78 @@ class LabelSetWriter:
 
     def is_done(self, index: int) -> bool:
         """Whether shard ``index`` is written, recorded, and as large as its record says."""
-        return self.complete or self._record(index) is not None
+        return self.complete or self._record(index, self._storage.size(self.shard_name(index))) is not None
 
     def missing(self) -> list[int]:
         """The shards that are not done yet, of all processes. Call `finish` once there are none."""
-        missing = [index for index in range(self.num_shards) if not self.is_done(index)]
+        missing = [] if self.complete else [index for index, record in enumerate(self._records()) if record is None]
         if missing and self._storage.size(MANIFEST) is not None:
-            # Another process of this job has finished the label set meanwhile, and taken the records away.
+            # Another process has finished the label set meanwhile, and taken the records away.
             self._check_content()
             return []
         return missing
 
+    def unrecorded(self) -> list[int]:
+        """`missing` from one listing: shards whose files were damaged since they were written count as done."""
+        recorded = set(range(self.num_shards)) if self.complete else self._recorded()
+        return [index for index in range(self.num_shards) if index not in recorded]
+
     def todo(self, rank: int = 0, processes: int = 1) -> list[int]:
         """The shards that are not done and belong to process ``rank``: every ``processes``-th by index."""
-        return [index for index in range(rank, self.num_shards, processes) if not self.is_done(index)]
+        return [index for index in self.missing() if index % processes == rank]
+
+    def claim_shards(self, before_waiting: Callable[[], object] = lambda: None) -> Iterator[int]:
+        """The shards that this process is to write, until all are done: call `finish` then.
+
+        Any number of processes may do so at the same time. Each shard goes to one of them. A shard that is being
+        written by another process is waited for, and taken over when that process has stopped (`Claims`).
+
+        Args:
+            before_waiting: called when only shards of other processes are left; here a caller that writes in the
+                background has to end its own.
+        """
+        if self.complete:
+            return
+        self._claims = Claims(self._storage).__enter__()
+        is_local = self._storage.local is not None
+        wait, longest = _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS if is_local else _LONGEST_STORE_WAIT_SECONDS
+        while not self._is_finished():
+            # Claims first: a shard that is committed between the two listings is in both of them, not in none.
+            others = self._claims.others()
+            done = self._recorded()
+            taken = done | others.keys() | self._claims.held
+            free = [index for index in range(self.num_shards) if index not in taken]
+            if not free:
+                before_waiting()
+            # Where others are at work, each starts somewhere else, so that they seldom want the same shard.
+            start = secrets.randbelow(len(free)) if free and others else 0
+            for index in free[start:] + free[:start] or self._left(others, done):
+                if not self._claims.take(index, others.get(index)):
+                    break
+                if index < self.num_shards:
+                    # It may have been written, and its claim released, since the listings.
+                    if self._is_recorded(index):
+                        self._claims.release(index)
+                        continue
+                    wait = _FIRST_WAIT_SECONDS
+                    yield index
+                elif self._all_whole():
+                    return
+                else:
+                    self._claims.release(index)
+            else:
+                if free:
+                    continue
+            time.sleep(wait)
+            wait = min(2 * wait, longest)
 
     def write_shard(self, index: int, arrays: ShardArrays) -> ShardRecord:
-        """Encode and store shard ``index``: temporary file, rename, then the record that makes it exist.
+        """Encode and store shard ``index``, then the record that makes it exist.
 
         Raises:
             FormatError: the arrays do not fit the spec or the shard's range.
-            TargetError: the disk is full or cannot be written; shards that are done stay.
+            TargetError: the disk is full or cannot be written; shards that are done stay. Or the shard is there with
+                other bytes (both checksums are named).
         """
         first, last = self.shard_range(index)
         if len(arrays) != last - first:
@@ -146,26 +209,40 @@ class LabelSetWriter:
 
     def write_encoded(self, index: int, data: bytes) -> ShardRecord:
         """`write_shard` for bytes that `stl_offline.labels.format.encode_shard` gave (perhaps in another thread)."""
-        if self._lock is None:
+        if not self._is_open:
             raise TargetError(f"the label set {self.place} is not open for writing: it is complete or closed")
-        self._lock.check()
         first, last = self.shard_range(index)
         record = ShardRecord(self.shard_name(index), first, last - first, len(data), sha256_bytes(data))
-        # A shard that is written anew must not keep an older record while its file is replaced.
-        self._storage.remove(self._record_name(index))
-        self._storage.write(record.name, data)
-        self._storage.write(self._record_name(index), canonical_json(record.to_json()))
+        recorded = self._read_record(index)
+        if recorded is not None:
+            self._check_same(record, recorded.sha256)
+        stored = self._storage.create(record.name, data)
+        if stored != data:
+            if recorded is None:
+                self._check_same(record, sha256_bytes(stored))
+            # Of the recorded shard, only damaged bytes are left.
+            self._storage.write(record.name, data)
+        text = canonical_json(record.to_json())
+        if self._storage.create(self._record_name(index), text) != text:
+            recorded = self._read_record(index)
+            if recorded is not None:
+                self._check_same(record, recorded.sha256)
+            self._storage.write(self._record_name(index), text)
+        if self._claims is not None:
+            self._claims.release(index)
         return record
 
     def finish(self) -> Manifest:
         """Write `manifest.json` once every shard is done, and remove `.partial/`.
 
-        Any process of a job may call it, also several of them at once; the result is the same.
+        Any process may call it, also several of them at once; the result is the same.
 
         Raises:
             TargetError: shards are missing (how many, and which first), or the folder cannot be written.
         """
-        records = [self._record(index) for index in range(self.num_shards)]
+        if self.complete:
+            return read_manifest(self._storage)
+        records = self._checked or self._records()
         if None in records:
             missing = self.missing()
             if missing:
@@ -174,56 +251,109 @@ class LabelSetWriter:
                     f"{missing[0]}; run the same command again to go on"
                 )
             return read_manifest(self._storage)
-        if self._lock is None:
+        if not self._is_open:
             raise TargetError(f"the label set {self.place} is not open for writing")
         manifest = Manifest(self.spec, tuple(records))
         self._storage.write(CARD, make_card(manifest))
-        self._storage.write(MANIFEST, manifest.to_bytes())
+        if self._storage.create(MANIFEST, manifest.to_bytes()) != manifest.to_bytes():
+            raise TargetError(f"{self.place}/{MANIFEST} is there with other content; remove it to write it again")
         self.complete = True
+        self._clean(0.0)
         self._storage.remove(PARTIAL)
         return manifest
-
-    def _settings(self) -> bytes:
-        return canonical_json({**self.spec.to_json(), "shard_samples": self._sizes})
 
     def _record_name(self, index: int) -> str:
         return record_name(index, self.num_shards, self.spec.container)
 
-    def _record(self, index: int) -> ShardRecord | None:
-        """The record of a finished shard, or None."""
+    def _read_record(self, index: int) -> ShardRecord | None:
+        """The record of a shard; None where there is none that can be used."""
         try:
             record = ShardRecord.from_json(read_object(self._storage, self._record_name(index), RECORD_BYTES))
         except (FileNotFoundError, ValueError):
-            # No record, or one that tells nothing: the shard is written (again).
             return None
         first, last = self.shard_range(index)
-        whole = (
-            record.name == self.shard_name(index)
-            and (record.first, record.samples) == (first, last - first)
-            and self._storage.size(record.name) == record.bytes
-        )
-        return record if whole else None
+        fits = record.name == self.shard_name(index) and (record.first, record.samples) == (first, last - first)
+        return record if fits else None
+
+    def _record(self, index: int, size: int | None) -> ShardRecord | None:
+        """The record of a shard whose file has the ``size`` that it names, or None."""
+        record = self._read_record(index)
+        return record if record is not None and record.bytes == size else None
+
+    def _records(self) -> list[ShardRecord | None]:
+        """The records of all shards; None for those that are not done."""
+        sizes, recorded = self._storage.sizes(), self._recorded()
+
+        def read(index: int) -> ShardRecord | None:
+            return self._record(index, sizes.get(self.shard_name(index))) if index in recorded else None
+
+        if self._storage.local is not None:
+            return list(map(read, range(self.num_shards)))
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            return list(pool.map(read, range(self.num_shards)))
+
+    def _recorded(self) -> set[int]:
+        """The shards that have a record, from one listing."""
+        names = (name.removesuffix(".json") for name in self._storage.names(RECORDS))
+        return {self._index_of[name] for name in names if name in self._index_of}
+
+    def _is_recorded(self, index: int) -> bool:
+        return self._storage.size(self._record_name(index)) is not None
+
+    def _is_finished(self) -> bool:
+        """Whether another process has finished the label set."""
+        if self._storage.size(MANIFEST) is None:
+            return False
+        self._check_content()
+        return True
+
+    def _left(self, others: dict[int, str], done: set[int]) -> list[int]:
+        """What to take where no shard is free: those whose worker has stopped; the manifest (by the number after the
+        last shard's) where all are done."""
+        dead = [index for index, name in others.items() if index not in done and self._claims.is_dead(name)]
+        is_last = len(done) == self.num_shards
+        if is_last and self.num_shards not in others:
+            return [self.num_shards]
+        return [index for index in dead if index < self.num_shards or is_last]
+
+    def _all_whole(self) -> bool:
+        """Whether every shard is as its record names it. What is not is removed, to be written again."""
+        self._checked = self._records()
+        for index in (index for index, record in enumerate(self._checked) if record is None):
+            if self._read_record(index) is not None:
+                self._storage.remove_file(self.shard_name(index))
+            self._storage.remove_file(self._record_name(index))
+        return None not in self._checked
+
+    def _check_same(self, record: ShardRecord, sha256: str) -> None:
+        """Raise TargetError where a shard is there with another checksum."""
+        if record.sha256 != sha256:
+            raise TargetError(
+                f"the shard {record.name} of {self.place} is there with other bytes: its SHA-256 is {sha256}, that of "
+                f"the shard just made {record.sha256}; make all shards with one kind of device and one version of the "
+                "packages, or remove the shard and its record to write it again"
+            )
 
     def _check_content(self) -> None:
         """Set ``complete``; raise `TargetError` if the folder holds something else."""
-        try:
-            manifest = read_manifest(self._storage)
-        except FileNotFoundError:
-            pass
-        else:
-            self._check_settings(manifest.spec, [shard.samples for shard in manifest.shards])
-            missing = [shard.name for shard in manifest.shards if self._storage.size(shard.name) != shard.bytes]
-            if missing:
-                raise TargetError(
-                    f"the label set {self.place} is damaged: {len(missing)} of its shards are missing or cut off, the "
-                    f"first is {missing[0]}; remove its {MANIFEST} to write them again"
-                )
-            self.complete = True
-            return
-        try:
-            self._check_settings(*read_job(self._storage))
-        except FileNotFoundError:
-            _check_foreign(self._storage)
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                manifest = read_manifest(self._storage)
+                self._check_settings(manifest.spec, [shard.samples for shard in manifest.shards])
+                sizes = self._storage.sizes()
+                missing = [shard.name for shard in manifest.shards if sizes.get(shard.name) != shard.bytes]
+                if missing:
+                    raise TargetError(
+                        f"the label set {self.place} is damaged: {len(missing)} of its shards are missing or cut off, "
+                        f"the first is {missing[0]}; remove its {MANIFEST} to write them again"
+                    )
+                self.complete = True
+                return
+            with contextlib.suppress(FileNotFoundError):
+                return self._check_settings(*read_job(self._storage))
+            # Unless another process has just finished the set.
+            if self._storage.size(MANIFEST) is None:
+                return _check_foreign(self._storage)
 
     def _check_settings(self, theirs: LabelSpec, sizes: list[int]) -> None:
         found = [str(each) for each in differences(self.spec, theirs)]
@@ -237,20 +367,11 @@ class LabelSetWriter:
                 "choose another folder or the same settings"
             )
 
-    def _clean(self) -> None:
-        """Remove the temporary files of a killed job."""
-        for folder in ("", PARTIAL, RECORDS):
-            for name in self._storage.names(folder):
-                if name.startswith(".") and name.endswith(".tmp"):
-                    self._storage.remove(f"{folder}/{name}" if folder else name)
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
-        if self.complete:
-            # Also what a sibling process wrote while another one finished.
-            self._storage.remove(PARTIAL)
+    def _clean(self, seconds: float) -> None:
+        """Remove the temporary files of killed processes, which have not changed for so long."""
+        if self._storage.local is not None:
+            for folder in ("", PARTIAL, RECORDS, CLAIMS):
+                remove_leftovers(self._storage.path(folder), seconds=seconds)
 
 
 def check_place(place: str | Path, **options: object) -> None:

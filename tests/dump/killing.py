@@ -1,7 +1,7 @@
 """Kills dump jobs at random moments, starts them again with another number of processes, and compares the bytes.
 
-Processes are forked from one that has imported everything but computed nothing, and find each other as under torchrun
-(the same variables in the environment). So a try costs a second instead of ten; with ``torchrun``, it is the command.
+Processes are forked from one that has imported everything but computed nothing. So a try costs a second instead of ten;
+with ``torchrun``, it is the command.
 
     python -m tests.dump.killing --kills 20 --out runs/kills [--torchrun]
 """
@@ -10,7 +10,6 @@ import argparse
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -29,23 +28,19 @@ class ForkedJob:
     """A dump by ``processes`` forked processes."""
 
     def __init__(self, work: dict[str, object], out: Path, processes: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.running: list[int] = []
         for rank in range(processes):
             child = os.fork()
             if not child:
-                self._dump(work, out, rank, processes, port)
+                self._dump(work, out, rank)
             self.running.append(child)
         self.codes: list[int] = []
 
     @staticmethod
-    def _dump(work: dict[str, object], out: Path, rank: int, processes: int, port: int) -> None:
+    def _dump(work: dict[str, object], out: Path, rank: int) -> None:
         code = 1
         try:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
-            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            os.environ["RANK"] = str(rank)
             dump_labels(DumpConfig(**work, out=str(out)))
             code = 0
         except BaseException:

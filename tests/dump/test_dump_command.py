@@ -7,14 +7,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from stl_offline.cli.main import main
 from stl_offline.config import DumpConfig
-from stl_offline.dump import dump_labels, estimate_dump, job
+from stl_offline.dump import Labelling, dump_labels, estimate_dump, job, load_labeler
 from stl_offline.dump.labelling import pick_shards
 from stl_offline.errors import InputError
+from stl_offline.images.beton import open_beton
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.manifest import ShardRecord
+from stl_offline.labels.store import FolderStorage
+from stl_offline.labels.writer import LabelSetWriter
 from tests.dump.dumping import command, content
 
 
@@ -61,7 +65,7 @@ class TestEstimate:
         assert "45 images" in out and "15 shards" in out and "enough" in out
 
     def test_a_disk_that_is_too_small(self, work, tmp_path, monkeypatch):
-        monkeypatch.setattr("stl_offline.dump.estimate.free_bytes", lambda place: 1000)
+        monkeypatch.setattr(FolderStorage, "free_bytes", lambda self: 1000)
         assert not estimate_dump(DumpConfig(**work, out=str(tmp_path / "set"))).fits
 
     def test_what_the_dump_would_refuse(self, work, tmp_path):
@@ -127,10 +131,28 @@ def test_shards_of_many_crops_hold_fewer_images(views, images):
 def test_progress_tells_bytes_and_a_disk_that_will_not_do(monkeypatch, caplog):
     shown = []
     bar = SimpleNamespace(set_postfix_str=lambda text, refresh: shown.append(text))
-    monkeypatch.setattr(job, "free_bytes", lambda place: 12_000_000)
+    monkeypatch.setattr(FolderStorage, "free_bytes", lambda self: 12_000_000)
     size = job._Size("labels", 100, bar)
     for index in range(2):
         size.add(ShardRecord(f"labels-{index:05d}-of-00004.zarr.zip", 25 * index, 25, 5_000_000, "0" * 64))
     assert shown == ["5.0 of 20.0 MB", "10.0 of 20.0 MB"]
     (warned,) = caplog.messages
     assert "still to be written need 0.01 GB, but labels has 0.01 GB free" in warned
+
+
+def test_finish_writes_the_manifest_of_shards_that_are_there(capsys, work, tmp_path):
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "set"
+    assert dump(capsys, work, undisturbed, "--worker")[0] == 0
+    code, _, error = dump(capsys, work, out, "--finish")
+    assert code == 1 and "15 of 15 shards" in error
+    config = DumpConfig(**work, out="")
+    labelling = Labelling(config, load_labeler(config), open_beton(work["data"]), torch.device("cpu"))
+    with LabelSetWriter(out, labelling.spec, 15) as writer:
+        for shard in range(15):
+            writer.write_encoded(shard, (undisturbed / writer.shard_name(shard)).read_bytes())
+    code, _, error = dump(capsys, work | {"top_k": 1}, out, "--finish")
+    assert code == 1 and "top_k is 1 and 2" in error
+    code, text, _ = dump(capsys, work, out, "--finish", "--json")
+    assert (code, json.loads(text)["labelled"]) == (0, 0)
+    assert content(out) == content(undisturbed)
+    assert dump(capsys, work, out, "--finish", "--estimate")[0] == 2

@@ -11,7 +11,7 @@ from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.writer import LabelSetWriter
 
 # Calls that change what another process sees; a child can be killed before each of them.
-STEPS = ("replace", "fsync", "unlink", "rmdir", "mkdir", "ftruncate", "open")
+STEPS = ("link", "replace", "fsync", "unlink", "rmdir", "mkdir", "ftruncate", "open")
 
 
 def fork(work: Callable[[], None]) -> int:
@@ -64,14 +64,13 @@ def kill_at_step(number: int, work: Callable[[], None]) -> int:
     return run(counted)
 
 
-def write_all(path: Path, spec: LabelSpec, shards: list[bytes], *, rank=0, processes=1, job=None, pause=0.0) -> None:
-    """What a dump job does, with shards that are encoded already."""
-    with LabelSetWriter(path, spec, len(shards), job=job) as writer:
-        for index in writer.todo(rank, processes):
+def write_all(path: Path, spec: LabelSpec, shards: list[bytes], *, pause=0.0) -> None:
+    """What a worker of a dump does, with shards that are encoded already."""
+    with LabelSetWriter(path, spec, len(shards)) as writer:
+        for index in writer.claim_shards():
             time.sleep(pause)
             writer.write_encoded(index, shards[index])
-        if not writer.missing():
-            writer.finish()
+        writer.finish()
 
 
 def files(path: Path) -> dict[str, bytes]:

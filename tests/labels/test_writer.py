@@ -102,8 +102,29 @@ def test_a_shard_without_its_record_does_not_exist(tmp_path, encoded, undisturbe
         for index in range(SHARDS):
             writer.write_encoded(index, encoded[index])
         (tmp_path / ".partial" / "records" / "labels-00002-of-00003.zarr.zip.json").unlink()
-        (tmp_path / writer.shard_name(2)).write_bytes(b"half a shard")
         assert writer.todo() == [2]
+    write_set(tmp_path, SPEC, SHARDS)
+    assert files(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_shard_that_is_there_with_other_bytes_is_named(tmp_path, encoded, undisturbed, recorded):
+    name = "labels-00002-of-00003.zarr.zip"
+    with LabelSetWriter(tmp_path, SPEC, SHARDS) as writer:
+        writer.write_encoded(2, encoded[2][:-1])
+    if not recorded:
+        (tmp_path / ".partial" / "records" / f"{name}.json").unlink()
+    before = files(tmp_path)
+    ours, theirs = sha256_bytes(encoded[2]), sha256_bytes(encoded[2][:-1])
+    with (
+        LabelSetWriter(tmp_path, SPEC, SHARDS) as writer,
+        pytest.raises(TargetError, match=f"{name} .* SHA-256 is {theirs}, that of the shard just made {ours}"),
+    ):
+        writer.write_encoded(2, encoded[2])
+    assert files(tmp_path) == before
+    # What the message advises.
+    (tmp_path / name).unlink()
+    (tmp_path / ".partial" / "records" / f"{name}.json").unlink(missing_ok=True)
     write_set(tmp_path, SPEC, SHARDS)
     assert files(tmp_path) == undisturbed
 
@@ -175,39 +196,22 @@ def test_a_complete_set_that_lost_a_shard_is_not_called_complete(tmp_path):
         pass
 
 
-def test_two_jobs_on_one_folder_are_refused(tmp_path):
-    with LabelSetWriter(tmp_path, SPEC, SHARDS):
-        for job in (None, "another"):
-            with (
-                pytest.raises(TargetError, match="another job is writing into"),
-                LabelSetWriter(tmp_path, SPEC, SHARDS, job=job),
-            ):
-                pass
-    with LabelSetWriter(tmp_path, SPEC, SHARDS, job="another") as writer:
-        assert writer.todo() == [0, 1, 2], "the lock is free once its holder is gone"
+def test_two_writers_of_one_set_write_the_same(tmp_path, encoded, undisturbed):
+    with LabelSetWriter(tmp_path, SPEC, SHARDS) as first, LabelSetWriter(tmp_path, SPEC, SHARDS) as second:
+        for index in range(SHARDS):
+            first.write_encoded(index, encoded[index])
+            written = (tmp_path / first.shard_name(index)).stat().st_ino
+            second.write_encoded(index, encoded[index])
+            assert (tmp_path / first.shard_name(index)).stat().st_ino == written
+        assert first.finish() == second.finish()
+    assert files(tmp_path) == undisturbed
 
 
-def test_the_lock_of_a_killed_job_is_free(tmp_path, encoded, undisturbed):
-    child = fork(lambda: write_all(tmp_path / "labels", SPEC, encoded, job="first", pause=60))
-    while not (tmp_path / "labels/.partial/job.json").exists():
-        assert os.waitpid(child, os.WNOHANG) == (0, 0)
-    with pytest.raises(TargetError, match="another job"), LabelSetWriter(tmp_path / "labels", SPEC, SHARDS):
-        pass
-    os.kill(child, signal.SIGKILL)
-    assert wait(child) == -signal.SIGKILL
-    write_all(tmp_path / "labels", SPEC, encoded, job="second")
-    assert files(tmp_path / "labels") == undisturbed
-
-
-def test_processes_of_one_job_share_the_work(tmp_path, encoded, undisturbed):
+def test_processes_share_the_work(tmp_path, encoded, undisturbed):
     for processes in (2, 5):
         path = tmp_path / str(processes)
-        children = [
-            fork(partial(write_all, path, SPEC, encoded, rank=rank, processes=processes, job="shared"))
-            for rank in range(processes)
-        ]
+        children = [fork(partial(write_all, path, SPEC, encoded)) for _ in range(processes)]
         assert [wait(child) for child in children] == [0] * processes
-        # One of them saw that nothing was missing, and finished.
         assert files(path) == undisturbed
 
 

@@ -1,9 +1,10 @@
-"""Where the files of a label set lie, what they are called, and who may write there."""
+"""Where the files of a label set lie, what they are called, and which worker writes which of them."""
 
+from stl_offline.labels.store.claims import Claims
 from stl_offline.labels.store.layout import (
     CARD,
+    CLAIMS,
     JOB,
-    LOCK,
     MANIFEST,
     PARTIAL,
     PULL,
@@ -19,23 +20,21 @@ from stl_offline.labels.store.layout import (
     read_present,
     record_name,
 )
-from stl_offline.labels.store.lease import Lease
-from stl_offline.labels.store.lock import JobLock, try_lock
-from stl_offline.labels.store.storage import FolderStorage, Storage, each_shard, open_storage
+from stl_offline.labels.store.storage import TRANSFERS, FolderStorage, Storage, each_shard, open_storage
 
 __all__ = [
     "CARD",
+    "CLAIMS",
     "JOB",
-    "LOCK",
     "MANIFEST",
     "PARTIAL",
     "PULL",
     "RECORDS",
     "RECORD_BYTES",
     "SOME_SHARDS",
+    "TRANSFERS",
+    "Claims",
     "FolderStorage",
-    "JobLock",
-    "Lease",
     "Storage",
     "each_shard",
     "format_ranges",
@@ -47,5 +46,4 @@ __all__ = [
     "read_object",
     "read_present",
     "record_name",
-    "try_lock",
 ]

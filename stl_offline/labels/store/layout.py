@@ -1,8 +1,8 @@
 """File names of a label set, and reading its small files.
 
 `manifest.json` is written last and makes it a label set; until then `.partial/` holds the settings of the job that
-writes it (`job.json`), its lock, and a record for each finished shard. `partial.json` beside the manifest lists the
-shards of a set that was pulled in part.
+writes it (`job.json`), a record for each finished shard, and a claim for each that a worker is writing. `partial.json`
+beside the manifest lists the shards of a set that was pulled in part.
 """
 
 import re
@@ -21,8 +21,8 @@ SOME_SHARDS = "partial.json"
 PARTIAL = ".partial"
 JOB = f"{PARTIAL}/job.json"
 PULL = f"{PARTIAL}/pull.json"
-LOCK = f"{PARTIAL}/lock"
 RECORDS = f"{PARTIAL}/records"
+CLAIMS = f"{PARTIAL}/claims"
 
 # Larger files than these belong to no label set, and would only cost memory: some 300,000 shards in a manifest, or a
 # million numbers in `partial.json`.

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import fsspec
 
@@ -41,6 +41,10 @@ PACKAGES = {
     "gcs": ("gcsfs", "gs"),
     "hf": ("huggingface_hub", "hf"),
 }
+
+# Stores whose client creates an object only where there is none (If-None-Match, or the store's own form of it).
+# Elsewhere a look comes first, so that two processes that come at the same instant may both write.
+_CONDITIONAL = ("s3", "s3a", "gs", "gcs", "memory")
 
 # Another try would end as the first: what a store's client does not offer (NotImplementedError) or cannot load
 # (ImportError), and mistakes, here or in the client.
@@ -70,8 +74,28 @@ class Storage(Protocol):
         """Store a file whole; raises TargetError."""
         ...
 
+    def create(self, name: str, data: bytes) -> bytes:
+        """Store a file unless there is one; gives the bytes that lie there now. Raises TargetError.
+
+        Of several processes that create one name with different bytes, one gets its own back. So does a process whose
+        first try arrived although the answer did not.
+        """
+        ...
+
+    def stamps(self, folder: str) -> dict[str, str]:
+        """The names of the files in a folder, each with a text that changes when the file is written again."""
+        ...
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """The names of the files in a folder with their sizes in bytes, from one listing."""
+        ...
+
     def remove(self, name: str) -> None:
         """Remove a file or a folder with all that is in it; nothing where there is none."""
+        ...
+
+    def remove_file(self, name: str) -> None:
+        """Remove a file, in one request; nothing where there is none."""
         ...
 
     def check_writable(self) -> None:
@@ -134,9 +158,38 @@ class FolderStorage:
             return []
 
     def write(self, name: str, data: bytes) -> None:
+        self._put(name, data, exclusive=False)
+
+    def create(self, name: str, data: bytes) -> bytes:
+        while True:
+            with contextlib.suppress(FileExistsError):
+                self._put(name, data, exclusive=True)
+                return data
+            with contextlib.suppress(FileNotFoundError):  # removed again meanwhile
+                return self.read(name)
+
+    def _put(self, name: str, data: bytes, *, exclusive: bool) -> None:
         path = self.path(name)
-        make_folder(path.parent)
-        atomic_write(path, data)
+        for attempt in range(TRIES):
+            make_folder(path.parent)
+            try:
+                return atomic_write(path, data, exclusive=exclusive)
+            except TargetError as error:
+                # Another process that ends the job may remove the folder at any moment.
+                if attempt == TRIES - 1 or not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+
+    def stamps(self, folder: str) -> dict[str, str]:
+        return {name: f"{found.st_mtime_ns} {found.st_ino}" for name, found in self._stats(folder)}
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        return {name: found.st_size for name, found in self._stats(folder)}
+
+    def _stats(self, folder: str) -> Iterator[tuple[str, os.stat_result]]:
+        path = self.path(folder)
+        for name in self.names(folder):
+            with contextlib.suppress(FileNotFoundError):
+                yield name, (path / name).lstat()
 
     def remove(self, name: str) -> None:
         path = self.path(name)
@@ -147,6 +200,9 @@ class FolderStorage:
                 path.rmdir()
         else:
             path.unlink(missing_ok=True)
+
+    def remove_file(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
 
     def check_writable(self) -> None:
         check_writable(self.local)
@@ -164,6 +220,7 @@ class ObjectStorage:
         self.local = None
         protocol = self.place.partition("://")[0]
         self._has_folders = protocol not in PACKAGES
+        self._is_conditional = protocol in _CONDITIONAL
         try:
             # Without fsspec's memory of listings, which other processes' writes would make wrong.
             self._files, self._root = fsspec.core.url_to_fs(self.place, use_listings_cache=False, **options)
@@ -194,24 +251,50 @@ class ObjectStorage:
             return None
 
     def names(self, folder: str = "") -> list[str]:
+        return sorted(self._list(folder))
+
+    def stamps(self, folder: str) -> dict[str, str]:
+        # Which entries a store's client gives differs: a checksum, a date, both.
+        return {name: str(sorted(found.items(), key=str)) for name, found in self._list(folder).items()}
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        return {name: found["size"] or 0 for name, found in self._list(folder).items()}
+
+    def _list(self, folder: str) -> dict[str, dict[str, Any]]:
         try:
             found = self._persist(
-                f"list {self.place}/{folder}", InputError, lambda: self._files.ls(self._path(folder), detail=False)
+                f"list {self.place}/{folder}", InputError, lambda: self._files.ls(self._path(folder), detail=True)
             )
         except (FileNotFoundError, NotADirectoryError):
-            return []
+            return {}
+        inside = {each["name"].strip("/"): each for each in found}
         # Some stores list the folder itself, as an empty object.
-        inside = {path.strip("/") for path in found} - {self._path(folder).strip("/")}
-        return sorted({path.rpartition("/")[2] for path in inside})
+        inside.pop(self._path(folder).strip("/"), None)
+        return {path.rpartition("/")[2]: each for path, each in inside.items()}
 
     def write(self, name: str, data: bytes) -> None:
+        self._put(name, data)
+
+    def create(self, name: str, data: bytes) -> bytes:
+        while True:
+            with contextlib.suppress(FileExistsError):
+                if self._is_conditional:
+                    self._put(name, data, mode="create")
+                    return data
+                if self.size(name) is None:
+                    self._put(name, data)
+                    return data
+            with contextlib.suppress(FileNotFoundError):  # removed again meanwhile
+                return self.read(name)
+
+    def _put(self, name: str, data: bytes, **options: object) -> None:
         path = self._path(name)
 
         def put() -> None:
             # Never in a store of buckets: there it would make the bucket.
             if self._has_folders:
                 self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self._files.pipe_file(path, data)
+            self._files.pipe_file(path, data, **options)
 
         what = f"write {self.place}/{name}"
         try:
@@ -226,6 +309,13 @@ class ObjectStorage:
 
         self._persist(f"remove {self.place}/{name}", TargetError, delete)
 
+    def remove_file(self, name: str) -> None:
+        def delete() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm_file(self._path(name))
+
+        self._persist(f"remove {self.place}/{name}", TargetError, delete)
+
     def check_writable(self) -> None:
         """Nothing: a store tells only when something is written."""
 
@@ -236,14 +326,16 @@ class ObjectStorage:
         return f"{self._root}/{name}".rstrip("/")
 
     def _persist(self, what: str, kind: type[StlError], action: Callable[[], T]) -> T:
-        """Call it, and again if the store or the network fails; FileNotFoundError passes through."""
+        """Call it, and again if the store or the network fails; FileNotFoundError and FileExistsError pass through."""
         wait = FIRST_WAIT_SECONDS
         for attempt in range(1, TRIES + 1):
             try:
                 return action()
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, FileExistsError, NotADirectoryError):
                 raise
             except Exception as error:
+                if _is_refused(error):
+                    raise FileExistsError(_one_line(error)) from error
                 # Each store's client has errors of its own, so that no narrower list would be complete.
                 if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
                     raise kind(f"cannot {what}: {_one_line(error)}; check the credentials") from error
@@ -293,6 +385,12 @@ def each_shard(
 
 def _linked(path: Path) -> FormatError:
     return FormatError(f"{path} is a symbolic link, which label sets do not follow; replace it by what it points to")
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether a condition of the request was not met: s3fs turns that answer into an OSError like many others."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    return answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412")
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,0 +1,207 @@
+"""Workers that share a label set: one gets each shard, stopped ones are relieved, and late ones change nothing."""
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+
+from stl_offline.errors import TargetError
+from stl_offline.labels.format import encode_shard
+from stl_offline.labels.store import Claims, claims, open_storage, storage
+from stl_offline.labels.writer import LabelSetWriter
+from tests.labels.crash import files, fork, wait, write_all
+from tests.labels.synthetic import make_arrays, make_spec, write_set
+
+SPEC = make_spec(samples=13)
+SHARDS = 3
+
+
+@pytest.fixture(scope="module")
+def encoded():
+    ranges = [(index * 13 // SHARDS, (index + 1) * 13 // SHARDS) for index in range(SHARDS)]
+    return [encode_shard(make_arrays(SPEC, *each), SPEC) for each in ranges]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("undisturbed") / "labels"
+    write_set(path, SPEC, SHARDS)
+    return files(path)
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def place(request, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.01)
+    if request.param == "s3":
+        return request.getfixturevalue("s3") + "/labels"
+    return str(tmp_path / "labels") if request.param == "folder" else f"memory://{tmp_path.name}/labels"
+
+
+def stored(place):
+    """The files of a storage by name."""
+    here = open_storage(place)
+    return {name: here.read(name) for name in here.names() if here.size(name)}
+
+
+# What every storage promises to workers.
+
+
+def test_a_file_is_created_once(place):
+    here = open_storage(place)
+    assert here.create("a/b", b"first") == b"first"
+    assert here.create("a/b", b"second") == b"first"
+    assert here.create("a/b", b"first") == b"first"
+    here.remove_file("a/b")
+    here.remove_file("a/b")
+    assert here.create("a/b", b"third") == b"third" == here.read("a/b")
+
+
+def test_of_several_that_create_a_file_one_does(place):
+    here = open_storage(place)
+    for attempt in range(5):
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(lambda each, name=f"file {attempt}": here.create(name, each), [b"a", b"b", b"c", b"d"]))
+        assert set(got) == {here.read(f"file {attempt}")}
+
+
+def test_stamps_change_when_a_file_is_written_again(place):
+    here = open_storage(place)
+    here.write("a/one", b"1")
+    here.write("a/two", b"2")
+    before = here.stamps("a")
+    assert before == here.stamps("a") and here.sizes("a") == {"one": 1, "two": 1}
+    here.write("a/two", b"3")
+    after = here.stamps("a")
+    assert after["one"] == before["one"] and after["two"] != before["two"]
+    assert here.stamps("nothing") == here.sizes("nothing") == {}
+
+
+def test_an_answer_that_is_lost_does_not_lose_the_claim(s3, flaky, monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.01)
+    here = open_storage(s3 + "/labels")
+    here.create("warm", b"x")
+    flaky.break_next(1, 0)
+    assert here.create("claim", b"mine") == b"mine"
+    assert flaky.broken == 1
+
+
+# Claims.
+
+
+def test_a_shard_is_claimed_once(place):
+    with Claims(open_storage(place)) as ours, Claims(open_storage(place)) as theirs:
+        assert ours.take(1) and not theirs.take(1) and theirs.take(0)
+        assert ours.others() == {0: "00000-0"} and theirs.others() == {1: "00001-0"}
+        ours.release(1)
+        assert theirs.others() == {} and theirs.take(1)
+    assert open_storage(place).names(".partial/claims") == []
+
+
+def test_a_claim_that_is_renewed_lives(place, monkeypatch):
+    monkeypatch.setattr(claims, "RENEW_SECONDS", 0.05)
+    with Claims(open_storage(place)) as ours, Claims(open_storage(place)) as theirs:
+        assert ours.take(5)
+        first = open_storage(place).stamps(".partial/claims")
+        deadline = time.monotonic() + 20
+        while open_storage(place).stamps(".partial/claims") == first:
+            assert time.monotonic() < deadline
+        monkeypatch.setattr(claims, "LIFE_SECONDS", 0.0)
+        name = theirs.others()[5]
+        assert theirs.is_dead(name) and theirs.take(5, name)
+        # What the first still renews is not the newest claim.
+        assert ours.others() == {} and theirs.others() == {}
+        theirs.release(5)
+    assert open_storage(place).names(".partial/claims") == []
+
+
+def test_of_several_that_take_over_one_does(place, monkeypatch):
+    monkeypatch.setattr(claims, "LIFE_SECONDS", 0.0)
+    with Claims(open_storage(place)) as dead, Claims(open_storage(place)) as one, Claims(open_storage(place)) as other:
+        assert dead.take(2)
+        seen = one.others()[2], other.others()[2]
+        assert seen == ("00002-0", "00002-0") and one.is_dead(seen[0]) and other.is_dead(seen[1])
+        assert [one.take(2, seen[0]), other.take(2, seen[1])] == [True, False]
+        assert other.others() == {2: "00002-1"}
+
+
+def test_the_claim_of_a_killed_process_of_this_machine_is_free_at_once(tmp_path, encoded, undisturbed):
+    child = fork(partial(write_all, tmp_path / "labels", SPEC, encoded, pause=60))
+    while not list((tmp_path / "labels").glob(".partial/claims/*-0")):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    with Claims(open_storage(tmp_path / "labels")) as ours:
+        assert not ours.is_dead(ours.others()[0])
+        os.kill(child, signal.SIGKILL)
+        while not ours.is_dead(ours.others()[0]):  # also before its parent has asked for its exit code
+            time.sleep(0.01)
+    assert wait(child) == -signal.SIGKILL
+    started = time.monotonic()
+    write_all(tmp_path / "labels", SPEC, encoded)
+    assert time.monotonic() - started < claims.LIFE_SECONDS / 4
+    assert files(tmp_path / "labels") == undisturbed
+
+
+def test_a_suspended_worker_is_relieved_and_changes_nothing_later(tmp_path, encoded, undisturbed, monkeypatch):
+    monkeypatch.setattr(claims, "RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(claims, "LIFE_SECONDS", 1.0)
+    child = fork(partial(write_all, tmp_path, SPEC, encoded, pause=0.3))
+    while not list(tmp_path.glob(".partial/claims/*-0")):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGSTOP)
+    try:
+        write_all(tmp_path, SPEC, encoded)
+        assert {name: data for name, data in files(tmp_path).items() if not name.startswith(".partial")} == undisturbed
+        written = {path.name: path.stat().st_ino for path in tmp_path.iterdir() if path.is_file()}
+    finally:
+        os.kill(child, signal.SIGCONT)
+    assert wait(child) == 0
+    assert files(tmp_path) == undisturbed
+    assert {path.name: path.stat().st_ino for path in tmp_path.iterdir() if path.is_file()} == written
+
+
+def test_a_worker_that_fails_stops_nobody(place, encoded, undisturbed):
+    with pytest.raises(ZeroDivisionError), LabelSetWriter(place, SPEC, SHARDS) as writer:
+        for _ in writer.claim_shards():
+            raise ZeroDivisionError
+    write_all(place, SPEC, encoded)
+    assert stored(place) == undisturbed
+
+
+def test_workers_of_one_set_share_it_in_any_storage(place, encoded, undisturbed):
+    written = []
+
+    def work():
+        with LabelSetWriter(place, SPEC, SHARDS) as writer:
+            for index in writer.claim_shards():
+                written.append(index)
+                writer.write_encoded(index, encoded[index])
+            writer.finish()
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert stored(place) == undisturbed and open_storage(place).names(".partial") == []
+    assert sorted(written) == [0, 1, 2]
+
+
+def test_a_worker_with_other_settings_is_refused(place):
+    with LabelSetWriter(place, SPEC, SHARDS) as writer:
+        next(writer.claim_shards())
+        with (
+            pytest.raises(TargetError, match="top_k is 3 and 4"),
+            LabelSetWriter(place, make_spec(samples=13, top_k=3), SHARDS),
+        ):
+            pass
+
+
+def test_a_damaged_shard_is_found_at_the_end_and_written_again(tmp_path, encoded, undisturbed):
+    with LabelSetWriter(tmp_path, SPEC, SHARDS) as writer:
+        writer.write_encoded(1, encoded[1])
+        (tmp_path / writer.shard_name(1)).write_bytes(b"cut")
+    write_all(tmp_path, SPEC, encoded)
+    assert files(tmp_path) == undisturbed
