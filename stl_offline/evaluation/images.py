@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import cv2
 import numpy as np
 import timm.data
 import torch
@@ -192,6 +193,11 @@ def collate(items: Sequence[tuple[np.ndarray, int, int] | str]) -> tuple[Tensor,
         return broken
     pixels, labels, places = zip(*items, strict=True)
     return torch.from_numpy(np.stack(pixels)), torch.tensor(labels), list(places)
+
+
+def start_loading(worker: int) -> None:
+    """Set up a loading process: OpenCV, which generates corruptions, computes in it alone, as torch does."""
+    cv2.setNumThreads(0)
 
 
 def imagenet_columns(classifier: Classifier) -> list[int]:

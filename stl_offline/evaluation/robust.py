@@ -10,6 +10,7 @@ B: batch, K: the model's classes.
 import itertools
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from stl_offline.evaluation.images import (
     Transform,
     collate,
     imagenet_columns,
+    start_loading,
 )
 from stl_offline.evaluation.measures import ClassView, Tally, scores_of
 from stl_offline.evaluation.suites import Suite, open_suite, subset_classes
@@ -144,15 +146,19 @@ class _Runner:
             )
         order = Batches([(number, sizes[number]) for number in pending], self.config.batch_size, self.world)
         # One loader for all parts: its processes live as long as there is work.
-        batches = iter(
-            DataLoader(
-                InputImages([job.inputs for job in jobs], self.config.seed),
-                batch_sampler=order,
-                num_workers=pick_workers(self.config.workers),
-                collate_fn=collate,
-                pin_memory=self.device.type == "cuda",
+        with warnings.catch_warnings():
+            # From Python 3.12 on: of processes that are forked where threads run. torch's loader always does.
+            warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+            batches = iter(
+                DataLoader(
+                    InputImages([job.inputs for job in jobs], self.config.seed),
+                    batch_sampler=order,
+                    num_workers=pick_workers(self.config.workers),
+                    collate_fn=collate,
+                    pin_memory=self.device.type == "cuda",
+                    worker_init_fn=start_loading,
+                )
             )
-        )
         for number in pending:
             own = itertools.islice(batches, order.of_part(sizes[number]))
             sums[number] = found = self._score(jobs[number], own, len(order.places(sizes[number])))

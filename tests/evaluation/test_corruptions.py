@@ -4,7 +4,8 @@ import imagecorruptions
 import numpy as np
 import pytest
 
-from stl_offline.errors import InputError
+from stl_offline.errors import InputError, MissingExtraError
+from stl_offline.evaluation import corruptions
 from stl_offline.evaluation.corruptions import GROUPS, corrupt, parse_corruptions
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
@@ -61,6 +62,13 @@ def test_what_may_not(text):
         return
     with pytest.raises(InputError):
         parse_corruptions(text)
+
+
+def test_without_the_package(monkeypatch):
+    corruptions._package.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'stl-offline\[corrupt\]'"):
+        corruptions.check_corruptions_can_run()
 
 
 def test_small_images_are_refused():

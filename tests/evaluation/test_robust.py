@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,10 +30,11 @@ from stl_offline.evaluation.corruptions import corrupt
 from stl_offline.evaluation.images import Transform
 from stl_offline.evaluation.measures import ALEXNET_ERROR, BENCHMARK_CORRUPTIONS
 from stl_offline.evaluation.suites import subset_classes
-from stl_offline.models import load_classifier
+from stl_offline.models import ModelDescription, load_classifier, save_model
 from tests.evaluation.trees import MODEL, WNIDS, Trees, as_timm, draw, encoded, logits_of, make_model
 from tests.training.torchrun import torchrun
 
+ALL = ("all", "subset")
 CSV = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
 MACHINE = {"device": "cpu", "workers": 1}
 
@@ -276,6 +278,73 @@ class TestOwnData:
         ) as e:
             self.run(str(trees.root / "v2"), weights)
         assert "\n" not in str(e.value)
+
+
+class TestRun:
+    """A model that a run trained: its own classes, its own resizing, and its tokens."""
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        """FAN with three classes, of which it always prefers "other"; "dark" and "light" by the mean of the image."""
+        torch.manual_seed(0)
+        network = timm.create_model("fan_micro_4_p8_token", num_classes=3)
+        with torch.no_grad():
+            for head in (network.head, network.aux_head):
+                head.bias.copy_(torch.tensor([0.0, 50.0, 0.0]))
+        description = ModelDescription("fan_micro_4_p8_token", ("dark", "other", "light"), 64, "student")
+        save_model(tmp_path / "weights.safetensors", network.state_dict(), description)
+        for number in range(6):
+            path = tmp_path / "val" / ("dark", "light")[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw(number, (90, 70)).save(path)
+        return network.eval(), str(tmp_path / "weights.safetensors"), str(tmp_path / "val")
+
+    def truth(self, network, data):
+        """Logits of class head and mean token, and columns, by Pillow's box filter and plain torch."""
+        paths = sorted(path for path in Path(data).rglob("*.png"))
+        mean, std = (torch.tensor(network.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+        found = []
+        for path in paths:
+            image = Image.open(path).convert("RGB").resize((82, 64), Image.BOX)
+            pixels = torch.from_numpy(np.array(image.crop((9, 0, 73, 64)))).permute(2, 0, 1) / 255
+            found.append((pixels - mean) / std)
+        with torch.no_grad():
+            logits, tokens = network(torch.stack(found))
+        return logits, tokens.mean(dim=1), torch.tensor([0 if path.parent.name == "dark" else 2 for path in paths])
+
+    def test_subset_and_all_without_suites(self, run, capsys):
+        _, weights, data = run
+        found = {name: evaluate(EvaluateConfig(data=data, checkpoint=weights, classes=name, **MACHINE)) for name in ALL}
+        assert found["all"]["top1"] == found["all"]["token_top1"] == 0
+        assert (found["all"]["classes"], found["all"]["classes_compared"]) == ("all", 3)
+        assert found["subset"]["top1"] > 0 and found["subset"]["classes_compared"] == 2
+        assert found["subset"]["nll"] < 5 < found["all"]["nll"]
+        for name, words in (
+            ("all", "over all 3 classes of the model"),
+            ("subset", "over the 2 classes of the data, of 3"),
+        ):
+            arguments = ["--data", data, "--checkpoint", weights, "--classes", name, "--device", "cpu"]
+            code, out, _ = call(capsys, "evaluate", *arguments)
+            assert code == 0 and out.startswith("6 images: top-1 ") and out.endswith(f"{words}\n")
+
+    def test_generated_corruptions_of_a_run(self, run):
+        network, weights, data = run
+        config = EvaluateConfig(data=data, checkpoint=weights, corrupt="pixelate:5", classes="subset", **MACHINE)
+        found = evaluate(config)
+        assert found["transform"]["interpolation"] == "box" and found["transform"]["crop_pct"] == 1.0
+        logits, tokens, columns = self.truth(network, data)
+        kept = torch.tensor([0, 2])
+        agrees(found["suites"]["data"]["clean"], logits[:, kept], columns // 2)
+        token_top1 = float((tokens[:, kept].argmax(dim=1) == columns // 2).double().mean())
+        assert found["suites"]["data"]["clean"]["token_top1"] == pytest.approx(token_top1)
+        assert found["suites"]["data"]["parts"]["pixelate/5"]["samples"] == 6
+
+    def test_a_run_of_other_classes_has_no_suites(self, run, trees):
+        with pytest.raises(
+            JoinError, match="fan_micro_4_p8_token has 0 of ImageNet's 1,000 classes under their WordNet"
+        ):
+            config = EvaluateConfig(suite=("v2",), data=trees.data("v2"), checkpoint=run[1], partial=True, **MACHINE)
+            evaluate(config)
 
 
 WRONG = [

@@ -76,6 +76,24 @@ def test_a_class_too_few_and_one_too_many(tmp_path):
         open_suite("a", root)
 
 
+def test_a_thousand_classes_but_one(tmp_path):
+    for wnid in WNIDS[:-1]:
+        (tmp_path / "val" / wnid).mkdir(parents=True)
+    with pytest.raises(
+        InputError, match=f"val has 999 of the 1,000 classes of the suite imagenet; missing: {WNIDS[-1]}"
+    ):
+        open_suite("imagenet", tmp_path / "val")
+
+
+def test_real_takes_a_folder_without_classes(tmp_path):
+    root = write(tmp_path / "val", [f"ILSVRC2012_val_{number:08d}.JPEG" for number in (1, 30, 50_000)])
+    for place in (root, tar_of(root, tmp_path / "val.tar")):
+        (part,) = open_suite("real", place, partial=True).parts
+        assert part.files().names == [f"ILSVRC2012_val_{number:08d}.JPEG" for number in (1, 30, 50_000)]
+        assert len(part.real_labels) == 3 and part.files().load(1).size == (40, 30)
+        assert part.fingerprint()[1] == 3
+
+
 def test_v2_counts_its_folders_by_number(tmp_path):
     root = write(tmp_path / "v2", [f"{number}/{number % 3}.jpeg" for number in range(1000)])
     (part,) = open_suite("v2", root).parts
