@@ -25,6 +25,8 @@ from stl_offline.settings import RESIDUALS, TOKEN_TARGETS
 @timm_labeler_options
 @setting_option(StudentConfig, "--token-target", group="labels", type=click.Choice(TOKEN_TARGETS))
 @setting_option(StudentConfig, "--residual", group="labels", type=click.Choice(RESIDUALS))
+@setting_option(StudentConfig, "--token-norm", group="labels")
+@setting_option(StudentConfig, "--class-target", group="labels", metavar="own|labels|mix:W")
 @setting_option(StudentConfig, "--views", "crops", group="labels")
 @match_option
 @setting_option(StudentConfig, "--missing", group="labels")

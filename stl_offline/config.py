@@ -36,6 +36,7 @@ from stl_offline.settings import (
     setting,
 )
 
+TOKEN_NORMS = ("mass", "tokens")
 TOKEN_POOLS = ("mean", "lme")
 CROP_MODES = ("auto", "random", "replay")
 ERASED_LABELS = ("drop", "keep")
@@ -261,6 +262,17 @@ class StudentConfig(TrainConfig):
         "What happens to probability outside the stored classes: left unlabelled (ignore), or spread over all "
         "classes (uniform).",
         needs=(needs.TOKEN_LABELS, needs.LEFT_MASS),
+    )
+    token_norm: str = setting(
+        "mass",
+        "What the token loss is divided by: the labelled probability (mass), or the number of tokens (tokens), so that "
+        "its weight does not grow where labels hold little of the probability.",
+        choices=TOKEN_NORMS,
+    )
+    class_target: str = setting(
+        "own",
+        "Target of the class head: the image's own class (own), the labeler's stored answer for the view (labels), or "
+        "both, the answer with weight W (mix:W).",
     )
     crops: str = setting(
         "auto",

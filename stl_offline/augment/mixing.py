@@ -65,10 +65,17 @@ def mix_images(images: Tensor, mix: Mix) -> Tensor:
     return torch.lerp(images.flip(0), images, keep)
 
 
-def mix_class_targets(class_ids: Tensor, classes: int, smoothing: float, mix: Mix | None) -> Tensor:
-    """(B,) int64 → (B, K) float32: smoothed one-hot targets, mixed by the share of pixels."""
+def mix_class_targets(
+    class_ids: Tensor, classes: int, smoothing: float, mix: Mix | None, labels: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """(B,) int64 → (B, K) float32: smoothed one-hot targets, mixed by the share of pixels.
+
+    labels: distributions (B, K), and the part (B, 1) of each target that they take in place of the image's own class.
+    """
     targets = torch.full((len(class_ids), classes), smoothing / classes, device=class_ids.device)
     targets.scatter_add_(1, class_ids[:, None], torch.full_like(class_ids[:, None], 1 - smoothing, dtype=targets.dtype))
+    if labels is not None:
+        targets = torch.lerp(targets, *labels)
     if mix is None:
         return targets
     keep = torch.from_numpy(mix.keep).to(targets.device)[:, None]

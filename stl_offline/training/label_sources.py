@@ -23,11 +23,14 @@ from stl_offline.labels.spec import check_use
 from stl_offline.loader import DECODER, Batch, TokenLabels
 from stl_offline.models import TokenLabeler, create_labeler
 from stl_offline.targets import TokenTargets
+from stl_offline.training.class_labels import check_class_answers, class_answers, class_share
 from stl_offline.training.label_choice import LabelChoice, choose_between
 from stl_offline.training.online import online_targets
 from stl_offline.training.setup import Stage
 from stl_offline.training.steps import StepRandom
 
+# Below this labelled mass a run is told so; of how many images it is measured.
+_LITTLE_MASS, _LOOKED_AT = 0.9, 256
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -52,6 +55,10 @@ class LabelSource:
 
     def tokens(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor] | None:
         """Token targets (ids, weights), each (B, N, m), or None."""
+        return None
+
+    def class_answers(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Class distributions (B, K), and the part (B, 1) of the class target that each takes; None: no part."""
         return None
 
 
@@ -144,6 +151,9 @@ class DumpedLabels(TokenSource):
             replayed = [each for each, replay in zip(label_sets, self.replays, strict=True) if replay]
             warn_of_other_crops(replayed, config.scale_min, config.flip)
         self.caches = tuple(_join(label_set, stage, config, len(label_sets) > 1) for label_set in label_sets)
+        if stage.world.is_first and config.residual == "ignore" and config.token_norm == "mass":
+            _tell_of_weight(self.caches)
+        self._chosen: tuple[int, np.ndarray, np.ndarray] | None = None
         self.labelled = np.stack([np.asarray(cache.labelled) > 0 for cache in self.caches])
         self.target_settings = TokenTargets(
             kind=config.token_target,
@@ -175,7 +185,21 @@ class DumpedLabels(TokenSource):
                 mine = np.flatnonzero((chosen == number) & self.labelled[number])
                 maps[mine] = epoch % cache.views.shape[1]
                 views[mine] = cache.views[mine, maps[mine]]
+        self._chosen = (epoch, chosen, maps)
         return plan | {"views": views, "map_index": maps, "cache_index": chosen}
+
+    def class_answers(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        share = class_share(self.config.class_target)
+        if not share:
+            return None
+        if self._chosen is None or self._chosen[0] != batch.epoch:
+            self.plan(batch.epoch)
+        samples = batch.sample_ids.cpu().numpy()
+        _, chosen, maps = self._chosen
+        dense, labelled = class_answers(self.caches, samples, chosen[samples], maps[samples])
+        parts = share * labelled[:, None].astype(np.float32)
+        device = batch.class_ids.device
+        return torch.from_numpy(dense).to(device), torch.from_numpy(parts).to(device)
 
     def targets(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor]:
         return batch.token_ids, batch.token_weights
@@ -211,6 +235,9 @@ def check_labels(config: StudentConfig) -> None:
     Raises:
         StlError: label sets that are not there or damaged, or do not go with the settings.
     """
+    share = class_share(config.class_target)
+    if share and {"none", "online"} & set(config.labels):
+        raise InputError("`class_target` other than own needs label sets as `labels`")
     if not {"none", "online"} & set(config.labels):
         how_read([open_label_set(place) for place in config.labels], config)
 
@@ -221,7 +248,10 @@ def how_read(label_sets: list[LabelSet], config: StudentConfig) -> tuple[list[bo
     Raises:
         InputError: the settings do not go with the sets.
     """
-    check_use([label_set.spec for label_set in label_sets], config.residual, config.min_confidence)
+    specs = [label_set.spec for label_set in label_sets]
+    check_use(specs, config.residual, config.min_confidence)
+    if class_share(config.class_target):
+        check_class_answers(specs)
     replays = [_is_replayed(label_set, config.crops) for label_set in label_sets]
     return replays, choose_between(label_sets, config.labels_pick, config.labels_share, config.seed)
 
@@ -248,6 +278,21 @@ def warn_of_other_crops(label_sets: Sequence[LabelSet], scale_min: float, flip: 
                 "%s holds crops of %s of the area, flipped with probability %s, and this student replays them: its "
                 "`scale_min` %g and `flip` %g have no effect on images that read this set",
                 *(label_set.place, crops["scale"], crops["flip"], scale_min, flip),
+            )
+
+
+def _tell_of_weight(caches: Sequence[TokenCache]) -> None:
+    """Log by how much the token loss outweighs its weight where labels leave out much of the probability."""
+    for cache in caches:
+        if cache.draws is not None:
+            continue
+        some = cache.probabilities[np.flatnonzero(cache.labelled)[:_LOOKED_AT]]
+        mass = float(some.sum(axis=-1).mean())
+        if mass < _LITTLE_MASS:
+            _LOGGER.info(
+                "the stored classes hold %.0f%% of the probability; `residual=ignore` leaves the rest out, so that the "
+                "token loss counts as %.1f times its weight (`token_norm=tokens` keeps the weight)",
+                *(100 * mass, 1 / mass),
             )
 
 

@@ -89,11 +89,13 @@ class Share:
 
     images: Tensor
     mass: Tensor
+    labelled: Tensor
 
     @classmethod
     def of(cls, part: Inputs, totals: Tensor, processes: int) -> "Share":
         shares = processes * part.totals() / totals.clamp(min=torch.finfo(torch.float64).tiny)
-        return cls(*shares.float())
+        tokens = 1 if part.token_ids is None else part.token_ids.shape[1]
+        return cls(*shares.float(), (totals[1] / (totals[0] * tokens)).float())
 
 
 class Objective(Protocol):

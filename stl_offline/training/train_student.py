@@ -52,7 +52,9 @@ class StudentObjective:
             images = mix_images(images, mix)
             if tokens is not None:
                 tokens = mix_token_targets(*tokens, self.source.grid, mix)
-        targets = mix_class_targets(batch.class_ids, len(stage.train.class_names), stage.config.smoothing, mix)
+        answers = self.source.class_answers(batch)
+        classes, smoothing = len(stage.train.class_names), stage.config.smoothing
+        targets = mix_class_targets(batch.class_ids, classes, smoothing, mix, answers)
         return StepInputs(images, targets, *(tokens or ()))
 
     image_rows = staticmethod(image_rows)
@@ -66,6 +68,8 @@ class StudentObjective:
             return {"loss": class_loss, "class_loss": class_loss}
         labels = (inputs.token_ids, inputs.token_weights)
         token_loss = token_cross_entropy(token_logits, *labels, config.smoothing) * share.mass
+        if config.token_norm == "tokens":
+            token_loss = token_loss * share.labelled
         return {
             "loss": class_loss + config.token_weight * token_loss,
             "class_loss": class_loss,

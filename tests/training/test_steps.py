@@ -84,7 +84,7 @@ def test_token_scores_by_hand():
     ids = torch.tensor([[[0, 1], [1, -1]]])
     weights = torch.tensor([[[0.6, 0.2], [0.5, 0.0]]])
     one = torch.ones(())
-    scores = token_scores(logits, ids, weights, Share(one, one))
+    scores = token_scores(logits, ids, weights, Share(one, one, one))
     assert float(scores["token_accuracy"]) == pytest.approx(0.6 / 1.3)
     assert float(scores["confidence"]) == pytest.approx(0.65)
     assert float(scores["labelled"]) == pytest.approx(0.65)

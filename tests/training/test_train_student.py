@@ -106,6 +106,18 @@ def test_dumped_labels_train_a_student(quick, labelled, labels, residual, target
     assert scores["samples"] == 18
 
 
+@pytest.mark.parametrize(("draws", "target"), [({"draws": 1}, "gumbel"), ({"draws": 4, "top_k": 1}, "soft")])
+def test_draws_train_a_student(quick, labelled, tmp_path, draws, target):
+    """Each view is labelled by classes drawn from the whole distribution, so that all tokens have a target."""
+    settings = {"crops_per_image": 2, "class_draws": 2, "shards": 1, "device": "cpu", "workers": 1} | draws
+    dump = DumpConfig(data=quick["data"], labeler=str(labelled[0] / "labeler"), out=str(tmp_path / "set"), **settings)
+    dump_labels(dump)
+    config = StudentConfig(labels=dump.out, token_target=target, class_target="mix:0.5", mixup=0.8, **quick)
+    train_student(config)
+    entry = json.loads((Path(quick["out"]) / "log.jsonl").read_text().splitlines()[-1])
+    assert entry["labelled"] == pytest.approx(1, abs=1e-3) and entry["token_loss"] > 0
+
+
 @pytest.mark.parametrize("target", ["gumbel", "soft"])
 def test_only_tokens_of_the_own_class_are_trained_on(quick, labelled, monkeypatch, target):
     seen = []
