@@ -28,7 +28,14 @@ from stl_offline.config import EvaluateConfig
     )
 )
 @json_option
-@setting_option(EvaluateConfig, "--data", group="data", multiple=True, metavar="SRC|NAME=SRC", more=SOURCE_HELP)
+@setting_option(
+    EvaluateConfig,
+    "--data",
+    group="data",
+    multiple=True,
+    metavar="SRC|NAME=SRC",
+    more=f"{SOURCE_HELP}; with --suite, NAME=SRC for each suite, its folder or its tars",
+)
 @setting_option(EvaluateConfig, "--suite", group="data", type=NAMES, metavar="NAME,…", show_default="none")
 @setting_option(EvaluateConfig, "--corrupt", group="data", metavar="KIND,…", show_default="none")
 @setting_option(EvaluateConfig, "--seed", group="data", metavar="N")

@@ -13,9 +13,7 @@ SUITES = ("imagenet", "a", "r", "c", "sketch", "v2", "real")
 class EvaluateConfig(MachineConfig):
     """``stl-offline evaluate``."""
 
-    data: str | tuple[str, ...] = setting(
-        help="Images to evaluate on; with `suite`, NAME=SRC for each suite: its folder, or tars of it.", affects=INPUT
-    )
+    data: str | tuple[str, ...] = setting(help="Images to evaluate on.", affects=INPUT)
     checkpoint: str | None = setting(
         None, "A run's folder, or one of its checkpoints; with `model`, any weights file.", affects=INPUT
     )
