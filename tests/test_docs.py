@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -234,3 +235,24 @@ def test_every_page_is_in_the_sites_navigation():
     top = {"index.md", *(path.name for path in REPOSITORY.glob("*.md"))} - {"README.md"}
     below = {str(path.relative_to(REPOSITORY / "docs")) for path in (REPOSITORY / "docs").rglob("*.md")}
     assert sorted(named) == sorted(top | below)
+
+
+def scripts(value: object) -> list[str]:
+    """The strings of a YAML document that run commands."""
+    if isinstance(value, str):
+        return [value] if "stl-offline dump-labels" in value else []
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [script for each in inner for script in scripts(each)]
+
+
+def test_examples_for_clusters_are_scripts_that_start_a_dump():
+    page = REPOSITORY / "docs" / "scale.md"
+    found = [block.body for block in blocks(page, "sh")]
+    found += [script for block in blocks(page, "yaml") for script in scripts(yaml.safe_load(block.body))]
+    assert len(found) == 6
+    for body in found:
+        done = subprocess.run(["bash", "-n"], input=body, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        # Also a command in the quotes of another one.
+        words = re.search(r"(?:stl-offline|stl_offline\.cli) (dump-labels [^'\"&>]*)", body.replace("\\\n", " "))
+        check_command(["stl-offline", *shlex.split(words[1])])

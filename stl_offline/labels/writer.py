@@ -164,10 +164,13 @@ class LabelSetWriter:
         self._claims = Claims(self._storage).__enter__()
         is_local = self._storage.local is not None
         wait, longest = _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS if is_local else _LONGEST_STORE_WAIT_SECONDS
-        while not self._is_finished():
-            # Claims first: a shard that is committed between the two listings is in both of them, not in none.
+        while True:
+            # Claims first: a shard that is committed between the two listings is in both of them, not in none. The
+            # manifest last: records go once it is there.
             others = self._claims.others()
             done = self._recorded()
+            if self._is_finished():
+                return
             taken = done | others.keys() | self._claims.held
             free = [index for index in range(self.num_shards) if index not in taken]
             if not free:
@@ -178,9 +181,11 @@ class LabelSetWriter:
                 if not self._claims.take(index, others.get(index)):
                     break
                 if index < self.num_shards:
-                    # It may have been written, and its claim released, since the listings.
-                    if self._is_recorded(index):
+                    # Since the listings it may have been written and its claim released, or the whole set finished.
+                    if self._is_recorded(index) or self._is_finished():
                         self._claims.release(index)
+                        if self.complete:
+                            return
                         continue
                     wait = _FIRST_WAIT_SECONDS
                     yield index

@@ -1,6 +1,7 @@
 """What tests of shared label sets need: an S3 server that speaks the real protocol, and a way to it that fails."""
 
 import contextlib
+import functools
 import os
 import socket
 import threading
@@ -10,20 +11,26 @@ import fsspec
 import pytest
 
 
+def alone(put_object):
+    """moto's way to store an object, for one request at a time: it looks whether there is one, and stores it later."""
+    one_at_a_time = threading.Lock()
+
+    @functools.wraps(put_object)
+    def put(self):
+        with one_at_a_time:
+            return put_object(self)
+
+    return put
+
+
 @pytest.fixture(scope="session")
 def s3_server():
     """The address of an S3 server in this process."""
     from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
 
-    # Of the real protocol, but moto looks whether an object is there and stores it in two steps.
-    one_at_a_time, put_object = threading.Lock(), S3Response.put_object
-
-    def put_alone(self: S3Response) -> object:
-        with one_at_a_time:
-            return put_object(self)
-
-    S3Response.put_object = put_alone
+    put_object = S3Response.put_object
+    S3Response.put_object = alone(put_object)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

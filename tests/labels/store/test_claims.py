@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -189,6 +190,19 @@ def test_workers_of_one_set_share_it_in_any_storage(place, encoded, undisturbed)
     assert sorted(written) == [0, 1, 2]
 
 
+def test_a_worker_that_saw_free_shards_writes_none_of_a_set_that_others_finished(place, encoded, undisturbed):
+    with LabelSetWriter(place, SPEC, SHARDS) as slow, LabelSetWriter(place, SPEC, SHARDS) as quick:
+        seen, left = slow.claim_shards(), quick.claim_shards()
+        assert next(seen) == 0
+        for index in (next(left), next(left)):
+            quick.write_encoded(index, encoded[index])
+        slow.write_encoded(0, encoded[0])
+        assert list(left) == []
+        quick.finish()
+        assert list(seen) == [] and slow.complete
+    assert stored(place) == undisturbed and open_storage(place).names(".partial") == []
+
+
 def test_a_worker_with_other_settings_is_refused(place):
     with LabelSetWriter(place, SPEC, SHARDS) as writer:
         next(writer.claim_shards())
@@ -205,3 +219,35 @@ def test_a_damaged_shard_is_found_at_the_end_and_written_again(tmp_path, encoded
         (tmp_path / writer.shard_name(1)).write_bytes(b"cut")
     write_all(tmp_path, SPEC, encoded)
     assert files(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("workers", [1, 6])
+def test_requests_grow_as_shards(workers, tmp_path, monkeypatch):
+    shards = 60
+    spec = make_spec(samples=shards)
+    data = [encode_shard(make_arrays(spec, index, index + 1), spec) for index in range(shards)]
+    counts, persist = Counter(), storage.ObjectStorage._persist
+
+    def count(self, what, *arguments):
+        counts[what.partition(" ")[0]] += 1
+        return persist(self, what, *arguments)
+
+    monkeypatch.setattr(storage.ObjectStorage, "_persist", count)
+    place = f"memory://{tmp_path.name}/labels"
+
+    def work():
+        with LabelSetWriter(place, spec, shards) as writer:
+            for index in writer.claim_shards():
+                time.sleep(0.01)
+                writer.write_encoded(index, data[index])
+            writer.finish()
+
+    with ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(work) for _ in range(workers)]:
+            done.result(60)
+    # Of each shard: claim, shard, record; its record at the end; and what is lost where two want the same.
+    assert 3 * shards <= counts["write"] <= 3 * shards + 25 * workers
+    assert counts["read"] <= 2 * shards + 25 * workers
+    assert counts["look"] <= 4 * shards + 40 * workers
+    assert counts["remove"] <= shards + 25 * workers
+    assert counts["list"] <= 50 * workers

@@ -1,0 +1,235 @@
+"""Kills, suspends and restarts workers of a label set at random moments, and counts what that cost.
+
+The workers are processes without a labeler: they claim shards, wait as long as labelling would take, and write bytes
+that were made before. So a worker costs milliseconds, and many can be killed. Each finished set is compared
+with an undisturbed one, byte for byte. With ``--s3`` the set lies in a server of the S3 protocol that cuts connections
+and answers 503, sometimes after it has done what was asked.
+
+    python -m tests.labels.worker_kills --kills 1000 --out runs/worker-kills [--s3]
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import fsspec
+import numpy as np
+
+from stl_offline.labels.format import encode_shard
+from stl_offline.labels.store import claims, storage
+from stl_offline.labels.writer import LabelSetWriter
+from tests.labels.crash import run
+from tests.labels.synthetic import make_arrays, make_spec, write_set
+
+CROWDS = (1, 2, 4, 8, 16, 32, 64)
+CUT_SHARE, REFUSED_SHARE = 0.01, 0.01
+
+
+class Job:
+    """A label set of ``shards`` shards at ``place``, and the processes that work on it now."""
+
+    def __init__(self, place: str, shards: int, log: Path, seconds: float) -> None:
+        self.place, self.shards, self.log, self.seconds = place, shards, log, seconds
+        self.spec = make_spec(samples=shards)
+        self.encoded = [encode_shard(make_arrays(self.spec, index, index + 1), self.spec) for index in range(shards)]
+        self.running: list[int] = []
+
+    def start(self) -> None:
+        child = os.fork()
+        if child:
+            self.running.append(child)
+            return
+        code = 1
+        try:
+            with LabelSetWriter(self.place, self.spec, self.shards) as writer:
+                for index in writer.claim_shards():
+                    time.sleep(self.seconds)
+                    with open(self.log, "a") as stream:
+                        stream.write(f"{index}\n")
+                    writer.write_encoded(index, self.encoded[index])
+                writer.finish()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def reap(self) -> None:
+        """Take note of the workers that have ended; raises where one failed that nobody killed."""
+        for child in list(self.running):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                self.running.remove(child)
+                assert status == 0, f"a worker that nobody killed ended with {os.waitstatus_to_exitcode(status)}"
+
+    def kill(self, child: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        self.running.remove(child)
+        os.waitpid(child, 0)
+
+
+def stored(place: str) -> dict[str, bytes]:
+    """Everything below a place, by name."""
+    filesystem, root = fsspec.core.url_to_fs(place, use_listings_cache=False)
+    return {path.removeprefix(f"{root}/"): filesystem.cat_file(path) for path in sorted(filesystem.find(root))}
+
+
+def check(job: Job, expected: dict[str, bytes]) -> None:
+    """Compare a finished set with an undisturbed one, once the files that the last kill left are removed."""
+    # A worker that was killed at the very end leaves files of `.partial`, which the next one removes.
+    with LabelSetWriter(job.place, job.spec, job.shards) as writer:
+        assert writer.complete
+    found = stored(job.place)
+    wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    assert not wrong, f"not the bytes of an undisturbed set: {wrong}"
+
+
+def disturb(job: Job, crowd: int, most: int, draw: np.random.Generator, counts: Counter) -> None:
+    """Keep ``crowd`` workers on a set until it is complete; at most ``most`` of them are killed."""
+    for _ in range(crowd):
+        job.start()
+    suspended: list[tuple[float, int]] = []
+    kills = 0
+    deadline = time.monotonic() + 300
+    while job.running:
+        assert time.monotonic() < deadline, "the workers do not come to an end"
+        # More often where there are more of them.
+        time.sleep(float(draw.uniform(0.2, 1.8)) * job.seconds * job.shards / (most + 1) / min(crowd, 8))
+        for until, child in list(suspended):
+            if time.monotonic() > until:
+                suspended.remove((until, child))
+                os.kill(child, signal.SIGCONT)
+        job.reap()
+        free = [child for child in job.running if child not in [each for _, each in suspended]]
+        if not free or kills >= most:
+            continue
+        child = int(draw.choice(free))
+        if draw.random() < 0.05:
+            os.kill(child, signal.SIGSTOP)
+            suspended.append((time.monotonic() + 1.5 * claims.LIFE_SECONDS, child))
+            counts["suspended for longer than a claim lives"] += 1
+            continue
+        job.kill(child)
+        job.start()
+        kills += 1
+        counts["kills"] += 1
+        counts[f"kills among {crowd} workers"] += 1
+
+
+def survive(out: Path, place: str, kills: int, seed: int, shards: int, seconds: float, crowds=CROWDS) -> Counter:
+    """Kill so many workers, and compare every set that was finished with an undisturbed one."""
+    draw = np.random.default_rng(seed)
+    counts: Counter = Counter()
+    write_set(out / "undisturbed", make_spec(samples=shards), shards)
+    expected = {path.name: path.read_bytes() for path in (out / "undisturbed").iterdir()}
+    while counts["kills"] < kills:
+        job = Job(f"{place}/set-{counts['sets finished']}", shards, out / "log", seconds)
+        job.log.write_text("")
+        crowd = crowds[counts["sets finished"] % len(crowds)]
+        disturb(job, crowd, min(kills - counts["kills"], 1 + shards // 12), draw, counts)
+        labelled = job.log.read_text().split()
+        # In a process of its own: what a store's client keeps cannot be forked.
+        assert run(lambda job=job: check(job, expected)) == 0, "not the bytes of an undisturbed set"
+        assert set(map(int, labelled)) == set(range(shards))
+        counts["sets finished"] += 1
+        counts["shards"] += shards
+        counts["shards labelled twice"] += len(labelled) - shards
+        print(dict(counts), flush=True)
+    return counts
+
+
+def serve() -> None:
+    """Run an S3 server, and a proxy before it, until standard input ends. Prints the proxy's address."""
+    from moto.s3.exceptions import S3ClientError
+    from moto.s3.responses import S3Response
+    from moto.server import ThreadedMotoServer
+
+    from tests.labels.conftest import FlakyWay, alone
+
+    draw = np.random.default_rng(0)
+
+    class SlowDown(S3ClientError):
+        code = 503
+
+        def __init__(self) -> None:
+            super().__init__("SlowDown", "Please reduce your request rate.")
+
+    put_object = alone(S3Response.put_object)
+
+    def unreliable(self: S3Response) -> object:
+        luck = draw.random()
+        if luck < REFUSED_SHARE / 2:
+            raise SlowDown
+        answer = put_object(self)
+        if luck < REFUSED_SHARE:
+            raise SlowDown
+        return answer
+
+    S3Response.put_object = unreliable
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    way = FlakyWay(f"http://{host}:{port}")
+    print(way.address, flush=True)
+    while True:
+        time.sleep(0.2)
+        way.break_next(1, int(draw.integers(0, 2000)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out")
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--shards", type=int, default=240, help="of each set; a twelfth of them are killed workers")
+    parser.add_argument("--seconds", type=float, default=0.1, help="that labelling a shard takes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--s3", action="store_true")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve()
+    os.environ |= {"STL_OFFLINE_QUIET": "1", "OMP_NUM_THREADS": "1"}
+    claims.RENEW_SECONDS, claims.LIFE_SECONDS = 1.0, 5.0
+    storage.FIRST_WAIT_SECONDS, storage.TRIES = 0.05, 8
+    out = Path(options.out)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    started = time.monotonic()
+    arguments = (options.kills, options.seed, options.shards, options.seconds)
+    if options.s3:
+        line = [sys.executable, "-m", "tests.labels.worker_kills", "--serve"]
+        with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+            address = server.stdout.readline().strip()
+            os.environ |= {
+                "AWS_ACCESS_KEY_ID": "test",
+                "AWS_SECRET_ACCESS_KEY": "test",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_ENDPOINT_URL": address,
+            }
+            try:
+                # By a process of its own: what a store's client keeps must not be forked.
+                make = "import fsspec; fsspec.filesystem('s3').mkdir('labels')"
+                subprocess.run([sys.executable, "-c", make], check=True)
+                counts = survive(out, "s3://labels", *arguments)
+            finally:
+                server.kill()
+    else:
+        counts = survive(out, str(out), *arguments)
+    for name, count in sorted(counts.items()):
+        print(f"{name}: {count}")
+    print(f"labelled twice: {100 * counts['shards labelled twice'] / counts['shards']:.2f} %")
+    print(f"{time.monotonic() - started:,.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
