@@ -81,6 +81,7 @@ def quick(boxed, tmp_path):
         "side": 64,
         "longest": 96,
         "head_width": 16,
+        "val_every": 2,
         "epochs": 2,
         "batch_size": 2,
         "device": "cpu",
