@@ -183,6 +183,10 @@ class TransferEvaluateConfig(MachineConfig):
         "as fog:2-4, with severities after the colon.",
     )
     seed: int = setting(0, "Seed of the corruptions.", bounds=SEEDS, needs=needs.CORRUPTIONS)
+    page: str | None = setting(
+        None, "HTML page of a segmenter's scores, with images, masks and predictions side by side.", affects=JOB
+    )
+    examples: int = setting(8, "Images on the page.", affects=JOB, bounds="[1, inf)", needs=needs.PAGE)
     amp: str = setting("none", "Mixed precision of the model; auto chooses by device.", choices=AMP_MODES)
     out: str | None = setting(
         None, "Folder for predicted masks as PNG files; none are written by default.", affects=JOB

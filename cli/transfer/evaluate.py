@@ -24,6 +24,8 @@ from stl_offline.config_transfer import TransferEvaluateConfig
 @setting_option(TransferEvaluateConfig, "--corrupt", group="data", metavar="KINDS", show_default="none")
 @setting_option(TransferEvaluateConfig, "--seed", group="data", metavar="N")
 @setting_option(TransferEvaluateConfig, "--out", group="output", metavar="FOLDER", show_default="none")
+@setting_option(TransferEvaluateConfig, "--page", group="output", metavar="FILE", show_default="none")
+@setting_option(TransferEvaluateConfig, "--examples", group="output", metavar="N")
 @setting_option(TransferEvaluateConfig, "--amp", group="machine")
 @device_option
 @workers_option
@@ -36,6 +38,10 @@ def evaluate(as_json: bool, **settings: object) -> None:
     from stl_offline.transfer import evaluate_transfer
 
     result = evaluate_transfer(config)
+    if config.page is not None:
+        from stl_offline.reports.segments import write_segment_page
+
+        write_segment_page(config, result)
     if as_json:
         echo(json.dumps(result, sort_keys=True))
         return

@@ -2,18 +2,20 @@
 
 from stl_offline.transfer.detect import train_detector
 from stl_offline.transfer.detector import Detector, load_detector
-from stl_offline.transfer.evaluate import evaluate_transfer
+from stl_offline.transfer.evaluate import SegmentExample, evaluate_transfer, segment_examples
 from stl_offline.transfer.segment import train_segmenter
 from stl_offline.transfer.segmenter import Segmenter, load_segmenter
 from stl_offline.transfer.zero_train import score_token_head
 
 __all__ = [
     "Detector",
+    "SegmentExample",
     "Segmenter",
     "evaluate_transfer",
     "load_detector",
     "load_segmenter",
     "score_token_head",
+    "segment_examples",
     "train_detector",
     "train_segmenter",
 ]

@@ -1,6 +1,7 @@
 """``stl-offline transfer evaluate``: scores of segmenters and detectors, on images as they are and corrupted."""
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,40 @@ def evaluate_transfer(config: TransferEvaluateConfig) -> dict[str, Any]:
     return result | {"corrupted": found, f"corrupted_{main}": mean, "retention": mean / clean if clean else None}
 
 
+@dataclass(frozen=True)
+class SegmentExample:
+    """An image with its mask and what a segmenter predicts, as it is and corrupted.
+
+    key: of the image; mask: int32 (H, W), −1 where there is no class; views: title, uint8 (H, W, 3) pixels that the
+    model saw, and predicted ids (H, W).
+    """
+
+    key: str
+    mask: np.ndarray
+    views: tuple[tuple[str, np.ndarray, np.ndarray], ...]
+
+
+def segment_examples(config: TransferEvaluateConfig) -> tuple[tuple[str, ...], list[SegmentExample]]:
+    """The class names, and the first ``config.examples`` images with what a segmenter predicts: as they are, and under
+    each kind of ``config.corrupt`` at the highest of its severities.
+
+    Raises:
+        InputError: as `evaluate_transfer`, or the checkpoint is a detector.
+    """
+    severities = {} if config.corrupt is None else dict(sorted(parse_corruptions(config.corrupt), key=lambda e: e[1]))
+    model, validation, _ = _prepare_segmenter(config, pick_device(config.device))
+    found = []
+    with torch.inference_mode():
+        for number in range(min(config.examples, len(validation.pairs))):
+            key, pixels, mask = validation.read(number)
+            seen = {"clean": pixels}
+            for kind, severity in severities.items():
+                seen[f"{kind} {severity}"] = _corrupt(key, pixels, kind=kind, severity=severity, seed=config.seed)
+            views = [(name, each, validation.predict(model, each).cpu().numpy()) for name, each in seen.items()]
+            found.append(SegmentExample(key, mask, tuple(views)))
+    return validation.pairs.class_names, found
+
+
 def _corrupt(key: str, pixels: np.ndarray, *, kind: str, severity: int, seed: int) -> np.ndarray:
     return corrupt(pixels, kind, severity, seed=seed, key=key)
 
@@ -93,8 +128,8 @@ def _prepare_segmenter(
 def _prepare_detector(
     config: TransferEvaluateConfig, device: torch.device
 ) -> tuple[torch.nn.Module, DetectValidation, int]:
-    if config.sliding_window or config.out is not None:
-        name = "sliding_window" if config.sliding_window else "out"
+    given = {"sliding_window": config.sliding_window, "out": config.out, "page": config.page}
+    if name := next((name for name, value in given.items() if value), None):
         raise InputError(f"`{name}` is for segmenters; {config.checkpoint} is a detector")
     check_coco_can_run()
     model, description = detector.load_detector(config.checkpoint)

@@ -133,16 +133,17 @@ class SegmentValidation:
         bar = progress_bar(len(numbers), "measuring", enabled=self.world.is_first)
         with ThreadPoolExecutor(self.workers) as pool, bar:
             try:
-                pending = deque(pool.submit(self._read, number) for number in numbers[:_IMAGES_AHEAD])
+                pending = deque(pool.submit(self.read, number) for number in numbers[:_IMAGES_AHEAD])
                 for place in range(len(numbers)):
                     if place + _IMAGES_AHEAD < len(numbers):
-                        pending.append(pool.submit(self._read, numbers[place + _IMAGES_AHEAD]))
+                        pending.append(pool.submit(self.read, numbers[place + _IMAGES_AHEAD]))
                     yield pending.popleft().result()
                     bar.update()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, number: int) -> tuple[str, np.ndarray, np.ndarray]:
+    def read(self, number: int) -> tuple[str, np.ndarray, np.ndarray]:
+        """Key, RGB pixels (H, W, 3) and mask (H, W) of an image."""
         image, mask = self.pairs.read(number)
         return self.pairs.pairs[number].key, np.array(image), mask
 

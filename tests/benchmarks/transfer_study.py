@@ -1,13 +1,14 @@
 """Whether token labels help dense transfer: backbones pretrained with and without them, fine-tuned on masks or boxes.
 
     python -m tests.benchmarks.transfer_study --pretrain tiny180-train.tar --pretrain-val tiny180-val.tar \
-        --masks camvid.tar --classes camvid.txt --ignore-id 11 --out runs/transfer [--backbones fan_micro_4_p8] [--seeds 3]
+        --masks camvid.tar --classes camvid.txt --ignore-id 11 --out runs/transfer [--seeds 3]
 
 For each backbone and seed: a labeler; students with no token labels, with the labeler run in every step (online), and
-with its labels of crops stored beforehand (stored); each fine-tuned with the same settings. `random` starts from random
-weights. Scores on the splits train and val of the masks: mIoU, mIoU on corrupted images, retention; then each arm's
-difference from `none`, with its standard error over seeds. ``--boxes bccd.tar --classes RBC,WBC,Platelets`` instead of
-masks fine-tunes detectors and gives mAP. Everything is resumable: what is complete is not done again.
+with one class drawn per token of every crop, stored beforehand (draws); each fine-tuned with the same settings.
+`random` starts from random weights. Scores on the splits train and val of the masks: mIoU, mIoU on corrupted images,
+retention; then each arm's difference from `none`, with its standard error over seeds. ``--boxes bccd.tar`` with
+``--classes RBC,WBC,Platelets`` instead of masks fine-tunes detectors and gives mAP. Everything is resumable: what is
+complete is not done again.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import stl_offline as stl
 from stl_offline.config_transfer import DetectConfig, SegmentConfig, TransferEvaluateConfig
 from stl_offline.transfer import evaluate_transfer, train_detector, train_segmenter
 
-ARMS = ("random", "none", "online", "stored")
+ARMS = ("random", "none", "online", "draws")
 MACHINE = {"workers": 1, "device": "cpu"}
 
 
@@ -38,13 +39,13 @@ def pretrain(name: str, seed: int, arm: str, options: argparse.Namespace) -> str
         "val_every": options.pretrain_epochs,
     }
     labeler = folder / "labeler"
-    if arm in ("online", "stored"):
+    if arm in ("online", "draws"):
         stl.train_labeler(stl.LabelerConfig(**shared, token_pool="lme", out=str(labeler)))
     labels: dict[str, Any] = {"labels": "none"}
     if arm == "online":
         labels = {"labels": "online", "labeler": str(labeler)}
-    if arm == "stored":
-        crops = {"crops_per_image": options.pretrain_epochs, "top_k": 5, "seed": seed}
+    if arm == "draws":
+        crops = {"crops_per_image": options.pretrain_epochs, "top_k": 0, "draws": 1, "seed": seed}
         dump = stl.DumpConfig(
             data=options.pretrain, labeler=str(labeler), out=str(folder / "labels"), **crops, **MACHINE
         )

@@ -117,7 +117,10 @@ def test_corrupted_images_and_the_masks_that_stay(scenes, tmp_path, capsys):
     other = evaluate_transfer(TransferEvaluateConfig(**settings, corrupt="gaussian_noise:2", seed=1))
     assert other["corrupted"] != again["corrupted"]
     words = ["transfer", "evaluate", *(f"--{name}={value}" for name, value in settings.items()), "--corrupt", "fog:3"]
-    assert main(words) == 0
+    assert main([*words, "--page", str(tmp_path / "page.html"), "--examples", "2"]) == 0
     assert "corrupted: mean IoU" in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<figcaption>") == 2 * 5 and "fog 3: prediction" in page
+    assert page.count("data:image/jpeg") == 2 * 2 and page.count("data:image/png") == 2 * 3
     with pytest.raises(InputError, match="there is no corruption 'mist'"):
         evaluate_transfer(TransferEvaluateConfig(**settings, corrupt="mist"))
