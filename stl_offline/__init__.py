@@ -6,11 +6,13 @@ loaded on first use, so ``import stl_offline`` is quick. Those below "Needs the 
 
 - Label sets: `open_label_set`, `LabelSet`, `LabelMap`; `verify`, `merge`, `convert`, `push`, `pull`.
 - Writing a label set from any model: `LabelSetWriter` with a `LabelSpec` and one `ShardArrays` per shard.
-- Labels in a training loop: `join`, `build_token_cache`, `TokenCache`, `TokenTargets`, `token_targets`.
+- Labels in a training loop: `join`, `build_token_cache`, `TokenCache`, `TokenTargets`, `TokenLabels`,
+  `token_targets`, `MixSettings`; beside webdataset streams `join_labels` (`JoinedLabels`).
 - Geometry: `View`, `CropSettings`, `draw_views`, `whole_views`, `center_views`, `relative_view`.
-- Needs the extra [train]: `pack`, `open_beton`, `Beton`, `TokenLoader`, `ImageSettings`, `TokenLabels`,
-  `Batch`, `token_cross_entropy`;
-  `create_labeler`, `TokenLabeler`, `load_model`, `save_classifier`.
+- Needs the extra [train]: `pack`, `open_beton`, `Beton`, `TokenLoader`, `ImageSettings`, `Batch`,
+  `token_cross_entropy`; `create_labeler`, `TokenLabeler`, `TokenModel`, `load_model`, `save_classifier`.
+- A PyTorch loop of one's own (needs the extra [train], but neither FFCV nor packed images): `TokenLabelDataset`,
+  `TokenBatch`, `RandomResizedCrop`, `mix_batch`, `MixedBatch`; for timm's train.py `TimmTokenDataset`, `TokenLoss`.
 - The commands, each a function of its settings (needs the extra [train]): `train_labeler` (`LabelerConfig`),
   `dump_labels` (`DumpConfig`), `train_student` (`StudentConfig`), `evaluate` (`EvaluateConfig`).
 - Errors: all derive from `StlError`.
@@ -46,12 +48,23 @@ if TYPE_CHECKING:
     from stl_offline.labels.transfer import pull, push
     from stl_offline.labels.verify import verify
     from stl_offline.labels.writer import LabelSetWriter
-    from stl_offline.loader import Batch, ImageSettings, TokenLabels, TokenLoader
+    from stl_offline.loader import Batch, ImageSettings, TokenLoader
+    from stl_offline.loops import (
+        MixedBatch,
+        RandomResizedCrop,
+        TimmTokenDataset,
+        TokenBatch,
+        TokenLabelDataset,
+        TokenLoss,
+        mix_batch,
+    )
     from stl_offline.losses import token_cross_entropy
-    from stl_offline.models import TokenLabeler, create_labeler, load_model, save_classifier
-    from stl_offline.targets import TokenTargets, token_targets
+    from stl_offline.models import TokenLabeler, TokenModel, create_labeler, load_model, save_classifier
+    from stl_offline.settings import MixSettings
+    from stl_offline.targets import TokenLabels, TokenTargets, token_targets
     from stl_offline.training.train_labeler import train_labeler
     from stl_offline.training.train_student import train_student
+    from stl_offline.webdataset import JoinedLabels, join_labels
 
 __version__ = "0.2.0.dev0"
 __all__ = [
@@ -64,20 +77,29 @@ __all__ = [
     "ImageSettings",
     "InputError",
     "JoinError",
+    "JoinedLabels",
     "LabelMap",
     "LabelSet",
     "LabelSetWriter",
     "LabelSpec",
     "LabelerConfig",
     "MissingExtraError",
+    "MixSettings",
+    "MixedBatch",
+    "RandomResizedCrop",
     "ShardArrays",
     "StlError",
     "StudentConfig",
     "TargetError",
+    "TimmTokenDataset",
+    "TokenBatch",
     "TokenCache",
+    "TokenLabelDataset",
     "TokenLabeler",
     "TokenLabels",
     "TokenLoader",
+    "TokenLoss",
+    "TokenModel",
     "TokenTargets",
     "TrainingError",
     "View",
@@ -90,8 +112,10 @@ __all__ = [
     "dump_labels",
     "evaluate",
     "join",
+    "join_labels",
     "load_model",
     "merge",
+    "mix_batch",
     "open_beton",
     "open_label_set",
     "pack",
@@ -121,16 +145,27 @@ _CORE = {
     "labels.transfer": ("pull", "push"),
     "labels.verify": ("verify",),
     "labels.writer": ("LabelSetWriter",),
-    "targets": ("TokenTargets", "token_targets"),
+    "settings": ("MixSettings",),
+    "targets": ("TokenLabels", "TokenTargets", "token_targets"),
+    "webdataset": ("JoinedLabels", "join_labels"),
 }
 _TRAIN = {
     "dump": ("dump_labels",),
     "evaluation": ("evaluate",),
     "images.beton": ("Beton", "open_beton"),
     "images.pack": ("pack",),
-    "loader": ("Batch", "ImageSettings", "TokenLabels", "TokenLoader"),
+    "loader": ("Batch", "ImageSettings", "TokenLoader"),
+    "loops": (
+        "MixedBatch",
+        "RandomResizedCrop",
+        "TimmTokenDataset",
+        "TokenBatch",
+        "TokenLabelDataset",
+        "TokenLoss",
+        "mix_batch",
+    ),
     "losses": ("token_cross_entropy",),
-    "models": ("TokenLabeler", "create_labeler", "load_model", "save_classifier"),
+    "models": ("TokenLabeler", "TokenModel", "create_labeler", "load_model", "save_classifier"),
     "training.train_labeler": ("train_labeler",),
     "training.train_student": ("train_student",),
 }

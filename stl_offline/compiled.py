@@ -18,7 +18,9 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.extending import intrinsic
 
 from stl_offline.files import cache_dir
 
@@ -151,3 +153,18 @@ def _digest() -> str:
 @functools.cache
 def _announce() -> None:
     logger.info("compiling for this machine: about 10 seconds in all, once")
+
+
+@intrinsic
+def _atomic_add(typing_context, address, amount):
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
+
+    return numba.types.int64(numba.types.int64, numba.types.int64), generate
+
+
+@njit(inline=True)
+def next_item(counter):
+    """Take the next number from ``counter``, int64 (1,), shared by threads: each item goes to whoever is free."""
+    return _atomic_add(np.int64(counter.ctypes.data), np.int64(1))

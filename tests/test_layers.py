@@ -22,7 +22,7 @@ LAYERS = (
     ("geometry",),
     ("labels", "images"),
     ("augment", "device", "distributed", "losses", "models", "recipes", "targets"),
-    ("loader",),
+    ("loader", "loops", "webdataset"),
     ("evaluation",),
     ("dump", "training"),
     ("transfer",),
@@ -45,14 +45,14 @@ DOORS = (
         "loader",
         "loader.decoder",
     ),
-    *("evaluation", "dump", "transfer", "demo"),
+    *("loops", "evaluation", "dump", "transfer", "demo"),
 )
 
 # What a team with a training loop of its own uses: it must load where only the core is installed.
 LIGHT = (
     *("errors", "needs", "settings", "config", "config_evaluate", "config_pages", "config_transfer", "files"),
     *("progress", "compiled"),
-    *("geometry", "random", "labels", "targets", "cli"),
+    *("geometry", "random", "labels", "targets", "webdataset", "cli"),
 )
 HEAVY = ("torch", "torchvision", "ffcv", "timm", "cv2", "PIL", "safetensors", "matplotlib", "jinja2")
 

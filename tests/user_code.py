@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +67,25 @@ def load(cache: TokenCache) -> None:
         for batch in batches:
             loss = stl.token_cross_entropy(batch.images, batch.token_ids, batch.token_weights, smoothing=0.1)
             loss.backward()
+
+
+def own_loop(samples: Any, model: stl.TokenModel, stream: Any) -> None:
+    labels = stl.TokenLabels.of("labels", grid=model.grid_size(64, 64), kind="soft", m=3, missing="skip")
+    ids, weights = labels(["a/1.jpg"], [stl.View.identity()], epoch=2, seed=1)
+    assert ids.shape == weights.shape
+    crop = stl.RandomResizedCrop((64, 64), stl.CropSettings(), interpolation="bicubic")
+    dataset = stl.TokenLabelDataset(samples, labels, crop, keys=["a/1.jpg"], class_names=labels.class_names)
+    dataset.set_epoch(2)
+    batch: stl.TokenBatch = dataset.collate([dataset[0]])
+    settings = stl.MixSettings(mixup=0.8)
+    mixed: stl.MixedBatch = stl.mix_batch(batch, settings, np.random.default_rng(0), grid=(2, 2), num_classes=3)
+    print(mixed.class_targets.sum())
+    timm_dataset = stl.TimmTokenDataset(samples, "labels", model, img_size=64, mix=settings)
+    loss: stl.TokenLoss = timm_dataset.loss(None, weight=0.5)
+    print(loss(model(mixed.images), mixed.class_targets))
+    for sample in stl.join_labels(stream, labels, key_prefix="train/="):
+        found: stl.JoinedLabels = sample["token_labels"]
+        print(found.row)
 
 
 def commands() -> None:

@@ -92,6 +92,9 @@ class TokenCache:
     def __len__(self) -> int:
         return len(self.labelled)
 
+    def __reduce__(self) -> tuple:
+        return open_token_cache, (self.path,)  # worker processes map the files again, and copy nothing
+
     @property
     def num_classes(self) -> int:
         """K."""

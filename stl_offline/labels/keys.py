@@ -35,6 +35,34 @@ def hash_keys(keys: Sequence[str]) -> np.ndarray:
         ) from error
 
 
+@dataclass(frozen=True)
+class KeyIndex:
+    """Finds keys' places in a list by their hashes: sorted uint64 (n,), and int64 (n,), the place of each.
+
+    Takes 16 bytes for each key, in memory that worker processes share. Other keys than the list's are told apart by
+    their 64-bit hash alone: among 1.28 million keys a wrong one is taken for another with a probability of 7e-14.
+    """
+
+    hashes: np.ndarray
+    places: np.ndarray
+
+    @classmethod
+    def of(cls, keys: Sequence[str]) -> "KeyIndex":
+        """The index of distinct keys. Raises InputError where two are equal."""
+        hashes = hash_keys(keys)
+        places = np.argsort(hashes, kind="stable")
+        hashes = hashes[places]
+        if (again := np.flatnonzero(hashes[1:] == hashes[:-1])).size:
+            raise InputError(f"the key {keys[int(places[again[0]])]!r} is there twice")
+        return cls(hashes, places)
+
+    def rows(self, keys: Sequence[str]) -> np.ndarray:
+        """The place of each key, or −1: int64 (len(keys),)."""
+        wanted = hash_keys(keys)
+        at = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
+        return np.where(self.hashes[at] == wanted, self.places[at], -1)
+
+
 def find_duplicates(hashes: Sequence[np.ndarray], read_keys: Callable[[int], Sequence[str]]) -> Duplicates:
     """Keys that several lists share, or that one holds twice.
 

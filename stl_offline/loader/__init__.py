@@ -5,7 +5,7 @@ from stl_offline.loader.batch import Batch, ToDevice
 from stl_offline.loader.decoder import DECODER
 from stl_offline.loader.loader import ImageSettings, TokenLoader
 from stl_offline.loader.order import check_shares, count_batches, rank_batches, shuffled
-from stl_offline.loader.token_op import TokenLabels
+from stl_offline.targets import TokenLabels
 
 __all__ = [
     "DECODER",

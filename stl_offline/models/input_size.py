@@ -21,7 +21,7 @@ SIDES = ("top", "bottom", "left", "right")
 _TRIES = 2
 # A change counts above this share of the largest value, and above so many times the difference that equal images in one
 # batch show.
-_LEAST_CHANGE, _TIMES_NOISE = 1e-6, 10
+_LEAST_CHANGE, _LEAST_CHANGE_DOUBLE, _TIMES_NOISE = 1e-6, 1e-12, 10
 
 
 class InputSizeError(InputError):
@@ -40,9 +40,11 @@ def unseen_sides(tokens: Callable[[torch.Tensor], torch.Tensor], image_1CHW: tor
     images_6CHW[3, :, -1] += noise[:, -1]
     images_6CHW[4, :, :, 0] += noise[:, :, 0]
     images_6CHW[5, :, :, -1] += noise[:, :, -1]
-    found = tokens(images_6CHW).float()
+    found = tokens(images_6CHW)
+    share = _LEAST_CHANGE_DOUBLE if found.dtype == torch.float64 else _LEAST_CHANGE
+    found = found.double()
     change = (found - found[:1]).abs().flatten(1).amax(dim=1)
-    least = max(float(change[1]) * _TIMES_NOISE, float(found[0].abs().max()) * _LEAST_CHANGE)
+    least = max(float(change[1]) * _TIMES_NOISE, float(found[0].abs().max()) * share)
     return [side for side, value in zip(SIDES, change[2:].tolist(), strict=True) if not value > least]
 
 

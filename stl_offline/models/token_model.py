@@ -3,6 +3,7 @@
 Shape letters: B batch, Gh × Gw grid of the last feature map, N = Gh·Gw tokens, C features, K classes.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -111,7 +112,12 @@ class TokenModel(nn.Module):
         self.trunk.eval()
         sides = unseen_sides(self._vectors_of(self.trunk), image)
         if sides:
-            sides = unseen_sides(self._vectors_of(with_open_branches(self.trunk)), image)
+            opened = with_open_branches(self.trunk)
+            sides = unseen_sides(self._vectors_of(opened), image)
+            if sides:
+                # Little of an image may be left in the features of a deep untrained model: float64 still shows it.
+                with contextlib.suppress(RuntimeError):  # a model that computes in float32 whatever its weights are
+                    sides = unseen_sides(self._vectors_of(opened.double()), image.double())
         for module, mode in modes:
             module.training = mode
         if sides:

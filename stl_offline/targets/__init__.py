@@ -9,11 +9,16 @@ from stl_offline.targets.kinds import (
     drop_unsure,
     token_targets,
 )
+from stl_offline.targets.labels import Filler, TokenLabels, Wanted, check_index
 
 __all__ = [
     "AlignScratch",
+    "Filler",
+    "TokenLabels",
     "TokenTargets",
+    "Wanted",
     "align_classes_into",
+    "check_index",
     "draw_classes_into",
     "drop_unsure",
     "roi_align_topk",

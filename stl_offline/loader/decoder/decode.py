@@ -13,11 +13,11 @@ from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
 
-from stl_offline.compiled import njit, read_only
+from stl_offline.compiled import next_item, njit, read_only
 from stl_offline.config import INTERPOLATIONS
 from stl_offline.errors import InputError
 from stl_offline.images.beton import Beton
-from stl_offline.loader.decoder.native import Decompressors, next_item
+from stl_offline.loader.decoder.native import Decompressors
 from stl_offline.loader.decoder.planes import NOTES_INTS, read_planes, read_rgb, scratch_bytes
 from stl_offline.loader.decoder.resample import BILINEAR
 from stl_offline.loader.decoder.resize import line_floats, make_filters, resize_pixels, resize_planes

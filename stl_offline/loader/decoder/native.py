@@ -1,4 +1,4 @@
-"""What compiled loops need from outside: an atomic counter, and the C functions of FFCV's libraries.
+"""What compiled loops need from outside: the C functions of FFCV's libraries, and four numbers at a time.
 
 The functions are reached by symbol, not by a captured ctypes object, so numba may keep the compiled code on disk and
 a second process starts at once.
@@ -13,8 +13,6 @@ from ffcv.libffcv import lib as _ffcv_library
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
-
-from stl_offline.compiled import njit
 
 # TurboJPEG's constants (turbojpeg.h, 2.0 and later).
 TJPF_RGB = 0
@@ -43,21 +41,6 @@ tj_decompress = types.ExternalFunction(
 # tjDecompressToYUVPlanes(handle, jpeg, bytes, planes, width, strides or 0, height, flags) → 0 or −1.
 tj_planes = types.ExternalFunction("stl_offline_tj_planes", _int(_long, _long, _ulong, _long, _int, _long, _int, _int))
 tj_error_code = types.ExternalFunction("stl_offline_tj_error_code", _int(_long))
-
-
-@intrinsic
-def _atomic_add(typing_context, address, amount):
-    def generate(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@njit(inline=True)
-def next_item(counter):
-    """Take the next number from ``counter``, int64 (1,), shared by threads: each item goes to whoever is free."""
-    return _atomic_add(np.int64(counter.ctypes.data), np.int64(1))
 
 
 _FLOAT, _LANES = ir.FloatType(), ir.VectorType(ir.FloatType(), 4)
