@@ -19,8 +19,8 @@ class JoinedLabels(NamedTuple):
     """One sample's label maps. Arrays are views of the token cache: read, not written.
 
     row: its place in the cache, which `TokenLabels` takes for a sample; class_ids: (V, Gh, Gw, k); probabilities:
-    float32 of that shape; views: float32 (V, 6); confidence: float32 (V, Gh, Gw), and draws: uint8 (V, bytes), packed as
-    `TokenCache` has them, or None where the set has none.
+    float32 of that shape; views: float32 (V, 6). None where the set has no such thing: confidence, float32 (V, Gh, Gw);
+    draws, uint8 (V, bytes), packed as `TokenCache` has them.
     """
 
     row: int
