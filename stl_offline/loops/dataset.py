@@ -81,7 +81,7 @@ class TokenLabelDataset(Dataset):
         if getattr(dataset, "transform", None) is not None:
             raise InputError(
                 f"this {type(dataset).__name__} has a transform of its own, which token labels cannot follow; give "
-                "`transform` to TokenLabelDataset, without crops and flips"
+                "it to TokenLabelDataset, without crops and flips"
             )
         names = class_names_of(dataset) if class_names is None else tuple(class_names)
         check_class_names(tuple(labels.class_names), names)

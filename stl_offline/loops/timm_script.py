@@ -134,7 +134,7 @@ class TimmTokenDataset(TokenLabelDataset):
             raise InputError("timm's loader erases boxes of images, which token labels do not follow; use --reprob 0")
         inner = getattr(loader, "loader", loader)
         if getattr(inner.collate_fn, "__self__", None) is not self:
-            raise InputError("timm's loader has another collate function; give it `collate_fn=dataset.collate`")
+            raise InputError("timm's loader has another collate function; pass it the dataset's collate method")
         return TokenLoss(self.labels.num_classes, self.labels.targets.tokens, weight)
 
 

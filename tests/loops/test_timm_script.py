@@ -114,7 +114,7 @@ def test_what_moves_pixels_is_refused(images, whole, model):
         dataset.loss(loader)
     dataset, loader = make_loader(images, whole, model, prefetcher=False)
     loader.collate_fn = None
-    with pytest.raises(InputError, match="collate_fn=dataset.collate"):
+    with pytest.raises(InputError, match="the dataset's collate method"):
         dataset.loss(loader)
 
 
