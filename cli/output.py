@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from stl_offline.errors import counted as counted
+
 ALREADY_COMPLETE = "already complete, nothing was done"
 
 _SCORES = (
@@ -12,12 +14,6 @@ _SCORES = (
     *(("miou", "mean IoU"), ("mean_accuracy", "mean accuracy"), ("pixel_accuracy", "pixel accuracy")),
     *(("map", "mAP"), ("map_50", "mAP at IoU 0.5"), ("map_75", "mAP at IoU 0.75")),
 )
-
-
-def counted(count: int, noun: str) -> str:
-    """A count with its noun: 1 shard, 2 shards, 1,000 classes."""
-    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{plural}"
 
 
 def percent(share: float | None) -> str:

@@ -72,7 +72,9 @@ def pack(
         class_names=read_class_names(class_names, "--classes") if class_names else None,
         class_map=read_class_map(class_map) if class_map else None,
     )
-    passed = f", {len(report.passed_over):,} files passed over: {report.passed_over}" if report.passed_over else ""
+    passed = (
+        f", {counted(len(report.passed_over), 'file')} passed over: {report.passed_over}" if report.passed_over else ""
+    )
     echo(
         f"packed {counted(report.samples, 'image')} of {counted(report.classes, 'class')} into {report.path} "
         f"({counted(report.bytes, 'byte')}): {report.stored_as_is:,} as they were, "

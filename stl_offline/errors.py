@@ -19,6 +19,12 @@ def printable(text: object) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: 1 shard, 2 shards, 1,000 classes."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural}"
+
+
 class StlError(Exception):
     """Base of every error that this package raises on purpose. Its text is one line that can be printed safely."""
 

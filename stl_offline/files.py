@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,6 +62,15 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a regular file. A named pipe is an OSError: opening one may wait for its other end for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return stream.read()
+
+
 def read_json_object(path: Path, advice: str) -> dict[str, Any]:
     """The JSON object that a file holds. ``advice``: what a user can do where it is damaged.
 
@@ -68,7 +78,7 @@ def read_json_object(path: Path, advice: str) -> dict[str, Any]:
         FormatError: the file is damaged, or holds something else.
     """
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are no UTF-8
         raise FormatError(f"{path} is damaged ({error}); {advice}") from error
     if not isinstance(found, dict):

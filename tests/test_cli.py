@@ -384,3 +384,39 @@ def test_a_reader_that_leaves_is_no_failure():
     with open(write, "wb") as closed:
         done = subprocess.run([sys.executable, "-c", CALL, "--help"], stdout=closed, stderr=subprocess.PIPE, timeout=60)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pack images out.beton --class-map pipe",
+        "pack images out.beton --classes pipe",
+        "pack pipe.tar out.beton",
+        "evaluate --data pipe.beton --checkpoint run",
+        "evaluate --suite real --data real=images --real-labels pipe --model resnet18",
+        "report pipe.json --out page.html",
+        "train-labeler --recipe pipe --data images --out run",
+        "labels inspect pipe",
+        "labels verify set",
+    ],
+)
+def test_a_named_pipe_is_refused_and_not_waited_for(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "set").mkdir()
+    for name in ("pipe", "pipe.tar", "pipe.beton", "pipe.json", "set/manifest.json"):
+        os.mkfifo(tmp_path / name)
+
+    def stop(*_):
+        raise AssertionError("it waits for the pipe's other end")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(30)
+    try:
+        assert main(line.split()) == 1
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "unexpected" not in error
+    assert not {"out.beton", "page.html", "run"} & {path.name for path in tmp_path.iterdir()}

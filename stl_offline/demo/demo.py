@@ -11,6 +11,7 @@ from typing import Any
 from stl_offline.config import DumpConfig, LabelerConfig, PreviewConfig, ReportConfig, StudentConfig
 from stl_offline.demo.shapes import write_shapes
 from stl_offline.dump import dump_labels
+from stl_offline.errors import counted
 from stl_offline.files import atomic_write, canonical_json
 from stl_offline.images.masks import read_masks
 from stl_offline.labels.foreground import CONFIDENT, Foreground, measure_foreground, to_json
@@ -131,7 +132,7 @@ def _table(rows: list[dict[str, Any]], foreground: Foreground, out: Path, pages:
     size = next(row["bytes"] for row in rows if "bytes" in row)
     lines += [
         "",
-        f"label set: {samples:,} images, {size / samples:,.0f} bytes each",
+        f"label set: {counted(samples, 'image')}, {size / samples:,.0f} bytes each",
         f"confident tokens of the image's own class: {foreground.confident_inside:.1%} of those inside the objects' "
         f"masks, {foreground.confident_outside:.1%} of those outside (contrast {foreground.contrast:.1f})",
         f"probability of the own class as a test of being inside: AUROC {foreground.auroc:.2f}",

@@ -14,7 +14,7 @@ from torch import Tensor
 from stl_offline.config import DumpConfig, result_settings
 from stl_offline.device import autocast, pick_amp, pick_workers
 from stl_offline.dump.drawing import DrawKey, draw_classes
-from stl_offline.errors import FormatError, InputError
+from stl_offline.errors import FormatError, InputError, counted
 from stl_offline.evaluation import match_classes
 from stl_offline.geometry import draw_views, whole_views
 from stl_offline.images.beton import Beton
@@ -225,7 +225,7 @@ def pick_shards(samples: int, views: int) -> int:
 def check_shards(shards: int, images: int) -> None:
     """Raise `InputError` where there are more shards than images."""
     if shards > images:
-        raise InputError(f"`shards` is {shards}, which is more than the {images} images; use fewer")
+        raise InputError(f"`shards` is {shards}, which is more than the {counted(images, 'image')}; use fewer")
 
 
 def _check_class_ids(beton: Beton) -> None:

@@ -26,7 +26,7 @@ from PIL import Image
 from stl_offline.config_evaluate import SUITES
 from stl_offline.errors import FormatError, InputError
 from stl_offline.evaluation.measures import BENCHMARK_CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
-from stl_offline.files import sha256_parts
+from stl_offline.files import read_file, sha256_parts
 from stl_offline.images.archive import TAR_SUFFIXES, Member, tar_members
 from stl_offline.images.common import is_image_name, is_system_name
 from stl_offline.images.folders import read_regular
@@ -201,7 +201,7 @@ def _check_numbered(source: "_Folder | _Tars", partial: bool) -> None:
 def _real_part(source: "_Folder | _Tars", real_json: str | Path | None, partial: bool) -> Part:
     path = Path(real_json) if real_json else Path(_timm_info(), "imagenet_real_labels.json")
     try:
-        labels = json.loads(path.read_bytes())
+        labels = json.loads(read_file(path))
         fine = isinstance(labels, list) and all(map(_is_class_list, labels))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stl_offline.errors import InputError
+from stl_offline.files import read_file
 from stl_offline.images.common import check_text
 
 # The class of images that lie in no folder. They can be packed and labelled; training needs two classes.
@@ -170,7 +171,7 @@ def read_class_map(path: str | Path) -> dict[str, str]:
 
 def _read_text(path: str | Path) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_file(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     except OSError as error:

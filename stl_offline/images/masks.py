@@ -1,5 +1,6 @@
 """Where the objects of images are: masks and boxes as data sets give them, read one by one."""
 
+import io
 import json
 import os
 import warnings
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from stl_offline.errors import InputError
+from stl_offline.files import read_file
 
 _BOX_SIDE = 256  # pixels per side of the mask that a box becomes; boxes are exact to half a pixel of it
 _XML_BYTES, _JSON_BYTES = 1 << 20, 1 << 30
@@ -106,7 +108,7 @@ def _stem(key: str) -> str:
 
 
 def _read_png(place: Path) -> np.ndarray:
-    with warnings.catch_warnings(), Image.open(place, formats=("PNG",)) as image:
+    with warnings.catch_warnings(), Image.open(io.BytesIO(read_file(place)), formats=("PNG",)) as image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             values = np.asarray(image)
@@ -118,7 +120,7 @@ def _read_png(place: Path) -> np.ndarray:
 def _read_voc(place: Path) -> np.ndarray:
     if place.stat().st_size > _XML_BYTES:
         raise ValueError(f"it has more than {_XML_BYTES:,} bytes")
-    root = ElementTree.parse(place).getroot()
+    root = ElementTree.fromstring(read_file(place))
 
     def number(parent: ElementTree.Element | None, name: str) -> float:
         text = None if parent is None else parent.findtext(name)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from stl_offline.errors import FormatError, InputError, TargetError
+from stl_offline.errors import FormatError, InputError, TargetError, counted
 from stl_offline.files import atomic_path, cache_dir, canonical_json, make_folder, remove_leftovers
 from stl_offline.images.beton import INDEX_VERSION, PAGE_SIZE, Beton, BetonWriter, open_beton
 from stl_offline.images.classes import UNLABELLED
@@ -109,7 +109,9 @@ def pack(
             "%s has no class folders: its images can be labelled, but no model can be trained on them", source_spec
         )
     if source.passed_over:
-        _log.warning("passed over %s files of %s: %s", f"{len(source.passed_over):,}", source_spec, source.passed_over)
+        _log.warning(
+            "passed over %s of %s: %s", counted(len(source.passed_over), "file"), source_spec, source.passed_over
+        )
     remove_leftovers(destination.parent, glob.escape(destination.name))
 
     as_is = 0

@@ -52,7 +52,7 @@ def make_card(manifest: Manifest) -> bytes:
     return f"""{_front_matter(spec)}
 # Token labels
 
-Labels for every token of {spec.num_samples:,} images, to train vision transformers with token labels.
+Labels for every token of {_counted(spec.num_samples, "image")}, to train vision transformers with token labels.
 
 | | |
 |---|---|

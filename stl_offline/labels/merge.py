@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stl_offline.errors import InputError, JoinError
+from stl_offline.errors import InputError, JoinError, counted
 from stl_offline.files import images_fingerprint
 from stl_offline.labels.keys import find_duplicates, hash_keys, some
 from stl_offline.labels.label_set import LabelSet
@@ -115,8 +115,8 @@ def _check_keys(parts: list[_Part]) -> None:
         return
     named = [f"{key} in {_name(parts[first])} and {_name(parts[second])}" for key, first, second in twice.examples]
     raise JoinError(
-        f"{twice.count:,} keys are in these label sets twice ({some(twice.count, named)}); merge sets of different "
-        "images, and each set once"
+        f"{counted(twice.count, 'key')} {'is' if twice.count == 1 else 'are'} in these label sets twice "
+        f"({some(twice.count, named)}); merge sets of different images, and each set once"
     )
 
 

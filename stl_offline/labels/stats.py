@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from stl_offline.errors import InputError
+from stl_offline.errors import InputError, counted
 from stl_offline.labels.arrays import ShardArrays, probabilities
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.store import each_shard
@@ -108,8 +108,8 @@ def table(stats: Stats) -> list[tuple[str, str]]:
     """The statistics as lines of a name and a value."""
     tokens = stats.tokens
     lines = [
-        ("images", f"{stats.samples:,} in {stats.shards:,} shards, {stats.bytes_per_image:,.0f} bytes each"),
-        ("tokens", f"{tokens:,}, {_stored(stats)} of {stats.classes:,} classes"),
+        ("images", f"{stats.samples:,} in {counted(stats.shards, 'shard')}, {stats.bytes_per_image:,.0f} bytes each"),
+        ("tokens", f"{tokens:,}, {_stored(stats)} of {counted(stats.classes, 'class')}"),
         (
             "confidence" if not stats.draws else "first class",
             f"{stats.confidence:.4f} on average; {stats.over_half:.2%} of the tokens over 0.5",

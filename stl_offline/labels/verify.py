@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stl_offline.errors import FormatError, StlError
+from stl_offline.errors import FormatError, StlError, counted
 from stl_offline.labels.keys import find_duplicates, hash_keys
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import ShardRecord
@@ -63,8 +63,9 @@ def verify(label_set: LabelSet, *, workers: int = 0, found: Callable[[str], None
     if twice.count > len(twice.examples):
         note(f"{twice.count - len(twice.examples):,} more keys are there twice")
     notes = []
-    if label_set.is_partial:
-        notes.append(f"{len(label_set.shards) - len(label_set.present):,} shards were not pulled, and not looked at")
+    left = len(label_set.shards) - len(label_set.present)
+    if left:
+        notes.append(f"{counted(left, 'shard')} {'was' if left == 1 else 'were'} not pulled, and not looked at")
     known = {shard.name for shard in label_set.shards} | {MANIFEST, CARD, PARTIAL, SOME_SHARDS}
     for name in label_set.storage.names():
         if name not in known and not name.startswith(".git"):

@@ -138,8 +138,8 @@ def _find(kind: type[RunConfig], recipe: str) -> Path:
     if path.is_file():
         return path
     close = difflib.get_close_matches(recipe, names, 1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise InputError(f"there is no recipe {recipe!r}; {hint}There are {', '.join(names)}, and files by their path")
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise InputError(f"there is no recipe {recipe!r}{hint} (there are {', '.join(names)}, and files by their path)")
 
 
 def _fields(kind: type[RunConfig]) -> dict[str, Any]:

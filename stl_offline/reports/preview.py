@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from stl_offline.config import PreviewConfig
-from stl_offline.errors import InputError, JoinError, printable
+from stl_offline.errors import InputError, JoinError, counted, printable
 from stl_offline.labels.arrays import LabelMap
 from stl_offline.labels.card import summary
 from stl_offline.labels.join import check_class_names, join
@@ -282,17 +282,16 @@ def _page_values(
 
 
 def _shown(label_set: LabelSet, articles: Sequence[Article], choice: Choice, config: PreviewConfig) -> str:
-    among = f"{choice.found:,} labels" + (" that match the keys" if config.keys else "")
+    among = counted(choice.found, "label") + (" that match the keys" if config.keys else "")
     if config.suspects:
         among += ", those whose tokens disagree most with their class first"
     drawn = choice.found > len(choice.places) and not config.suspects
     how = f"drawn at random from {among} (seed {config.seed})" if drawn else f"of {among}"
     alone = "" if config.data else " No images were given: labels are shown alone."
-    maps = "label map" if len(articles) == 1 else "label maps"
-    return f"{len(articles)} {maps} {how}, from {label_set.place}.{alone}"
+    return f"{counted(len(articles), 'label map')} {how}, from {label_set.place}.{alone}"
 
 
 def _histogram_note(label_set: LabelSet, counts: ConfidenceCounts) -> str:
     every = counts.shards == len(label_set.shards)
-    shards = "all shards" if every else f"{counts.shards:,} of {len(label_set.shards):,} shards"
-    return f"{counts.tokens:,} tokens of {counts.images:,} images, from {shards}"
+    shards = "all shards" if every else f"{counts.shards:,} of {counted(len(label_set.shards), 'shard')}"
+    return f"{counted(counts.tokens, 'token')} of {counted(counts.images, 'image')}, from {shards}"

@@ -17,6 +17,7 @@ from stl_offline.evaluation import (
     score_rows,
     top1_by_kind,
 )
+from stl_offline.files import read_file
 from stl_offline.reports.charts import DASHES, HATCHES, Bars, Chart, Series, bar_chart, line_chart
 from stl_offline.reports.html import render_page, write_page
 
@@ -103,7 +104,7 @@ def report_scores(config: ReportConfig) -> ScoresReport:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        result = json.loads(path.read_bytes())
+        result = json.loads(read_file(path))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stl_offline.config import StudentConfig, TrainConfig
 from stl_offline.device import amp_name, pick_device, pick_workers
 from stl_offline.distributed import World, join_world, leaving_world
+from stl_offline.errors import counted
 from stl_offline.evaluation import match_classes
 from stl_offline.geometry import whole_views
 from stl_offline.images.beton import Beton
@@ -70,13 +71,13 @@ class DryRun:
         return [
             *(f"{name:<{width}}  {_shown(value)}" for name, value in self.settings.items()),
             "",
-            f"data        {self.images:,} images to learn from, {self.validation_images:,} to measure on",
+            f"data        {counted(self.images, 'image')} to learn from, {self.validation_images:,} to measure on",
             f"model       {self.parameters:,} parameters, {self.tokens[0]}×{self.tokens[1]} tokens",
             f"processes   {self.processes}",
-            f"step        {self.step_images:,} images, learning rate up to {self.lr:g}",
+            f"step        {counted(self.step_images, 'image')}, learning rate up to {self.lr:g}",
             f"steps       {self.steps:,} ({self.epoch_steps:,} per epoch, the first {self.warmup:,} of them warm-up)",
             f"speed       {rate:,.1f} images per second (loading and validation{exchange} not counted; in "
-            f"steps of {self.measured} images)",
+            f"steps of {counted(self.measured, 'image')})",
             f"time        {_duration(self.seconds)} of training steps",
             f"memory      {self.memory / _GIB:.2f} GiB per process, libraries and loading not counted",
             "nothing was written",
