@@ -171,7 +171,8 @@ def test_options_are_the_settings_with_their_defaults(name, config):
     required |= {"checkpoint": "here"} if name == "evaluate" else {}  # or a model
     arguments = [word for field in required for word in (f"--{field.replace('_', '-')}", "here")]
     values = command.make_context(name, arguments).params
-    for how in ("as_json", "recipe", "dry_run", "estimate"):  # ways to call it, not settings of the result
+    # Ways to call it, not settings of the result.
+    for how in ("as_json", "recipe", "dry_run", "estimate", "worker", "finish"):
         values.pop(how, None)
     assert values.keys() == {field.name for field in fields} - {"debug"}
     assert config(**values) == config(**required)

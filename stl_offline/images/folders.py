@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from stl_offline.errors import InputError
+from stl_offline.errors import InputError, counted
 from stl_offline.images.classes import UNLABELLED, ClassChoice, is_split_name, refuse_splits
 from stl_offline.images.common import (
     PassedOver,
@@ -97,8 +97,8 @@ def folder_files(root: Path) -> tuple[list[FolderFile], PassedOver]:
         raise _no_images(root, passed_over)
     if empty:
         raise InputError(
-            f"{len(empty):,} class folders of {root} hold no images, for example {empty[0]!r}; fill or remove them"
-            + (f" (passed over: {passed_over})" if passed_over else "")
+            f"{counted(len(empty), 'class folder')} of {root} without images, for example {empty[0]!r}; "
+            "fill or remove them" + (f" (passed over: {passed_over})" if passed_over else "")
         )
     return found, passed_over
 

@@ -69,8 +69,11 @@ class Worker:
         self._pipe.close()
 
 
-def attack(targets: list[str], first: int, cases: int, seconds: float) -> dict[str, Result]:
-    """Run cases [first, first + cases) of each target, or as many as start within its share of ``seconds``."""
+def attack(targets: list[str], first: int, cases: int, seconds: float, least: int = 0) -> dict[str, Result]:
+    """Run cases [first, first + cases) of each target, or as many as start within its share of ``seconds``.
+
+    ``least``: how many run in any case.
+    """
     results: dict[str, Result] = {}
     worker = Worker()
     for target in targets:
@@ -79,7 +82,7 @@ def attack(targets: list[str], first: int, cases: int, seconds: float) -> dict[s
             raise RuntimeError(f"the files of the target {target} cannot be made")
         begun = time.monotonic()
         number = first
-        while number < first + cases and time.monotonic() < begun + seconds / len(targets):
+        while number < first + cases and (number < first + least or time.monotonic() < begun + seconds / len(targets)):
             kind, text = worker.ask(target, number, MOST_SECONDS)
             _record(result, kind, text, number)
             number += 1

@@ -76,7 +76,7 @@ def test_a_link_to_where_it_lies_ends_in_an_error(make_tree, tmp_path):
         (("train-0.tar", "train-1.tar"), "holds tars: name them as a brace pattern"),
         (("cat/", "dog/"), "holds no images"),
         (("cat/readme.txt", "dog/"), "holds no images"),
-        (("cat/1.jpg", "dog/"), "1 class folders of .* hold no images, for example 'dog'"),
+        (("cat/1.jpg", "dog/"), "1 class folder of .* without images, for example 'dog'"),
         (("cat/1.jpg", "dog/1.jpg", "3.jpg"), "3.jpg lies beside the class folders"),
     ],
 )
