@@ -43,6 +43,11 @@ class Inputs(Protocol):
         """(2,) float64: images, and labelled mass (images where nothing else is counted)."""
         ...
 
+    @property
+    def places(self) -> int:
+        """What can be labelled in one image: tokens or pixels; 1 where the image itself is."""
+        ...
+
 
 @dataclass(frozen=True)
 class StepInputs:
@@ -71,6 +76,11 @@ class StepInputs:
         fields = (self.images, self.class_targets, self.token_ids, self.token_weights)
         return StepInputs(*(None if field is None else field[:count].clone() for field in fields))
 
+    @property
+    def places(self) -> int:
+        """N; 1 where there are no token labels."""
+        return 1 if self.token_ids is None else self.token_ids.shape[1]
+
     def totals(self) -> Tensor:
         """(2,) float64: images, and labelled mass (images where there are no token labels)."""
         mass = len(self) if self.token_weights is None else self.token_weights.sum(dtype=torch.float64)
@@ -94,8 +104,7 @@ class Share:
     @classmethod
     def of(cls, part: Inputs, totals: Tensor, processes: int) -> "Share":
         shares = processes * part.totals() / totals.clamp(min=torch.finfo(torch.float64).tiny)
-        tokens = 1 if part.token_ids is None else part.token_ids.shape[1]
-        return cls(*shares.float(), (totals[1] / (totals[0] * tokens)).float())
+        return cls(*shares.float(), (totals[1] / (totals[0] * part.places)).float())
 
 
 class Objective(Protocol):

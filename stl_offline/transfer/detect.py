@@ -98,6 +98,11 @@ class DetectInputs:
         """The first images alone."""
         return DetectInputs(self.images[:count], self.targets[:count], self.sample_ids[:count])
 
+    @property
+    def places(self) -> int:
+        """1: losses count by images."""
+        return 1
+
     def totals(self) -> Tensor:
         """(2,) float64: images, twice."""
         return torch.full((2,), float(len(self.images)), dtype=torch.float64, device=self.sample_ids.device)

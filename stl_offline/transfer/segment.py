@@ -92,6 +92,11 @@ class SegmentInputs:
         """The first images alone, in memory of their own."""
         return SegmentInputs(self.images[:count].clone(), self.masks[:count].clone())
 
+    @property
+    def places(self) -> int:
+        """Pixels of an image."""
+        return self.masks[0].numel()
+
     def totals(self) -> Tensor:
         """(2,) float64: images, and pixels that have a class."""
         labelled = (self.masks != NO_CLASS).sum(dtype=torch.float64)

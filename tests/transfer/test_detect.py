@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,12 +156,23 @@ def test_levels_of_one_stride_become_a_pyramid():
     assert [tuple(each.shape) for each in maps.values()] == [(1, 8, s, 2 * s) for s in (8, 4, 2, 1)] + [(1, 8, 1, 1)]
 
 
-def test_a_run_is_scored_resumed_and_evaluated(quick, tmp_path, monkeypatch, capsys):
-    whole = train_detector(DetectConfig(**quick))
-    assert {"map", "map_50", "ap/disc", "best_map"} <= whole.keys()
+def test_the_command_trains_and_evaluates(quick, capsys):
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in (quick | {"epochs": 1}).items()]
+    assert main(["transfer", "detect", *words, "--tensorboard"]) == 0
+    assert "detector: " in (out := capsys.readouterr().out) and "mAP at IoU 0.5" in out
+    entry = json.loads(Path(quick["out"], "log.jsonl").read_text())
     config = TransferEvaluateConfig(data=quick["data"], split="val", checkpoint=quick["out"], device="cpu")
     scores = evaluate_transfer(config)
-    assert scores == {"samples": 2} | {name: whole[name] for name in scores if name != "samples"}
+    assert {"map", "map_50", "map_75", "ap/disc"} <= scores.keys()
+    assert scores == {"samples": 2} | {name: entry[name] for name in scores if name != "samples"}
+    with pytest.raises(InputError, match="`sliding_window` is for segmenters"):
+        evaluate_transfer(replace(config, sliding_window=True))
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_as_one_that_was_not(quick, tmp_path, monkeypatch):
+    quick |= {"val": None, "val_split": None, "val_every": 1}
+    whole = train_detector(DetectConfig(**quick))
     original = Trainer._take_step
 
     def stop_in_the_second_epoch(self, batch, notes):
@@ -168,13 +181,11 @@ def test_a_run_is_scored_resumed_and_evaluated(quick, tmp_path, monkeypatch, cap
             raise KeyboardInterrupt
         return original(self, batch, notes)
 
-    interrupted = quick | {"out": str(tmp_path / "interrupted"), "tensorboard": True}
+    interrupted = DetectConfig(**quick | {"out": str(tmp_path / "interrupted")})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "_take_step", stop_in_the_second_epoch)
-        train_detector(DetectConfig(**interrupted))
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in interrupted.items() if name != "tensorboard"]
-    assert main(["transfer", "detect", *words, "--tensorboard"]) == 0
-    assert "detector: " in (out := capsys.readouterr().out) and "mAP at IoU 0.5" in out
+        train_detector(interrupted)
+    assert train_detector(interrupted)["loss"] == whole["loss"]
     first, second = (load_file(tmp_path / name / "weights.safetensors") for name in ("run", "interrupted"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
