@@ -146,9 +146,9 @@ def describe(error: BaseException, session: Session) -> tuple[str, int]:
         return f"error: {error.format_message()}", error.exit_code
     if isinstance(error, StlError):
         return f"error: {session.translate(str(error))}", FAILED
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and "failed to map segment" not in str(error):
         return _describe_import(error)
-    if isinstance(error, MemoryError) or _is_allocation_failure(error):
+    if isinstance(error, MemoryError | ImportError) or _is_allocation_failure(error):
         return f"error: out of memory; {memory_advice(session.ctx)}", FAILED
     if isinstance(error, OSError) and error.errno is not None:
         return f"error: {_describe_os_error(error)}", FAILED

@@ -6,6 +6,12 @@ that a caller of a plain Python function would expect to catch.
 
 import re
 
+# Of a message. Names from damaged or hostile files may be of any length.
+_MOST_CHARACTERS = 4000
+
+# Control characters (Unicode's Cc), and halves of surrogate pairs, which are no text: in no key and no class name.
+NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
 
 def printable(text: object) -> str:
     """``str(text)`` with every character that does not print replaced by its Python escape.
@@ -30,7 +36,11 @@ class StlError(Exception):
 
     def __str__(self) -> str:
         # Exception's own text: KeyError, a base of one subclass, would give it in quotes.
-        return printable(re.sub(r"\s*[\r\n]+\s*", " ", Exception.__str__(self)))
+        text = Exception.__str__(self)
+        if len(text) > _MOST_CHARACTERS:
+            half = _MOST_CHARACTERS // 2
+            text = f"{text[:half]} … {text[-half:]}"
+        return printable(re.sub(r"\s*[\r\n]+\s*", " ", text))
 
 
 class InputError(StlError, ValueError):

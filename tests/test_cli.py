@@ -222,6 +222,7 @@ def full_disk() -> OSError:
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), 1, "No such file or directory: x"),
         (MemoryError(), 1, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "out of memory"),
+        (ImportError("libc10.so: failed to map segment from shared object"), 1, "out of memory"),
         (ModuleNotFoundError("No module named 'timm'", name="timm"), 1, "pip install 'stl-offline[train]'"),
         (
             ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib"),

@@ -20,6 +20,7 @@ from stl_offline.geometry import draw_views, whole_views
 from stl_offline.images.beton import Beton
 from stl_offline.images.classes import UNLABELLED
 from stl_offline.labels.arrays import ShardArrays
+from stl_offline.labels.rules import check_keys
 from stl_offline.labels.spec import OWN_CLASSES, LabelSpec
 from stl_offline.loader import DECODER, Batch, ImageSettings, TokenLoader
 from stl_offline.models import TokenLabeler, create_labeler
@@ -81,6 +82,8 @@ class Labelling:
         self.num_shards = config.shards or pick_shards(len(beton), config.crops_per_image)
         self.spec = _make_spec(config, labeler, beton)
         _check_class_ids(beton)
+        # Earlier releases packed keys that no label set can hold.
+        check_keys(beton.keys)
         if self.spec.has_own_classes:
             self.class_map = match_classes(beton, labeler.class_names, f"the labeler {config.labeler}")
         else:

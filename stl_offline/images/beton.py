@@ -40,6 +40,7 @@ from numcodecs import Zstd
 
 from stl_offline.errors import FormatError, InputError
 from stl_offline.files import images_fingerprint
+from stl_offline.images.common import check_text
 from stl_offline.images.encode import EncodedImage, decode_jpeg, key_hash
 
 PAGE_SIZE = 8 << 20
@@ -163,8 +164,10 @@ class BetonWriter:
         """Append one image.
 
         Raises:
-            InputError: it does not fit into a page, or there are more images than were announced.
+            InputError: it does not fit into a page, there are more images than were announced, or the key cannot be
+                stored (`check_text`).
         """
+        check_text(key, "key")
         row, size = len(self._keys), len(image.data)
         if row == self._capacity:
             raise InputError(f"the source announced {self._capacity:,} images but gave more; does it change?")

@@ -9,11 +9,11 @@ leaves out.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from stl_offline.errors import InputError
+from stl_offline.errors import NO_TEXT, InputError
 from stl_offline.images.encode import IMAGE_SUFFIXES
 
 MAX_KEY_BYTES = 4096
@@ -96,11 +96,34 @@ def may_hold_image(name: str) -> bool:
 
 
 def check_text(text: str, what: str) -> str:
-    """Text that can be stored as UTF-8, unchanged; else raises `InputError`."""
+    """Text that can be a key or a class name, unchanged; else raises `InputError`."""
+    fault = _text_fault(text)
+    if fault:
+        raise InputError(f"the {what} {_start(text)} {fault}")
+    return text
+
+
+def check_keys(keys: Iterable[str], what: str) -> None:
+    """Raise `InputError`, with their number, where some of a source's keys cannot be stored as such."""
+    faults = [(key, fault) for key in keys if (fault := _text_fault(key))]
+    if faults:
+        key, fault = min(faults)
+        more = f"; {len(faults) - 1:,} more {what}s cannot be used either" if len(faults) > 1 else ""
+        raise InputError(f"the {what} {_start(key)} {fault}{more}")
+
+
+def _text_fault(text: str) -> str:
+    """Why a text cannot be a key or a class name, "" where it can. The same rules hold for keys of label sets."""
+    if text.isascii() and text.isprintable() and len(text) <= MAX_KEY_BYTES:  # nearly all
+        return ""
     try:
         size = len(text.encode())
-    except UnicodeEncodeError as error:
-        raise InputError(f"the {what} {text!r} is not UTF-8; rename it") from error
-    if size > MAX_KEY_BYTES:
-        raise InputError(f"the {what} {text[:40]!r}… is {size:,} bytes long, over {MAX_KEY_BYTES:,}; shorten it")
-    return text
+    except UnicodeEncodeError:
+        return "is not UTF-8; rename it"
+    if NO_TEXT.search(text):
+        return "holds a control character; rename it"
+    return f"is {size:,} bytes long, over {MAX_KEY_BYTES:,}; shorten it" if size > MAX_KEY_BYTES else ""
+
+
+def _start(text: str) -> str:
+    return repr(text) if len(text) <= 100 else f"{text[:40]!r}…"

@@ -79,8 +79,11 @@ def content_hash(data: bytes) -> int:
 
 
 def key_hash(key: str) -> int:
-    """xxh3_64 of a key's UTF-8 bytes, as an unsigned integer."""
-    return xxhash.xxh3_64_intdigest(key.encode())
+    """xxh3_64 of a key's UTF-8 bytes, as an unsigned integer. Raises InputError where a key has none."""
+    try:
+        return xxhash.xxh3_64_intdigest(key.encode())
+    except UnicodeEncodeError as error:
+        raise InputError(f"the key {key!r} is not UTF-8; rename the image") from error
 
 
 def is_image_head(head: bytes) -> bool:

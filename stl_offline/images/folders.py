@@ -12,7 +12,7 @@ from stl_offline.images.classes import UNLABELLED, ClassChoice, is_split_name, r
 from stl_offline.images.common import (
     PassedOver,
     SourceImage,
-    check_text,
+    check_keys,
     is_image_name,
     is_system_name,
     may_hold_image,
@@ -67,7 +67,8 @@ def folder_files(root: Path) -> tuple[list[FolderFile], PassedOver]:
     """Every image in a class-per-folder tree, in no order, and what was passed over.
 
     Raises:
-        InputError: no images, images beside class folders, a class folder without images, a name that is not UTF-8.
+        InputError: no images, images beside class folders, a class folder without images, names that
+            cannot be keys (`check_keys`).
     """
     passed_over = PassedOver()
     classes, loose = [], []
@@ -82,6 +83,7 @@ def folder_files(root: Path) -> tuple[list[FolderFile], PassedOver]:
             if tars:
                 raise InputError(f"{root} holds tars: name them as a brace pattern, for example {root}/{tars[0]}")
             raise _no_images(root, passed_over)
+        check_keys((file.key for file in loose), "file name")
         return loose, passed_over
     if loose:
         first = min(file.key for file in loose)
@@ -100,6 +102,7 @@ def folder_files(root: Path) -> tuple[list[FolderFile], PassedOver]:
             f"{counted(len(empty), 'class folder')} of {root} without images, for example {empty[0]!r}; "
             "fill or remove them" + (f" (passed over: {passed_over})" if passed_over else "")
         )
+    check_keys((file.key for file in found), "file name")
     return found, passed_over
 
 
@@ -136,7 +139,7 @@ def _walk(
             inner = list(_walk(folder / entry.name, key, above | {identity}, passed_over))
             yield from inner
             if not inner and is_image_name(entry.name):
-                yield FolderFile(check_text(key, "file name"), entry, "is a folder, not an image file")
+                yield FolderFile(key, entry, "is a folder, not an image file")
         elif (file := _image_file(entry, key, passed_over)) is not None:
             yield file
 
@@ -154,9 +157,9 @@ def _image_file(entry: os.DirEntry[str], key: str, passed_over: PassedOver) -> F
     named = is_image_name(entry.name)
     if entry.is_file():
         if named or (may_hold_image(entry.name) and _starts_as_image(entry.path)):
-            return FolderFile(check_text(key, "file name"), entry, "")
+            return FolderFile(key, entry, "")
     elif named:
-        return FolderFile(check_text(key, "file name"), entry, _problem(entry))
+        return FolderFile(key, entry, _problem(entry))
     passed_over.add(key)
     return None
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from stl_offline.errors import InputError
 from stl_offline.images.archive import Member, tar_members
 from stl_offline.images.classes import ClassChoice, folder_classes
-from stl_offline.images.common import PassedOver, SourceImage, check_text, is_image_name, may_hold_image
+from stl_offline.images.common import PassedOver, SourceImage, check_keys, check_text, is_image_name, may_hold_image
 from stl_offline.images.encode import IMAGE_HEAD, is_image_head
 
 _LABEL_KINDS = ("cls", "json")
@@ -61,6 +61,7 @@ class TarSource:
         if not samples:
             passed = f" (passed over: {self.passed_over})" if self.passed_over else ""
             raise InputError(f"{where} holds no images{passed}")
+        check_keys(samples, "member name")
         self._keys = sorted(samples)
         chosen = {key: _one_image(key, samples[key]) for key in self._keys}
         self._members = [member for _, member in chosen.values()]
@@ -95,7 +96,7 @@ def _read_samples(path: Path, passed_over: PassedOver) -> dict[str, _Sample]:
         else:
             passed_over.add(member.name)
             continue
-        key = check_text(posixpath.join(folder, stem), "member name")
+        key = posixpath.join(folder, stem)
         members = getattr(samples.setdefault(key, _Sample()), kind)
         if extension in members:
             first = members[extension].name

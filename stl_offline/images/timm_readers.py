@@ -18,7 +18,7 @@ from timm.data import create_dataset, create_reader
 
 from stl_offline.errors import InputError
 from stl_offline.images.classes import ClassChoice, check_class_names
-from stl_offline.images.common import PassedOver, SourceImage, check_text
+from stl_offline.images.common import PassedOver, SourceImage, check_keys
 from stl_offline.images.encode import ImageError, to_rgb
 
 _log = logging.getLogger(__name__)
@@ -76,7 +76,8 @@ class TimmSource:
             names = [posixpath.basename(name) for name in names]  # places on this machine are no keys
         if len(set(names)) != len(names):
             return []
-        return [check_text(name, "file name") for name in names]
+        check_keys(names, "file name")
+        return names
 
     def _reader_class_names(self) -> list[str]:
         reader = self._reader

@@ -69,6 +69,7 @@ def convert(
 
         for _ in each_shard(write, writer.todo(), f"→ {out}", workers=workers):
             pass
+        label_set.check_unique(label_set.present)
         return writer.finish()
 
 

@@ -72,6 +72,7 @@ def measure_foreground(
         workers=workers,
     ):
         total.add(part)
+    label_set.check_unique()
     if not total.images:
         raise InputError(
             f"none of the {total.samples:,} images has a mask; keys look like {next(iter(label_set))!r}, "

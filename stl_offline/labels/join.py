@@ -78,6 +78,7 @@ def join(
     Raises:
         JoinError: another class list, missing keys, changed images: counted, with examples.
         InputError: two images have the same key (or stem), or an argument has another value.
+        FormatError: the label set is damaged, or holds a key twice.
     """
     if missing not in POLICIES:
         raise InputError(f"`missing` must be one of {', '.join(POLICIES)}, got {missing!r}")
@@ -107,6 +108,7 @@ def join(
             entry_row[entry] = position
             if match != "content" and content_hashes[entry] != shard.content_hashes[position]:
                 changed.add(keys[entry])
+    label_set.check_unique()
     shards, rows = entry_shard[found.entry_of_image], entry_row[found.entry_of_image]
     unlabelled = np.flatnonzero(shards < 0)
     absent = [keys[int(sample)] for sample in unlabelled]

@@ -2,14 +2,17 @@
 
 import contextlib
 import threading
-from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from stl_offline.errors import FormatError, InputError, UnknownKeyError
 from stl_offline.files import atomic_write, cache_dir, make_folder, sha256_bytes
 from stl_offline.labels.arrays import LabelMap, ShardArrays, ShardIndex
 from stl_offline.labels.format import decode_shard, read_shard_index
+from stl_offline.labels.keys import find_duplicates, hash_keys, some
 from stl_offline.labels.manifest import Manifest, ShardRecord
 from stl_offline.labels.rules import check_index
 from stl_offline.labels.spec import LabelSpec, of_cell
@@ -53,6 +56,8 @@ class LabelSet(Mapping[str, LabelMap]):
             raise FormatError(f"the label set {self.place} is empty: none of its {len(self.shards)} shards is here")
         named = manifest.to_bytes() + (present_bytes(self.present) if self.is_partial else b"")
         self.fingerprint = sha256_bytes(named)
+        # `hash_keys` of the shards whose keys were read.
+        self._hashes: dict[int, np.ndarray] = {}
         self._last: tuple[int, ShardArrays] | None = None
         self._lock = threading.Lock()
 
@@ -114,7 +119,9 @@ class LabelSet(Mapping[str, LabelMap]):
     @cached_property
     def _keys(self) -> list[str]:
         self.fetch()
-        return [key for index in self.present for key in self.read_index(index).keys]
+        keys = [key for index in self.present for key in self.read_index(index).keys]
+        self.check_unique()
+        return keys
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
@@ -123,9 +130,30 @@ class LabelSet(Mapping[str, LabelMap]):
         for index in self.present:
             for row in range(self.shards[index].samples):
                 places[next(keys)] = (index, row)
-        if len(places) != len(self):
-            raise FormatError(f"the label set {self.place} holds {len(self) - len(places)} keys twice")
         return places
+
+    def check_unique(self, indices: Iterable[int] = ()) -> None:
+        """Raise FormatError where two shards hold the same key.
+
+        Compared are the shards that were read so far, and those of ``indices``, whose keys are read if they were not.
+        Every command that reads labels calls this after its last shard, so that no shard is read for it twice.
+        """
+        for index in indices:
+            if index not in self._hashes:
+                self.read_index(index)
+        read = sorted(self._hashes)
+        twice = find_duplicates(
+            [self._hashes[index] for index in read], lambda position: self.read_index(read[position]).keys
+        )
+        if twice.count:
+            named = [
+                f"{key} in {self.shards[read[first]].name} and {self.shards[read[second]].name}"
+                for key, first, second in twice.examples
+            ]
+            raise FormatError(
+                f"the label set {self.place} holds {twice.count:,} keys twice ({some(twice.count, named)}); make it "
+                "again, with one label for each image"
+            )
 
     def read_bytes(self, index: int, *, keep: bool = True, fresh: bool = False) -> bytes:
         """The bytes of shard ``index``, compared with its record. A store's shard is kept on this machine (``keep``).
@@ -185,6 +213,7 @@ class LabelSet(Mapping[str, LabelMap]):
         except FormatError as error:
             raise FormatError(f"{self.place}/{shard.name}: {error}") from error
         self._check_count(shard, len(arrays))
+        self._hashes[index] = hash_keys(arrays.keys)
         return arrays
 
     def read_index(self, index: int) -> ShardIndex:
@@ -204,6 +233,7 @@ class LabelSet(Mapping[str, LabelMap]):
         except FormatError as error:
             raise FormatError(f"{self.place}/{shard.name}: {error}") from error
         self._check_count(shard, len(found.keys))
+        self._hashes[index] = hash_keys(found.keys)
         return found
 
     def _read(self, index: int) -> bytes:
@@ -259,6 +289,7 @@ class _Values(ValuesView[LabelMap]):
             arrays = label_set.read_shard(index)
             for row in range(len(arrays)):
                 yield arrays.label_map(row, label_set.spec)
+        label_set.check_unique()
 
 
 def open_label_set(place: str | Path, **options: object) -> LabelSet:

@@ -10,14 +10,13 @@ n: samples; V: views of each; Gh, Gw: the token grid; k: classes kept for each c
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 
 from stl_offline.compiled import njit
-from stl_offline.errors import FormatError
+from stl_offline.errors import NO_TEXT, FormatError
 from stl_offline.labels.spec import ENCODINGS, LabelSpec
 
 # What `_cell_fault` finds in a cell, by its number.
@@ -37,9 +36,6 @@ _CLASS_ID, _TWICE, _NOT_FINITE, _RISING, _CONFIDENCE, _SUM = range(1, len(CELL_F
 _LARGEST_VIEW = 1e4
 _WHOLE = np.array([1, 0, 0, 0, 1, 0], dtype=np.float32)
 
-# Control characters (Unicode's Cc), and halves of surrogate pairs, which are no text.
-_NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-
 # Of labels that went from f16 to q8, which keeps differences of logits only: the logits that f16 rounded are taken to
 # be this large. Those of known classifiers are below 100.
 _LARGEST_LOGIT = 256.0
@@ -54,7 +50,7 @@ def check_keys(keys: Sequence[str]) -> None:
         # The first line is true of nearly all keys, and quick.
         if key.isprintable() and key and key[0] != "/" and ".." not in key:
             continue
-        if not key or _NO_TEXT.search(key) or key.startswith("/") or ".." in key.split("/"):
+        if not key or NO_TEXT.search(key) or key.startswith("/") or ".." in key.split("/"):
             raise FormatError(
                 f"{key!r} is no key: it must be a path below the data set's root, of Unicode text without control "
                 "characters"

@@ -38,6 +38,10 @@ CONTAINERS = {"zarr": ".zarr.zip", "webdataset": ".tar"}
 
 # Of nested settings: more than any command writes, and far from where Python stops.
 _MOST_LEVELS = 16
+# Of each group of settings as JSON: a thousand times what a command writes.
+_MOST_SETTINGS_BYTES = 1 << 20
+# Of a class name, as of a file's.
+_MOST_NAME_BYTES = 4096
 
 # Draws of a token: far more than any use, and few enough for every array of them.
 _MOST_DRAWS = 4096
@@ -47,6 +51,7 @@ _PREPROCESSING = ("height", "width", "interpolation", "mean", "std", "decoder")
 _SOURCE = ("samples", "fingerprint")
 # Entry of the source, only where it is false: of images without classes.
 OWN_CLASSES = "own_classes"
+_TEXTS = (("labeler", "architecture"), ("labeler", "weights_sha256"), ("labeler", "licence"), ("source", "fingerprint"))
 _VIEWS = {"whole": (), "random": ("seed", "scale", "ratio", "flip")}
 
 
@@ -105,7 +110,9 @@ class LabelSpec:
         object.__setattr__(self, "class_names", tuple(self.class_names))
         object.__setattr__(self, "grid", tuple(self.grid))
         if not self.class_names or not all(map(_is_text, self.class_names)):
-            raise InputError("class names must be a list of names in Unicode, none of them empty")
+            raise InputError(
+                f"class names must be a list of names in Unicode, each of 1 to {_MOST_NAME_BYTES:,} bytes in UTF-8"
+            )
         if len(set(self.class_names)) != len(self.class_names):
             raise InputError("class names must differ from each other")
         if len(self.grid) != 2 or not all(is_count(side) for side in self.grid):
@@ -133,6 +140,9 @@ class LabelSpec:
         object.__setattr__(
             self, "bounds", _check_bounds(ENCODINGS[self.encoding] if self.bounds is None else self.bounds)
         )
+        for name, entry in _TEXTS:
+            if not isinstance(getattr(self, name)[entry], str):
+                raise InputError(f"{name}.{entry} must be text, got {_short(getattr(self, name)[entry])}")
         if not is_count(self.source["samples"]):
             raise InputError(f"the source's sample count must be a positive integer, got {self.source['samples']!r}")
         if not isinstance(self.source.get(OWN_CLASSES, True), bool):
@@ -368,7 +378,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 def _is_text(name: Any) -> bool:
     try:
-        return isinstance(name, str) and bool(name.encode())
+        return isinstance(name, str) and 0 < len(name.encode()) <= _MOST_NAME_BYTES
     except UnicodeEncodeError:
         return False
 
@@ -385,7 +395,8 @@ def _plain_json(name: str, value: Any, needed: tuple[str, ...]) -> dict[str, Any
             raise ValueError(f"more than {_MOST_LEVELS} levels")
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
         # Half of a surrogate pair (from a file name that is not UTF-8) is no text, and could not be written.
-        text.encode()
+        if len(text.encode()) > _MOST_SETTINGS_BYTES:
+            raise ValueError(f"more than {_MOST_SETTINGS_BYTES:,} bytes")
         return json.loads(text)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} cannot be written as JSON: {error}") from error

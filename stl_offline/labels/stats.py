@@ -53,7 +53,7 @@ def measure(label_set: LabelSet, *, shards: int | None = None, workers: int = 0)
 
     Raises:
         InputError: fewer than one shard is asked for, or more than there are.
-        FormatError: a shard is damaged.
+        FormatError: a shard is damaged, or two of those read hold the same key.
     """
     present = choose_shards(label_set, shards)
     spec = label_set.spec
@@ -65,6 +65,7 @@ def measure(label_set: LabelSet, *, shards: int | None = None, workers: int = 0)
 
     for part in each_shard(read, present, "stats", workers=workers):
         total.add(part)
+    label_set.check_unique()
     tokens, own = total.tokens, label_set.spec.has_own_classes
     return Stats(
         shards=len(present),

@@ -53,7 +53,9 @@ def find_suspects(label_set: LabelSet, count: int, *, shards: int | None = None,
         return heapq.nlargest(count, found, key=_rank)
 
     parts = each_shard(read, choose_shards(label_set, shards), "suspects", workers=workers)
-    return heapq.nlargest(count, (suspect for part in parts for suspect in part), key=_rank)
+    found = heapq.nlargest(count, (suspect for part in parts for suspect in part), key=_rank)
+    label_set.check_unique()
+    return found
 
 
 def table(label_set: LabelSet, suspects: list[Suspect]) -> list[str]:

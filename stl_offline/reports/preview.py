@@ -113,6 +113,7 @@ def _read(label_set: LabelSet, choice: Choice, counts: ConfidenceCounts, all_sha
         for place in choice.places:
             if place.shard == shard:
                 maps[place] = arrays.label_map(place.row, label_set.spec)
+    label_set.check_unique()
     return maps
 
 

@@ -100,6 +100,15 @@ def test_logits_that_are_not_finite_name_the_image(work, tmp_path):
         labelling.label(np.array([4, 5]), lambda done: None)
 
 
+def test_keys_that_no_label_set_can_hold_are_refused_before_labelling(work, tmp_path):
+    """Earlier releases packed them, and a dump failed when it wrote the shard."""
+    beton = open_beton(work["data"])
+    config = DumpConfig(**work, out=str(tmp_path / "set"))
+    odd = dataclasses.replace(beton, keys=["a\x1b[2J.jpg", *beton.keys[1:]])
+    with pytest.raises(FormatError, match="is no key: it must be a path"):
+        Labelling(config, load_labeler(config), odd, torch.device("cpu"))
+
+
 def test_a_timm_labeler_with_classes_of_its_own(capsys, work, vit_file, tmp_path):
     names = tmp_path / "names.txt"
     names.write_bytes(("\ufeff" + "\r\n".join(CLASSES) + "\r\n").encode())

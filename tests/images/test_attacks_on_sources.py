@@ -228,6 +228,8 @@ def test_names_are_split_as_webdataset_splits_them(tmp_path):
         (["x.jpg", "x.v2.cls"], r"x.v2.cls is no class of the image x.jpg: .* name it x.cls"),
         (["x.v2.jpg", "x.v3.cls"], r"x.v3.cls is no class of the image x.v2.jpg: .* name it x.v2.cls"),
         (["k" * 5000 + ".jpg"], "is 5,000 bytes long, over 4,096"),
+        (["k\x1b.jpg", "k\x9b.jpg"], r"'k.x1b' holds a control character; rename it; 1 more member names cannot"),
+        (["k\udcff.jpg"], r"'k.udcff' is not UTF-8"),
     ],
 )
 def test_names_that_can_be_read_in_two_ways_are_refused(content, reason, tmp_path):

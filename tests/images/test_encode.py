@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
+from stl_offline.errors import InputError
 from stl_offline.images.encode import RAW_BYTES, ImageError, content_hash, encode_image, key_hash
 
 
@@ -249,3 +250,5 @@ def test_hashes_are_xxh3_64_of_bytes():
     assert content_hash(b"") == key_hash("") == 0x2D06800538D394C2
     assert key_hash("größe/ß.jpg") == content_hash("größe/ß.jpg".encode())
     assert content_hash(b"a") != content_hash(b"b")
+    with pytest.raises(InputError, match=r"the key 'a\\udcff' is not UTF-8"):
+        key_hash("a\udcff")

@@ -1,6 +1,7 @@
 """Folder trees, and the words that name a source."""
 
 import os
+import re
 import shutil
 
 import pytest
@@ -86,11 +87,28 @@ def test_trees_that_cannot_be_used(names, reason, make_tree, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_names_that_are_not_utf8_are_refused(make_tree, tmp_path):
-    root = tree(make_tree, tmp_path / "pets", "cat/1.jpg", "dog/1.jpg")
-    (root / "cat" / os.fsdecode(b"\xff.jpg")).write_bytes(DATA)
-    with pytest.raises(InputError, match="is not UTF-8; rename it"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (b"\xff.jpg", r"the file name 'cat/\udcff.jpg' is not UTF-8; rename it"),
+        (b"a\x1b[2J.jpg", r"the file name 'cat/a\x1b[2J.jpg' holds a control character; rename it"),
+        (b"a\n.jpg", r"the file name 'cat/a\n.jpg' holds a control character; rename it"),
+        ("a\x9b.jpg".encode(), r"the file name 'cat/a\x9b.jpg' holds a control character; rename it"),
+    ],
+)
+def test_names_that_no_label_set_can_hold_are_refused(name, reason, make_tree, tmp_path):
+    """Before anything is packed, with their number, and so that they can be printed."""
+    root = tree(make_tree, tmp_path / "pets", "cat/1.jpg", "dog/1.jpg", "dog/größe\u202e.jpg")
+    open_source(root)
+    (root / "cat" / os.fsdecode(name)).write_bytes(DATA)
+    with pytest.raises(InputError, match=re.escape(reason) + "$"):
         open_source(root)
+    (root / "dog" / os.fsdecode(name)).write_bytes(DATA)
+    (root / "dog" / "\x7f").mkdir()
+    (root / "dog" / "\x7f" / "2.jpg").write_bytes(DATA)
+    for read in (open_source, source_state):
+        with pytest.raises(InputError, match=re.escape(reason) + "; 2 more file names cannot be used either$"):
+            read(root)
 
 
 def test_an_image_that_vanishes_is_an_error_of_that_image(make_tree, tmp_path):

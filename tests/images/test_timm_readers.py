@@ -108,6 +108,13 @@ def test_keys_are_file_names_where_they_tell_images_apart(names, keys, fake):
     assert [key for key, _ in listed(source)] == keys
 
 
+@pytest.mark.parametrize("name", ["a\udcff.jpg", "a\x1b[2J.jpg", "a\n.jpg", "k" * 5000])
+def test_file_names_that_cannot_be_keys(name, fake):
+    with pytest.raises(InputError, match=r"the file name .*(rename|shorten) it; 1 more file names cannot") as caught:
+        fake([0, 1, 1], names=[name, "1.jpg", name + "1"], class_to_idx={"a": 0, "b": 1})
+    assert str(caught.value).isprintable()
+
+
 def test_a_validation_set_follows_a_class_list(fake):
     source = fake([0, 1], ["b", "c", "a"], class_to_idx={"a": 0, "b": 1})
     assert source.class_names == ("b", "c", "a")

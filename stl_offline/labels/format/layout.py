@@ -41,6 +41,9 @@ _HARMLESS_BYTES, _MOST_RATIO = 1 << 28, 300
 
 # Far more than any path. Without a limit a few kilobytes of a packed shard hold one key of gigabytes.
 MOST_KEY_BYTES = 1 << 16
+# All keys of a shard together: below the first number they could do no harm, and no shard packs its labels and keys to
+# less than a 30th of the keys alone.
+_HARMLESS_KEY_BYTES, _MOST_KEY_RATIO = 1 << 24, 30
 
 _U2 = np.dtype("<u2")
 _MAP = ("sample", "view", "row", "column")
@@ -93,6 +96,11 @@ def check_claim(spec: LabelSpec, samples: int, size: int) -> None:
     claimed = sum(array.dtype.itemsize * math.prod(array.shape) for array in arrays)
     if not 0 < samples <= size or claimed > _HARMLESS_BYTES + _MOST_RATIO * size:
         raise FormatError(f"the shard claims {samples:,} samples in {claimed:,} bytes, which its {size:,} cannot hold")
+
+
+def most_key_bytes(size: int) -> int:
+    """What the keys of a shard of ``size`` bytes may unpack to."""
+    return _HARMLESS_KEY_BYTES + _MOST_KEY_RATIO * size
 
 
 def to_stored(arrays: ShardArrays, spec: LabelSpec) -> dict[str, np.ndarray]:

@@ -27,7 +27,15 @@ import numpy as np
 
 from stl_offline.errors import FormatError
 from stl_offline.labels.arrays import ShardArrays, ShardIndex
-from stl_offline.labels.format.layout import MOST_KEY_BYTES, StoredArray, check_claim, from_stored, layout, to_stored
+from stl_offline.labels.format.layout import (
+    MOST_KEY_BYTES,
+    StoredArray,
+    check_claim,
+    from_stored,
+    layout,
+    most_key_bytes,
+    to_stored,
+)
 from stl_offline.labels.format.npz_member import pack_member, sample_values, unpack_member
 from stl_offline.labels.spec import FORMAT, MEMBER_SUFFIX, LabelSpec
 
@@ -189,14 +197,19 @@ def _read_records(source: bytes | str | Path, spec: LabelSpec) -> list[Any]:
         fields = _fields(planes)
         check_claim(spec, samples, len(data))
         most, suffix = _most_bytes(spec), _SUFFIX[spec.format_version]
+        key_bytes = most_key_bytes(len(data))
         for name, content in members:
             if not name.endswith(suffix):
                 raise FormatError(f"the shard holds a member that is no label: {name!r}")
             names.append(name.removesuffix(suffix))
             if spec.format_version > 1:
                 records.append(unpack_member(content, planes, spec.classes_per_image))
+                key_bytes -= sum(value.nbytes for value in records[-1].values() if value.dtype.kind == "U")
             else:
                 records.append(_read_record(content, fields, most))
+                key_bytes -= records[-1].dtype["key"].itemsize
+            if key_bytes < 0:
+                raise FormatError("the shard's keys are larger than any packed to its size")
     except FileNotFoundError as error:
         raise FormatError(f"the shard {source} is missing") from error
     except FormatError:

@@ -16,8 +16,6 @@ from numcodecs import Zstd, blosc
 from stl_offline.errors import FormatError
 from stl_offline.labels.format.layout import MOST_KEY_BYTES
 
-# Keys unpack to a few times their size.
-_HARMLESS_BYTES, _MOST_RATIO = 1 << 20, 300
 # version, version of the inner codec, flags, item size; then the bytes of content, of a block, and of the whole chunk
 _BLOSC = struct.Struct("<BBBBIII")
 _BLOSC_VERSION, _ZSTD_VERSION, _ZSTD = 2, 1, 4
@@ -26,7 +24,7 @@ _STORED, _HARMLESS_FLAGS = 0b0010, 0b0001_0101
 
 
 def read_array(
-    name: str, shape: tuple[int, ...], rows: int, dtype: np.dtype | None, entries: dict[str, bytes]
+    name: str, shape: tuple[int, ...], rows: int, dtype: np.dtype | None, entries: dict[str, bytes], most: int
 ) -> np.ndarray:
     """An array from its chunks.
 
@@ -36,6 +34,7 @@ def read_array(
         rows: length of a chunk along the first axis; its other axes are the array's.
         dtype: little-endian; None for strings.
         entries: content by path; all chunks must be there.
+        most: bytes that an array of strings may unpack to.
 
     Raises:
         FormatError: a chunk does not hold what it should.
@@ -44,7 +43,7 @@ def read_array(
     tail = "/0" * (len(shape) - 1)
     parts = [entries[f"{name}/c/{index}{tail}"] for index in range(math.ceil(shape[0] / rows))]
     if dtype is None:
-        return _read_strings(name, parts, shape[0], rows)
+        return _read_strings(name, parts, shape[0], rows, most)
     return _read_numbers(name, parts, shape, rows, dtype)
 
 
@@ -99,14 +98,19 @@ def _blosc_fault(part: bytes, size: int, itemsize: int) -> str:
     return ""
 
 
-def _read_strings(name: str, parts: list[bytes], count: int, rows: int) -> np.ndarray:
+def _read_strings(name: str, parts: list[bytes], count: int, rows: int, most: int) -> np.ndarray:
     strings: list[str] = []
+    claimed = 0.0
     for index, part in enumerate(parts):
         where = f"the shard is damaged: chunk {index} of the array {name}"
-        # The decoder makes room for whatever size the data claims.
-        if not _zstd_size(part) <= _HARMLESS_BYTES + _MOST_RATIO * len(part):
+        size = _zstd_size(part)
+        claimed += size
+        if claimed > most:
             raise FormatError(f"{where} claims an impossible size")
-        strings += _split_strings(bytes(Zstd().decode(part)), rows, where)
+        # Of its own, the decoder would make room for whatever size the data claims, further frames included.
+        unpacked = np.empty(int(size), dtype=np.uint8)
+        Zstd().decode(part, unpacked)
+        strings += _split_strings(unpacked.tobytes(), rows, where)
     return np.array(strings[:count], dtype=np.dtypes.StringDType())
 
 

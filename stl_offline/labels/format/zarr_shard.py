@@ -20,7 +20,7 @@ from zarr.storage import MemoryStore
 
 from stl_offline.errors import FormatError
 from stl_offline.labels.arrays import ShardArrays, ShardIndex
-from stl_offline.labels.format.layout import StoredArray, check_claim, from_stored, layout, to_stored
+from stl_offline.labels.format.layout import StoredArray, check_claim, from_stored, layout, most_key_bytes, to_stored
 from stl_offline.labels.format.zarr_chunks import read_array
 from stl_offline.labels.spec import FORMAT, LabelSpec
 
@@ -28,6 +28,8 @@ from stl_offline.labels.spec import FORMAT, LabelSpec
 # give one sample.
 _CHUNK_BYTES = 1 << 20
 _ENTRY = re.compile(r"zarr\.json|[a-z_]+/(zarr\.json|c(/[0-9]+)+)")
+# That of an array has some 600 bytes. Larger ones would take 40 times their size as JSON values.
+_MOST_METADATA_BYTES = 1 << 14
 _UTF8_NAME = 0x800  # the only flag of an entry that changes nothing about its bytes
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -84,7 +86,8 @@ def read_stored(
         samples = metadata["keys/zarr.json"]["shape"][0]
         if type(samples) is not int:
             raise FormatError(f"the shard claims {samples!r} samples, which is no count")
-        check_claim(spec, samples, len(source) if isinstance(source, bytes) else Path(source).stat().st_size)
+        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+        check_claim(spec, samples, size)
         expected = layout(spec, samples)
         own = {"zarr.json"}
         chunks: dict[str, tuple[tuple[int, ...], int]] = {}
@@ -94,7 +97,7 @@ def read_stored(
         if others := paths - own:
             raise FormatError(f"the shard holds {min(others)}, which belongs to no array of this label set")
         return {
-            name: read_array(name, *chunks[name], array.dtype, entries)
+            name: read_array(name, *chunks[name], array.dtype, entries, most_key_bytes(size))
             for name, array in expected.items()
             if names is None or name in names
         }
@@ -107,7 +110,6 @@ def read_stored(
         ValueError,
         ArithmeticError,
         AttributeError,
-        MemoryError,
         RuntimeError,
         OSError,
     ) as error:
@@ -167,8 +169,12 @@ def _unzip(source: bytes | str | Path, names: tuple[str, ...] | None) -> tuple[d
                 if info.filename in paths:
                     raise FormatError(f"the shard's entry {info.filename} is there twice")
                 paths.add(info.filename)
-                array = info.filename.partition("/")[0]
-                if names is None or info.filename.endswith("zarr.json") or array in names:
+                array, is_metadata = info.filename.partition("/")[0], info.filename.endswith("zarr.json")
+                if is_metadata and info.file_size > _MOST_METADATA_BYTES:
+                    raise FormatError(
+                        f"the shard's {info.filename} has {info.file_size:,} bytes, more than {_MOST_METADATA_BYTES:,}"
+                    )
+                if names is None or is_metadata or array in names:
                     entries[info.filename] = archive.read(info)
             return entries, paths
     except FileNotFoundError as error:

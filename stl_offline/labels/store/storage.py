@@ -139,11 +139,16 @@ class FolderStorage:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise _linked(path) from error
+            if error.errno == errno.ENXIO:  # a socket, or a device that is not there
+                raise _irregular(path) from error
             raise
-        with open(descriptor, "rb") as stream:
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise FormatError(f"{path} is not a regular file; replace it by one")
-            return stream.read()
+                raise _irregular(path)
+            with open(descriptor, "rb", closefd=False) as stream:
+                return stream.read()
+        finally:
+            os.close(descriptor)
 
     def size(self, name: str) -> int | None:
         try:
@@ -391,6 +396,10 @@ def _is_refused(error: Exception) -> bool:
     """Whether a condition of the request was not met: s3fs turns that answer into an OSError like many others."""
     answer = getattr(error.__cause__, "response", None) or {}
     return answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412")
+
+
+def _irregular(path: Path) -> FormatError:
+    return FormatError(f"{path} is not a regular file; replace it by one")
 
 
 def _one_line(error: BaseException) -> str:

@@ -86,11 +86,11 @@ def test_stored_chunks_are_read_and_their_lengths_compared():
     values = np.random.default_rng(0).integers(2**63, size=40).astype("<u8")
     chunk = Blosc("zstd", 0).encode(values)
     assert chunk[2] & 2
-    np.testing.assert_array_equal(read_array("x", (40,), 40, values.dtype, {"x/c/0": chunk}), values)
+    np.testing.assert_array_equal(read_array("x", (40,), 40, values.dtype, {"x/c/0": chunk}, 0), values)
     claim = bytearray(chunk[:-8])
     struct.pack_into("<I", claim, 12, len(claim))
     with pytest.raises(FormatError, match="as large as its content"):
-        read_array("x", (40,), 40, values.dtype, {"x/c/0": bytes(claim)})
+        read_array("x", (40,), 40, values.dtype, {"x/c/0": bytes(claim)}, 0)
 
 
 def pack_keys(*words):
@@ -112,10 +112,10 @@ def pack_keys(*words):
 def test_lengths_of_keys(words, match):
     entries = {"keys/c/0": pack_keys(*words)}
     if match is None:
-        assert read_array("keys", (2,), 2, None, entries).tolist() == ["a", "b"]
+        assert read_array("keys", (2,), 2, None, entries, 1 << 20).tolist() == ["a", "b"]
         return
     with pytest.raises(FormatError, match=match):
-        read_array("keys", (2,), 2, None, entries)
+        read_array("keys", (2,), 2, None, entries, 1 << 20)
 
 
 def changed(entries, name, **changes):
