@@ -112,6 +112,41 @@ def test_a_run_of_the_package_is_a_backbone(tmp_path, quick):
         SegmentConfig(**quick | {"backbone": str(tmp_path), "backbone_pretrained": True})
 
 
+def test_published_pickles_are_backbones(tmp_path, quick):
+    """As the released files are: a state dict of names with a prefix, the moving average beside it, other classes."""
+    full = timm.create_model("fan_micro_4_p8_token", num_classes=7, img_size=32)
+    averaged = {f"module.{name}": value + 1 for name, value in full.state_dict().items()}
+    content = {"state_dict": {f"module.{name}": value for name, value in full.state_dict().items()}}
+    torch.save(content | {"state_dict_ema": averaged, "epoch": 300}, tmp_path / "fan.pth.tar")
+    named = {"backbone": "timm:fan_micro_4_p8_token", "backbone_checkpoint": str(tmp_path / "fan.pth.tar")}
+    backbone = make_backbone(SegmentConfig(**quick | named), (32, 48))
+    for name, value in backbone.net.model.state_dict().items():
+        assert torch.equal(value, averaged[f"module.{name}"]), name
+    with pytest.raises(InputError, match="does not fit"):
+        make_backbone(SegmentConfig(**quick | named | {"backbone": "timm:fan_tiny_8_p4_hybrid"}), (32, 48))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "indices", "multiple"), [("resnet10t", (1, 2, 3, 4), 32), ("fan_micro_4_p8", (0, 1, 2, 3), 8)]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_with_free_sizes(name, indices, multiple, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = Segmenter(Backbone(BackboneSpec(name, indices, (64, 96))), 8, 3).eval()
+    generator = torch.Generator().manual_seed(1)
+    height, width = (torch.export.Dim(side, min=2, max=64) for side in ("h", "w"))
+    shapes = ({0: "batch", 2: multiple * height, 3: multiple * width},)
+    images = torch.randn(2, 3, 64, 96, generator=generator)
+    torch.onnx.export(model, (images,), tmp_path / "x.onnx", dynamo=True, verbose=False, dynamic_shapes=shapes)
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    for shape in ((2, 3, 64, 96), (1, 3, 128, 64)):
+        images = torch.randn(*shape, generator=generator)
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        np.testing.assert_allclose(found, model(images).detach().numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "indices", "channels", "strides"),
     [
