@@ -14,7 +14,8 @@ loaded on first use, so ``import stl_offline`` is quick. Those below "Needs the 
 - A PyTorch loop of one's own (needs the extra [train], but neither FFCV nor packed images): `TokenLabelDataset`,
   `TokenBatch`, `RandomResizedCrop`, `mix_batch`, `MixedBatch`; for timm's train.py `TimmTokenDataset`, `TokenLoss`.
 - The commands, each a function of its settings (needs the extra [train]): `train_labeler` (`LabelerConfig`),
-  `dump_labels` (`DumpConfig`), `train_student` (`StudentConfig`), `evaluate` (`EvaluateConfig`).
+  `dump_labels` (`DumpConfig`; `label_with` labels with any function), `train_student` (`StudentConfig`),
+  `evaluate` (`EvaluateConfig`).
 - Errors: all derive from `StlError`.
 """
 
@@ -33,7 +34,7 @@ from stl_offline.errors import (
 
 if TYPE_CHECKING:
     from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, StudentConfig
-    from stl_offline.dump import dump_labels
+    from stl_offline.dump import dump_labels, label_with
     from stl_offline.evaluation import evaluate
     from stl_offline.geometry import CropSettings, View, center_views, draw_views, relative_view, whole_views
     from stl_offline.images.beton import Beton, open_beton
@@ -113,6 +114,7 @@ __all__ = [
     "evaluate",
     "join",
     "join_labels",
+    "label_with",
     "load_model",
     "merge",
     "mix_batch",
@@ -150,7 +152,7 @@ _CORE = {
     "webdataset": ("JoinedLabels", "join_labels"),
 }
 _TRAIN = {
-    "dump": ("dump_labels",),
+    "dump": ("dump_labels", "label_with"),
     "evaluation": ("evaluate",),
     "images.beton": ("Beton", "open_beton"),
     "images.pack": ("pack",),

@@ -98,6 +98,8 @@ def commands() -> None:
     except (stl.TrainingError, stl.MissingExtraError):
         raise
     print(report.samples, stl.__version__)
+    config = stl.DumpConfig(data="images", labeler="mine", out="labels", img_size=64)
+    print(stl.label_with(lambda images: images.flatten(2), config, class_names=("a", "b"), grid=(2, 3)).bytes)
     print(stl.train_student(stl.StudentConfig(data="images", labels="labels", out="runs/student"))["top1"])
     print(stl.evaluate(stl.EvaluateConfig(data="val", checkpoint="runs/student"))["top1"])
     labeler: stl.TokenLabeler

@@ -1,6 +1,7 @@
 """``stl-offline dump-labels``: run a labeler over images once and write its token labels."""
 
 from stl_offline.dump.estimate import DumpEstimate, estimate_dump
+from stl_offline.dump.function import label_with
 from stl_offline.dump.job import DumpReport, dump_labels
 from stl_offline.dump.labelling import Labelling, load_labeler, make_views, top_k_labels
 from stl_offline.dump.recompute import recompute_labels
@@ -11,6 +12,7 @@ __all__ = [
     "Labelling",
     "dump_labels",
     "estimate_dump",
+    "label_with",
     "load_labeler",
     "make_views",
     "recompute_labels",

@@ -39,10 +39,11 @@ class DumpReport:
     is_first: bool = True
 
 
-def dump_labels(config: DumpConfig, *, finish: bool = False) -> DumpReport:
+def dump_labels(config: DumpConfig, *, finish: bool = False, labeler: Any = None) -> DumpReport:
     """Work on a label set until all its shards are written, alone or beside other processes that do the same.
 
     Args:
+        labeler: this one in place of what the settings name.
         finish: label nothing; write the manifest of a set whose shards are all there.
 
     Raises:
@@ -51,7 +52,7 @@ def dump_labels(config: DumpConfig, *, finish: bool = False) -> DumpReport:
     """
     device = pick_device(config.device)
     # What can be refused without the images is refused before they are packed, which may take hours.
-    labeler = load_labeler(config)
+    labeler = load_labeler(config) if labeler is None else labeler
     check_place(config.out)
     labelling = Labelling(config, labeler, ensure_beton(config.data, skip_broken=config.skip_broken), device)
     started = time.perf_counter()
