@@ -64,11 +64,33 @@ from stl_offline.config import DumpConfig
 @setting_option(DumpConfig, "--out", group="output", metavar="SET")
 @setting_option(DumpConfig, "--batch-size", group="machine", metavar="N")
 @setting_option(DumpConfig, "--amp", group="machine")
+@option(
+    "--engine",
+    group="machine",
+    type=click.Choice(("local", "ray")),
+    default="local",
+    show_default=True,
+    help="What runs the work: this process, or actors of a Ray cluster with a shard at a time.",
+)
+@option(
+    "--ray-address",
+    group="machine",
+    metavar="ADDRESS",
+    help="Ray cluster to use, such as auto or ray://head:10001 (by default a new one on this machine).",
+)
 @device_option
 @workers_option
 @foreign_labeler_options
 @debug_option
-def dump_labels(estimate: bool, finish: bool, worker: bool, as_json: bool, **settings: object) -> None:
+def dump_labels(
+    estimate: bool,
+    finish: bool,
+    worker: bool,
+    as_json: bool,
+    engine: str,
+    ray_address: str | None,
+    **settings: object,
+) -> None:
     """Label every token of every image once, and write the labels as a set of shards.
 
     Run the same command on as many machines as you like: each process claims one shard after another until the set is
@@ -77,11 +99,17 @@ def dump_labels(estimate: bool, finish: bool, worker: bool, as_json: bool, **set
     """
     if estimate and finish:
         raise click.UsageError("--estimate and --finish exclude each other")
+    if engine == "ray" and (estimate or finish or worker):
+        raise click.UsageError("--engine ray labels; it excludes --estimate, --finish and --worker")
+    if ray_address is not None and engine != "ray":
+        raise click.UsageError("--ray-address needs --engine ray")
     config = DumpConfig(**settings)
-    from stl_offline.dump import dump_labels as dump
-    from stl_offline.dump import estimate_dump
+    from stl_offline import dump
 
-    result = estimate_dump(config) if estimate else dump(config, finish=finish)
+    if engine == "ray":
+        result = dump.dump_on_ray(config, ray_address)
+    else:
+        result = dump.estimate_dump(config) if estimate else dump.dump_labels(config, finish=finish)
     if result.is_first:
         lines = result_json(result) if as_json else estimate_lines(result) if estimate else [dump_line(result)]
         echo(*lines)

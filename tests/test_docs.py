@@ -249,7 +249,7 @@ def test_examples_for_clusters_are_scripts_that_start_a_dump():
     page = REPOSITORY / "docs" / "scale.md"
     found = [block.body for block in blocks(page, "sh")]
     found += [script for block in blocks(page, "yaml") for script in scripts(yaml.safe_load(block.body))]
-    assert len(found) == 6
+    assert len(found) == 7
     for body in found:
         done = subprocess.run(["bash", "-n"], input=body, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr

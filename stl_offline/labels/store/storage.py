@@ -198,13 +198,14 @@ class FolderStorage:
 
     def remove(self, name: str) -> None:
         path = self.path(name)
-        if path.is_dir():
+        try:
+            # No look at what it is: another process may remove it, or make it again, in between.
+            path.unlink(missing_ok=True)
+        except (IsADirectoryError, PermissionError):  # a folder, on Linux and elsewhere
             for inner in self.names(name):
                 self.remove(f"{name}/{inner}")
             with contextlib.suppress(OSError):
                 path.rmdir()
-        else:
-            path.unlink(missing_ok=True)
 
     def remove_file(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)

@@ -1,0 +1,130 @@
+"""A dump on a Ray cluster: actors hold the labeler, and the driver gives them one shard after another.
+
+One actor runs per GPU, or per CPU where the device is a CPU. Nodes may come and go: a shard whose actor is lost goes to
+another one, and new resources get actors of their own. Shards are committed as every worker commits them, so a shard
+that is labelled twice does no harm, and plain workers may run beside.
+"""
+
+import importlib
+import time
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from stl_offline.config import DumpConfig
+from stl_offline.device import pick_device
+from stl_offline.dump.job import DumpReport
+from stl_offline.dump.labelling import Labelling, load_labeler
+from stl_offline.errors import InputError, MissingExtraError, StlError, TargetError
+from stl_offline.images.pack import ensure_beton
+from stl_offline.labels.writer import LabelSetWriter, check_place
+from stl_offline.progress import progress_bar
+
+# How often the driver looks for ended shards, and for resources that have come.
+_POLL_SECONDS = 1.0
+# A shard that was lost with its actor so many times is not bad luck.
+_TRIES = 20
+
+
+class ShardActor:
+    """Holds a labeler and its images in a process of the cluster."""
+
+    def __init__(self, config: DumpConfig) -> None:
+        self._labelling = _prepare(config, pick_device(config.device))
+
+    def write(self, shard: int) -> int:
+        """Label and commit a shard; gives its number of images."""
+        labelling = self._labelling
+        with LabelSetWriter(labelling.config.out, labelling.spec, labelling.num_shards) as writer:
+            if writer.is_done(shard):
+                return 0
+            arrays = labelling.label(np.arange(*writer.shard_range(shard)), lambda done: None)
+            writer.write_shard(shard, arrays)
+            return len(arrays)
+
+
+def dump_on_ray(config: DumpConfig, address: str | None = None) -> DumpReport:
+    """`dump_labels` by the actors of a Ray cluster. Each node must read the images and the labeler under these names.
+
+    Args:
+        address: of a cluster that runs, such as ``auto`` or ``ray://head:10001``; None: a new one on this machine.
+
+    Raises:
+        StlError: as `dump_labels`; or a cluster that cannot be reached, or a shard that is lost again and again.
+    """
+    ray = _ray()
+    # What can be refused is refused here, before the cluster works.
+    labelling = _prepare(config, torch.device("cpu"))
+    started = time.perf_counter()
+    own = not ray.is_initialized()
+    if own:
+        try:
+            ray.init(address=address, log_to_driver=False, include_dashboard=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(f"there is no Ray cluster at {address}: {' '.join(str(error).split())[:200]}") from error
+    try:
+        with LabelSetWriter(config.out, labelling.spec, labelling.num_shards) as writer:
+            shards = writer.todo()
+            images = sum(last - first for first, last in map(writer.shard_range, shards))
+            labelled = 0
+            with progress_bar(images, "labelling", "image") as bar:
+                for count in _run(ray, config, shards):
+                    labelled += count
+                    bar.update(count)
+            size = sum(shard.bytes for shard in writer.finish().shards)
+    finally:
+        if own:
+            ray.shutdown()
+    return DumpReport(str(config.out), len(labelling.beton), labelled, time.perf_counter() - started, size)
+
+
+def _run(ray: ModuleType, config: DumpConfig, shards: list[int]) -> Iterator[int]:
+    """Have all shards written; gives the number of images of each that is."""
+    has_gpu = config.device != "auto" or "GPU" in ray.cluster_resources()
+    resource = "GPU" if config.device != "cpu" and has_gpu else "CPU"
+    share = {"num_cpus": 1} if resource == "CPU" else {"num_gpus": 1}
+    actor_class = ray.remote(max_restarts=0, **share)(ShardActor)
+    waiting = list(reversed(shards))
+    tries = dict.fromkeys(shards, 0)
+    idle: list[Any] = []
+    running: dict[Any, tuple[Any, int]] = {}
+    while waiting or running:
+        # As many actors as the cluster has places for now; those of nodes that are gone have ended with an error.
+        places = int(ray.cluster_resources().get(resource, 0))
+        wanted = min(places, len(waiting) + len(running)) - len(idle) - len(running)
+        idle += [actor_class.remote(config) for _ in range(wanted)]
+        while idle and waiting:
+            actor, shard = idle.pop(), waiting.pop()
+            tries[shard] += 1
+            running[actor.write.remote(shard)] = actor, shard
+        ended, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS) if running else ([], None)
+        if not running:
+            time.sleep(_POLL_SECONDS)
+        for task in ended:
+            actor, shard = running.pop(task)
+            try:
+                yield ray.get(task)
+                idle.append(actor)
+            except ray.exceptions.RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, StlError) else error) from error
+            except ray.exceptions.RayError as error:
+                # The actor, or its node, is gone.
+                if tries[shard] >= _TRIES:
+                    raise TargetError(f"shard {shard} was lost with its actor {_TRIES} times: {error}") from error
+                waiting.append(shard)
+
+
+def _prepare(config: DumpConfig, device: torch.device) -> Labelling:
+    labeler = load_labeler(config)
+    check_place(config.out)
+    return Labelling(config, labeler, ensure_beton(config.data, skip_broken=config.skip_broken), device)
+
+
+def _ray() -> ModuleType:
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise MissingExtraError("`engine=ray` needs the extra [ray]: pip install 'stl-offline[ray]'") from error
