@@ -20,11 +20,10 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-import fsspec
 import numpy as np
 
 from stl_offline.labels.format import encode_shard
-from stl_offline.labels.store import claims, storage
+from stl_offline.labels.store import claims, open_storage, storage
 from stl_offline.labels.writer import LabelSetWriter
 from tests.labels.crash import run
 from tests.labels.synthetic import make_arrays, make_spec, write_set
@@ -80,8 +79,9 @@ class Job:
 
 def stored(place: str) -> dict[str, bytes]:
     """Everything below a place, by name."""
-    filesystem, root = fsspec.core.url_to_fs(place, use_listings_cache=False)
-    return {path.removeprefix(f"{root}/"): filesystem.cat_file(path) for path in sorted(filesystem.find(root))}
+    here = open_storage(place)
+    assert not here.names(".partial")
+    return {name: here.read(name) for name in here.names() if name != ".partial"}
 
 
 def check(job: Job, expected: dict[str, bytes]) -> None:
@@ -91,7 +91,9 @@ def check(job: Job, expected: dict[str, bytes]) -> None:
         assert writer.complete
     found = stored(job.place)
     wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    assert not wrong, f"not the bytes of an undisturbed set: {wrong}"
+    if wrong:
+        print(f"not the bytes of an undisturbed set: {wrong}", file=sys.stderr, flush=True)
+        raise AssertionError
 
 
 def disturb(job: Job, crowd: int, most: int, draw: np.random.Generator, counts: Counter) -> None:
@@ -139,7 +141,7 @@ def survive(out: Path, place: str, kills: int, seed: int, shards: int, seconds: 
         disturb(job, crowd, min(kills - counts["kills"], 1 + shards // 12), draw, counts)
         labelled = job.log.read_text().split()
         # In a process of its own: what a store's client keeps cannot be forked.
-        assert run(lambda job=job: check(job, expected)) == 0, "not the bytes of an undisturbed set"
+        assert run(lambda job=job: check(job, expected)) == 0
         assert set(map(int, labelled)) == set(range(shards))
         counts["sets finished"] += 1
         counts["shards"] += shards

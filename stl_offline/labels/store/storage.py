@@ -30,6 +30,8 @@ R = TypeVar("R")
 TRIES = 4
 FIRST_WAIT_SECONDS = 0.5
 PART_BYTES = 8 << 20
+# For a file whose folder other processes remove meanwhile.
+_FOLDER_TRIES, _FOLDER_WAIT_SECONDS = 40, 0.05
 # Files that travel at the same time, unless a command is given another number.
 TRANSFERS = 8
 
@@ -175,14 +177,15 @@ class FolderStorage:
 
     def _put(self, name: str, data: bytes, *, exclusive: bool) -> None:
         path = self.path(name)
-        for attempt in range(TRIES):
+        for attempt in range(_FOLDER_TRIES):
             make_folder(path.parent)
             try:
                 return atomic_write(path, data, exclusive=exclusive)
             except TargetError as error:
-                # Another process that ends the job may remove the folder at any moment.
-                if attempt == TRIES - 1 or not isinstance(error.__cause__, FileNotFoundError):
+                # Workers that find the label set finished remove the folder, each of them once.
+                if attempt == _FOLDER_TRIES - 1 or not isinstance(error.__cause__, FileNotFoundError):
                     raise
+                time.sleep(_FOLDER_WAIT_SECONDS)
 
     def stamps(self, folder: str) -> dict[str, str]:
         return {name: f"{found.st_mtime_ns} {found.st_ino}" for name, found in self._stats(folder)}
