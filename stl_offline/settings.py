@@ -60,6 +60,10 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# Integers of any length come from recipes; above this no float holds them.
+_TOO_LARGE = 1 << 1000
+
+
 def check_settings(settings: Any) -> None:
     """Compare each field that `setting` made with its choices and bounds.
 
@@ -73,8 +77,8 @@ def check_settings(settings: Any) -> None:
             raise InputError(f"`{field.name}` must be one of {', '.join(choices)}; got {value!r}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if not math.isfinite(value):
-            raise InputError(f"`{field.name}` must be a finite number, got {value}")
+        if not abs(value) < _TOO_LARGE:  # NaN, too
+            raise InputError(f"`{field.name}` must be a finite number, got {str(value)[:40]}")
         if bounds is not None and not is_within(value, bounds):
             raise InputError(f"`{field.name}` must be {_in_words(bounds)}, got {value}")
 

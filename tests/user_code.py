@@ -39,6 +39,7 @@ def targets(labels: LabelSet, images: stl.Beton) -> tuple[np.ndarray, np.ndarray
     print(joined.matched, joined.missing_examples[:1])
     cache: TokenCache = stl.build_token_cache(labels, images.keys, images.content_hashes, images.class_names)
     crop = stl.View.crop(0.1, 0.2, 0.5, 0.6).flipped()
+    assert cache.confidence is not None  # labels of draws alone may have none
     seen = stl.View.from_array(cache.views[0, 0])
     return stl.token_targets(
         stl.TokenTargets("gumbel", grid=(8, 8)),
