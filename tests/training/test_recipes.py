@@ -100,7 +100,7 @@ NESTED = f"[{', '.join(_LISTS)}]"
         ("lr: 1:30", "lr takes a number, got '1:30'"),
         ("compile: yes", "compile takes true or false, got 'yes'"),
         ("lr: .inf", "`lr` must be a finite number, got inf"),
-        (f"lr: {10**400}", "`lr` must be a finite number, got 1000000"),
+        (f"epochs: {10**400}", "`epochs` must be a finite number, got 1000000"),
         (f"epochs: {NESTED}", "epochs takes a whole number, got [['x', 'x',"),
         ("epochs: &a [*a]", "epochs takes a whole number, got [[[...]]]"),
         (f"epochs: {'[' * 3000}", "nests lists or settings too deeply"),
