@@ -20,6 +20,7 @@ from stl_offline.cli.main import COMMANDS, group, main
 from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, PreviewConfig, ReportConfig, StudentConfig
 from stl_offline.config_transfer import DetectConfig, SegmentConfig, TransferEvaluateConfig, ZeroTrainConfig
 from stl_offline.errors import InputError, MissingExtraError, TargetError
+from stl_offline.labels.convert import convert
 
 HEAVY = "torch torchvision ffcv timm cv2 PIL safetensors matplotlib jinja2"
 CALL = "import sys; from stl_offline.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -114,6 +115,8 @@ def test_every_option_reaches_the_command(path, command):
             "transfer zero-train": ZeroTrainConfig,
         }[path]
         names |= {field.name for field in dataclasses.fields(settings)}
+    elif path == "labels convert":
+        names |= inspect.signature(convert).parameters.keys()
     elif "options" in parameters:
         assert path == "labels verify"
         names |= {"labeler", "data", "seed", "key_prefix", "match", "skip_broken", "device"}  # of recompute_labels

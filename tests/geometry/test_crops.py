@@ -152,5 +152,5 @@ def test_impossible_settings_are_refused(settings):
 
 
 def test_impossible_center_crops_are_refused():
-    with pytest.raises(InputError, match="crop-pct"):
+    with pytest.raises(InputError, match="`crop_pct` must lie in"):
         center_views(np.array([10]), np.array([10]), crop_pct=1.5)

@@ -134,7 +134,7 @@ def test_what_the_thread_raises_comes_out(load, views, monkeypatch):
 def test_a_thread_that_dies_is_noticed(load, views, monkeypatch):
     monkeypatch.setattr(EpochThread, "run", lambda self: None)
     started = time.monotonic()
-    with pytest.raises(TrainingError, match="died"):
+    with pytest.raises(TrainingError, match="the loading thread ended without an error; run the same again"):
         next(load().epoch(0, views))
     assert time.monotonic() - started < 5
 

@@ -21,6 +21,7 @@ from stl_offline.geometry import CropSettings, draw_views, whole_views
 from stl_offline.images.beton import BetonWriter, open_beton
 from stl_offline.images.encode import encode_image
 from stl_offline.targets import TokenTargets
+from tests.labels.synthetic import make_spec
 
 SAMPLES, SIZE, GRID = 12, (48, 72), (8, 12)
 MAP_GRID = (16, 20)
@@ -64,6 +65,7 @@ class Places:
         self.confidence = np.ones(shape[:-1], dtype=np.float32)
         self.views = self.map_views[:, None].astype(np.float32)
         self.labelled = np.ones(len(self.map_views), dtype=np.uint8)
+        self.spec, self.draws = make_spec(grid=MAP_GRID, top_k=1), None
 
     def read(self, samples, ids, weights):
         """Where the labels say that tokens come from: (B, N, 2) in the image, and their weight (B, N)."""

@@ -354,7 +354,7 @@ def test_validation_of_other_classes_is_refused(quick, tmp_path, make_stripes):
 
 def test_unknown_model_names_the_known_ones(quick):
     with pytest.raises(InputError, match="fan_tiny_8_p4_hybrid"):
-        train_labeler(LabelerConfig(**quick | {"model": "resnet50"}))
+        train_labeler(LabelerConfig(**quick | {"model": "resnet_50"}))
 
 
 @pytest.fixture
