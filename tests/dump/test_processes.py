@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.dump.dumping import content, run, start, tree
 
 
@@ -47,6 +49,7 @@ def test_stopped_killed_and_gone_on_with_other_numbers_of_processes(long_work, l
     assert content(out) == long_undisturbed
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     """Seeded; `tests/dump/killing.py` counts more of them."""
     line = [sys.executable, "-m", "tests.dump.killing", "--kills", "4", "--seed", "1", "--out", str(tmp_path / "kills")]

@@ -211,7 +211,7 @@ def test_images_that_are_missing(labels, images, tmp_path, label_set):
     assert "not available" in report.page.read_text()
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_same_images_under_other_keys(labels, images, tmp_path, packed, capsys):
     """A tar of the same files, in another folder: its keys have no file ending."""
     source = tmp_path / "team.tar"

@@ -42,7 +42,7 @@ def finish(process):
     ("number", "code", "more"),
     [
         (signal.SIGKILL, -9, ("--checkpoint-steps", "3")),
-        (signal.SIGTERM, 143, ()),
+        pytest.param(signal.SIGTERM, 143, (), marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 130, (), marks=pytest.mark.slow),
     ],
 )
