@@ -107,6 +107,7 @@ class Beton:
 
         Raises:
             FormatError: the stored bytes are damaged.
+            InputError: the image is larger than what fits into memory, or a damaged size makes it so.
         """
         height, width = int(self.heights[index]), int(self.widths[index])
         data = self.stored_bytes(index)
@@ -116,7 +117,13 @@ class Beton:
             if len(data) != height * width * 3:
                 raise self.damaged(index, "the file ends within it")
             return np.frombuffer(data, np.uint8).reshape(height, width, 3).copy()
-        pixels, complaint = decode_jpeg(data, width, height)
+        try:
+            pixels, complaint = decode_jpeg(data, width, height)
+        except MemoryError:
+            raise InputError(
+                f"{self.path}: the image {self.keys[index]!r} has {width:,} × {height:,} pixels, which do not fit into "
+                "memory; if it is smaller, the file is damaged: pack the images again"
+            ) from None
         if complaint:
             raise self.damaged(index, complaint)
         return pixels

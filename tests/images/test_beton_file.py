@@ -13,11 +13,13 @@ from ffcv.reader import Reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs import Zstd
+from PIL import Image
 
 from stl_offline.errors import FormatError, InputError
 from stl_offline.images import beton as beton_file
 from stl_offline.images.beton import MIN_PAGE_SIZE, BetonWriter, open_beton
 from stl_offline.images.encode import EncodedImage, content_hash, encode_image, key_hash
+from stl_offline.images.pack import pack
 
 COLOURS = np.random.default_rng(3).integers(0, 256, (9, 3))
 
@@ -398,3 +400,15 @@ def test_random_damage_is_a_format_error_or_harmless(photo, file_bytes, tmp_path
         except FormatError:
             continue
         assert all((image == other).all() for image, other in zip(images, expected, strict=True))
+
+
+def test_an_image_that_does_not_fit_into_memory(tmp_path, monkeypatch):
+    Image.new("RGB", (20, 12)).save(tmp_path / "a.jpg")
+    beton = open_beton(pack(tmp_path, tmp_path / "a.beton").path)
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("stl_offline.images.beton.decode_jpeg", full)
+    with pytest.raises(InputError, match="has 20 × 12 pixels, which do not fit into memory"):
+        beton.read_image(0)
