@@ -3,12 +3,10 @@
 B: batch; H, W: image; K: classes, without the background.
 """
 
-import dataclasses
-import json
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,11 +15,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from stl_offline.errors import FormatError, InputError
-from stl_offline.models import check_digest, load_checkpoint, read_header, weights_path
 from stl_offline.transfer.backbone import Backbone, BackboneSpec
+from stl_offline.transfer.description import LARGEST_SIDE, WIDEST, Description, load_trained
 
-KIND = "detector"
 _ANCHOR = 8  # side of an anchor, in strides of its map: 32 pixels at stride 4
 
 
@@ -81,51 +77,19 @@ class Detector(FasterRCNN):
 
 
 @dataclass(frozen=True)
-class DetectorDescription:
+class DetectorDescription(Description):
     """What is needed to build a trained detector again.
 
-    backbone: a name in timm's registry; indices: its feature maps; class_names: K; side, longest: of scaled images;
-    head_width: channels of the pyramid.
-
-    Raises:
-        InputError: a value that no detector has.
+    side, longest: of scaled images, in pixels; head_width: channels of the pyramid.
     """
 
-    backbone: str
-    indices: tuple[int, ...]
-    class_names: tuple[str, ...]
     side: int
     longest: int
     head_width: int
-    kind: str = KIND
-    version: int = 1
 
-    def __post_init__(self) -> None:
-        for name in ("indices", "class_names"):
-            if not isinstance(getattr(self, name), list | tuple):
-                raise InputError(f"{name} must be a list")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.kind != KIND or self.version != 1:
-            raise InputError(f"it must be a {KIND} of version 1, got {self.kind!r:.40} of version {self.version!r:.40}")
-        if not isinstance(self.backbone, str) or not all(isinstance(each, str) for each in self.class_names):
-            raise InputError("backbone must be a name in timm's registry, class_names a list of names")
-        numbers = (*self.indices, self.side, self.longest, self.head_width)
-        if not self.class_names or any(type(each) is not int or not 0 <= each <= 1 << 16 for each in numbers):
-            raise InputError("there must be classes, and sizes and indices must be whole numbers up to 65,536")
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str, where: str) -> "DetectorDescription":
-        """The inverse of `to_json`; ``where`` is the file, for messages. Raises `FormatError`."""
-        try:
-            values: Any = json.loads(text)
-            if not isinstance(values, dict) or values.get("kind") != KIND:
-                raise InputError("it describes another kind of model; `stl-offline transfer detect` trains detectors")
-            return cls(**values)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise FormatError(f"{where} holds no detector that can be used ({error})") from error
+    KIND = "detector"
+    COMMAND = "stl-offline transfer detect"
+    BOUNDS: ClassVar = dict.fromkeys(("side", "longest"), (1, LARGEST_SIDE, None)) | {"head_width": (1, WIDEST, None)}
 
     def build(self) -> Detector:
         """The detector with random weights."""
@@ -134,15 +98,5 @@ class DetectorDescription:
 
 
 def load_detector(run_or_file: str | Path) -> tuple[Detector, DetectorDescription]:
-    """Build the detector that a run trained and load its weights.
-
-    Raises:
-        InputError: nothing is there.
-        FormatError: the file is damaged, or describes no detector.
-    """
-    path = weights_path(run_or_file)
-    description = DetectorDescription.from_json(read_header(path), str(path))
-    model = description.build()
-    check_digest(path)
-    load_checkpoint(model, path)
-    return model.eval(), description
+    """The detector that a run trained; as `stl_offline.transfer.description.load_trained`."""
+    return load_trained(DetectorDescription, run_or_file)

@@ -47,7 +47,7 @@ def evaluate_transfer(config: TransferEvaluateConfig) -> dict[str, Any]:
     except (ValueError, AttributeError):
         kind = None
     device = pick_device(config.device)
-    prepare = _prepare_detector if kind == detector.KIND else _prepare_segmenter
+    prepare = _prepare_detector if kind == detector.DetectorDescription.KIND else _prepare_segmenter
     model, validation, samples = prepare(config, device)
     scores = validation(model, lambda: None)
     main = validation.names[0]

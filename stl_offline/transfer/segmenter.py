@@ -3,23 +3,19 @@
 B: batch; H, W: image; C: width of the head; K: classes.
 """
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stl_offline.errors import FormatError, InputError
-from stl_offline.models import check_digest, load_checkpoint, read_header, weights_path
 from stl_offline.transfer.backbone import Backbone, BackboneSpec
+from stl_offline.transfer.description import WIDEST, Description, load_trained
 
-KIND = "segmenter"
-_LARGEST_SIDE, _MOST_CLASSES, _MOST_LEVELS, _WIDEST = 8192, 1 << 16, 64, 1 << 16
+_LARGEST_CROP = 8192
 
 
 class MlpHead(nn.Module):
@@ -99,62 +95,19 @@ def _starts(side: int, window: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class SegmenterDescription:
+class SegmenterDescription(Description):
     """What is needed to build a trained segmenter again.
 
-    backbone: a name in timm's registry; indices: its feature maps; class_names: K; crop: (H, W) trained on; head_width:
-    C; ignore_id: what pixels without a class had in the masks.
-
-    Raises:
-        InputError: a value that no segmenter has.
+    crop: (H, W) trained on; head_width: C; ignore_id: what pixels without a class had in the masks.
     """
 
-    backbone: str
-    indices: tuple[int, ...]
-    class_names: tuple[str, ...]
     crop: tuple[int, int]
     head_width: int
     ignore_id: int
-    kind: str = KIND
-    version: int = 1
 
-    def __post_init__(self) -> None:
-        for name in ("indices", "class_names", "crop"):
-            if not isinstance(getattr(self, name), list | tuple):
-                raise InputError(f"{name} must be a list")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.kind != KIND or self.version != 1:
-            raise InputError(f"it must be a {KIND} of version 1, got {self.kind!r:.40} of version {self.version!r:.40}")
-        if not isinstance(self.backbone, str):
-            raise InputError(f"backbone must be a name in timm's registry, got {self.backbone!r:.40}")
-        names = self.class_names
-        if not (1 <= len(names) <= _MOST_CLASSES and all(isinstance(name, str) for name in names)):
-            raise InputError(f"class_names must be 1 to {_MOST_CLASSES:,} names")
-        numbers = {
-            "indices": (self.indices, 0, _WIDEST),
-            "crop": (self.crop, 1, _LARGEST_SIDE),
-            "head_width": ((self.head_width,), 1, _WIDEST),
-            "ignore_id": ((self.ignore_id,), 0, 65_535),
-        }
-        for name, (values, low, high) in numbers.items():
-            if not values or any(type(value) is not int or not low <= value <= high for value in values):
-                raise InputError(f"{name} must be whole numbers from {low} to {high:,}")
-        if len(self.crop) != 2 or len(self.indices) > _MOST_LEVELS:
-            raise InputError(f"crop must be two numbers, indices at most {_MOST_LEVELS}")
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str, where: str) -> "SegmenterDescription":
-        """The inverse of `to_json`; ``where`` is the file, for messages. Raises `FormatError`."""
-        try:
-            values: Any = json.loads(text)
-            if not isinstance(values, dict) or values.get("kind") != KIND:
-                raise InputError("it describes another kind of model; `stl-offline transfer segment` trains segmenters")
-            return cls(**values)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise FormatError(f"{where} holds no segmenter that can be used ({error})") from error
+    KIND = "segmenter"
+    COMMAND = "stl-offline transfer segment"
+    BOUNDS: ClassVar = {"crop": (1, _LARGEST_CROP, 2), "head_width": (1, WIDEST, None), "ignore_id": (0, 65_535, None)}
 
     def build(self) -> Segmenter:
         """The segmenter with random weights."""
@@ -163,15 +116,5 @@ class SegmenterDescription:
 
 
 def load_segmenter(run_or_file: str | Path) -> tuple[Segmenter, SegmenterDescription]:
-    """Build the segmenter that a run trained and load its weights.
-
-    Raises:
-        InputError: nothing is there.
-        FormatError: the file is damaged, or describes no segmenter.
-    """
-    path = weights_path(run_or_file)
-    description = SegmenterDescription.from_json(read_header(path), str(path))
-    model = description.build()
-    check_digest(path)
-    load_checkpoint(model, path)
-    return model.eval(), description
+    """The segmenter that a run trained; as `stl_offline.transfer.description.load_trained`."""
+    return load_trained(SegmenterDescription, run_or_file)
