@@ -62,13 +62,16 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_file(path: str | Path) -> bytes:
-    """The bytes of a regular file. A named pipe is an OSError: opening one may wait for its other end for ever."""
+def read_file(path: str | Path, most: int = -1) -> bytes:
+    """The bytes of a regular file, ``most`` of them at most unless that is -1.
+
+    A named pipe is an OSError: opening one may wait for its other end for ever.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        return stream.read()
+        return stream.read(most)
 
 
 def read_json_object(path: Path, advice: str) -> dict[str, Any]:

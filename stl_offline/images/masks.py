@@ -4,7 +4,6 @@ import io
 import json
 import os
 import warnings
-import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,9 +13,10 @@ from PIL import Image
 
 from stl_offline.errors import InputError
 from stl_offline.files import read_file
+from stl_offline.images.voc import MOST_BYTES, read_voc
 
 _BOX_SIDE = 256  # pixels per side of the mask that a box becomes; boxes are exact to half a pixel of it
-_XML_BYTES, _JSON_BYTES = 1 << 20, 1 << 30
+_JSON_BYTES = 1 << 30
 
 
 def read_masks(source: str | Path) -> Mapping[str, np.ndarray]:
@@ -118,27 +118,11 @@ def _read_png(place: Path) -> np.ndarray:
 
 
 def _read_voc(place: Path) -> np.ndarray:
-    if place.stat().st_size > _XML_BYTES:
-        raise ValueError(f"it has more than {_XML_BYTES:,} bytes")
-    root = ElementTree.fromstring(read_file(place))
-
-    def number(parent: ElementTree.Element | None, name: str) -> float:
-        text = None if parent is None else parent.findtext(name)
-        if text is None:
-            raise ValueError(f"no <{name}> where Pascal VOC has it")
-        return float(text)
-
-    size = root.find("size")
-    width, height = number(size, "width"), number(size, "height")
-    if not (width > 0 and height > 0):
-        raise ValueError(f"the image's size is {width:g} × {height:g}")
-    # VOC's corners are pixels from 1, both included.
-    boxes = [
-        ((number(box, "xmin") - 1) / width, (number(box, "ymin") - 1) / height)
-        + (number(box, "xmax") / width, number(box, "ymax") / height)
-        for box in root.iterfind("object/bndbox")
-    ]
-    return _draw(np.array(boxes, dtype=np.float64).reshape(-1, 4).clip(0, 1))
+    size, boxes = read_voc(read_file(place, MOST_BYTES + 1))
+    if size is None or min(size) <= 0:
+        raise ValueError(f"<size> must give the image's width and height, got {size}")
+    sides = np.array([box.sides for box in boxes], dtype=np.float64).reshape(-1, 4)
+    return _draw((sides / (*size, *size)).clip(0, 1))
 
 
 def _draw(boxes_n4: np.ndarray) -> np.ndarray:

@@ -1,13 +1,11 @@
 """Images with boxes of objects, from Pascal VOC's XML files or a COCO JSON file, checked before training.
 
-Boxes are (left, top, right, bottom) in pixels from the image's upper left corner. VOC's corners are pixels from 1, both
-included; COCO's are a corner and a size. What a file marks as difficult or as a crowd is left out.
+Boxes are (left, top, right, bottom) in pixels from the image's upper left corner; COCO's are a corner and a size. What
+a file marks as difficult or as a crowd is left out.
 """
 
 import json
-import math
 import posixpath
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,10 @@ from stl_offline.errors import InputError
 from stl_offline.files import canonical_json, sha256_bytes
 from stl_offline.images.common import is_image_name
 from stl_offline.images.encode import content_hash, to_rgb
+from stl_offline.images.voc import read_voc
 from stl_offline.transfer.pairs import list_files, open_image
 
-_XML_BYTES, _JSON_BYTES = 1 << 20, 1 << 30
+_JSON_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,7 @@ def open_boxes(
 _Boxes = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def _arrays(boxes: list[list[float]], ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(boxes: Sequence[Sequence[float]], ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(boxes, np.float32).reshape(-1, 4), np.array(ids, np.int64)
 
 
@@ -121,20 +120,14 @@ def _voc(source: object, files: dict, images: dict, ids: dict[str, int]) -> _Box
 def _read_voc(name: str, data: bytes, ids: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
     boxes, class_ids = [], []
     try:
-        if len(data) > _XML_BYTES:
-            raise ValueError(f"it has more than {_XML_BYTES:,} bytes")
-        for item in ElementTree.fromstring(data).iterfind("object"):
-            if (item.findtext("difficult") or "0").strip() == "1":
+        for box in read_voc(data)[1]:
+            if box.is_difficult:
                 continue
-            class_name = (item.findtext("name") or "").strip()
-            if class_name not in ids:
-                raise ValueError(f"the class {class_name!r} is not among `classes`: {', '.join(ids)}")
-            sides = [float(item.findtext(f"bndbox/{side}") or "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
-            if not all(map(math.isfinite, sides)):
-                raise ValueError("a box has no numbers for its sides")
-            boxes.append([sides[0] - 1, sides[1] - 1, *sides[2:]])
-            class_ids.append(ids[class_name])
-    except (ValueError, ElementTree.ParseError) as error:
+            if box.class_name not in ids:
+                raise ValueError(f"the class {box.class_name!r} is not among `classes`: {', '.join(ids)}")
+            boxes.append(box.sides)
+            class_ids.append(ids[box.class_name])
+    except ValueError as error:
         raise InputError(f"the annotations {name} cannot be used: {error}") from error
     return _arrays(boxes, class_ids)
 
