@@ -39,7 +39,9 @@ def random_cache(samples: int, side: int):
         confidence=probabilities[..., 0].astype(np.float32),
         views=np.tile(np.array([1, 0, 0, 0, 1, 0], dtype=np.float32), (samples, 1, 1)),
         labelled=np.ones(samples, dtype=np.uint8),
+        draws=None,
         num_classes=CLASSES,
+        spec=SimpleNamespace(has_confidence=True, draws=0),
     )
 
 
