@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stl_offline.config import DumpConfig
+from stl_offline.device import pick_device
 from stl_offline.dump.job import DumpReport, dump_labels
 from stl_offline.errors import InputError
 
@@ -99,7 +100,8 @@ def label_with(
         raise InputError("a function has no input size of its own: give `img_size`")
     if config.class_top_k or config.class_draws:
         # Seen once before the job: a function that gives no class logits would fail on the first batch otherwise.
-        found = function(torch.zeros(1, 3, config.img_size, config.img_size))
+        with torch.inference_mode():
+            found = function(torch.zeros(1, 3, config.img_size, config.img_size, device=pick_device(config.device)))
         if not isinstance(found, tuple):
             raise InputError("`class_top_k` and `class_draws` need a function that gives class logits, too")
     labeler = FunctionLabeler(

@@ -32,8 +32,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Labels:
-    """names, contents: hashes, uint64, in the order of ``names``; keys: some of them; doubled: hashes that occur more
-    than once."""
+    """names, contents: hashes, uint64, in the order of ``names``; keys: some of them."""
 
     names: np.ndarray
     contents: np.ndarray
