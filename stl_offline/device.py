@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+from pathlib import Path
 
 import torch
 
@@ -81,8 +82,19 @@ def _bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cpu":
         # Without these instructions the CPU emulates bf16, which is slower than float32.
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_bf16_tile", "sve_bf16"))
+        if any(capabilities.get(name, False) for name in ("amx_bf16", "amx_bf16_tile", "sve_bf16")):
+            return True
+        # Intel's AVX-512 units do these products at half the rate of float32's (a training step of fan_micro_4_p8 takes
+        # 1.6 times as long); AMD's at twice the rate.
+        return capabilities.get("avx512_bf16", False) and "AuthenticAMD" in _cpu_vendor()
     return False
+
+
+def _cpu_vendor() -> str:
+    """What Linux lists of the CPU's maker, or nothing."""
+    with contextlib.suppress(OSError):
+        return next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "vendor_id" in line), "")
+    return ""
 
 
 def pick_workers(asked: int) -> int:

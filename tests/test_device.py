@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from stl_offline.device import pick_device, pick_workers
+from stl_offline import device
+from stl_offline.device import pick_amp, pick_device, pick_workers
 from stl_offline.errors import InputError
 
 
@@ -39,3 +40,19 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch):
     assert pick_workers(5) == 5
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert pick_workers(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capabilities", "expected"),
+    [
+        ("GenuineIntel", {"avx512_bf16": True, "amx_bf16": False}, None),
+        ("GenuineIntel", {"avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
+        ("AuthenticAMD", {"avx512_bf16": True}, torch.bfloat16),
+        ("AuthenticAMD", {"avx512_bf16": False}, None),
+        ("", {"sve_bf16": True}, torch.bfloat16),
+    ],
+)
+def test_auto_takes_bf16_on_cpus_that_multiply_it_faster(monkeypatch, vendor, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(device, "_cpu_vendor", lambda: f"vendor_id\t: {vendor}")
+    assert pick_amp("auto", torch.device("cpu")) is expected

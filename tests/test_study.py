@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stl_offline.config import DumpConfig, StudentConfig
 from stl_offline.evaluation import corrupt
 from tests.source_tree import REPOSITORY
 
@@ -41,7 +42,21 @@ def test_every_need_comes_before_what_needs_it(study, settings):
         assert set(task.needs) <= set(names[:number]), task.name
     for arm in ("none", "online", "whole", "views"):
         assert {f"{arm}-seed{seed}" for seed in range(3)} <= set(names)
-    assert sum(task.kind == "student" for task in tasks) == 12 + len(study[1].OTHER_ARMS)
+    assert sum(task.kind == "student" for task in tasks) == 12 + len(study[1].MAPS.other)
+
+
+@pytest.mark.parametrize("plan", ["maps", "draws"])
+def test_the_settings_of_every_arm_and_set_are_valid(study, plan, settings):
+    _, plans, _ = study
+    plan = plans.PLANS[plan]
+    for name, options in plan.sets.items():
+        options = {key: 8 if isinstance(value, str) else value for key, value in options.items()}
+        DumpConfig(data="x", labeler="x", out=name, **{"top_k": 5, "seed": 0} | options)
+    for name, options in plan.arms.items():
+        labeler = {"labeler": "x"} if options["labels"] == "online" else {}
+        assert StudentConfig(data="x", out=name, **options | labeler)
+        assert isinstance(options["labels"], str) or set(options["labels"]) <= set(plan.sets)
+    assert {arm for pair in plan.differences for arm in pair} | {plan.against} <= set(plan.main)
 
 
 def test_what_is_wanted_brings_what_it_needs(study, settings):
@@ -79,15 +94,16 @@ def test_a_task_that_went_on_does_not_say_how_long_it_took(study, settings, tmp_
     task = plan.Task("labels-whole", "dump")
     plan.run_task(settings, tmp_path, task)
     assert plan.read_result(tmp_path, "labels-whole")["cpu_seconds"] >= 0
-    assert tables._sets(tmp_path).endswith("| whole | 1,000 | 100 | 0 |")
+    assert tables._sets(tmp_path, plan.MAPS).endswith("| whole | 1,000 | 100 | 0 |")
     plan.run_task(settings, tmp_path, task)
-    assert tables._sets(tmp_path).endswith("| whole | 1,000 | 100 | – |")
+    assert tables._sets(tmp_path, plan.MAPS).endswith("| whole | 1,000 | 100 | – |")
 
 
 def result(top1, kinds, clean):
     return {
         "top1": top1,
         "top1_not_averaged": top1,
+        "ece": 0.05 + top1 / 10,
         "train_cpu_seconds": 80.0,
         "corrupted": {"clean": clean, "kinds": kinds},
         "history": [{"epoch": 1, "class_loss": 2.0, "top1": 0.1}, {"epoch": 2, "class_loss": 1.0, "top1": top1}],
@@ -110,12 +126,18 @@ def test_tables_hold_means_spreads_and_differences(study, settings, tmp_path):
             path.write_text(json.dumps(result(value, kinds, 0.6)))
     tables.write_report(tmp_path, settings, tmp_path / "out")
     text = (tmp_path / "out" / "study.md").read_text()
-    assert "| `none`: no labels | 3 | 60.0 ± 10.0 | 60.0 ± 10.0 | 30.0 ± 0.0 | 50.0 ± 0.0 | 20 | – |" in text
-    assert "| `zoom` | +5.0 | +0.0 |" in text
+    assert (
+        "| `none`: no labels | 3 | 60.0 ± 10.0 | 60.0 ± 10.0 | 11.0 ± 1.0 | 30.0 ± 0.0 | 50.0 ± 0.0 | 20 | – |" in text
+    )
+    assert "| `zoom` | +5.0 | +0.5 | +0.0 |" in text
     # √((2 · 0.1² + 2 · 0.05²) / 4 · (1/3 + 1/3)) = 6.5 points
-    assert "| views − none | +10.0 (standard error 6.5) | +0.0 (standard error 0.0) |" in text
+    assert (
+        "| views − none | +10.0 (standard error 6.5) | +1.0 (standard error 0.6) | +0.0 (standard error 0.0) |" in text
+    )
     # The spread of the others stands for that of a single run: √(0.00625 · (1 + 1/3)) = 9.1
-    assert "| online − none | +20.0 (standard error 9.1) | +0.0 (standard error 0.0) |" in text
+    assert (
+        "| online − none | +20.0 (standard error 9.1) | +2.0 (standard error 0.9) | +0.0 (standard error 0.0) |" in text
+    )
     assert "| `none` | 10.0 | 50.0 | – | – |" in text
     kept = json.loads((tmp_path / "out" / "study-results.json").read_text())
     assert kept["settings"]["epochs"] == 4

@@ -3,8 +3,10 @@
     python tests/benchmarks/study.py --train tiny20-train.tar --val tiny20-val.tar --boxes tiny20-boxes.json \
         --out runs/study --jobs 2
     python tests/benchmarks/study.py --out runs/study --tables docs
+    python tests/benchmarks/study.py --plan draws --train tiny180-train.tar --val tiny180-val.tar --out runs/draws \
+        --side 48
 
-It trains a labeler, dumps its labels in several ways, trains a student from each (fan_micro_4_p8, 64 px) and scores
+It trains a labeler, dumps its labels in several ways, trains a student from each (fan_micro_4_p8) and scores
 them on clean and on corrupted validation images. ``--jobs`` tasks run side by side, each a process with one thread.
 Every task's result is kept; stopped in any way, the same command goes on where it stopped. ``--only`` runs the tasks
 whose names match, and what these need. The second form writes the tables and plots of what is there, and
@@ -22,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from study_plan import Study, Task, make_tasks, read_result, run_task
+from study_plan import PLANS, Study, Task, make_tasks, read_result, run_task
 from study_tables import write_report
 
 from stl_offline.files import atomic_write, canonical_json
@@ -52,6 +54,8 @@ def main() -> int:
         seeds=options.seeds,
         batch_size=options.batch_size,
         corrupted_images=options.corrupted_images,
+        plan=options.plan,
+        side=options.side,
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results").mkdir(exist_ok=True)
@@ -144,8 +148,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="tasks side by side")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each main arm")
+    parser.add_argument("--side", type=int, default=64, help="pixels of a training image's side")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--corrupted-images", type=int, default=500, help="of the validation images")
+    parser.add_argument("--plan", choices=PLANS, default="maps", help="what is compared")
     parser.add_argument("--only", default="*", help="names of tasks, such as 'none-*,whole-*'")
     parser.add_argument("--list", action="store_true", help="print what is done and what is not")
     parser.add_argument("--tables", metavar="DIR", help="write study.md and its plots there; train nothing")

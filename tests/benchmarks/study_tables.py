@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from study_corruptions import KINDS
-from study_plan import ARMS, MAIN_ARMS, OTHER_ARMS, SETS, Study, read_result
+from study_plan import PLANS, Plan, Study, read_result
 
 DASH = "–"
 LABELS = {
@@ -29,22 +29,31 @@ LABELS = {
     "whole-k20": "k = 20: all classes",
     "whole-half": "half the weight of the token loss",
     "whole-double": "twice the weight of the token loss",
+    "views-draws": "dumped, as many crops as epochs, 1 draw",
+    "views-top5": "the same crops, k = 5, `--token-norm mass`",
+    "views-top5-tokens": "the same crops, k = 5, `--token-norm tokens`",
+    "whole-twice-draws": "one map at twice the size, 16 draws",
+    "views-hybrid": "the crops, k = 5 and 1 draw of the rest",
+    "views-ghost": "k = 5, `--residual ghost`",
+    "views-class": "k = 5, `--residual class`",
+    "views-distil": "1 draw, and `--class-target mix:0.5`",
 }
 
 
 def write_report(folder: Path, study: Study, out: Path) -> None:
     """Write ``study.md``, ``study-curves.png``, ``study-corruptions.png`` and ``study-results.json``: all of it."""
-    runs = {arm: _results(folder, arm, study.seeds) for arm in ARMS}
+    plan = PLANS[study.plan]
+    runs = {arm: _results(folder, arm, study.seeds) for arm in plan.arms}
     runs = {arm: results for arm, results in runs.items() if results}
     labeler = read_result(folder, "labeler")
     parts = [
         _accuracy(runs, labeler, folder, study),
-        _differences(runs),
-        _against_whole(runs),
+        _differences(runs, plan),
+        _against(runs, plan),
         _by_epoch(runs, labeler, study),
-        _corruptions(runs, labeler),
-        _sets(folder),
-        _agreement(folder),
+        _corruptions(runs, labeler, plan),
+        _sets(folder, plan),
+        _agreement(folder, plan),
         _boxes(folder),
     ]
     out.mkdir(parents=True, exist_ok=True)
@@ -54,8 +63,9 @@ def write_report(folder: Path, study: Study, out: Path) -> None:
     kept = {"settings": settings, "results": _rounded(results)}
     (out / "study-results.json").write_text(json.dumps(kept, sort_keys=True))
     if runs:
-        _plot_curves(runs, labeler, out / "study-curves.png")
-        _plot_corruptions(runs, out / "study-corruptions.png")
+        main = {arm: runs[arm] for arm in plan.main if arm in runs}
+        _plot_curves(main, labeler, out / "study-curves.png")
+        _plot_corruptions(main, out / "study-corruptions.png")
 
 
 def _rounded(value: Any) -> Any:
@@ -89,10 +99,20 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _accuracy(runs: dict[str, list[dict]], labeler: dict | None, folder: Path, study: Study) -> str:
-    head = ["", "seeds", "top-1 %", "not averaged %", "corrupted %", "retention %", "CPU s per epoch", "label bytes"]
+    head = [
+        "",
+        "seeds",
+        "top-1 %",
+        "not averaged %",
+        "ECE %",
+        "corrupted %",
+        "retention %",
+        "CPU s per epoch",
+        "label bytes",
+    ]
     rows = [_accuracy_row("the labeler itself", [labeler], "", study)] if labeler else []
     for arm, results in runs.items():
-        labels = ARMS[arm]["labels"]
+        labels = PLANS[study.plan].arms[arm]["labels"]
         names = () if isinstance(labels, str) else labels
         sizes = [read_result(folder, f"labels-{name}") for name in names]
         size = f"{sum(each['bytes'] for each in sizes if each):,}" if sizes else DASH
@@ -109,6 +129,7 @@ def _accuracy_row(label: str, results: list[dict], size: str, study: Study) -> l
         str(len(results)),
         spread([result["top1"] for result in results]),
         spread(plain) if plain else DASH,
+        spread([result["ece"] for result in results]),
         spread([corrupted_mean(result) for result in results]),
         spread(retention),
         f"{epoch:.0f}",
@@ -116,41 +137,43 @@ def _accuracy_row(label: str, results: list[dict], size: str, study: Study) -> l
     ]
 
 
-def _differences(runs: dict[str, list[dict]]) -> str:
-    """Main arms against no labels and against online: mean difference and its standard error over seeds.
+def _differences(runs: dict[str, list[dict]], plan: Plan) -> str:
+    """Pairs of main arms: mean difference and its standard error over seeds.
 
     Few seeds say little of an arm's own spread: that of all main arms is pooled.
     """
-    values = (lambda result: 100 * result["top1"], lambda result: 100 * corrupted_mean(result))
-    variances = [_pooled_variance([list(map(value, runs.get(arm, []))) for arm in MAIN_ARMS]) for value in values]
+    values = (
+        lambda result: 100 * result["top1"],
+        lambda result: 100 * result["ece"],
+        lambda result: 100 * corrupted_mean(result),
+    )
+    variances = [_pooled_variance([list(map(value, runs.get(arm, []))) for arm in plan.main]) for value in values]
     rows = []
-    for arm, other in (
-        ("online", "none"),
-        ("whole", "none"),
-        ("views", "none"),
-        ("whole", "online"),
-        ("views", "online"),
-    ):
+    for arm, other in plan.differences:
         if arm not in runs or other not in runs:
             continue
         cells = [f"{arm} − {other}"]
         for value, variance in zip(values, variances, strict=True):
             cells.append(_difference(list(map(value, runs[arm])), list(map(value, runs[other])), variance))
         rows.append(cells)
-    return _table(["points", "top-1", "corrupted"], rows) if rows else ""
+    return _table(["points", "top-1", "ECE", "corrupted"], rows) if rows else ""
 
 
-def _against_whole(runs: dict[str, list[dict]]) -> str:
-    """Points of the arms with one seed above the plain map of the same seed."""
-    if "whole" not in runs:
+def _against(runs: dict[str, list[dict]], plan: Plan) -> str:
+    """Points of the arms with one seed above the plan's arm of comparison, of the same seed."""
+    if plan.against not in runs:
         return ""
-    plain = runs["whole"][0]
+    plain = runs[plan.against][0]
     rows = []
-    for arm in OTHER_ARMS:
+    for arm in plan.other:
         for run in runs.get(arm, [])[:1]:
-            gains = (run["top1"] - plain["top1"], corrupted_mean(run) - corrupted_mean(plain))
+            gains = (
+                run["top1"] - plain["top1"],
+                run["ece"] - plain["ece"],
+                corrupted_mean(run) - corrupted_mean(plain),
+            )
             rows.append([f"`{arm}`", *(f"{100 * gain:+.1f}" for gain in gains)])
-    return _table(["points above `whole`, same seed", "top-1", "corrupted"], rows) if rows else ""
+    return _table([f"points above `{plan.against}`, same seed", "top-1", "ECE", "corrupted"], rows) if rows else ""
 
 
 def _pooled_variance(groups: Sequence[Sequence[float]]) -> float:
@@ -170,7 +193,7 @@ def _by_epoch(runs: dict[str, list[dict]], labeler: dict | None, study: Study) -
     """Where the main arms stand after each quarter of their epochs: the first seed, which is measured on the way."""
     epochs = sorted({max(1, study.epochs * quarter // 4) for quarter in range(1, 5)})
     columns = {"the labeler itself": labeler} if labeler else {}
-    columns |= {f"`{arm}`": runs[arm][0] for arm in MAIN_ARMS if arm in runs}
+    columns |= {f"`{arm}`": runs[arm][0] for arm in PLANS[study.plan].main if arm in runs}
     rows = []
     for name, result in columns.items():
         found = {entry["epoch"]: entry["top1"] for entry in result["history"] if entry.get("top1") is not None}
@@ -178,9 +201,9 @@ def _by_epoch(runs: dict[str, list[dict]], labeler: dict | None, study: Study) -
     return _table(["top-1 % after epoch (first seed)", *map(str, epochs)], rows) if rows else ""
 
 
-def _corruptions(runs: dict[str, list[dict]], labeler: dict | None) -> str:
+def _corruptions(runs: dict[str, list[dict]], labeler: dict | None, plan: Plan) -> str:
     columns = {"labeler": [labeler]} if labeler else {}
-    columns |= {arm: runs[arm] for arm in MAIN_ARMS if arm in runs}
+    columns |= {arm: runs[arm] for arm in plan.main if arm in runs}
     rows = []
     for family, kinds in KINDS.items():
         for kind in kinds:
@@ -191,9 +214,9 @@ def _corruptions(runs: dict[str, list[dict]], labeler: dict | None) -> str:
     return _table(["top-1 %, mean of severities", *columns], rows) if columns else ""
 
 
-def _sets(folder: Path) -> str:
+def _sets(folder: Path, plan: Plan) -> str:
     rows = []
-    for name in SETS:
+    for name in plan.sets:
         result = read_result(folder, f"labels-{name}")
         if result:
             each = result["bytes"] / result["samples"]
@@ -202,9 +225,9 @@ def _sets(folder: Path) -> str:
     return _table(["label set", "bytes", "bytes per image", "CPU s"], rows) if rows else ""
 
 
-def _agreement(folder: Path) -> str:
+def _agreement(folder: Path, plan: Plan) -> str:
     rows = []
-    for name in (*SETS, "zoom"):
+    for name in (*plan.sets, "zoom"):
         result = read_result(folder, f"agreement-{name}")
         if result:
             small = result["small"] or {"top1": math.nan, "kl": math.nan}
@@ -227,7 +250,7 @@ def _boxes(folder: Path) -> str:
 
 def _plot_curves(runs: dict[str, list[dict]], labeler: dict | None, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    shown = {arm: runs[arm] for arm in MAIN_ARMS if arm in runs} | ({"labeler": [labeler]} if labeler else {})
+    shown = runs | ({"labeler": [labeler]} if labeler else {})
     for arm, results in shown.items():
         for axis, field in zip(axes, ("top1", "class_loss"), strict=True):
             for number, result in enumerate(results):
@@ -248,7 +271,7 @@ def _plot_curves(runs: dict[str, list[dict]], labeler: dict | None, path: Path) 
 
 
 def _plot_corruptions(runs: dict[str, list[dict]], path: Path) -> None:
-    shown = {arm: runs[arm] for arm in MAIN_ARMS if arm in runs}
+    shown = runs
     kinds = [kind for family in KINDS.values() for kind in family]
     figure, axis = plt.subplots(figsize=(11, 4), layout="constrained")
     width = 0.8 / max(1, len(shown))
