@@ -4,9 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import timm
 
 from stl_offline.demo.shapes import write_shapes
+from stl_offline.models import ModelDescription, save_model
 from tests.source_tree import REPOSITORY
+from tests.transfer.conftest import CLASSES, IGNORE, write_tar
 
 
 def run(name: str, *arguments: object) -> list[str]:
@@ -27,3 +30,19 @@ def test_the_loader_and_the_decoder_are_timed(tmp_path):
     images = write_shapes(tmp_path / "shapes", train=60, val=10) / "train"
     assert len(run("loader_speed.py", images, "--rounds", 1, "--passes", 1, "--batch-size", 20)) == 4
     assert run("decoder_speed.py", images, "--sides", 32, "--rounds", 1)
+
+
+@pytest.mark.slow
+def test_the_transfer_study_compares_paired_seeds(tmp_path):
+    data = write_tar(tmp_path / "scenes.tar", {"train": range(4), "val": range(4, 6)}, (88, 112))
+    for seed in range(2):
+        model = timm.create_model("fan_micro_4_p8_token", num_classes=3, img_size=32)
+        description = ModelDescription("fan_micro_4_p8_token", ("a", "b", "c"), 32, "student")
+        save_model(tmp_path / f"plain-seed{seed}" / "weights.safetensors", model.state_dict(), description)
+    data_options = ["--masks", data, "--classes", ",".join(CLASSES), "--ignore-id", IGNORE, "--out", tmp_path / "out"]
+    quick = ["--crop", 32, "--epochs", 1, "--seeds", 2, "--head-width", 8, "--corrupt", "fog:3"]
+    arms = ["--base", "plain", "--pretrained", f"plain={tmp_path}/plain-seed*"]
+    rows = run("transfer_study.py", *data_options, *quick, *arms)
+    assert [[cell.strip() for cell in row.split("|")[1:3]] for row in rows] == [["random", "2"], ["plain", "2"]]
+    assert rows[0].count("(SE ") == 3 and "(SE " not in rows[1]
+    assert run("transfer_study.py", *data_options, *quick, *arms) == rows  # nothing is done again

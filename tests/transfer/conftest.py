@@ -49,12 +49,12 @@ def write_folders(root, seeds):
     return root
 
 
-def write_tar(path, splits):
-    """SPLIT/NAME.jpg beside SPLIT/NAME.png in a tar, as CamVid's are often given."""
+def write_tar(path, splits, size=(40, 56)):
+    """SPLIT/NAME.jpg beside SPLIT/NAME.png of ``size`` (H, W) in a tar, as CamVid's are often given."""
     with tarfile.open(path, "w") as tar:
         for split, seeds in splits.items():
             for seed in seeds:
-                image, ids = scene(seed)
+                image, ids = scene(seed, *size)
                 for name, data in ((f"set/{split}/{seed}.jpg", jpeg(image)), (f"set/{split}/{seed}.png", png(ids))):
                     member = tarfile.TarInfo(name)
                     member.size = len(data)
