@@ -259,8 +259,8 @@ class StudentConfig(TrainConfig):
     )
     residual: str = setting(
         "ignore",
-        "What happens to probability outside the stored classes: left unlabelled (ignore), or spread over all "
-        "classes (uniform).",
+        "What happens to probability outside the stored classes: left unlabelled (ignore), spread over all classes "
+        "(uniform), given to the image's own class (class), or to an outcome of its own, none of these (ghost).",
         needs=(needs.TOKEN_LABELS, needs.LEFT_MASS),
     )
     token_norm: str = setting(

@@ -7,11 +7,13 @@ Stage 2 (section 3.2): CE(class logits, y) + w · mean over tokens of CE(token l
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from stl_offline.settings import EVEN, OUTSIDE
 
 # Logits worked on at once: bounds the extra memory at any class count, and on CPUs keeps them in the cache.
 CHUNK_ELEMENTS = 1 << 19
@@ -42,7 +44,12 @@ def pool_tokens(token_logits_BNK: Tensor, pool: str) -> Tensor:
 
 
 def token_cross_entropy(
-    token_logits_BNK: Tensor, token_ids_BNm: Tensor, token_weights_BNm: Tensor, smoothing: float = 0.0
+    token_logits_BNK: Tensor,
+    token_ids_BNm: Tensor,
+    token_weights_BNm: Tensor,
+    smoothing: float = 0.0,
+    *,
+    ghosts: Sequence[int] | None = None,
 ) -> Tensor:
     """Sparse soft cross-entropy of each token, averaged over the labelled mass.
 
@@ -51,38 +58,58 @@ def token_cross_entropy(
     to all classes evenly. The loss is the sum over tokens divided by the sum of all weights (0 where none is
     labelled), so that w keeps its meaning whatever share of the tokens is labelled.
 
+    An id of −2 with weight r adds −r · log(1 − Σ p), summed over the classes that the token's row lists before it, back
+    to another −2 (the ``residual`` "ghost" of `TokenTargets`). It is computed as a difference of logsumexps, never as
+    1 − Σ p, so it is exact however sure the student is. Where all K classes are listed, nothing is outside: it is 0.
+
     Args:
         token_logits_BNK: (B, N, K), any float type; the arithmetic is float32.
-        token_ids_BNm: (B, N, m) int64 in [−1, K).
+        token_ids_BNm: (B, N, m) int64 in [−2, K).
         token_weights_BNm: (B, N, m) float32, not negative.
+        ghosts: the places in a row, ascending, that hold an id of −2; the same in all rows. None: they are looked for,
+            for which a GPU is waited for if m > 1.
 
     Returns:
         A float32 scalar. No dense target is made, and backward makes the gradient of the logits, in float32, and
         nothing else of that size but, for logits of another type, its copy in theirs.
     """
+    ids_Tm = token_ids_BNm.reshape(-1, token_ids_BNm.shape[-1])
+    if ghosts is None:
+        ghosts = torch.nonzero((ids_Tm == OUTSIDE).any(dim=0))[:, 0].tolist() if ids_Tm.shape[1] > 1 else ()
     return _SparseCrossEntropy.apply(
         token_logits_BNK,
-        token_ids_BNm.reshape(-1, token_ids_BNm.shape[-1]),
+        ids_Tm,
         token_weights_BNm.reshape(-1, token_weights_BNm.shape[-1]).float(),
         float(smoothing),
+        ghosts,
     )
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
-    """mass · logsumexp(z) − Σ_i a_i z_i − u · mean(z): listed weights a_i, evenly spread mass u; rows T = B·N.
+    """mass · logsumexp(z) − Σ_i a_i z_i − u · mean(z) − Σ_g r_g · logsumexp(z outside of g): listed weights a_i, evenly
+    spread mass u, and r_g on all classes but those of a list g; rows T = B·N.
 
-    The gradient, mass · p − a − u/K, is made in forward, chunk by chunk while a chunk's numbers lie in the cache, so
-    backward only scales it, if at all.
+    The gradient, mass · p − a − u/K − Σ_g r_g · softmax(z outside of g), is made in forward, chunk by chunk while a
+    chunk's numbers lie in the cache, so backward only scales it, if at all.
     """
 
     @staticmethod
-    def forward(ctx, logits_BNK: Tensor, ids_Tm: Tensor, weights_Tm: Tensor, smoothing: float) -> Tensor:
+    def forward(
+        ctx, logits_BNK: Tensor, ids_Tm: Tensor, weights_Tm: Tensor, smoothing: float, ghosts: Sequence[int]
+    ) -> Tensor:
         classes = logits_BNK.shape[2]
-        spread = ids_Tm < 0
+        spread = ids_Tm == EVEN
         mass_T = weights_Tm.sum(dim=1)
         norm = mass_T.sum().clamp(min=torch.finfo(torch.float32).tiny)
-        listed_Tm = weights_Tm.masked_fill(spread, 0) * ((1 - smoothing) / norm)
+        listed_Tm = weights_Tm.masked_fill(ids_Tm < 0, 0) * ((1 - smoothing) / norm)
         even_T = (smoothing * mass_T + (1 - smoothing) * (weights_Tm * spread).sum(dim=1)) / (norm * classes)
+        outside = [
+            (
+                ids_Tm[:, before + 1 : place],
+                weights_Tm[:, place] * (ids_Tm[:, place] == OUTSIDE) * ((1 - smoothing) / norm),
+            )
+            for before, place in zip([-1, *ghosts], ghosts, strict=False)
+        ]
         mass_T = mass_T / norm
         safe_ids_Tm = ids_Tm.clamp(min=0)
         # Looking at numbers on a GPU would wait for it.
@@ -107,6 +134,11 @@ class _SparseCrossEntropy(torch.autograd.Function):
                 if has_even:
                     p_tK.sub_(even_T[rows, None])
                 p_tK.scatter_add_(1, safe_ids_Tm[rows], -listed_Tm[rows])
+            for listed_ids_Tn, ghost_T in outside:
+                rest_tK, logsumexp_t = _outside(part_tK, listed_ids_Tn[rows])
+                total -= torch.dot(ghost_T[rows], logsumexp_t)
+                if gradient_TK is not None:
+                    p_tK.sub_(rest_tK.sub_(logsumexp_t[:, None]).exp_().mul_(ghost_T[rows, None]))
         ctx.gradient_BNK = None if gradient_TK is None else gradient_TK.view(logits_BNK.shape)
         ctx.dtype = logits_BNK.dtype
         return total
@@ -118,7 +150,19 @@ class _SparseCrossEntropy(torch.autograd.Function):
         gradient_BNK, ctx.gradient_BNK = ctx.gradient_BNK, None
         if factor.device.type != "cpu" or factor.item() != 1.0:
             gradient_BNK.mul_(factor)
-        return gradient_BNK.to(ctx.dtype), None, None, None
+        return gradient_BNK.to(ctx.dtype), None, None, None, None
+
+
+def _outside(logits_tK: Tensor, ids_tn: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of the logits with −∞ at the listed classes (ids below 0 are none), and its logsumexp.
+
+    A row that lists all classes keeps its logits.
+    """
+    gone_tn = torch.zeros_like(ids_tn, dtype=logits_tK.dtype).masked_fill_(ids_tn >= 0, -math.inf)
+    rest_tK = logits_tK.scatter_add(1, ids_tn.clamp(min=0), gone_tn)
+    if ids_tn.shape[1] >= logits_tK.shape[1]:
+        rest_tK = torch.where((rest_tK == -math.inf).all(dim=1, keepdim=True), logits_tK, rest_tK)
+    return rest_tK, rest_tK.logsumexp(dim=1)
 
 
 def _chunks(logits_BNK: Tensor) -> Iterator[tuple[slice, slice, slice]]:

@@ -20,7 +20,9 @@ INPUT = "input"  # it names an input, whose content is compared by fingerprint i
 JOB = "job"  # where, how fast and how observably a job runs: neither recorded nor compared
 
 TOKEN_TARGETS = ("gumbel", "soft", "argmax")
-RESIDUALS = ("ignore", "uniform")
+RESIDUALS = ("ignore", "uniform", "class", "ghost")
+# Ids in token targets that are no class.
+EVEN, OUTSIDE = -1, -2
 TOKEN_HEADS = ("own", "shared")
 MIX_MODES = ("batch", "pair", "elem")
 ERASE_MODES = ("const", "rand", "pixel")

@@ -22,6 +22,24 @@ def dense_targets(ids, weights, classes):
     return dense
 
 
+def plain_ghost_loss(logits, ids, weights, smoothing, row):
+    """The definition in float64: −Σ a_i log p_i − r · log(1 − Σ p), with Σ p over the classes of each ``row`` ids."""
+    p = F.softmax(logits.double(), dim=-1)
+    listed, total = weights.double() * (ids >= 0), 0
+    total = total - (listed * p.gather(2, ids.clamp(min=0)).log()).sum() * (1 - smoothing)
+    total = total - ((weights * (ids == -1)).sum(-1) * p.log().mean(-1)).sum() * (1 - smoothing)
+    total = total - smoothing * (weights.double().sum(-1) * p.log().mean(-1)).sum()
+    for start in range(0, ids.shape[2], row):
+        known = (
+            torch.zeros_like(p)
+            .scatter_add(2, ids[..., start : start + row].clamp(min=0), (ids[..., start : start + row] >= 0).double())
+            .clamp(max=1)
+        )
+        r = weights[..., start + row - 1].double() * (ids[..., start + row - 1] == -2)
+        total = total - (1 - smoothing) * (r * (1 - (p * known).sum(-1)).log()).sum()
+    return total / weights.double().sum()
+
+
 def dense_loss(logits, ids, weights, smoothing):
     """The definition, written with a dense target: torch's cross-entropy of every token, summed over its mass."""
     classes = logits.shape[-1]
@@ -52,6 +70,69 @@ def test_sparse_loss_and_gradient_equal_the_dense_definition(batch, tokens, clas
     (expected_gradient,) = torch.autograd.grad(expected, logits)
     torch.testing.assert_close(sparse.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient.double(), expected_gradient.double(), rtol=1e-4, atol=1e-6)
+
+
+def ghost_targets(generator, batch, tokens, classes, known, groups):
+    """Rows of ``groups`` lists of distinct classes, each closed by −2; some ids are −1, and weights are any."""
+    ids = [torch.rand(batch, tokens, classes, generator=generator).argsort(-1)[..., :known] for _ in range(groups)]
+    end = torch.full((batch, tokens, 1), -2)
+    ids = torch.cat([torch.cat([each, end], dim=-1) for each in ids], dim=-1)
+    gone = (torch.rand(ids.shape, generator=generator) < 0.2) & (ids >= 0)
+    weights = torch.rand(ids.shape, generator=generator) * (torch.rand(ids.shape, generator=generator) < 0.8)
+    return ids.masked_fill(gone, -1), weights
+
+
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 4),
+    classes=st.integers(3, 9),
+    known=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=40)
+def test_ghost_loss_and_gradient_equal_the_plain_formula(batch, tokens, classes, known, groups, smoothing, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, tokens, classes, generator=generator, requires_grad=True)
+    ids, weights = ghost_targets(generator, batch, tokens, classes, known, groups)
+    weights[0, 0, 0] = 0.5  # some mass
+    expected = plain_ghost_loss(logits, ids, weights, smoothing, known + 1)
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    for ghosts in (range(known, groups * (known + 1), known + 1), None):
+        found = token_cross_entropy(logits, ids, weights, smoothing, ghosts=ghosts)
+        (gradient,) = torch.autograd.grad(found, logits)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient.double(), expected_gradient.double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("height", [12.0, 40.0, 200.0])
+def test_ghost_loss_of_a_student_that_is_sure_of_the_stored_classes(dtype, height):
+    """1 − Σ p is 1e-4 to 1e-86; float32 rounds it to 0 from 1e-8 on. The expected numbers are float64's."""
+    logits = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(3)).to(dtype)
+    logits[..., 2:4] += height
+    logits.requires_grad_()
+    ids, weights = torch.tensor([[[2, 3, -2], [3, 2, -2]]]), torch.tensor([[[0.1, 0.0, 0.9], [0.0, 0.0, 1.0]]])
+    found = token_cross_entropy(logits, ids, weights)
+    found.backward()
+    exact = logits.detach().double().requires_grad_()
+    log_p = exact.log_softmax(-1)
+    rest = [0, 1, 4, 5, 6, 7]
+    expected = -(weights[..., 0] * log_p[0, 0, 2]).sum() - (weights[..., 2] * log_p[..., rest].logsumexp(-1)).sum()
+    (expected / 2).backward()
+    torch.testing.assert_close(found.double(), (expected / 2).detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        logits.grad.double(), exact.grad, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6
+    )
+
+
+def test_a_ghost_beside_all_classes_asks_for_nothing():
+    logits = torch.randn(1, 1, 3, requires_grad=True)
+    loss = token_cross_entropy(logits, torch.tensor([[[2, 0, 1, -2]]]), torch.tensor([[[0.0, 0.0, 0.0, 1.0]]]))
+    loss.backward()
+    torch.testing.assert_close(loss, torch.tensor(0.0))
+    torch.testing.assert_close(logits.grad, torch.zeros(1, 1, 3))
 
 
 @pytest.mark.parametrize("factor", [1.0, -2.5])

@@ -120,6 +120,7 @@ class TokenLoader:
         self.seed = seed
         self.device = torch.device(device)
         self.tokens = labels.targets if labels else None
+        self._targets_per_token = labels.targets_per_token if labels else 0
         self._shuffle, self._world = shuffle, world
         self._to_device = ToDevice(self.device, self.image_size[1], images.mean, images.std)
         self._thread: EpochThread | None = None
@@ -136,7 +137,7 @@ class TokenLoader:
         }
         self._draw = None
         if labels is not None:
-            self._draw = TokenDraw(labels, threads, seed)
+            self._draw = TokenDraw(labels, threads, seed, beton.class_ids)
             pipelines["class_id"] = PipelineSpec("class_id", self._draw)
         # The operations run compiled code of this package on threads of their own. FFCV would compile its part anew
         # for every loader.
@@ -237,7 +238,7 @@ class TokenLoader:
         to_device = self._to_device
         token_ids = token_weights = None
         if tokens:
-            shape = (len(ids), self.tokens.tokens, self.tokens.targets_per_token)
+            shape = (len(ids), self.tokens.tokens, self._targets_per_token)
             token_ids = to_device.copy(tokens[0][0].reshape(shape), torch.int64)
             token_weights = to_device.copy(tokens[0][1].reshape(shape), torch.float32)
         return Batch(

@@ -20,12 +20,14 @@ from stl_offline.targets import Filler, TokenLabels, Wanted, check_index
 
 class _Plan(NamedTuple):
     """What each sample of an epoch is given: crops and shown, float32 (n, 6), are what is decoded of its image and
-    what of it a student's tokens are shown in the end; cache_index and map_index, int64 (n,), name its map."""
+    what of it a student's tokens are shown in the end; cache_index and map_index, int64 (n,), name its map; class_ids,
+    int64 (n,), its own class."""
 
     crops: np.ndarray
     shown: np.ndarray
     cache_index: np.ndarray
     map_index: np.ndarray
+    class_ids: np.ndarray
 
 
 class TokenDraw(Operation):
@@ -34,11 +36,15 @@ class TokenDraw(Operation):
     Output: a pair, ids int32 and weights float32, each (B, h, w, T). A sample without labels gets −1 and 0. It runs
     once per batch, and what it calls is compiled by this package, so FFCV need not compile it. An epoch names the cache
     and the map that each sample reads.
+
+    Args:
+        class_ids: (n,) the samples' own classes.
     """
 
-    def __init__(self, labels: TokenLabels, workers: Workers, seed: int) -> None:
+    def __init__(self, labels: TokenLabels, workers: Workers, seed: int, class_ids: np.ndarray) -> None:
         super().__init__()
-        self.targets = labels.targets
+        self._shape = (*labels.targets.grid, labels.targets_per_token)
+        self._class_ids = read_only(class_ids, np.int64)
         self._workers = workers
         self._filler = Filler(labels, seed, len(workers))
         self._plan: _Plan | None = None
@@ -70,13 +76,12 @@ class TokenDraw(Operation):
         if (chosen >= counts[caches]).any():
             raise InputError(f"map_index names a map that its cache does not hold; they hold {counts.tolist()}")
         crops, shown = (read_only(array, np.float32) for array in (crops, views))
-        self._plan = _Plan(crops, shown, caches, chosen)
+        self._plan = _Plan(crops, shown, caches, chosen, self._class_ids)
         self._epoch = epoch
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, AllocationQuery]]:
-        shape = (*self.targets.grid, self.targets.targets_per_token)
-        queries = (AllocationQuery(shape, np.dtype("i4")), AllocationQuery(shape, np.dtype("f4")))
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("i4")), queries
+        queries = (AllocationQuery(self._shape, np.dtype("i4")), AllocationQuery(self._shape, np.dtype("f4")))
+        return replace(previous_state, jit_mode=True, shape=self._shape, dtype=np.dtype("i4")), queries
 
     def generate_code(self) -> Callable:
         def token_draw(batch_indices, destinations, _metadata, _storage_state):

@@ -119,10 +119,11 @@ class TokenLabelDataset(Dataset):
         """Samples → a batch with token targets: the DataLoader's ``collate_fn``."""
         samples = np.array([item.sample for item in items])
         views = np.stack([item.view for item in items])
-        ids, weights = self.labels(self.rows[samples], views, self.epoch, seed=self.crop.seed)
+        classes = np.array([item.class_id for item in items])
+        ids, weights = self.labels(self.rows[samples], views, self.epoch, seed=self.crop.seed, class_ids=classes)
         return TokenBatch(
             torch.stack([item.pixels for item in items]),
-            torch.tensor([item.class_id for item in items]),
+            torch.from_numpy(classes),
             torch.from_numpy(ids),
             torch.from_numpy(weights),
             torch.from_numpy(samples),

@@ -10,8 +10,9 @@ of s×s bilinear sample points of the map (`stl_offline.targets.align`). Three k
 - ``argmax``: the most probable class, weighted by the share of the token that lies on the map.
 
 Gh, Gw: the map's grid; k: its stored classes; K: classes; h, w: the student's grid, N = h·w tokens; m: classes kept
-by "soft"; T: targets per token. A target with id −1 and a weight above zero is that weight spread evenly over all K
-classes; −1 with weight 0 is no target.
+by "soft"; T: targets per token. Ids that are no class: −1 spreads its weight evenly over all K classes, and with weight
+0 is no target; −2 stands for all classes but those that the token's row lists before it (back to another −2, in a row
+of mixed images), of whatever weight.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from stl_offline.compiled import njit, read_only
 from stl_offline.errors import InputError
 from stl_offline.geometry import WHOLE_MAP, holds_map, is_identity, is_in_window
 from stl_offline.random import STREAM_TOKEN, random_bits, unit_interval
-from stl_offline.settings import check_token_targets
+from stl_offline.settings import EVEN, OUTSIDE, RESIDUALS, check_token_targets
 from stl_offline.targets.align import neighbours, roi_align_topk_into
 
 
@@ -37,6 +38,8 @@ class Kind(NamedTuple):
     is_drawn: bool
     lists_classes: bool
 
+
+IGNORE, UNIFORM, CLASS, GHOST = range(len(RESIDUALS))
 
 KINDS = {
     "gumbel": Kind(is_drawn=True, lists_classes=False),
@@ -54,8 +57,11 @@ class TokenTargets:
         grid: the student's token grid (h, w).
         m: classes kept by "soft"; the other kinds give one.
         sampling_ratio: s, sample points along each side of a token.
-        residual: what becomes of the mass outside the known classes: "ignore" (no target) or "uniform" (spread evenly
-            over all classes).
+        residual: what becomes of the mass r outside the known classes: "ignore" (no target), "uniform" (spread evenly
+            over all classes), "class" (given to the image's own class), or "ghost" (one more outcome, "none of these":
+            −r · log(1 − Σ p_student), summed over the known classes). These are the stored classes of the cell that
+            "gumbel" draws from, and the m classes that "soft" lists; with "gumbel" the residual is drawn as often as
+            its mass. "argmax" leaves nothing over.
         min_confidence: tokens whose nearest map cell has a lower confidence get no target.
 
     Raises:
@@ -73,6 +79,8 @@ class TokenTargets:
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise InputError(f"the token grid must be two positive integers, got {self.grid}")
         check_token_targets(self.kind, self.residual, self.m, self.sampling_ratio, self.min_confidence)
+        if self.kind == "argmax" and self.residual != "ignore":
+            raise InputError(f"`residual` does nothing for argmax targets, the best class alone; got {self.residual!r}")
 
     @property
     def tokens(self) -> int:
@@ -94,10 +102,12 @@ class TokenTargets:
         """Classes of the mixture that are kept."""
         return 1 if self.best_only else self.m
 
-    @property
-    def targets_per_token(self) -> int:
-        """T: m for "soft", and one more for a residual that is spread evenly; 1 for the other kinds."""
-        return self.kept + (not self.best_only and self.residual == "uniform")
+    def targets_per_token(self, stored: int) -> int:
+        """T, for maps of at most ``stored`` classes: m for "soft", and one more for a residual that has a target; 1 for
+        the other kinds, but with "ghost" one drawn class, the stored ones, and −2."""
+        if self.is_drawn and self.residual == "ghost":
+            return stored + 2
+        return self.kept + (not self.best_only and self.residual != "ignore")
 
 
 def token_targets(
@@ -111,7 +121,7 @@ def token_targets(
     seed: int,
     epoch: int,
     sample_id: int,
-    window: tuple[float, float, float, float] = WHOLE_MAP,
+    own_class: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One sample's token targets, as the loader makes them.
 
@@ -121,27 +131,36 @@ def token_targets(
         relative_view: (2, 3), from the student's unit coordinates to the map's.
         num_classes: K.
         seed, epoch, sample_id: the draws are a pure function of these.
-        window: (left, right, top, bottom) of what the student can see of the map, in the map's unit coordinates.
+        own_class: the image's class, which ``residual`` "class" needs.
 
     Returns:
-        ids (N, T) int32 and weights (N, T) float32.
+        ids (N, T) int32 and weights (N, T) float32. An id of −1 is no target, or spreads its weight evenly over all
+        classes; −2 stands for all classes but those that the row lists before it.
+
+    Raises:
+        InputError: no class where one is needed.
     """
-    ids = np.empty((targets.tokens, targets.targets_per_token), dtype=np.int32)
-    weights = np.empty((targets.tokens, targets.targets_per_token), dtype=np.float32)
+    if targets.residual == "class" and own_class is None:
+        raise InputError('`residual="class"` needs the class of the image: give it as own_class')
+    per_token = targets.targets_per_token(class_ids.shape[-1])
+    ids = np.empty((targets.tokens, per_token), dtype=np.int32)
+    weights = np.empty((targets.tokens, per_token), dtype=np.float32)
+    residual = RESIDUALS.index(targets.residual)
+    own = np.int64(-1 if own_class is None else own_class)
     class_ids = read_only(class_ids)
     probabilities = read_only(probabilities, np.float32)
     relative = np.array(relative_view, dtype=np.float64).ravel()
-    window = tuple(float(edge) for edge in window)
-    out_ids = ids.reshape(*targets.grid, targets.targets_per_token)
-    out_weights = weights.reshape(*targets.grid, targets.targets_per_token)
+    out_ids = ids.reshape(*targets.grid, per_token)
+    out_weights = weights.reshape(*targets.grid, per_token)
     if targets.is_drawn:
         draw_classes_into(
             class_ids,
             probabilities,
             relative,
-            window,
+            WHOLE_MAP,
             targets.sampling_ratio,
-            targets.residual == "uniform",
+            residual,
+            own,
             num_classes,
             np.uint64(seed % 2**64),
             np.uint64(epoch),
@@ -154,9 +173,10 @@ def token_targets(
             class_ids,
             probabilities,
             relative,
-            window,
+            WHOLE_MAP,
             targets.sampling_ratio,
-            targets.residual == "uniform",
+            residual,
+            own,
             targets.best_only,
             AlignScratch.make(targets, num_classes),
             out_ids,
@@ -175,7 +195,8 @@ def draw_classes_into(
     relative,
     window,
     s,
-    uniform_residual,
+    residual,
+    own_class,
     num_classes,
     seed,
     epoch,
@@ -185,7 +206,8 @@ def draw_classes_into(
 ):
     """`token_targets` of kind "gumbel" without checks or allocation, for compiled pipelines.
 
-    relative: (6,) float64; window: four floats, what can be seen of the map; out_ids, out_weights: (h, w, 1).
+    relative: (6,) float64; window: four floats, what can be seen of the map; residual: its place in `RESIDUALS`;
+    own_class: −1 for none; out_ids, out_weights: (h, w, T).
     """
     map_rows, map_columns, stored = class_ids.shape
     rows, columns = out_ids.shape[:2]
@@ -198,8 +220,9 @@ def draw_classes_into(
     for row in range(rows):
         for column in range(columns):
             b0, b1, b2, b3 = random_bits(seed, STREAM_TOKEN, epoch, sample_id, row * columns + column)
-            out_ids[row, column, 0] = -1
-            out_weights[row, column, 0] = 0.0
+            for entry in range(out_ids.shape[2]):
+                out_ids[row, column, entry] = EVEN
+                out_weights[row, column, entry] = 0.0
             at_row = row
             at_column = column
             if not same:
@@ -230,9 +253,18 @@ def draw_classes_into(
                     out_weights[row, column, 0] = 1.0
                     break
             else:
-                if uniform_residual:
+                if residual == UNIFORM:
                     out_ids[row, column, 0] = int(unit_interval(b3) * num_classes)
                     out_weights[row, column, 0] = 1.0
+                elif residual == CLASS and own_class >= 0:
+                    out_ids[row, column, 0] = own_class
+                    out_weights[row, column, 0] = 1.0
+                elif residual == GHOST:
+                    for entry in range(stored):
+                        out_ids[row, column, 1 + entry] = class_ids[at_row, at_column, entry]
+                    out_weights[row, column, out_ids.shape[2] - 1] = 1.0
+            if residual == GHOST:  # whatever its weight: it also ends the list of a drawn class
+                out_ids[row, column, out_ids.shape[2] - 1] = OUTSIDE
 
 
 class AlignScratch(NamedTuple):
@@ -261,12 +293,12 @@ class AlignScratch(NamedTuple):
 
 @njit
 def align_classes_into(
-    class_ids, probabilities, relative, window, s, uniform_residual, best_only, scratch, out_ids, out_weights
+    class_ids, probabilities, relative, window, s, residual, own_class, best_only, scratch, out_ids, out_weights
 ):
     """`token_targets` of the kinds "soft" and, with ``best_only``, "argmax", for compiled pipelines.
 
-    relative: (6,) float64; window: four floats, what can be seen of the map; scratch: an `AlignScratch`; out_ids,
-    out_weights: (h, w, T).
+    relative: (6,) float64; window: four floats, what can be seen of the map; residual: its place in `RESIDUALS`;
+    own_class: −1 for none; scratch: an `AlignScratch`; out_ids, out_weights: (h, w, T).
     """
     roi_align_topk_into(
         class_ids,
@@ -299,9 +331,15 @@ def align_classes_into(
                 out_ids[row, column, entry] = scratch.ids[row, column, entry]
                 out_weights[row, column, entry] = scratch.probabilities[row, column, entry]
                 total += scratch.probabilities[row, column, entry]
-            if uniform_residual:
-                out_ids[row, column, kept] = -1
+            if residual != IGNORE:
+                out_ids[row, column, kept] = EVEN
                 out_weights[row, column, kept] = max(covered - total, 0.0)
+                if residual == GHOST:
+                    out_ids[row, column, kept] = OUTSIDE
+                elif residual == CLASS:
+                    out_ids[row, column, kept] = own_class
+                    if own_class < 0:
+                        out_weights[row, column, kept] = 0.0
 
 
 @njit

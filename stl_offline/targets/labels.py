@@ -20,6 +20,7 @@ from stl_offline.labels.join import POLICIES
 from stl_offline.labels.keys import KeyIndex
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.spec import check_use
+from stl_offline.settings import RESIDUALS
 from stl_offline.targets.kinds import AlignScratch, TokenTargets, align_classes_into, draw_classes_into, drop_unsure
 
 # Calls a compiled function once per thread, each with its own arguments.
@@ -77,7 +78,8 @@ class Wanted(NamedTuple):
     """What each place of a batch is given.
 
     samples: int64 (B,), −1 for none; crops, shown: float32 (B, 6), what is decoded of the image, and what of it the
-    student's tokens are shown in the end; cache_index, map_index: int64 (B,), which map of which cache.
+    student's tokens are shown in the end; cache_index, map_index: int64 (B,), which map of which cache; class_ids:
+    int64 (B,), the images' own classes, −1 where not needed.
     """
 
     samples: np.ndarray
@@ -85,6 +87,7 @@ class Wanted(NamedTuple):
     shown: np.ndarray
     cache_index: np.ndarray
     map_index: np.ndarray
+    class_ids: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,11 @@ class TokenLabels:
         return self.caches[0].num_classes
 
     @property
+    def targets_per_token(self) -> int:
+        """T. Labels with draws leave no probability over, which their classes would have to be listed for."""
+        return self.targets.targets_per_token(max(cache.top_k * (cache.draws is None) for cache in self.caches))
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """The label sets' class list."""
         return self.caches[0].spec.class_names
@@ -220,6 +228,7 @@ class TokenLabels:
         seed: int = 0,
         map_index: np.ndarray | None = None,
         cache_index: np.ndarray | None = None,
+        class_ids: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Token targets of a batch.
 
@@ -228,6 +237,7 @@ class TokenLabels:
             views: float32 (B, 6), or views: what the student sees of each image.
             epoch, seed: drawn targets are a pure function of these and the sample's place.
             map_index, cache_index: int64 (B,): which map of which cache; by default map ``epoch`` mod V of the first.
+            class_ids: int64 (B,): the images' own classes, for targets whose residual is "class".
 
         Returns:
             ids int64 (B, N, T) and weights float32 (B, N, T), as `token_cross_entropy` takes them. A sample without
@@ -246,11 +256,16 @@ class TokenLabels:
         maps = check_index("map_index", own, len(rows), int(counts.max()))
         if (maps >= counts[caches]).any():
             raise InputError(f"map_index names a map that its cache does not hold; they hold {counts.tolist()}")
-        shape = (len(rows), *self.targets.grid, self.targets.targets_per_token)
+        own = np.full(len(rows), -1)
+        if self.targets.residual == "class":
+            if class_ids is None:
+                raise InputError('`residual="class"` needs the classes of the images: give them as class_ids')
+            own = check_index("class_ids", class_ids, len(rows), self.num_classes)
+        shape = (len(rows), *self.targets.grid, self.targets_per_token)
         ids, weights = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32)
-        wanted = Wanted(read_only(rows, np.int64), shown, shown, caches, maps)
+        wanted = Wanted(read_only(rows, np.int64), shown, shown, caches, maps, read_only(own, np.int64))
         Filler(self, seed).fill(wanted, epoch, ids, weights)
-        flat = (len(rows), self.targets.tokens, self.targets.targets_per_token)
+        flat = (len(rows), self.targets.tokens, self.targets_per_token)
         return ids.reshape(flat).astype(np.int64), weights.reshape(flat)
 
 
@@ -266,7 +281,8 @@ class Filler:
         self.maps = [Maps.of(cache) for cache in labels.caches]
         self.is_whole = all(maps.labelled.all() for maps in self.maps)
         self._seed = np.uint64(seed % 2**64)
-        self._settings = (targets.sampling_ratio, targets.residual == "uniform", np.float32(targets.min_confidence))
+        residual = RESIDUALS.index(targets.residual)
+        self._settings = (targets.sampling_ratio, residual, np.float32(targets.min_confidence))
         self._classes = labels.num_classes
         sources = zip(labels.caches, self.maps, strict=True)
         self._shown = [[Shown.of(*source, targets) for _ in range(threads)] for source in sources]
@@ -311,7 +327,7 @@ def _as_rows(views: np.ndarray | Sequence[View]) -> np.ndarray:
 
 @njit
 def _draw(
-    counter, number, maps, shown, wanted, ratio, uniform, min_confidence, out_ids, out_weights, classes, seed, epoch
+    counter, number, maps, shown, wanted, ratio, residual, min_confidence, out_ids, out_weights, classes, seed, epoch
 ):
     """Targets that are drawn, of the places of a batch that read cache ``number``; run by every thread."""
     relative = np.empty(6, dtype=np.float64)
@@ -329,7 +345,8 @@ def _draw(
             relative,
             window,
             ratio,
-            uniform,
+            residual,
+            wanted.class_ids[place],
             classes,
             seed,
             epoch,
@@ -343,7 +360,7 @@ def _draw(
 
 @njit
 def _align(
-    counter, number, maps, shown, wanted, ratio, uniform, min_confidence, out_ids, out_weights, best_only, scratch
+    counter, number, maps, shown, wanted, ratio, residual, min_confidence, out_ids, out_weights, best_only, scratch
 ):
     """Targets that hold the mixture or its best class, as `_draw`."""
     relative = np.empty(6, dtype=np.float64)
@@ -361,7 +378,8 @@ def _align(
             relative,
             window,
             ratio,
-            uniform,
+            residual,
+            wanted.class_ids[place],
             best_only,
             scratch,
             out_ids[place],

@@ -21,7 +21,10 @@ from stl_offline.evaluation import match_classes
 from stl_offline.geometry import whole_views
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import find_packed, pack_sample
+from stl_offline.labels.label_set import open_label_set
 from stl_offline.loader import Batch, check_shares
+from stl_offline.settings import OUTSIDE
+from stl_offline.targets import TokenTargets
 from stl_offline.training.label_sources import LabelSource, OnlineLabels, TokenSource, check_labels, labeler_of
 from stl_offline.training.optimization import TrainStep, learning_rate, warmup_steps
 from stl_offline.training.setup import Stage, build_stage, check_early, make_run_folder, validation_batch
@@ -213,7 +216,9 @@ class _StepTimer:
             self.labeler = online.labeler
             return StudentObjective(self.stage, online)
         check_labels(config)
-        self.targets = config.soft_classes if config.token_target == "soft" else 1
+        best = max(open_label_set(place).spec.top_k for place in config.labels)
+        targets = TokenTargets(config.token_target, (1, 1), m=config.soft_classes, residual=config.residual)
+        self.targets = targets.targets_per_token(best)
         return StudentObjective(self.stage, _GivenLabels(self.stage, config))
 
     def _batch(self, count: int) -> Batch:
@@ -224,6 +229,8 @@ class _StepTimer:
             rows, columns = stage.model.grid_size(side, side)
             shape = (count, rows * columns, self.targets)
             ids = torch.zeros(shape, dtype=torch.int64, device=device)
+            if self.own.residual == "ghost":
+                ids[..., -1] = OUTSIDE
             weights = torch.full(shape, 1 / self.targets, device=device)
         warps = stage.augmentation.warps(0, count)
         return Batch(

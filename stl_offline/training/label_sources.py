@@ -125,6 +125,7 @@ class OnlineLabels(TokenSource):
                         config.residual,
                         random.torch,
                         config.min_confidence,
+                        batch.class_ids[rows],
                     )
                 )
         ids, weights = (torch.cat(each) for each in zip(*parts, strict=True))

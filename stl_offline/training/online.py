@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stl_offline.settings import EVEN, OUTSIDE
+
 
 class Labeler(Protocol):
     """Gives (class logits (B, K), token logits (B, N, K)), float32."""
@@ -24,6 +26,7 @@ def online_targets(
     residual: str,
     generator: torch.Generator,
     min_confidence: float = 0.0,
+    class_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token targets straight from the labeler's logits: ids and weights (B, N, m).
 
@@ -33,16 +36,22 @@ def online_targets(
             ``columns`` best classes; the rest by ``residual``) or "argmax".
         generator: on the CPU.
         min_confidence: tokens whose likeliest class is less probable weigh nothing.
+        class_ids: (B,) int64, the images' own classes, for the residual "class".
     """
     probabilities = labeler(images)[1].float().softmax(dim=-1)
-    ids, weights = _targets(probabilities, kind, columns, residual, generator)
+    ids, weights = _targets(probabilities, kind, columns, residual, generator, class_ids)
     if min_confidence > 0:
         weights = weights * (probabilities.amax(dim=-1, keepdim=True) >= min_confidence)
     return ids, weights
 
 
 def _targets(
-    probabilities: Tensor, kind: str, columns: int, residual: str, generator: torch.Generator
+    probabilities: Tensor,
+    kind: str,
+    columns: int,
+    residual: str,
+    generator: torch.Generator,
+    class_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if kind == "argmax":
         ids = probabilities.argmax(dim=-1, keepdim=True)
@@ -53,8 +62,11 @@ def _targets(
         ids = torch.searchsorted(probabilities.cumsum(dim=-1), uniform, right=True)
         return ids.clamp(max=probabilities.shape[-1] - 1), torch.ones_like(ids, dtype=torch.float32)
     weights, ids = probabilities.topk(min(columns, probabilities.shape[-1]), dim=-1)
-    if residual == "uniform":
+    if residual != "ignore":
         rest = (1 - weights.sum(dim=-1, keepdim=True)).clamp(min=0)
         weights = torch.cat([weights, rest], dim=-1)
-        ids = torch.cat([ids, torch.full_like(ids[..., :1], -1)], dim=-1)
+        last = torch.full_like(ids[..., :1], OUTSIDE if residual == "ghost" else EVEN)
+        if residual == "class":
+            last = class_ids[:, None, None].expand_as(last)
+        ids = torch.cat([ids, last], dim=-1)
     return ids, weights

@@ -39,6 +39,7 @@ class StudentObjective:
 
     def __init__(self, stage: Stage, source: LabelSource) -> None:
         self.stage, self.source = stage, source
+        self._targets_per_token = 0
 
     def inputs(self, batch: Batch, random: StepRandom) -> StepInputs:
         """From a batch: token targets, augmentation, mix of pixels and of both labels."""
@@ -46,6 +47,8 @@ class StudentObjective:
         tokens = self.source.tokens(batch, random)
         if tokens is not None and stage.config.select == "own":
             tokens = select_own(*tokens, batch.class_ids)
+        if tokens is not None:
+            self._targets_per_token = tokens[0].shape[2]
         images = stage.augment(batch)
         mix = stage.draw_mix(images, random)
         if mix is not None:
@@ -67,7 +70,10 @@ class StudentObjective:
         if inputs.token_ids is None:
             return {"loss": class_loss, "class_loss": class_loss}
         labels = (inputs.token_ids, inputs.token_weights)
-        token_loss = token_cross_entropy(token_logits, *labels, config.smoothing) * share.mass
+        # The last target of a token, and of its partner's where images were mixed.
+        step = self._targets_per_token
+        ghosts = range(step - 1, labels[0].shape[2], step) if config.residual == "ghost" else ()
+        token_loss = token_cross_entropy(token_logits, *labels, config.smoothing, ghosts=ghosts) * share.mass
         if config.token_norm == "tokens":
             token_loss = token_loss * share.labelled
         return {

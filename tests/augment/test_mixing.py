@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stl_offline.augment import MixSettings, draw_mix, mix_class_targets, mix_images, mix_token_targets
+from stl_offline.losses import token_cross_entropy
 
 MODES = ["batch", "pair", "elem"]
 
@@ -137,6 +138,25 @@ def test_token_weights_are_the_share_of_the_pixels_in_each_cell(seed, batch, gri
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     own = found.mean(dim=1).diagonal()
     torch.testing.assert_close(own, _own_share(mix), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_residual_of_each_partner_is_outside_its_own_classes(smoothing):
+    """The loss of mixed targets is that of the own and the partner's targets, each by its share."""
+    grid, classes = (2, 3), 7
+    mix = draw_mix(3, 12, 18, MixSettings(mixup=0.8, cutmix=1.0, mode="elem"), generator(2))
+    random = torch.Generator().manual_seed(5)
+    ids = torch.rand(3, 6, classes, generator=random).argsort(-1)[..., :3]
+    ids[..., 2] = torch.where(torch.rand(3, 6, generator=random) < 0.7, -2, -1)
+    weights = torch.rand(3, 6, 3, generator=random)
+    logits = torch.randn(3, 6, classes, generator=random)
+    mixed = token_cross_entropy(logits, *mix_token_targets(ids, weights, grid, mix), smoothing)
+    keep = mix_token_targets(ids, torch.ones_like(weights), grid, mix)[1][..., :1]
+    total = mass = 0
+    for part_ids, part_weights in ((ids, weights * keep), (ids.flip(0), weights.flip(0) * (1 - keep))):
+        total += token_cross_entropy(logits, part_ids, part_weights, smoothing) * part_weights.sum()
+        mass += part_weights.sum()
+    torch.testing.assert_close(mixed, total / mass)
 
 
 def _own_share(mix):

@@ -129,28 +129,48 @@ def print_sizes(options: argparse.Namespace, out: Path) -> None:
             print_size(name, arrays, replace(base, encoding=encoding, bounds=None), out / "set")
 
 
-def targets_of(p: np.ndarray, own: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Dense targets (N, K) that each kind of label makes of the labeler's softmax p (N, K)."""
-    k = 5
+def targets_of(p: np.ndarray, own: int, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Dense targets that each kind of label makes of the labeler's softmax p (N, K); and which classes are stored.
+
+    A target is (N, K + 1): with "ghost", its last entry is the mass that lies on all classes but those stored.
+    """
+    k, classes = 5, p.shape[1]
     best = np.argsort(-p, axis=1)[:, :k]
     stored = np.zeros_like(p)
     np.put_along_axis(stored, best, np.take_along_axis(p, best, 1), 1)
-    left = 1 - stored.sum(1, keepdims=True)
-    tail = np.where(stored > 0, 0, p)
-    one_hot = np.eye(p.shape[1])[own]
+    left, known = 1 - stored.sum(1, keepdims=True), stored > 0
+    tail = np.where(known, 0, p)
+    own_class, even = np.eye(classes)[own], np.full_like(p, 1 / classes)
+    # What "gumbel" draws of the top 5: a stored class, or the residual.
+    one = drawn(p, 1, rng) * known
+    missed = 1 - one.sum(1, keepdims=True)
     targets = {
-        "top 5, ignore, by mass": stored / stored.sum(1).mean(),
-        "top 5, ignore, by tokens": stored,
+        "top 5, soft, ignore, by mass": stored / stored.sum(1).mean(),
+        "top 5, soft, ignore, by tokens": stored,
         "top 5, renormalised": stored / stored.sum(1, keepdims=True),
-        "top 5, uniform": stored + left / p.shape[1],
-        "top 5, class": stored + left * one_hot,
-        "argmax": np.eye(p.shape[1])[best[:, 0]],
+        "top 5, soft, uniform": stored + left / classes,
+        "top 5, soft, class": stored + left * own_class,
+        "top 5, soft, ghost": np.concatenate([stored, left], axis=1),
+        "top 5, gumbel, ignore, by mass": one / max(one.sum(1).mean(), 1 / len(one)),
+        "top 5, gumbel, ignore, by tokens": one,
+        "top 5, gumbel, uniform": one + missed * drawn(even, 1, rng),
+        "top 5, gumbel, class": one + missed * own_class,
+        "top 5, gumbel, ghost": np.concatenate([one, missed], axis=1),
+        "argmax": np.eye(classes)[best[:, 0]],
     }
     for s in (1, 2, 5, 8, 16):
         targets[f"{s} draw{'s' * (s > 1)}"] = drawn(p, s, rng)
     for s in (1, 8):
         targets[f"top 5, {s} draw{'s' * (s > 1)} of the tail"] = stored + left * drawn(tail / left, s, rng)
-    return targets
+    full = {name: np.pad(target, ((0, 0), (0, classes + 1 - target.shape[1]))) for name, target in targets.items()}
+    return full, known
+
+
+def logit_gradient(q: np.ndarray, target: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Of the cross-entropy between a target (N, K + 1) of `targets_of` and a student's probabilities q (N, K)."""
+    outside = np.where(known, 0, q)
+    outside /= outside.sum(1, keepdims=True)
+    return q * target.sum(1, keepdims=True) - target[:, :-1] - target[:, -1:] * outside
 
 
 def drawn(p: np.ndarray, s: int, rng: np.random.Generator) -> np.ndarray:
@@ -171,20 +191,20 @@ def print_gradients(options: argparse.Namespace, out: Path) -> None:
     print(f"\n{len(images)} images, {logits.shape[2]} tokens")
     print("| target | start: norm ratio, angle | mean of samples | end: norm ratio, angle | mean of samples |")
     print("|---|---|---|---|---|")
-    names = list(targets_of(np.full((1, 10), 0.1), 0, rng))
+    names = list(targets_of(np.full((1, 10), 0.1), 0, rng)[0])
     sums = {stage: {name: [0.0, 0.0] for name in ["full", *names]} for stage in ("start", "end")}
     for image in images:
         z = np.asarray(logits[image, 0], dtype=np.float64)
         p = softmax(z)
         features = rng.standard_normal((len(z), FEATURES))
         students = {"start": np.full_like(p, 1 / p.shape[1]), "end": softmax(z + rng.standard_normal(z.shape))}
-        samples = [targets_of(p, int(own[image]), rng) for _ in range(options.samples)]
+        samples, (known, *_) = zip(*(targets_of(p, int(own[image]), rng) for _ in range(options.samples)), strict=True)
         for stage, q in students.items():
             sums[stage]["full"][0] = sums[stage]["full"][0] + features.T @ (q - p)
             for name in names:
                 mean = np.mean([each[name] for each in samples], axis=0)
                 for place, target in enumerate((samples[0][name], mean)):
-                    gradient = features.T @ (q * target.sum(1, keepdims=True) - target)
+                    gradient = features.T @ logit_gradient(q, target, known)
                     sums[stage][name][place] = sums[stage][name][place] + gradient
     for name in names:
         cells = []

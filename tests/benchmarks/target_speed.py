@@ -41,11 +41,12 @@ class Sparse:
 
     def __init__(self, cache, views: np.ndarray, kind: str, m: int) -> None:
         targets = TokenTargets(kind, GRID, m=m, sampling_ratio=RATIO)
-        operation = TokenDraw(TokenLabels(targets, cache), Workers(1), seed=0)
+        labels = TokenLabels(targets, cache)
+        operation = TokenDraw(labels, Workers(1), 0, np.zeros(len(views), np.int64))
         operation.set_epoch(0, views, views, None, None)
         self._run = operation.generate_code()
         self._ids = np.arange(len(views))
-        self._shape = (len(views), *GRID, targets.targets_per_token)
+        self._shape = (len(views), *GRID, labels.targets_per_token)
 
     def __call__(self) -> tuple[np.ndarray, np.ndarray]:
         places = (np.empty(self._shape, dtype=np.int32), np.empty(self._shape, dtype=np.float32))

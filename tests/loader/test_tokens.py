@@ -37,7 +37,7 @@ def label_map(label_set, beton, sample, index=0):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("residual", ["ignore", "uniform"])
+@pytest.mark.parametrize("residual", ["ignore", "uniform", "class"])
 def test_drawn_targets_are_those_made_by_hand(load, beton, make_labels, residual, workers):
     label_set, cache = make_labels()
     loader = load(
@@ -50,7 +50,10 @@ def test_drawn_targets_are_those_made_by_hand(load, beton, make_labels, residual
         for sample, (ids, weights) in found.items():
             class_ids, probabilities, view = label_map(label_set, beton, sample)
             matrix = relative_view(view, View.from_array(views[sample])).matrix
-            expected = by_hand.drawn(class_ids, probabilities, matrix, GRID, 2, residual, CLASSES, 11, epoch, sample)
+            own = beton.class_ids[sample]
+            expected = by_hand.drawn(
+                class_ids, probabilities, matrix, GRID, 2, residual, CLASSES, 11, epoch, sample, own
+            )
             np.testing.assert_array_equal(ids[:, 0], expected[0])
             np.testing.assert_array_equal(weights[:, 0], expected[1])
 

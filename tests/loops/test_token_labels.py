@@ -13,14 +13,22 @@ from stl_offline.loader import ImageSettings, TokenLoader
 from stl_offline.targets import TokenLabels, TokenTargets
 from tests.loops.conftest import CROPS, GRID
 
-KINDS = {"gumbel": {}, "soft": {"m": 3, "residual": "uniform"}, "argmax": {"min_confidence": 0.3}}
+KINDS = (
+    ("gumbel", {}),
+    ("gumbel", {"residual": "class"}),
+    ("gumbel", {"residual": "ghost", "min_confidence": 0.3}),
+    ("soft", {"m": 3, "residual": "uniform"}),
+    ("soft", {"m": 3, "residual": "class"}),
+    ("soft", {"m": 3, "residual": "ghost"}),
+    ("argmax", {"min_confidence": 0.3}),
+)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_targets_are_the_loaders_for_the_same_views(kind, beton, whole, cropped):
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_targets_are_the_loaders_for_the_same_views(kind, options, beton, whole, cropped):
     for label_set, epoch in ((whole, 4), (cropped, 5)):
         cache = build_token_cache(label_set, beton.keys, beton.content_hashes, beton.class_names)
-        labels = TokenLabels(TokenTargets(kind, GRID, **KINDS[kind]), cache)
+        labels = TokenLabels(TokenTargets(kind, GRID, **options), cache)
         everything = np.arange(len(beton))
         views = draw_views(9, epoch, everything, beton.heights, beton.widths, CROPS)
         maps = np.full(len(beton), epoch % cache.views.shape[1])
@@ -28,7 +36,8 @@ def test_targets_are_the_loaders_for_the_same_views(kind, beton, whole, cropped)
         with loader.epoch(epoch, views, map_index=maps) as batches:
             for batch in batches:
                 samples = batch.sample_ids.numpy()
-                ids, weights = labels(samples, views[samples], epoch, seed=11)
+                own = batch.class_ids.numpy()
+                ids, weights = labels(samples, views[samples], epoch, seed=11, class_ids=own)
                 np.testing.assert_array_equal(ids, batch.token_ids.numpy())
                 np.testing.assert_array_equal(weights, batch.token_weights.numpy())
         loader.close()
@@ -91,6 +100,11 @@ def test_wrong_arguments(whole):
         labels([0], np.full((1, 6), np.nan))
     with pytest.raises(InputError, match="map_index must be 1 numbers in 0 … 0"):
         labels([0], view, map_index=np.array([1]))
+    by_class = TokenLabels.of(whole, GRID, residual="class")
+    with pytest.raises(InputError, match="needs the classes of the images: give them as class_ids"):
+        by_class([0], view)
+    with pytest.raises(InputError, match="class_ids must be 1 numbers in 0 … "):
+        by_class([0], view, class_ids=np.array([99]))
     with pytest.raises(InputError, match="have none; use `TokenLabels.of`"):
         TokenLabels(labels.targets, labels.cache)(["a"], view)
     with pytest.raises(InputError, match="missing must be one of error, skip"):

@@ -52,12 +52,15 @@ def aligned(dense, matrix, out_grid, s):
     return result, covered.mean(-1)
 
 
-def drawn(ids, probabilities, matrix, out_grid, s, residual, classes, seed, epoch, sample_id):
-    """The gumbel target of each token, with the project's random numbers: ids (h·w,), weights (h·w,)."""
+def drawn(ids, probabilities, matrix, out_grid, s, residual, classes, seed, epoch, sample_id, own=None):
+    """The gumbel target of each token, with the project's random numbers: ids (h·w,), weights (h·w,); and the cells.
+
+    A draw that falls into the residual has id −2 with "ghost".
+    """
     h, w = out_grid
     same = np.abs(np.asarray(matrix) - np.eye(2, 3)).max() <= 1e-6 and tuple(out_grid) == ids.shape[:2]
     points = sample_points(matrix, out_grid, s)
-    out = np.full(h * w, -1)
+    out, cells = np.full(h * w, -1), np.full((h * w, 2), -1)
     for token in range(h * w):
         bits = random_bits(np.uint64(seed), STREAM_TOKEN, np.uint64(epoch), np.uint64(sample_id), token)
         u = [int(number) / 2**32 for number in bits]
@@ -72,9 +75,12 @@ def drawn(ids, probabilities, matrix, out_grid, s, residual, classes, seed, epoc
             rest = u[1] / to_bottom if below else (u[1] - to_bottom) / (1 - to_bottom)
             far = rest < cells_and_weights(point, ids.shape[:2])[1][1] / (1 - to_bottom)
             cell = (bottom_right if far else bottom_left) if below else (top_right if far else top_left)
+        cells[token] = cell
         entry = np.searchsorted(np.cumsum(probabilities[cell].astype(np.float64)), u[2], side="right")
         if entry < ids.shape[-1]:
             out[token] = ids[cell][entry]
         elif residual == "uniform":
             out[token] = int(u[3] * classes)
-    return out, (out >= 0).astype(np.float32)
+        elif residual != "ignore":
+            out[token] = {"class": own, "ghost": -2}[residual]
+    return out, (out != -1).astype(np.float32), cells

@@ -25,10 +25,10 @@ def make_map(seed=0, grid=GRID, stored=STORED, classes=CLASSES, share=0.7):
     return ids, probabilities.astype(np.float32), probabilities[..., 0].astype(np.float32)
 
 
-def make(kind, view=IDENTITY, grid=GRID, labels=None, seed=1, epoch=2, sample_id=3, **settings):
+def make(kind, view=IDENTITY, grid=GRID, labels=None, seed=1, epoch=2, sample_id=3, own=None, **settings):
     settings = TokenTargets(kind=kind, grid=grid, **settings)
     labels = make_map() if labels is None else labels
-    return token_targets(settings, *labels, view, CLASSES, seed=seed, epoch=epoch, sample_id=sample_id)
+    return token_targets(settings, *labels, view, CLASSES, seed=seed, epoch=epoch, sample_id=sample_id, own_class=own)
 
 
 def draw_often(times, **settings):
@@ -104,6 +104,45 @@ def test_draws_equal_those_made_by_hand(view, grid, residual):
     np.testing.assert_array_equal(weights[:, 0], expected[1])
 
 
+@pytest.mark.parametrize("view", [View.identity(), View.crop(-0.3, 0.1, 0.8, 1.2).flipped()])
+def test_draws_from_the_residual_are_the_own_class_or_outside_the_cells_classes(view):
+    labels = make_map(4, share=0.5)
+    ids, probabilities = labels[:2]
+    settings = {"view": view.matrix, "grid": (4, 7), "labels": labels, "seed": 7, "epoch": 5, "sample_id": 2**33 + 1}
+    by = (ids, probabilities, view.matrix, (4, 7), 2)
+    expected = by_hand.drawn(*by, "class", CLASSES, 7, 5, 2**33 + 1, own=6)
+    found = make("gumbel", residual="class", own=6, **settings)
+    np.testing.assert_array_equal(found[0][:, 0], expected[0])
+    np.testing.assert_array_equal(found[1][:, 0], expected[1])
+    drawn, _, cells = by_hand.drawn(*by, "ghost", CLASSES, 7, 5, 2**33 + 1)
+    found_ids, weights = make("gumbel", residual="ghost", **settings)
+    assert found_ids.shape == (28, STORED + 2)
+    assert 0 < (drawn == -2).sum() < 28
+    for token, (row, weight) in enumerate(zip(found_ids, weights, strict=True)):
+        outside = drawn[token] == -2
+        assert row[0] == (-1 if outside else drawn[token])
+        np.testing.assert_array_equal(row[1:-1], ids[tuple(cells[token])] if outside else -1)
+        assert row[-1] == (-1 if cells[token, 0] < 0 else -2)  # it also ends the list of a drawn class
+        assert weight.tolist() == [float(row[0] >= 0), *[0.0] * STORED, float(outside)]
+
+
+@pytest.mark.parametrize("m", [2, CLASSES])
+def test_the_residual_of_soft_targets_is_the_own_class_or_outside_those_listed(m):
+    view = View.crop(-0.3, 0.1, 0.8, 0.7).matrix
+    even, weights = make("soft", view, (4, 7), m=m, residual="uniform")
+    for residual, last in (("class", 6), ("ghost", -2)):
+        found = make("soft", view, (4, 7), m=m, residual=residual, own=6)
+        np.testing.assert_array_equal(found[1], weights)
+        np.testing.assert_array_equal(found[0][:, :-1], even[:, :-1])
+        assert (found[0][:, -1] == last).all()
+
+
+def test_the_own_class_must_be_given():
+    for kind in ("gumbel", "soft"):
+        with pytest.raises(InputError, match="needs the class of the image: give it as own_class"):
+            make(kind, residual="class")
+
+
 @given(
     left=st.floats(-0.3, 0.6), top=st.floats(-0.3, 0.6), width=st.floats(0.1, 1.2), height=st.floats(0.1, 1.2),
     flip=st.booleans(), grid=st.tuples(st.integers(1, 5), st.integers(1, 5)), seed=st.integers(0, 99),
@@ -159,7 +198,7 @@ def test_argmax_takes_the_mixtures_best_and_weighs_it_by_what_is_covered():
 
 @pytest.mark.parametrize("kind", ["gumbel", "soft", "argmax"])
 def test_nothing_is_asked_off_the_map(kind):
-    ids, weights = make(kind, View.crop(2, 0, 1, 1).matrix, residual="uniform")
+    ids, weights = make(kind, View.crop(2, 0, 1, 1).matrix, residual="ignore" if kind == "argmax" else "uniform")
     assert (ids == -1).all()
     assert (weights == 0).all()
 
@@ -169,8 +208,9 @@ def test_unsure_tokens_get_no_target(kind):
     confidence = make_map()[2]
     limit = float(np.median(confidence))
     view = View.crop(0.1, 0.2, 0.8, 0.7)
-    everywhere = make(kind, view.matrix, (4, 6), residual="uniform")
-    kept = make(kind, view.matrix, (4, 6), residual="uniform", min_confidence=limit)
+    residual = "ignore" if kind == "argmax" else "uniform"
+    everywhere = make(kind, view.matrix, (4, 6), residual=residual)
+    kept = make(kind, view.matrix, (4, 6), residual=residual, min_confidence=limit)
     centres = view(np.stack(np.meshgrid((np.arange(6) + 0.5) / 6, (np.arange(4) + 0.5) / 4), axis=-1))
     sure = confidence[(centres[..., 1] * 3).astype(int), (centres[..., 0] * 5).astype(int)].ravel() >= np.float32(limit)
     assert 0 < sure.sum() < len(sure)
@@ -239,6 +279,8 @@ def test_a_turned_view_is_inverted_too():
     [
         {"kind": "hard"},
         {"residual": "drop"},
+        {"kind": "argmax", "residual": "uniform"},
+        {"kind": "argmax", "residual": "ghost"},
         {"grid": (0, 3)},
         {"grid": (3,)},
         {"m": 0},
@@ -253,7 +295,10 @@ def test_settings_that_cannot_be(settings):
 
 
 def test_targets_per_token():
-    assert TokenTargets("soft", (2, 3), m=4).targets_per_token == 4
-    assert TokenTargets("soft", (2, 3), m=4, residual="uniform").targets_per_token == 5
-    assert TokenTargets("gumbel", (2, 3), m=4, residual="uniform").targets_per_token == 1
+    assert TokenTargets("soft", (2, 3), m=4).targets_per_token(9) == 4
+    for residual in ("uniform", "class", "ghost"):
+        assert TokenTargets("soft", (2, 3), m=4, residual=residual).targets_per_token(9) == 5
+    for residual in ("ignore", "uniform", "class"):
+        assert TokenTargets("gumbel", (2, 3), m=4, residual=residual).targets_per_token(9) == 1
+    assert TokenTargets("gumbel", (2, 3), m=4, residual="ghost").targets_per_token(9) == 11
     assert TokenTargets("argmax", (2, 3), m=4).tokens == 6

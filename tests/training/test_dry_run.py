@@ -96,8 +96,8 @@ def test_a_steps_images_are_all_held(quick):
     assert one.settings["amp"] in ("none", "bf16")
 
 
-@pytest.mark.parametrize("kind", ["soft", "gumbel"])
-def test_it_takes_the_runs_own_steps(quick, tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(("kind", "residual", "targets"), [("soft", "ignore", 3), ("gumbel", "ghost", 4)])
+def test_it_takes_the_runs_own_steps(quick, tmp_path, monkeypatch, kind, residual, targets):
     """With mixing, strong augmentation, half precision and labels of a set, of which no image is read."""
     train_labeler(LabelerConfig(**quick | {"epochs": 1}))
     dump_labels(
@@ -113,12 +113,17 @@ def test_it_takes_the_runs_own_steps(quick, tmp_path, monkeypatch, kind):
         return original(self, batch, *arguments)
 
     monkeypatch.setattr(TrainStep, "__call__", take)
-    more = {"labels": str(tmp_path / "set"), "token_target": kind, "out": str(tmp_path / "student")}
+    more = {
+        "labels": str(tmp_path / "set"),
+        "token_target": kind,
+        "residual": residual,
+        "out": str(tmp_path / "student"),
+    }
     more |= {"soft_classes": 3} if kind == "soft" else {}
     strong = {"mixup": 0.8, "cutmix": 1.0, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erase": 0.3, "amp": "bf16"}
     found = dry_run(StudentConfig(**quick | more | strong | {"compile": True, "accumulate": 2}), "student")
     assert found.settings["compile"] is True
     assert found.step_images == 40
-    assert {shape[1:] for shape in steps} == {(16, 3 if kind == "soft" else 1)}
+    assert {shape[1:] for shape in steps} == {(16, targets)}
     assert max(shape[0] for shape in steps) == 20
     assert not (tmp_path / "student").exists()

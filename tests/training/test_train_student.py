@@ -90,7 +90,9 @@ def test_a_student_that_was_stopped_ends_with_the_same_weights(quick, labelled, 
 
 
 @pytest.mark.parametrize("target", ["gumbel", "soft", "argmax"])
-@pytest.mark.parametrize(("labels", "residual"), [("whole", "ignore"), ("views", "uniform")])
+@pytest.mark.parametrize(
+    ("labels", "residual"), [("whole", "ignore"), ("views", "uniform"), ("views", "class"), ("whole", "ghost")]
+)
 def test_dumped_labels_train_a_student(quick, labelled, labels, residual, target):
     residual = "ignore" if target == "argmax" else residual  # the best class leaves nothing
     config = StudentConfig(
@@ -209,6 +211,22 @@ def test_online_draws_follow_the_labelers_softmax():
     expected = logits[0, 0].softmax(dim=0) * 20_000
     assert float(((counts - expected) ** 2 / expected).sum()) < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
     assert torch.equal(weights, torch.ones(1, 20_000, 1))
+
+
+@pytest.mark.parametrize(("residual", "last"), [("uniform", [-1, -1]), ("class", [2, 1]), ("ghost", [-2, -2])])
+def test_what_soft_online_labels_leave_over(residual, last):
+    probabilities = torch.tensor([[[0.6, 0.3, 0.1]], [[0.35, 0.4, 0.25]]])
+    ids, weights = online_targets(
+        lambda images: (None, probabilities.log()),
+        torch.zeros(2, 3, 8, 8),
+        "soft",
+        2,
+        residual,
+        torch.Generator(),
+        class_ids=torch.tensor([2, 1]),
+    )
+    assert ids[:, 0].tolist() == [[0, 1, last[0]], [1, 0, last[1]]]
+    torch.testing.assert_close(weights[:, 0], torch.tensor([[0.6, 0.3, 0.1], [0.4, 0.35, 0.25]]))
 
 
 @pytest.mark.parametrize(("kind", "m"), [("gumbel", 1), ("argmax", 1), ("soft", 3)])
