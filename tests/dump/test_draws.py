@@ -55,6 +55,17 @@ def test_draws_depend_on_seed_view_token_and_content_alone():
         assert (draw_classes(logits, 4, other) != drawn).any()
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 3.0, 100.0, 1e5])
+@pytest.mark.parametrize("kept", [0, 3])
+def test_draws_on_cpus_are_those_of_the_definition(scale, kept):
+    """Compiled code gives the argmax of torch's noisy logits, bit for bit, also of equal and of very large logits."""
+    logits = scale * torch.randn(3, 40, 37, generator=torch.Generator().manual_seed(2))
+    logits[0, :3, :30] = -torch.inf
+    without = logits.topk(kept, dim=-1).indices
+    drawn = draw_classes(logits, 3, key(3, view=2), without)
+    assert (draw_shortfall(logits, drawn, key(3, view=2), without) == 0).all()
+
+
 def test_a_near_tie_falls_short_by_little():
     logits = torch.randn(2, 5, 50, generator=torch.Generator().manual_seed(1))
     drawn = draw_classes(logits, 6, key(2))
