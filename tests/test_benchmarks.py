@@ -28,7 +28,7 @@ def test_targets_equal_the_dense_way():
 @pytest.mark.slow
 def test_the_loader_and_the_decoder_are_timed(tmp_path):
     images = write_shapes(tmp_path / "shapes", train=60, val=10) / "train"
-    assert len(run("loader_speed.py", images, "--rounds", 1, "--passes", 1, "--batch-size", 20)) == 4
+    assert len(run("loader_speed.py", images, "--rounds", 1, "--passes", 1, "--batch-size", 20)) == 8
     assert run("decoder_speed.py", images, "--sides", 32, "--rounds", 1)
 
 

@@ -175,7 +175,8 @@ class TokenLabels:
     @property
     def targets_per_token(self) -> int:
         """T. Labels with draws leave no probability over, which their classes would have to be listed for."""
-        return self.targets.targets_per_token(max(cache.top_k * (cache.draws is None) for cache in self.caches))
+        stored = (cache.class_ids.shape[-1] if cache.draws is None else 0 for cache in self.caches)
+        return self.targets.targets_per_token(max(stored))
 
     @property
     def class_names(self) -> tuple[str, ...]:

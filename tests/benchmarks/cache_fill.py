@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.cache_fill --labels runs/in1k/labels --out runs/cache-fill
 
-``--labels`` is a real label set (`tests/benchmarks/real_labeler.py` makes one); a larger one with its statistics is
-made of it first (q8, zarr). Then the cache is filled for its images in their order and in a random one, from the join
-of the keys to the cache on disk. The parts are timed within the same fills: joining; taking the space on the disk and
-mapping it; filling rows from shards; and having all of it on the disk.
+``--labels`` is a real label set (`tests/benchmarks/real_labeler.py` makes one). First, a larger one with its statistics
+is made of it: q8, zarr, its top k or, with ``--draws``, draws. Then the cache is filled for its images in their order
+and in a random one, from the join of the keys to the cache on disk. The parts are timed within the same fills: joining;
+taking the space on the disk and mapping it; filling rows from shards; and having all of it on the disk.
 """
 
 import argparse
@@ -55,13 +55,22 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--shards", type=int, default=25)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--draws", type=int, default=0, help="labels of so many draws of a token, and no top-k")
+    parser.add_argument("--encoding", default="q8")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--as-touched", action="store_true", help="map pages as they are touched, not at once")
     options = parser.parse_args()
     out, n = Path(options.out), options.images
     if options.as_touched:
         token_cache._map_pages = lambda array: None
-    label_set = make_set(options.labels, out / f"labels-{n}", n, options.shards)
+    label_set = make_set(
+        options.labels,
+        out / f"labels-{n}-{options.encoding}-{options.draws}",
+        n,
+        options.shards,
+        options.encoding,
+        draws=options.draws,
+    )
     size = sum(shard.bytes for shard in label_set.shards)
     print(f"{len(label_set):,} images in {options.shards} shards, {size / len(label_set):,.0f} bytes each")
     names = label_set.spec.class_names

@@ -18,11 +18,30 @@ import numpy as np
 from stl_offline.geometry import CropSettings, draw_views
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.cache import build_token_cache
+from stl_offline.labels.draws import pack_draws
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.loader import ImageSettings, TokenLabels, TokenLoader
 from stl_offline.targets import TokenTargets
 
 CLASSES, STORED, STUDENT_GRID = 1000, 5, (14, 14)
+
+
+def random_draws(samples: int, side: int, draws: int):
+    """What a token cache of (side × side) maps with drawn classes alone holds, in memory."""
+    drawn = np.random.default_rng(0).integers(0, CLASSES, (samples, side, side, draws)).astype(np.uint16)
+    shape = (samples, 1, side, side, 0)
+    return SimpleNamespace(
+        class_ids=np.empty(shape, np.uint16),
+        probabilities=np.empty(shape, np.float32),
+        confidence=None,
+        views=np.tile(np.array([1, 0, 0, 0, 1, 0], dtype=np.float32), (samples, 1, 1)),
+        labelled=np.ones(samples, dtype=np.uint8),
+        draws=pack_draws(drawn, CLASSES)[:, None],
+        num_classes=CLASSES,
+        grid=(side, side),
+        top_k=0,
+        spec=SimpleNamespace(has_confidence=False, draws=draws),
+    )
 
 
 def random_cache(samples: int, side: int):
@@ -74,6 +93,7 @@ def main() -> None:
 
     plain = make()
     caches = {f"random, {side}×{side}": random_cache(len(beton), side) for side in (14, 28)}
+    caches |= {f"{draws} draws, 14×14": random_draws(len(beton), 14, draws) for draws in (1, 16)}
     if arguments.labels:
         labels = open_label_set(arguments.labels)
         name = "real, {}×{}".format(*labels.spec.grid)
