@@ -58,6 +58,7 @@ def estimate_lines(estimate: Any) -> list[str]:
     lines = [
         f"estimate: {images}{views}, measured on {estimate.measured:,} of them; nothing written",
         f"size:     {_size(estimate.bytes)} in {shards}, {estimate.bytes_per_image:,.0f} bytes per image",
+        f"cache:    {_size(estimate.cache_bytes)} at most, on each machine that trains from these labels",
         f"speed:    {estimate.images_per_second:,.1f} images per second{processes}",
         f"time:     {_duration(estimate.seconds)}",
     ]

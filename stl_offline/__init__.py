@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from stl_offline.images.beton import Beton, open_beton
     from stl_offline.images.pack import pack
     from stl_offline.labels.arrays import LabelMap, ShardArrays
-    from stl_offline.labels.cache import TokenCache, build_token_cache
+    from stl_offline.labels.cache import build_token_cache
+    from stl_offline.labels.cache_file import TokenCache
     from stl_offline.labels.convert import convert
     from stl_offline.labels.join import join
     from stl_offline.labels.label_set import LabelSet, open_label_set
@@ -138,7 +139,8 @@ _CORE = {
     "config": ("DumpConfig", "EvaluateConfig", "LabelerConfig", "StudentConfig"),
     "geometry": ("CropSettings", "View", "center_views", "draw_views", "relative_view", "whole_views"),
     "labels.arrays": ("LabelMap", "ShardArrays"),
-    "labels.cache": ("TokenCache", "build_token_cache"),
+    "labels.cache": ("build_token_cache",),
+    "labels.cache_file": ("TokenCache",),
     "labels.convert": ("convert",),
     "labels.join": ("join",),
     "labels.label_set": ("LabelSet", "open_label_set"),

@@ -20,6 +20,7 @@ from stl_offline.labels.format import encode_shard
 from stl_offline.labels.manifest import Manifest, ShardRecord, shard_name, shard_range
 from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.store import open_storage
+from stl_offline.labels.views_ahead import run_bytes
 from stl_offline.models import TokenLabeler
 
 # A first batch warms up; then as many batches are measured as fit into the seconds, within the limits.
@@ -31,8 +32,9 @@ _FEWEST, _MOST = 3, 32
 class DumpEstimate:
     """The cost of a dump, extrapolated from ``measured`` images to the whole data set.
 
-    images, views (of each), shards: what the label set would hold; bytes: all its files; images_per_second,
-    seconds: of the job with ``processes`` processes; pack_seconds: before that, for images that are not packed yet;
+    images, views (of each), shards: what the label set would hold; bytes: all its files; cache_bytes: the most that
+    its token caches take at a time on a machine that trains from it; images_per_second, seconds: of the job with
+    ``processes`` processes; pack_seconds: before that, for images that are not packed yet;
     free_bytes: where the set would be written (None for an object store).
     """
 
@@ -40,6 +42,7 @@ class DumpEstimate:
     views: int
     shards: int
     bytes: int
+    cache_bytes: int
     bytes_per_image: float
     images_per_second: float
     seconds: float
@@ -114,6 +117,7 @@ def _measure(
         views=views,
         shards=shards,
         bytes=size,
+        cache_bytes=run_bytes(labelling.spec, images),
         bytes_per_image=size / images,
         images_per_second=rate,
         seconds=images / rate,

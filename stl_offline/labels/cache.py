@@ -2,7 +2,8 @@
 
 It is filled once from whole shards, for one label set and one list of images, and named by a hash of both. Processes
 share it. It is written under a temporary name and renamed, so that no partial cache is ever opened. Opening compares
-each file with a checksum; a damaged cache is built again.
+each file with a checksum; a damaged cache is built again. It holds all views of a set, or some consecutive ones:
+`stl_offline.labels.views_ahead` makes those as training comes to them.
 
 n: images; V: views of each; Gh, Gw: the token grid; k: classes kept for each cell.
 """
@@ -11,104 +12,48 @@ import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
-import io
+import itertools
 import json
 import logging
-import math
 import mmap
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
-from numpy.lib.format import dtype_to_descr, open_memmap, write_array_header_1_0
+from numpy.lib.format import open_memmap
 
-from stl_offline.compiled import read_only
 from stl_offline.errors import FormatError, TargetError
-from stl_offline.files import COPY_BYTES, atomic_write, cache_dir, canonical_json, make_folder
-from stl_offline.labels.cache_rows import place_shard
-from stl_offline.labels.draws import bits_of, expand_into, packed_bytes
+from stl_offline.files import atomic_write, cache_dir, canonical_json, make_folder
+from stl_offline.labels.cache_file import (
+    INFO,
+    MOST_THREADS,
+    VERSION,
+    TokenCache,
+    array_layout,
+    cache_bytes,
+    npy_header,
+    open_cache,
+    own_checksum,
+)
+from stl_offline.labels.cache_rows import ViewsOf, place_shard
 from stl_offline.labels.join import JoinReport, check_class_names, join
 from stl_offline.labels.label_set import LabelSet
-from stl_offline.labels.spec import LabelSpec, is_count
-from stl_offline.labels.store import FolderStorage, read_object
+from stl_offline.labels.spec import LabelSpec
 from stl_offline.progress import progress_bar
 from stl_offline.settings import check_match
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 2
-_INFO = "cache.json"
-_INFO_BYTES = 1 << 26
-_MOST_THREADS = 8
 _NAMED_AT_ONCE = 1 << 16
+_PART_BYTES = 1 << 22
 _MADV_POPULATE_WRITE = 23  # of Linux; Python names it only from 3.14 on
-
-
-@dataclass(frozen=True, eq=False)
-class TokenCache:
-    """Memory-mapped labels of n images, in their order.
-
-    class_ids: (n, V, Gh, Gw, k) uint16 or uint32; probabilities: (n, V, Gh, Gw, k) float32; confidence:
-    (n, V, Gh, Gw) float32; views: (n, V, 6) float32; labelled: (n,) uint8, 0 where an image has no label (its other
-    entries are zeros).
-
-    None where the labels have no such thing: confidence; draws: (n, V, bytes) uint8, each map's drawn classes, packed
-    (`stl_offline.labels.draws`); head_ids: (n, V, c + s), the class head's best classes and its drawn ones;
-    head_masses: (n, V, c + s) float32, their probabilities, each draw's an s-th of what the best ones leave.
-    """
-
-    path: Path
-    spec: LabelSpec
-    class_ids: np.ndarray
-    probabilities: np.ndarray
-    confidence: np.ndarray | None
-    views: np.ndarray
-    labelled: np.ndarray
-    report: str
-    draws: np.ndarray | None = None
-    head_ids: np.ndarray | None = None
-    head_masses: np.ndarray | None = None
-
-    def entries(self, sample: int, view: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """All that is stored of a map's distributions: class ids and float32 masses, (Gh, Gw, k + S).
-
-        Draws share the mass outside the top k; a class may be drawn several times.
-        """
-        ids, masses = self.class_ids[sample, view], self.probabilities[sample, view]
-        if self.draws is None:
-            return ids, masses
-        found = np.empty((*self.grid, self.top_k + self.spec.draws), ids.dtype)
-        sums = np.empty(found.shape, np.float32)
-        arrays = (read_only(ids), read_only(masses), read_only(self.draws[sample, view]))
-        expand_into(*arrays, bits_of(self.num_classes), False, found, sums)
-        return found, sums
-
-    def __len__(self) -> int:
-        return len(self.labelled)
-
-    def __reduce__(self) -> tuple:
-        return open_token_cache, (self.path,)  # worker processes map the files again, and copy nothing
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-        return self.spec.num_classes
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(Gh, Gw)."""
-        return self.spec.grid
-
-    @property
-    def top_k(self) -> int:
-        """k."""
-        return self.spec.top_k
 
 
 def build_token_cache(
@@ -132,99 +77,121 @@ def build_token_cache(
         FormatError: the label set is damaged.
         TargetError: the cache cannot be written (with a full disk, the message states the space that it needs).
     """
-    check_match(match, allow_changed=allow_changed)
-    check_class_names(label_set.spec.class_names, tuple(class_names))
-    folder = make_folder(cache_dir() / "tokens" if folder is None else folder)
     policy = {"match": match, "missing": missing, "allow_changed": allow_changed}
-    name = cache_name(label_set, keys, content_hashes, **policy)
-    path = folder / name
-    # Whatever is wrong is reported below, if it still is once no other process can be building it.
-    with contextlib.suppress(FileNotFoundError, FormatError):
-        return _open(path)
-    with _only_process(folder / f"{name}.lock"):
-        try:
-            return _open(path)
-        except FileNotFoundError:
-            pass
-        except FormatError as error:
-            _log.warning("%s: it is built again", error)
-        report = join(label_set, keys, content_hashes, class_names, **policy)
-        _remove(path, folder, name)
-        temporary = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+    maker = CacheMaker([label_set], keys, content_hashes, class_names, folder=folder, **policy)
+    return maker.make(maker.views)
+
+
+class CacheMaker:
+    """Makes token caches of a label set for some images: of all of its views, or of consecutive ones.
+
+    Args:
+        label_sets: one, or several of the same images and random family whose views follow each other.
+        keys, content_hashes, class_names, folder: as of `build_token_cache`; policy: match, missing, allow_changed.
+
+    spec: of all views; views: their places, 0 … V; images: n.
+    """
+
+    def __init__(
+        self,
+        label_sets: Sequence[LabelSet],
+        keys: Sequence[str],
+        content_hashes: np.ndarray,
+        class_names: Sequence[str],
+        *,
+        folder: str | Path | None = None,
+        **policy: Any,
+    ) -> None:
+        check_match(policy["match"], allow_changed=policy["allow_changed"])
+        check_class_names(label_sets[0].spec.class_names, tuple(class_names))
+        self.folder = make_folder(cache_dir() / "tokens" if folder is None else folder)
+        self._name = cache_name(label_sets, keys, content_hashes, **policy)
+        self._images = (keys, content_hashes, class_names)
+        self.images = len(keys)
+        self._policy = policy
+        bounds = np.cumsum([0, *(each.spec.views_per_image for each in label_sets)]).tolist()
+        self.parts = [(each, range(*ends)) for each, ends in zip(label_sets, itertools.pairwise(bounds), strict=True)]
+        self.views = range(bounds[-1])
+        self.spec = replace(label_sets[0].spec, views_per_image=bounds[-1])
+        self._reports: dict[int, JoinReport] = {}
+
+    def path(self, views: range) -> Path:
+        """Where the cache of some views lies."""
+        return self.folder / (self._name if views == self.views else f"{self._name}-{views.start}-{views.stop - 1}")
+
+    def join(self, number: int) -> JoinReport:
+        """Where the images' labels are in one of the label sets."""
+        if number not in self._reports:
+            self._reports[number] = join(self.parts[number][0], *self._images, **self._policy)
+        return self._reports[number]
+
+    def make(self, views: range, *, keep: Sequence[range] = (), stop: threading.Event | None = None) -> TokenCache:
+        """The cache of some views; built where it is not there yet, or is damaged.
+
+        Args:
+            keep: where it is built, the caches of other views than these are removed first.
+            stop: for work in the background. It shows no progress, takes one thread, and ends with `Stopped` once this
+                is set.
+        """
+        path = self.path(views)
+        # Whatever is wrong is reported below, if it still is once no other process can be building it.
+        with contextlib.suppress(FileNotFoundError, FormatError):
+            return open_cache(path)
+        with _only_process(self.folder / f"{self._name}.lock"):
+            try:
+                return open_cache(path)
+            except FileNotFoundError:
+                pass
+            except FormatError as error:
+                _log.warning("%s: it is built again", error)
+            sources = self._sources(views)
+            self._remove(views, keep)
+            return self._build(path, views, sources, stop)
+
+    def _sources(self, views: range) -> list["_Source"]:
+        found = {}
+        for number, (label_set, own) in enumerate(self.parts):
+            first, last = max(own.start, views.start), min(own.stop, views.stop)
+            if first < last:
+                of = ViewsOf(first - own.start, last - own.start, first - views.start)
+                found[number] = _Source(label_set, self.join(number), of)
+        # No more of them in memory than are read.
+        self._reports = {number: source.report for number, source in found.items()}
+        return list(found.values())
+
+    def _build(self, path: Path, views: range, sources: list["_Source"], stop: threading.Event | None) -> TokenCache:
+        spec = self.spec.of_views(views)
+        temporary = self.folder / f".{path.name}.{secrets.token_hex(4)}.tmp"
         try:
             temporary.mkdir()
-            _fill(temporary, label_set, report)
+            _fill(temporary, spec, sources, stop)
             os.replace(temporary, path)
         except OSError as error:
             if isinstance(error, TargetError):
                 raise
-            needed = sum(_bytes(dtype, shape) for dtype, shape in _layout(label_set.spec, len(keys)).values())
+            needed = cache_bytes(spec, self.images)
             raise TargetError(
                 f"cannot write the token cache {path}: {error.strerror or error}; it needs {needed / 1e9:.2f} GB "
                 "(STL_OFFLINE_CACHE chooses another place)"
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return _open(path)
+        return open_cache(path)
 
+    def _remove(self, views: range, keep: Sequence[range]) -> None:
+        """Remove what killed builds left, a damaged cache of these views, and caches of views that are not kept.
 
-def open_token_cache(path: str | Path) -> TokenCache:
-    """Open a cache that was built, after comparing every byte of it with its checksums.
-
-    Raises:
-        FileNotFoundError: there is none.
-        FormatError: it is of another version, cut off or damaged.
-    """
-    try:
-        return _open(Path(path))
-    except FormatError as error:
-        raise FormatError(f"{error}; remove {path}") from error
-
-
-def _open(path: Path) -> TokenCache:
-    if not path.is_dir():
-        raise FileNotFoundError(f"there is no token cache {path}")
-    storage = FolderStorage(path)
-    try:
-        info = read_object(storage, _INFO, _INFO_BYTES)
-    except FileNotFoundError as error:
-        raise FormatError(f"the token cache {path} lacks its {_INFO}") from error
-    if info.get("version") != _VERSION:
-        raise FormatError(f"the token cache {path} is of version {str(info.get('version'))[:20]}, not {_VERSION}")
-    own = info.pop("own_xxh3", "")
-    if not own or own != _own_checksum(info):
-        raise FormatError(f"{path / _INFO} is damaged (its checksum differs)")
-    try:
-        spec = LabelSpec.from_json(info["spec"])
-        images, report, checksums = info["images"], info["report"], info["xxh3"]
-        if not (is_count(images) and isinstance(report, str) and isinstance(checksums, dict)):
-            raise FormatError("an entry is of a wrong type")
-    except (KeyError, FormatError) as error:
-        raise FormatError(f"{path / _INFO} cannot be used: {error}") from error
-    layout = _layout(spec, images)
-    for name, (dtype, shape) in layout.items():
-        file = storage.path(f"{name}.npy")
-        size = len(_header(dtype, shape)) + _bytes(dtype, shape)
-        if not file.is_file() or file.stat().st_size != size:
-            raise FormatError(f"the token cache's file {file} is missing or cut off: it must have {size:,} bytes")
-    found = _checksums(path, layout)
-    damaged = next((name for name in layout if found[name] != checksums.get(name)), None)
-    if damaged is not None:
-        raise FormatError(f"the token cache's file {path / damaged}.npy is damaged (its checksum differs)")
-    # The checksums cover the files' own headers, which so need not be parsed.
-    arrays = {
-        name: np.memmap(path / f"{name}.npy", dtype, "r", len(_header(dtype, shape)), shape)
-        for name, (dtype, shape) in layout.items()
-    }
-    # Of labels without top-k classes.
-    empty = (images, *spec.map_shape)
-    arrays.setdefault("class_ids", np.empty(empty, spec.id_dtype))
-    arrays.setdefault("probabilities", np.empty(empty, np.float32))
-    return TokenCache(path=path, spec=spec, report=report, **{"confidence": None, **arrays})
+        Only the lock's holder may call it. Processes that have opened a cache keep it: their memory maps hold its
+        files until they are closed.
+        """
+        kept = {self.path(each) for each in keep} - {self.path(views)}
+        others = {*self.folder.glob(f"{self._name}-*"), self.path(views)} - kept
+        for left in (*others, *self.folder.glob(f".{self._name}*.tmp")):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def cache_name(
-    label_set: LabelSet,
+    label_sets: Sequence[LabelSet],
     keys: Sequence[str],
     content_hashes: np.ndarray,
     *,
@@ -232,8 +199,8 @@ def cache_name(
     missing: str,
     allow_changed: bool,
 ) -> str:
-    """The cache's name: a hash of the label set, the images in their order, and how they are joined."""
-    made_of = [label_set.fingerprint, match, missing, bool(allow_changed), len(keys)]
+    """The cache's name: a hash of the label sets, the images in their order, and how they are joined."""
+    made_of = [*(each.fingerprint for each in label_sets), match, missing, bool(allow_changed), len(keys)]
     named = hashlib.sha256(json.dumps(made_of).encode())
     # As JSON, so that no two lists of keys run together to the same text; a part at a time, for millions of them.
     for first in range(0, len(keys), _NAMED_AT_ONCE):
@@ -242,60 +209,46 @@ def cache_name(
     return named.hexdigest()[:32]
 
 
-def _layout(spec: LabelSpec, n: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    views, cells = spec.views_per_image, math.prod(spec.grid)
-    head = (n, views, spec.class_top_k + spec.class_draws)
-    arrays = {
-        "class_ids": (spec.id_dtype, (n, *spec.map_shape)),
-        "probabilities": (np.dtype("<f4"), (n, *spec.map_shape)),
-        "confidence": (np.dtype("<f4"), (n, *spec.map_shape[:-1]) if spec.has_confidence else (0,)),
-        "draws": (np.dtype("u1"), (n, views, packed_bytes(cells * spec.draws, spec.num_classes) if spec.draws else 0)),
-        "head_ids": (spec.id_dtype, head),
-        "head_masses": (np.dtype("<f4"), head),
-        "views": (np.dtype("<f4"), (n, views, 6)),
-        "labelled": (np.dtype("u1"), (n,)),
-    }
-    # What has no number in it is in no file.
-    return {name: (dtype, shape) for name, (dtype, shape) in arrays.items() if math.prod(shape)}
+class _Source(NamedTuple):
+    """A label set, where the images' labels are in it, and which of its views are wanted."""
+
+    label_set: LabelSet
+    report: JoinReport
+    views: ViewsOf
 
 
-def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """What a .npy file of such an array begins with."""
-    stream = io.BytesIO()
-    described = {"descr": dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    write_array_header_1_0(stream, described)
-    return stream.getvalue()
+class Stopped(Exception):
+    """Work in the background has ended because nobody waits for it any more."""
 
 
-def _bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    return dtype.itemsize * int(np.prod(shape))
-
-
-def _fill(folder: Path, label_set: LabelSet, report: JoinReport) -> None:
-    n = len(report.shard)
-    arrays = _make_arrays(folder, label_set.spec, n)
-    _place_shards(arrays, label_set, report)
+def _fill(folder: Path, spec: LabelSpec, sources: list[_Source], stop: threading.Event | None) -> None:
+    n = len(sources[0].report.shard)
+    arrays = _make_arrays(folder, spec, n)
+    for source in sources:
+        _place_shards(arrays, source, stop)
     # On disk before it gets its name: after a power cut it would read as zeros.
     _sync_files([folder / f"{name}.npy" for name in arrays])
     checksums = {}
     for name, array in arrays.items():
         # What the file holds, without reading it again.
-        digest = xxhash.xxh3_64(_header(array.dtype, array.shape))
-        digest.update(np.asarray(array).data)
+        digest = xxhash.xxh3_64(npy_header(array.dtype, array.shape))
+        content = memoryview(np.asarray(array).reshape(-1).view(np.uint8))
+        for start in range(0, len(content), _PART_BYTES):
+            digest.update(content[start : start + _PART_BYTES])
         checksums[name] = digest.hexdigest()
     info = {
-        "version": _VERSION,
+        "version": VERSION,
         "images": n,
-        "spec": label_set.spec.to_json(),
-        "report": str(report),
+        "spec": spec.to_json(),
+        "report": str(sources[0].report),
         "xxh3": checksums,
     }
-    atomic_write(folder / _INFO, canonical_json(info | {"own_xxh3": _own_checksum(info)}))
+    atomic_write(folder / INFO, canonical_json(info | {"own_xxh3": own_checksum(info)}))
 
 
 def _make_arrays(folder: Path, spec: LabelSpec, n: int) -> dict[str, np.memmap]:
     arrays = {}
-    for name, (dtype, shape) in _layout(spec, n).items():
+    for name, (dtype, shape) in array_layout(spec, n).items():
         file = folder / f"{name}.npy"
         arrays[name] = open_memmap(file, mode="w+", dtype=dtype, shape=shape)
         # A memory map on a full disk kills the process when it is written to; so the space is taken first.
@@ -305,20 +258,27 @@ def _make_arrays(folder: Path, spec: LabelSpec, n: int) -> dict[str, np.memmap]:
     return arrays
 
 
-def _place_shards(arrays: dict[str, np.memmap], label_set: LabelSet, report: JoinReport) -> None:
+def _place_shards(arrays: dict[str, np.memmap], source: _Source, stop: threading.Event | None) -> None:
+    label_set, report, views = source
     order = np.argsort(report.shard, kind="stable")
     bounds = np.searchsorted(report.shard[order], np.arange(len(label_set.shards) + 1))
     needed = [index for index in range(len(label_set.shards)) if bounds[index] < bounds[index + 1]]
 
     def fill_from(index: int) -> int:
+        if stop is not None and stop.is_set():
+            raise Stopped
         samples = order[bounds[index] : bounds[index + 1]]
-        place_shard(arrays, label_set, index, samples, report.row[samples])
+        place_shard(arrays, label_set, index, samples, report.row[samples], views)
         return len(samples)
 
+    if stop is not None:
+        for index in needed:
+            fill_from(index)
+        return
     # Shards land in different rows, so threads do not meet; no more shards are in memory than threads.
     with (
         progress_bar(report.matched, "labels → token cache") as progress,
-        concurrent.futures.ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool,
+        concurrent.futures.ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool,
     ):
         try:
             for filled in pool.map(fill_from, needed):
@@ -338,40 +298,9 @@ def _map_pages(array: np.memmap) -> None:
     physical = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
     if 0 < array.nbytes <= physical // 8:
         with contextlib.suppress(OSError):
-            array._mmap.madvise(_MADV_POPULATE_WRITE)
-
-
-def _own_checksum(info: dict[str, Any]) -> str:
-    """xxh3 (64 bit, hexadecimal) of the entries of `cache.json` but for this one itself; "" where no text can hold
-    them: half of a surrogate pair, an infinite number, too many levels."""
-    try:
-        return xxhash.xxh3_64_hexdigest(canonical_json(info))
-    except (ValueError, RecursionError):
-        return ""
-
-
-def _checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """xxh3 (64 bit, hexadecimal) of the file of each array, all read at the same time.
-
-    All of a cache is compared before any of it is used, because training draws from all of it from the first batch on.
-    That costs one pass over files which the first epoch reads anyway, so they are in memory for it where they fit.
-    """
-    files = [folder / f"{name}.npy" for name in names]
-    with concurrent.futures.ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        # The largest first, so that none is left to the end alone.
-        order = sorted(files, key=lambda file: -file.stat().st_size)
-        return dict(zip((file.stem for file in order), pool.map(_checksum, order), strict=True))
-
-
-def _checksum(file: Path) -> str:
-    digest, buffer = xxhash.xxh3_64(), memoryview(bytearray(COPY_BYTES))
-    try:
-        with open(file, "rb", buffering=0) as stream:
-            while size := stream.readinto(buffer):
-                digest.update(buffer[:size])
-    except OSError as error:
-        raise FormatError(f"the token cache's file {file} cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
+            # A part at a time, because other threads wait for each.
+            for start in range(0, len(array._mmap), _PART_BYTES):
+                array._mmap.madvise(_MADV_POPULATE_WRITE, start, min(_PART_BYTES, len(array._mmap) - start))
 
 
 def _sync_files(files: Sequence[Path]) -> None:
@@ -383,12 +312,6 @@ def _sync_files(files: Sequence[Path]) -> None:
 def _sync(file: Path) -> None:
     with open(file, "r+b") as stream:
         os.fdatasync(stream.fileno())
-
-
-def _remove(path: Path, folder: Path, name: str) -> None:
-    """Remove what a killed build of this cache left, or a damaged cache. Only the lock's holder may call it."""
-    for left in (path, *folder.glob(f".{name}.*.tmp")):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager

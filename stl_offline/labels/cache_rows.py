@@ -3,6 +3,9 @@
 n: samples of the shard; V: views; cells: V·Gh·Gw, the cells of all maps of an image; k: classes of a cell; K: all.
 """
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 
 from stl_offline.compiled import njit
@@ -19,10 +22,31 @@ _PART = 64
 _Q8 = ("views", "palette", "class_ranks", "confidence_steps", "logit_gaps")
 
 
+class ViewsOf(NamedTuple):
+    """Some of a shard's views, ``first`` up to ``last`` (not included), and where the first of them lies in a cache."""
+
+    first: int
+    last: int
+    at: int
+
+    @property
+    def stored(self) -> slice:
+        return slice(self.first, self.last)
+
+    @property
+    def cached(self) -> slice:
+        return slice(self.at, self.at + self.last - self.first)
+
+
 def place_shard(
-    cache: dict[str, np.ndarray], label_set: LabelSet, index: int, samples: np.ndarray, rows: np.ndarray
+    cache: dict[str, np.ndarray],
+    label_set: LabelSet,
+    index: int,
+    samples: np.ndarray,
+    rows: np.ndarray,
+    views: ViewsOf,
 ) -> None:
-    """Put the labels of the shard's ``rows`` into the cache's rows ``samples``.
+    """Put the labels of the shard's ``rows``, some of their views, into the cache's rows ``samples``.
 
     Keys and images' classes, which a join has read and checked to find the rows, are not read again on the quick way.
 
@@ -32,40 +56,45 @@ def place_shard(
     data = label_set.read_bytes(index)
     spec = label_set.spec
     is_quick = spec.encoding == "q8" and spec.container == "zarr" and spec.format_version == 1
-    if is_quick and _place_q8(cache, data, spec, samples, rows):
+    if is_quick and _place_q8(cache, data, spec, samples, rows, views):
         return
-    _place_arrays(cache, label_set.decode(index, data), samples, rows, spec.num_classes)
+    _place_arrays(cache, label_set.decode(index, data), samples, rows, views, spec.num_classes)
 
 
 def _place_arrays(
-    cache: dict[str, np.ndarray], shard: ShardArrays, samples: np.ndarray, rows: np.ndarray, classes: int
+    cache: dict[str, np.ndarray],
+    shard: ShardArrays,
+    samples: np.ndarray,
+    rows: np.ndarray,
+    views: ViewsOf,
+    classes: int,
 ) -> None:
     # By row of the cache, a part at a time: written pages are written once, and what is computed stays small.
     order = np.argsort(samples)
     for start in range(0, len(order), _PART):
         part = order[start : start + _PART]
-        to, of = samples[part], rows[part]
+        to, of = (samples[part], views.cached), (rows[part], views.stored)
         if shard.class_ids.shape[-1]:
             cache["class_ids"][to] = shard.class_ids[of]
             cache["probabilities"][to] = probabilities(shard.logits[of], shard.confidence[of])
         if shard.confidence is not None:
             cache["confidence"][to] = shard.confidence[of]
         if shard.draws is not None:
-            _pack(cache["draws"], to, shard.draws[of], classes)
+            cache["draws"][to] = _packed(shard.draws[of], classes)
         if "head_ids" in cache:
             cache["head_ids"][to], cache["head_masses"][to] = _head(shard, of)
         cache["views"][to] = shard.views[of]
-        cache["labelled"][to] = 1
+        cache["labelled"][samples[part]] = 1
 
 
-def _pack(cache: np.ndarray, rows: np.ndarray, draws: np.ndarray, classes: int) -> None:
-    """Draws (m, V, Gh, Gw, S) into the cache's rows (m,), each map on its own."""
+def _packed(draws: np.ndarray, classes: int) -> np.ndarray:
+    """Draws (m, V, Gh, Gw, S), each map packed on its own: (m, V, bytes)."""
     packed = pack_draws(draws.reshape(-1, *draws.shape[2:]), classes)
-    cache[rows] = packed.reshape(len(rows), draws.shape[1], -1)
+    return packed.reshape(*draws.shape[:2], -1)
 
 
-def _head(shard: ShardArrays, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The class head's answer for some rows (m,): class ids and masses (m, V, c + s)."""
+def _head(shard: ShardArrays, rows: tuple[np.ndarray, slice]) -> tuple[np.ndarray, np.ndarray]:
+    """The class head's answer for some rows (m,) and views (v): class ids and masses (m, v, c + s)."""
     if shard.head_ids is None:
         draws = shard.head_draws[rows]
         none = np.empty((*draws.shape[:-1], 0))
@@ -75,7 +104,12 @@ def _head(shard: ShardArrays, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _place_q8(
-    cache: dict[str, np.ndarray], data: bytes, spec: LabelSpec, samples: np.ndarray, rows: np.ndarray
+    cache: dict[str, np.ndarray],
+    data: bytes,
+    spec: LabelSpec,
+    samples: np.ndarray,
+    rows: np.ndarray,
+    views: ViewsOf,
 ) -> bool:
     """`_place_arrays` without the arrays in between; False where a rule may be broken, for the long way to judge."""
     try:
@@ -92,7 +126,7 @@ def _place_q8(
     target[rows] = samples
     gaps = stored["logit_gaps"].reshape(n, cells, k - 1) if k > 1 else np.empty((n, cells, 0), dtype=np.uint8)
     logits = logit_table()
-    size = len(cache["labelled"])
+    size, of_view = len(cache["labelled"]), math.prod(spec.grid)
     whole = _place(
         ranks.reshape(n, cells, k),
         gaps,
@@ -103,26 +137,31 @@ def _place_q8(
         probabilities(np.stack([np.zeros_like(logits), logits], axis=-1), np.ones(len(logits)))[:, 1],
         (spec.num_classes, least_sum_limit(spec)),
         target,
-        np.asarray(cache["class_ids"]).reshape(size, cells, k),
-        np.asarray(cache["probabilities"]).reshape(size, cells, k),
-        np.asarray(cache["confidence"]).reshape(size, cells),
+        (views.first * of_view, views.last * of_view, views.at * of_view),
+        np.asarray(cache["class_ids"]).reshape(size, -1, k),
+        np.asarray(cache["probabilities"]).reshape(size, -1, k),
+        np.asarray(cache["confidence"]).reshape(size, -1),
     )
     if not whole:
         return False
-    cache["views"][samples] = stored["views"][rows]
+    cache["views"][samples, views.cached] = stored["views"][rows, views.stored]
     cache["labelled"][samples] = 1
     return True
 
 
 @njit
-def _place(ranks, gaps, palette, steps, confidences, shares, limits, target, class_ids, probabilities, confidence):
+def _place(
+    ranks, gaps, palette, steps, confidences, shares, limits, target, wanted, class_ids, probabilities, confidence
+):
     """Fill the cache's rows ``target`` (n), −1 for none. False where the shard may not be as an encoder writes it.
 
-    limits: K, and what the probabilities of a cell may sum to at least. No rule is judged here: what passes cannot
+    limits: K, and what the probabilities of a cell may sum to at least. wanted: the first of a sample's cells to
+    place, the one after the last, and where the first lies in the cache. No rule is judged here: what passes cannot
     break one, since gaps only fall and a list of different classes gives different ranks different classes.
     """
     samples, cells, k = ranks.shape
     classes, most = limits
+    first, last, start = wanted
     listed = np.empty(cells * k, dtype=palette.dtype)
     last_seen = np.full(classes, -1, dtype=np.int64)
     at = 0
@@ -134,16 +173,18 @@ def _place(ranks, gaps, palette, steps, confidences, shares, limits, target, cla
         if size > cells * k or at + size > len(palette):
             return False
         running = np.int64(0)
-        for place in range(size):
+        for number in range(size):
             # The sum wraps around in the palette's own dtype.
-            listed[place] = running + np.int64(palette[at + place])
-            running = np.int64(listed[place])
+            listed[number] = running + np.int64(palette[at + number])
+            running = np.int64(listed[number])
             if running >= classes or last_seen[running] == sample:
                 return False
             last_seen[running] = sample
         at += size
         row = target[sample]
         for cell in range(cells):
+            place = cell - first + start
+            is_wanted = row >= 0 and first <= cell < last
             best = confidences[steps[sample, cell]]
             if best <= 0:
                 return False
@@ -159,11 +200,11 @@ def _place(ranks, gaps, palette, steps, confidences, shares, limits, target, cla
                     if total > 255:
                         return False
                 mass += shares[total]
-                if row >= 0:
-                    class_ids[row, cell, entry] = listed[rank]
-                    probabilities[row, cell, entry] = shares[total] * best
+                if is_wanted:
+                    class_ids[row, place, entry] = listed[rank]
+                    probabilities[row, place, entry] = shares[total] * best
             if mass * best > most:
                 return False
-            if row >= 0:
-                confidence[row, cell] = best
+            if is_wanted:
+                confidence[row, place] = best
     return at == len(palette)

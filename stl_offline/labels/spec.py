@@ -6,7 +6,7 @@ V: views of each image; Gh, Gw: the token grid; k, S: classes kept and drawn for
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -219,6 +219,16 @@ class LabelSpec:
     def first_view(self) -> int:
         """The number of the first view among those of its random family."""
         return self.views.get("first", 0)
+
+    def of_views(self, views: range) -> "LabelSpec":
+        """The spec of some consecutive views, named by their places among the set's: range within 0 … V."""
+        if views == range(self.views_per_image):
+            return self
+        family = {name: value for name, value in self.views.items() if name != "first"}
+        first = self.first_view + views.start
+        version = None if self.format_version == 1 else self.format_version
+        kind = family | ({"first": first} if first else {})
+        return replace(self, views_per_image=len(views), views=kind, format_version=version)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's entries, without the shard table."""

@@ -106,12 +106,8 @@ class TokenLoader:
             raise InputError(f"the batch size must be positive, got {batch_size}")
         if not 0 <= world.rank < world.size:
             raise InputError(f"the rank must lie in 0 … {world.size - 1}, got {world.rank}")
-        for cache in labels.caches if labels else ():
-            if len(cache.labelled) != len(beton):
-                raise InputError(
-                    f"the token cache has {len(cache.labelled):,} samples, {beton.path} has {len(beton):,}; "
-                    "build the cache from this .beton's keys"
-                )
+        if labels is not None:
+            _check_labels(labels, beton)
         check_shares(len(beton), batch_size, world.size)
         _check_size(beton)
         self.beton = beton
@@ -169,6 +165,7 @@ class TokenLoader:
         views: np.ndarray,
         *,
         warps: np.ndarray | None = None,
+        labels: TokenLabels | None = None,
         map_index: np.ndarray | None = None,
         cache_index: np.ndarray | None = None,
         start_batch: int = 0,
@@ -181,6 +178,7 @@ class TokenLoader:
             views: float32 (n, 6): every sample's view, by sample id; axis-aligned crops inside the image.
             warps: float32 (n, 6): how each sample's pixels are moved within its crop after loading, as a view of
                 it. Targets are for the moved pixels; the batch carries its warps to whoever moves them.
+            labels: of this and the next epochs, such as caches of other views; of the same kind as the loader's.
             map_index: int64 (n,): which of its stored maps each sample's targets come from; the first by default.
             cache_index: int64 (n,): which of several caches; the first by default.
             start_batch: batches to leave out at the start, to go on in the middle of an epoch.
@@ -190,7 +188,7 @@ class TokenLoader:
             An iterator of `Batch`, with ``close()``; also a context manager.
 
         Raises:
-            InputError: views, map_index or sample_ids do not fit.
+            InputError: views, labels, map_index or sample_ids do not fit.
             FormatError: while iterating: an image that cannot be decoded, or has changed since packing.
             TrainingError: while iterating: the loading thread failed.
         """
@@ -215,9 +213,14 @@ class TokenLoader:
             raise InputError(f"start_batch must lie in 0 … {len(batches)}, got {start_batch}")
         self._crop.set_views(views)
         if self._draw is not None:
+            if labels is not None:
+                _check_labels(labels, self.beton)
+                if labels.targets != self.tokens or labels.targets_per_token != self._targets_per_token:
+                    raise InputError("an epoch's `labels` must give the targets of those that its loader was made with")
+                self._draw.set_labels(labels)
             self._draw.set_epoch(epoch, views, shown, map_index, cache_index)
-        elif map_index is not None or cache_index is not None:
-            raise InputError("map_index or cache_index was given to a loader without token targets")
+        elif not (labels is None and map_index is None and cache_index is None):
+            raise InputError("labels, map_index or cache_index was given to a loader without token targets")
         self._views, self._warps, self._epoch = shown, warps, epoch
         self._thread = EpochThread(self._ffcv, batches[start_batch:], self._buffers, self._check_batch)
         return Epoch(self._thread, self._make_batch)
@@ -277,6 +280,15 @@ def check_views(views: np.ndarray, samples: int) -> np.ndarray:
             "the loader crops and mirrors, other transforms happen on the device"
         )
     return views
+
+
+def _check_labels(labels: TokenLabels, beton: Beton) -> None:
+    for cache in labels.caches:
+        if len(cache.labelled) != len(beton):
+            raise InputError(
+                f"the token cache has {len(cache.labelled):,} samples, {beton.path} has {len(beton):,}; "
+                "build the cache from this .beton's keys"
+            )
 
 
 @contextlib.contextmanager

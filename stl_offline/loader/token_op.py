@@ -45,10 +45,14 @@ class TokenDraw(Operation):
         super().__init__()
         self._shape = (*labels.targets.grid, labels.targets_per_token)
         self._class_ids = read_only(class_ids, np.int64)
-        self._workers = workers
-        self._filler = Filler(labels, seed, len(workers))
+        self._workers, self._seed = workers, seed
+        self.set_labels(labels)
         self._plan: _Plan | None = None
         self._epoch = 0
+
+    def set_labels(self, labels: TokenLabels) -> None:
+        """What the next epochs read; no batch may be under way. They must give as many targets per token as before."""
+        self._filler = Filler(labels, self._seed, len(self._workers))
 
     def set_epoch(
         self,

@@ -14,7 +14,8 @@ import numpy as np
 from stl_offline.compiled import next_item, njit, read_only
 from stl_offline.errors import InputError, JoinError
 from stl_offline.geometry import View, relative_view_into, window_of
-from stl_offline.labels.cache import TokenCache, build_token_cache
+from stl_offline.labels.cache import build_token_cache
+from stl_offline.labels.cache_file import TokenCache
 from stl_offline.labels.draws import bits_of, expand_into
 from stl_offline.labels.join import POLICIES
 from stl_offline.labels.keys import KeyIndex

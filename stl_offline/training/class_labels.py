@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stl_offline.errors import InputError
-from stl_offline.labels.cache import TokenCache
+from stl_offline.labels.cache_file import TokenCache
 from stl_offline.labels.spec import LabelSpec
 
 

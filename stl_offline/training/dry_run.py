@@ -21,7 +21,8 @@ from stl_offline.evaluation import match_classes
 from stl_offline.geometry import whole_views
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import find_packed, pack_sample
-from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.spec import LabelSpec
+from stl_offline.labels.views_ahead import run_bytes
 from stl_offline.loader import Batch, check_shares
 from stl_offline.settings import OUTSIDE
 from stl_offline.targets import TokenTargets
@@ -46,7 +47,8 @@ class DryRun:
     step_images: of all processes in a step; steps, epoch_steps, warmup: counts; lr: the largest; image_seconds: of
     one process, measured on ``measured`` images per step; seconds: of all training steps; memory: bytes of one process
     (weights, gradients, optimiser, average, an online labeler's weights, what backward needs of a batch; on a GPU with
-    the run's own batch, CUDA's peak; and a step's images twice, as loaded and as augmented).
+    the run's own batch, CUDA's peak; and a step's images twice, as loaded and as augmented); cache: bytes that token
+    caches take on disk at a time, at most.
     """
 
     settings: dict[str, Any]
@@ -64,6 +66,7 @@ class DryRun:
     measured: int
     seconds: float
     memory: int
+    cache: int
     is_first: bool = True
 
     def lines(self) -> list[str]:
@@ -83,6 +86,7 @@ class DryRun:
             f"steps of {counted(self.measured, 'image')})",
             f"time        {_duration(self.seconds)} of training steps",
             f"memory      {self.memory / _GIB:.2f} GiB per process, libraries and loading not counted",
+            *([f"disk        {self.cache / 1e9:.2f} GB of token cache at most"] if self.cache else []),
             "nothing was written",
         ]
 
@@ -148,6 +152,7 @@ def _measure(stage: Stage, images: int, val_images: int) -> DryRun:
         measured=batch,
         seconds=each * images / world.size * config.epochs,
         memory=timer.memory(batch),
+        cache=sum(run_bytes(spec, images) for spec in timer.label_specs),
         is_first=world.is_first,
     )
 
@@ -169,6 +174,7 @@ class _StepTimer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.targets = 0  # per token, that a batch brings with it
         self.labeler: nn.Module | None = None
+        self.label_specs: list[LabelSpec] = []
         self.step = TrainStep(stage, self._objective(), 1)
         self.step.model.train()
         self.taken = self.saved = 0
@@ -215,8 +221,8 @@ class _StepTimer:
             online = OnlineLabels(self.stage, labeler_of(config), config)
             self.labeler = online.labeler
             return StudentObjective(self.stage, online)
-        check_labels(config)
-        best = max(open_label_set(place).spec.top_k for place in config.labels)
+        self.label_specs = [label_set.spec for label_set in check_labels(config)]
+        best = max(spec.top_k for spec in self.label_specs)
         targets = TokenTargets(config.token_target, (1, 1), m=config.soft_classes, residual=config.residual)
         self.targets = targets.targets_per_token(best)
         return StudentObjective(self.stage, _GivenLabels(self.stage, config))

@@ -64,7 +64,7 @@ def run_stage(
     Args:
         objective: the stage's inputs and losses; plan: what each epoch shows.
         label_identity: what the token labels are, by content; None for a stage without any.
-        loader_labels: what the loader makes token targets from.
+        loader_labels: what the loader makes token targets from, where a plan brings no others.
     """
     folder = make_run_folder(stage, label_identity)
     return run_training(
@@ -161,7 +161,6 @@ class Trainer:
         clock = Clock(self.at)
         saved = time.monotonic()
         batches = self.loader.epoch(self.at.epoch, start_batch=self.at.batch, **self.plan(self.at.epoch))
-        clock.waits()
         for batch in batches:
             clock.works()
             due = self._is_due(time.monotonic() - saved)

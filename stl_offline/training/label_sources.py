@@ -16,10 +16,12 @@ from stl_offline.augment import visible_share, warp_images
 from stl_offline.config import StudentConfig
 from stl_offline.device import autocast
 from stl_offline.errors import InputError, JoinError
-from stl_offline.labels.cache import TokenCache, build_token_cache
+from stl_offline.labels.cache import CacheMaker
+from stl_offline.labels.cache_file import TokenCache
 from stl_offline.labels.keys import rename_keys
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.spec import check_use
+from stl_offline.labels.views_ahead import ViewsAhead
 from stl_offline.loader import DECODER, Batch, TokenLabels
 from stl_offline.models import TokenLabeler, create_labeler
 from stl_offline.targets import TokenTargets
@@ -49,6 +51,9 @@ class LabelSource:
     def loader_labels(self) -> TokenLabels | None:
         """What the loader makes token targets from; None where it makes none."""
         return None
+
+    def close(self) -> None:
+        """End what runs in the background."""
 
     def plan(self, epoch: int) -> dict[str, Any]:
         return self.stage.random_plan(epoch)
@@ -139,7 +144,8 @@ class DumpedLabels(TokenSource):
     """Labels from label sets, joined by key and read from token caches by the loader.
 
     Of a set of whole images a sample reads its one map under a fresh crop; of a set of crops it replays one of them,
-    in turn. With several sets, `stl_offline.training.label_choice` chooses which one a sample reads in an epoch.
+    in turn. Token caches hold the views at hand (`stl_offline.labels.views_ahead`). With several sets,
+    `stl_offline.training.label_choice` chooses which one a sample reads in an epoch.
     """
 
     def __init__(self, stage: Stage, label_sets: list[LabelSet], config: StudentConfig) -> None:
@@ -151,11 +157,10 @@ class DumpedLabels(TokenSource):
         if stage.world.is_first:
             replayed = [each for each, replay in zip(label_sets, self.replays, strict=True) if replay]
             warn_of_other_crops(replayed, config.scale_min, config.flip)
-        self.caches = tuple(_join(label_set, stage, config, len(label_sets) > 1) for label_set in label_sets)
-        if stage.world.is_first and config.residual == "ignore" and config.token_norm == "mass":
-            _tell_of_weight(self.caches)
-        self._chosen: tuple[int, np.ndarray, np.ndarray] | None = None
-        self.labelled = np.stack([np.asarray(cache.labelled) > 0 for cache in self.caches])
+        self.sources = [_join(label_set, stage, config, len(label_sets) > 1) for label_set in label_sets]
+        self.labelled = np.stack([source.labelled for source in self.sources])
+        self._tells = stage.world.is_first and config.residual == "ignore" and config.token_norm == "mass"
+        self._chosen: tuple[int, tuple[TokenCache, ...], np.ndarray, np.ndarray] | None = None
         self.target_settings = TokenTargets(
             kind=config.token_target,
             grid=self.grid,
@@ -170,8 +175,14 @@ class DumpedLabels(TokenSource):
             return {"kind": "dumped", "fingerprint": self.fingerprints[0]}
         return {"kind": "dumped", "fingerprints": self.fingerprints}
 
-    def loader_labels(self) -> TokenLabels | None:
-        return TokenLabels(self.target_settings, self.caches)
+    def loader_labels(self) -> TokenLabels:
+        """Those of no view: each epoch's come with its plan."""
+        none = [TokenCache.of_no_views(source.spec, source.labelled) for source in self.sources]
+        return TokenLabels(self.target_settings, none)
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()
 
     def plan(self, epoch: int) -> dict[str, Any]:
         plan = super().plan(epoch)
@@ -181,13 +192,18 @@ class DumpedLabels(TokenSource):
         if self.choice is not None:
             chosen = self.choice(epoch, views, self.labelled)
         maps = np.zeros(len(views), dtype=np.int64)
-        for number, (cache, replayed) in enumerate(zip(self.caches, self.replays, strict=True)):
+        caches, places = zip(*(source.of_epoch(epoch, self.config.epochs) for source in self.sources), strict=True)
+        if self._tells:
+            self._tells = False
+            _tell_of_weight(caches)
+        for number, replayed in enumerate(self.replays):
             if replayed:
                 mine = np.flatnonzero((chosen == number) & self.labelled[number])
-                maps[mine] = epoch % cache.views.shape[1]
-                views[mine] = cache.views[mine, maps[mine]]
-        self._chosen = (epoch, chosen, maps)
-        return plan | {"views": views, "map_index": maps, "cache_index": chosen}
+                maps[mine] = places[number]
+                views[mine] = caches[number].views[mine, places[number]]
+        self._chosen = (epoch, caches, chosen, maps)
+        labels = TokenLabels(self.target_settings, caches)
+        return plan | {"views": views, "map_index": maps, "cache_index": chosen, "labels": labels}
 
     def class_answers(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         share = class_share(self.config.class_target)
@@ -196,8 +212,8 @@ class DumpedLabels(TokenSource):
         if self._chosen is None or self._chosen[0] != batch.epoch:
             self.plan(batch.epoch)
         samples = batch.sample_ids.cpu().numpy()
-        _, chosen, maps = self._chosen
-        dense, labelled = class_answers(self.caches, samples, chosen[samples], maps[samples])
+        _, caches, chosen, maps = self._chosen
+        dense, labelled = class_answers(caches, samples, chosen[samples], maps[samples])
         parts = share * labelled[:, None].astype(np.float32)
         device = batch.class_ids.device
         return torch.from_numpy(dense).to(device), torch.from_numpy(parts).to(device)
@@ -230,8 +246,8 @@ def open_labels(config: StudentConfig, stage: Stage) -> LabelSource:
     return DumpedLabels(stage, [open_label_set(place) for place in config.labels], config)
 
 
-def check_labels(config: StudentConfig) -> None:
-    """Check the label sets and how they are to be read, before images are packed.
+def check_labels(config: StudentConfig) -> list[LabelSet]:
+    """Check the label sets and how they are to be read, before images are packed; gives the sets, if there are any.
 
     Raises:
         StlError: label sets that are not there or damaged, or do not go with the settings.
@@ -239,8 +255,11 @@ def check_labels(config: StudentConfig) -> None:
     share = class_share(config.class_target)
     if share and {"none", "online"} & set(config.labels):
         raise InputError("`class_target` other than own needs label sets as `labels`")
-    if not {"none", "online"} & set(config.labels):
-        how_read([open_label_set(place) for place in config.labels], config)
+    if {"none", "online"} & set(config.labels):
+        return []
+    label_sets = [open_label_set(place) for place in config.labels]
+    how_read(label_sets, config)
+    return label_sets
 
 
 def how_read(label_sets: list[LabelSet], config: StudentConfig) -> tuple[list[bool], LabelChoice | None]:
@@ -313,18 +332,12 @@ def _is_replayed(label_set: LabelSet, crops: str) -> bool:
     return replay
 
 
-def _join(label_set: LabelSet, stage: Stage, config: StudentConfig, named: bool) -> TokenCache:
+def _join(label_set: LabelSet, stage: Stage, config: StudentConfig, named: bool) -> ViewsAhead:
     beton = stage.train
+    images = (rename_keys(beton.keys, config.key_prefix), beton.content_hashes, beton.class_names)
+    policy = {"match": config.match, "missing": config.missing, "allow_changed": config.allow_changed}
     try:
-        return build_token_cache(
-            label_set,
-            rename_keys(beton.keys, config.key_prefix),
-            beton.content_hashes,
-            beton.class_names,
-            match=config.match,
-            missing=config.missing,
-            allow_changed=config.allow_changed,
-        )
+        return ViewsAhead(CacheMaker([label_set], *images, **policy))
     except JoinError as error:
         if not named:
             raise

@@ -4,6 +4,7 @@ STL (arXiv 2401.03844), section 3.2: CE(class logits, y) + w · mean over tokens
 The labels come from a label set (dumped once), from the labeler in every step (the released code's way), or nowhere.
 """
 
+import contextlib
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,8 +31,9 @@ def train_student(config: StudentConfig) -> dict[str, Any]:
     with leaving_world():
         check_labels(config)
         stage = prepare(config, "student")
-        source = open_labels(config, stage)
-        return run_stage(stage, StudentObjective(stage, source), source.plan, source.identity(), source.loader_labels())
+        with contextlib.closing(open_labels(config, stage)) as source:
+            objective = StudentObjective(stage, source)
+            return run_stage(stage, objective, source.plan, source.identity(), source.loader_labels())
 
 
 class StudentObjective:

@@ -22,7 +22,8 @@ from lite0 import MEAN, STD, lite0_dump
 
 from stl_offline.dump import dump_labels
 from stl_offline.images.pack import ensure_beton
-from stl_offline.labels.cache import TokenCache, build_token_cache
+from stl_offline.labels.cache import build_token_cache
+from stl_offline.labels.cache_file import TokenCache
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.loader import ImageSettings, TokenLabels, TokenLoader
 from stl_offline.targets import TokenTargets

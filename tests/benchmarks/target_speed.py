@@ -20,8 +20,9 @@ from torch_peak import torch_peak_mib
 from torchvision.ops import roi_align
 
 from stl_offline.device import keep_freed_memory
+from stl_offline.loader import TokenLabels
 from stl_offline.loader.threads import Workers
-from stl_offline.loader.token_op import TokenDraw, TokenLabels
+from stl_offline.loader.token_op import TokenDraw
 from stl_offline.targets import TokenTargets
 
 GRID, RATIO = (14, 14), 2

@@ -18,6 +18,7 @@ from stl_offline.images.beton import open_beton
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.manifest import ShardRecord
 from stl_offline.labels.store import FolderStorage
+from stl_offline.labels.views_ahead import run_bytes
 from stl_offline.labels.writer import LabelSetWriter
 from tests.dump.dumping import command, content
 
@@ -43,6 +44,7 @@ class TestEstimate:
         assert estimate.bytes == pytest.approx(files, rel=0.03)
         assert (estimate.images, estimate.shards) == (report.samples, config.shards)
         assert estimate.views == max(1, config.crops_per_image)
+        assert estimate.cache_bytes == run_bytes(open_label_set(config.out).spec, 45)
         assert estimate.fits and estimate.pack_seconds == 0
         assert 1 < estimate.images_per_second < 20_000
         assert estimate.seconds == pytest.approx(45 / estimate.images_per_second)
@@ -61,7 +63,14 @@ class TestEstimate:
     def test_in_words(self, capsys, work, tmp_path):
         code, out, _ = dump(capsys, work, tmp_path / "set", "--estimate")
         assert code == 0
-        assert [line.partition(":")[0] for line in out.splitlines()] == ["estimate", "size", "speed", "time", "disk"]
+        assert [line.partition(":")[0] for line in out.splitlines()] == [
+            "estimate",
+            "size",
+            "cache",
+            "speed",
+            "time",
+            "disk",
+        ]
         assert "45 images" in out and "15 shards" in out and "enough" in out
 
     def test_a_disk_that_is_too_small(self, work, tmp_path, monkeypatch):

@@ -18,7 +18,8 @@ from stl_offline.files import canonical_json
 from stl_offline.geometry import whole_views
 from stl_offline.images.beton import open_beton
 from stl_offline.images.classes import read_class_map
-from stl_offline.labels.cache import build_token_cache, open_token_cache
+from stl_offline.labels.cache import build_token_cache
+from stl_offline.labels.cache_file import open_token_cache
 from stl_offline.labels.class_names import read_class_names
 from stl_offline.labels.convert import convert
 from stl_offline.labels.label_set import LabelSet, open_label_set

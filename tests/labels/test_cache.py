@@ -12,7 +12,8 @@ import xxhash
 from stl_offline.errors import FormatError, InputError, JoinError, TargetError
 from stl_offline.files import canonical_json
 from stl_offline.labels import cache as cache_module
-from stl_offline.labels.cache import build_token_cache, open_token_cache
+from stl_offline.labels.cache import build_token_cache
+from stl_offline.labels.cache_file import open_token_cache
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.spec import CONTAINERS
 from tests.labels.crash import fork, kill_at_step, run, wait

@@ -127,3 +127,6 @@ def test_it_takes_the_runs_own_steps(quick, tmp_path, monkeypatch, kind, residua
     assert {shape[1:] for shape in steps} == {(16, targets)}
     assert max(shape[0] for shape in steps) == 20
     assert not (tmp_path / "student").exists()
+    # 45 maps of 4 × 4 tokens: two classes (2 B) with probabilities (4 B) and a confidence each; a view, and a flag.
+    assert found.cache == 45 * (16 * (2 * 6 + 4) + 25)
+    assert "disk        0.00 GB of token cache at most" in found.lines()

@@ -20,6 +20,7 @@ from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.loader import ImageSettings, TokenLoader
 from stl_offline.models import load_model
+from stl_offline.training.engine import Trainer
 from stl_offline.training.label_sources import open_labels
 from stl_offline.training.online import online_targets
 from stl_offline.training.setup import prepare
@@ -383,3 +384,31 @@ class TestLabelsThatDoNotBelong:
         changes["out"] = f"{quick['out']}-online"
         with pytest.raises(InputError, match="equal grids"):
             self.student(quick, labelled, **changes)
+
+
+def test_views_as_they_are_needed_train_the_same_student(quick, labelled, monkeypatch, tmp_path):
+    """One view of three on disk for each epoch gives the weights of a run with all three, also after a kill."""
+    config = StudentConfig(**quick | {"labels": str(labelled[0] / "views"), "epochs": 5, "val": None})
+    train_student(replace(config, out=str(tmp_path / "whole")))
+    monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("stl_offline.labels.views_ahead.SPAN_BYTES", 1)
+    seen = []
+    original = Trainer._take_step
+
+    def die_in_the_third_epoch(trainer, batch, notes):
+        spans = sorted(path.name.partition("-")[2] for path in (tmp_path / "cache" / "tokens").glob("*-*"))
+        seen.append((trainer.at.epoch, len(spans)))
+        assert f"{trainer.at.epoch % 3}-{trainer.at.epoch % 3}" in spans
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        return original(trainer, batch, notes)
+
+    monkeypatch.setattr(Trainer, "_take_step", die_in_the_third_epoch)
+    spans = replace(config, out=str(tmp_path / "spans"), checkpoint_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        train_student(spans)
+    train_student(spans)
+    assert [epoch for epoch, _ in seen] == [0] * 3 + [1] * 3 + [2] * 2 + [2] * 2 + [3] * 3 + [4] * 3
+    assert max(count for _, count in seen) == 2
+    ours, theirs = (load_model(tmp_path / name)[0].state_dict() for name in ("spans", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

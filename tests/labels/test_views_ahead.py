@@ -1,0 +1,198 @@
+"""Views as training needs them: equal to a cache of all views, two spans on disk, and no half cache after a kill."""
+
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stl_offline.errors import FormatError, JoinError, TargetError
+from stl_offline.labels import views_ahead
+from stl_offline.labels.cache import CacheMaker, Stopped, build_token_cache
+from stl_offline.labels.cache_file import cache_bytes
+from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.views_ahead import ViewsAhead, run_bytes, span_views
+from tests.labels.crash import kill_at_step, run
+from tests.labels.synthetic import make_arrays, make_key, make_spec, write_set
+
+SAMPLES, VIEWS = 11, 5
+POLICY = {"match": "key", "missing": "error", "allow_changed": False}
+ARRAYS = ("class_ids", "probabilities", "confidence", "draws", "head_ids", "head_masses", "views")
+KINDS = {
+    "q8": {"encoding": "q8"},
+    "f16": {"container": "webdataset"},
+    "draws": {"top_k": 0, "draws": 3, "has_confidence": False, "class_draws": 2, "encoding": "q8"},
+    "both": {"draws": 2, "class_top_k": 3, "container": "webdataset", "encoding": "q8"},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def labels(request, tmp_path_factory):
+    """A set of five views, and the cache of all of them, for nine of its eleven images."""
+    folder = tmp_path_factory.mktemp("labels")
+    write_set(folder / "set", make_spec(samples=SAMPLES, view_count=VIEWS, **KINDS[request.param]), 3)
+    label_set = open_label_set(folder / "set")
+    return label_set, build_token_cache(label_set, *images(label_set), folder=folder / "whole")
+
+
+def images(label_set):
+    order = np.random.default_rng(1).permutation(SAMPLES)[:9]
+    hashes = make_arrays(label_set.spec).content_hash
+    return [make_key(position) for position in order], hashes[order], label_set.spec.class_names
+
+
+def ahead_of(label_set, folder, span, monkeypatch):
+    monkeypatch.setattr(views_ahead, "SPAN_BYTES", span * cache_bytes(label_set.spec.of_views(range(1)), 9) + 7)
+    return ViewsAhead(CacheMaker([label_set], *images(label_set), folder=folder, **POLICY))
+
+
+def check_view(ahead, whole, epoch, epochs):
+    """One epoch's view has the numbers that it has in the cache of all views."""
+    cache, place = ahead.of_epoch(epoch, epochs)
+    for name in ARRAYS:
+        ours, theirs = getattr(cache, name), getattr(whole, name)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours[:, place], theirs[:, epoch % VIEWS], err_msg=name)
+    np.testing.assert_array_equal(cache.labelled, whole.labelled)
+    assert cache.spec.first_view + place == epoch % VIEWS
+    return cache
+
+
+def spans_on_disk(folder):
+    return sorted(path.name.partition("-")[2] for path in folder.iterdir() if path.is_dir())
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(span=st.integers(1, VIEWS), start=st.integers(0, 13), count=st.integers(1, 12))
+def test_every_epoch_reads_its_view(labels, tmp_path_factory, span, start, count):
+    """From any epoch on, in spans of any length: equal numbers, and never more than two spans on disk."""
+    label_set, whole = labels
+    folder = tmp_path_factory.mktemp("spans")
+    with pytest.MonkeyPatch.context() as patch:
+        ahead = ahead_of(label_set, folder, span, patch)
+        for epoch in range(start, start + count):
+            cache = check_view(ahead, whole, epoch, start + count)
+            size = sum(file.stat().st_size for file in cache.path.glob("*.npy"))
+            assert size <= span * cache_bytes(whole.spec.of_views(range(1)), 9) + 2000
+            assert len(spans_on_disk(folder)) <= 2
+        ahead.close()
+    assert len(spans_on_disk(folder)) <= 2
+    assert {path.suffix for path in folder.iterdir() if not path.is_dir()} == {".lock"}
+    assert not [thread for thread in threading.enumerate() if thread.name == "stl-offline-views"]
+
+
+@pytest.mark.parametrize("labels", ["both"], indirect=True)
+def test_the_next_view_is_there_when_its_epoch_begins(labels, tmp_path, monkeypatch):
+    label_set, whole = labels
+    ahead = ahead_of(label_set, tmp_path, 2, monkeypatch)
+    assert not spans_on_disk(tmp_path)  # where a run begins is not known yet
+    ahead.of_epoch(1, 4)
+    ahead._next.join()
+    assert spans_on_disk(tmp_path) == ["0-1", "2-3"]
+    monkeypatch.setattr("stl_offline.labels.cache._fill", None)
+    check_view(ahead, whole, 2, 4)
+    check_view(ahead, whole, 3, 4)
+    assert ahead._next is None  # no epoch of this run reads another view
+
+
+@pytest.mark.parametrize("labels", ["both"], indirect=True)
+def test_a_set_that_fits_into_one_span_has_one_cache_that_is_kept(labels, tmp_path, monkeypatch):
+    label_set, whole = labels
+    path = build_token_cache(label_set, *images(label_set), folder=tmp_path).path
+    monkeypatch.setattr("stl_offline.labels.cache._fill", None)
+    ahead = ahead_of(label_set, tmp_path, VIEWS, monkeypatch)
+    for epoch in (0, 7, 4):
+        assert check_view(ahead, whole, epoch, 9).path == path
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == [path.name]
+
+
+def test_disk_use_does_not_grow_with_the_views():
+    """ImageNet-1K, 14 × 14 tokens: under 2 GB with one draw for each token, under 20 GB with the top 5."""
+    images, grid = 1_281_167, {"classes": 1000, "grid": (14, 14)}
+    for kind, most in (({"top_k": 0, "draws": 1, "has_confidence": False}, 2e9), ({"top_k": 5}, 20e9)):
+        sizes = [run_bytes(make_spec(view_count=views, **grid, **kind), images) for views in (30, 350, 2000)]
+        assert len(set(sizes)) == 1 and 0.5 * most < sizes[0] < most
+    few = make_spec(view_count=3, **grid)
+    assert span_views(few, 100) == 3 and run_bytes(few, 100) == cache_bytes(few, 100)
+
+
+@pytest.mark.parametrize("labels", ["both"], indirect=True)
+def test_killed_at_any_step_it_goes_on_from_any_view(labels, tmp_path, monkeypatch):
+    label_set, whole = labels
+    for step in range(0, 400, 17):
+        folder = tmp_path / str(step)
+
+        def work(folder=folder):
+            ahead = ahead_of(label_set, folder, 1, monkeypatch)
+            for epoch in range(4):
+                check_view(ahead, whole, epoch, 4)
+
+        code = kill_at_step(step, work)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+
+        def resume(folder=folder):
+            ahead = ahead_of(label_set, folder, 1, monkeypatch)
+            for epoch in (3, 4, 12, 13):
+                check_view(ahead, whole, epoch, 14)
+            ahead.close()
+
+        assert run(resume) == 0
+        assert len(spans_on_disk(folder)) <= 2
+        assert not list(folder.glob(".*"))
+    assert 30 < step < 400
+
+
+@pytest.mark.parametrize("labels", ["both"], indirect=True)
+def test_runs_at_different_views_do_not_disturb_each_other(labels, tmp_path, monkeypatch):
+    """Each removes what it does not need itself; what the other has open stays readable."""
+    label_set, whole = labels
+    ours, theirs = (ahead_of(label_set, tmp_path, 1, monkeypatch) for _ in range(2))
+    for epoch in range(4):
+        mine = check_view(ours, whole, epoch, 9)
+        check_view(theirs, whole, epoch + 2, 9)
+        np.testing.assert_array_equal(mine.views[:, 0], whole.views[:, epoch])
+    ours.close()
+    theirs.close()
+
+
+def test_what_goes_wrong_in_the_background_comes_out_with_the_epoch(tmp_path, monkeypatch):
+    write_set(tmp_path / "set", make_spec(samples=SAMPLES, view_count=VIEWS), 3)
+    label_set = open_label_set(tmp_path / "set")
+    ahead = ahead_of(label_set, tmp_path / "spans", 1, monkeypatch)
+    ahead.of_epoch(0, 1)
+    ahead._now = None
+    file = tmp_path / "set" / label_set.shards[1].name
+    os.truncate(file, 100)
+    ahead.of_epoch(0, 2)
+    with pytest.raises(FormatError, match=f"{file.name} has 100 bytes"):
+        ahead.of_epoch(1, 2)
+
+
+@pytest.mark.parametrize("labels", ["both"], indirect=True)
+def test_work_in_the_background_stops_when_it_is_asked_to(labels, tmp_path):
+    label_set, _ = labels
+    maker = CacheMaker([label_set], *images(label_set), folder=tmp_path, **POLICY)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        maker.make(range(2, 4), stop=stop)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("labels", ["both"], indirect=True)
+def test_labels_of_other_images_are_found_before_training(labels, tmp_path, monkeypatch):
+    label_set, _ = labels
+    monkeypatch.setattr(views_ahead, "SPAN_BYTES", 1)
+    keys, hashes, names = images(label_set)
+    with pytest.raises(JoinError, match="9 images changed"):
+        ViewsAhead(CacheMaker([label_set], keys, hashes + np.uint64(1), names, folder=tmp_path, **POLICY))
+    with pytest.raises(TargetError, match="cannot make the folder"):
+        CacheMaker([label_set], keys, hashes, names, folder="/proc/cache", **POLICY)
+    assert not spans_on_disk(tmp_path)
