@@ -79,6 +79,7 @@ training_options = together(
     setting_option(TrainConfig, "--data", group="data", metavar="SRC", more=SOURCE_HELP),
     setting_option(TrainConfig, "--val", group="data", metavar="SRC", show_default="none"),
     setting_option(TrainConfig, "--skip-broken/--no-skip-broken", group="data"),
+    setting_option(TrainConfig, "--loader", group="data"),
     setting_option(TrainConfig, "--model", group="model", metavar="NAME"),
     setting_option(TrainConfig, "--init", group="model", metavar="RUN|FILE|timm", show_default="random"),
     setting_option(TrainConfig, "--freeze/--no-freeze", group="model"),

@@ -19,6 +19,8 @@ from stl_offline.settings import (
     AMP_MODES,
     INPUT,
     JOB,
+    LOADER,
+    LOADERS,
     MATCHES,
     MISSING,
     RESULT,
@@ -171,6 +173,7 @@ class TrainConfig(RunConfig):
     )
     token_weight: float = setting(1.0, "Weight of the token loss (0 disables it).", bounds="[0, inf)")
     skip_broken: bool = setting(False, SKIP_BROKEN)
+    loader: str = setting("ffcv", LOADER, choices=LOADERS, affects=JOB)
 
     def __post_init__(self) -> None:
         if self.auto_augment == "none":  # how a command turns a recipe's auto_augment off

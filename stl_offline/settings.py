@@ -30,6 +30,11 @@ AMP_MODES = ("auto", "none", "bf16", "fp16")
 
 SEEDS = f"[0, {1 << 63})"
 SKIP_BROKEN = "Leave out images that cannot be decoded, and list them, instead of stopping."
+LOADERS = ("ffcv", "stream")
+LOADER = (
+    "How images are read: packed once into a .beton, which FFCV reads (ffcv), or where they lie, in tars or a folder "
+    "(stream). stream is slower and needs no second copy of the images; results are the same."
+)
 MISSING = ("error", "skip")
 MATCHES = ("key", "stem", "content")
 

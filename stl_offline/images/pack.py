@@ -25,7 +25,7 @@ from stl_offline.errors import FormatError, InputError, TargetError, counted
 from stl_offline.files import atomic_path, cache_dir, canonical_json, make_folder, remove_leftovers
 from stl_offline.images.beton import INDEX_VERSION, PAGE_SIZE, Beton, BetonWriter, open_beton
 from stl_offline.images.classes import UNLABELLED
-from stl_offline.images.common import PassedOver, SourceImage
+from stl_offline.images.common import PassedOver, Source, SourceImage
 from stl_offline.images.encode import EncodedImage, ImageError, encode_image
 from stl_offline.images.sources import open_source, source_state
 from stl_offline.progress import progress_bar
@@ -104,14 +104,7 @@ def pack(
     if workers < 1:
         raise InputError(f"packing needs at least one worker, got {workers}")
     source = open_source(source_spec, class_names, class_map)
-    if source.class_names == (UNLABELLED,):
-        _log.warning(
-            "%s has no class folders: its images can be labelled, but no model can be trained on them", source_spec
-        )
-    if source.passed_over:
-        _log.warning(
-            "passed over %s of %s: %s", counted(len(source.passed_over), "file"), source_spec, source.passed_over
-        )
+    tell_of_source(source, source_spec)
     remove_leftovers(destination.parent, glob.escape(destination.name))
 
     as_is = 0
@@ -123,7 +116,7 @@ def pack(
     ):
         writer = BetonWriter(stream, len(source), page_size)
         keys: set[str] = set()
-        for result in _encode_all(source, max_size, workers):
+        for result in encode_all(source, max_size, workers):
             bar.update()
             if result.key in keys:
                 raise InputError(f"{source_spec} gives the key {result.key!r} twice; every image needs its own")
@@ -134,7 +127,7 @@ def pack(
             elif skip_broken:
                 skipped.append((result.key, str(result.error)))
             else:
-                raise _broken(result.key, source_spec, result.error)
+                raise broken_image(result.key, source_spec, result.error)
         if not len(writer):
             raise InputError(f"{source_spec} has no image that can be used; {len(skipped):,} are broken")
         writer.finish(source.class_names, {"kind": source.kind, "max_size": max_size})
@@ -178,7 +171,7 @@ def ensure_beton(
         return beton
     path = _packed_path(spec, max_size, skip_broken, class_names)
     make_folder(path.parent)
-    with _lock(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         if path.exists():
             try:
                 beton = open_beton(path)
@@ -225,7 +218,7 @@ def pack_sample(spec: str | Path, count: int, folder: str | Path, *, skip_broken
             if result.image is not None:
                 writer.add(result.key, result.class_id, result.image)
             elif not skip_broken:
-                raise _broken(result.key, spec, result.error)
+                raise broken_image(result.key, spec, result.error)
         if not len(writer):
             raise InputError(f"{spec} has no image that can be used")
         writer.finish(source.class_names, {"kind": source.kind, "max_size": None})
@@ -238,8 +231,16 @@ def _packed_path(spec: str | Path, max_size: int | None, skip_broken: bool, clas
     return cache_dir() / "betons" / f"{xxhash.xxh3_128_hexdigest(canonical_json(settings))}.beton"
 
 
-def _encode_all(source: Iterable[SourceImage], max_size: int | None, workers: int) -> Iterator[_Result]:
-    """Results in the source's order; at most a few chunks per thread are on the way."""
+def tell_of_source(source: Source, spec: str | Path) -> None:
+    """Log what a source leaves out, and where it has no classes."""
+    if source.class_names == (UNLABELLED,):
+        _log.warning("%s has no class folders: its images can be labelled, but no model can be trained on them", spec)
+    if source.passed_over:
+        _log.warning("passed over %s of %s: %s", counted(len(source.passed_over), "file"), spec, source.passed_over)
+
+
+def encode_all(source: Iterable[SourceImage], max_size: int | None, workers: int) -> Iterator[_Result]:
+    """Images as packing stores them, in the source's order; at most a few chunks per thread are on the way."""
     images = iter(source)
     pending: deque[Future[list[_Result]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="packing")
@@ -262,14 +263,15 @@ def _encode(image: SourceImage, max_size: int | None) -> _Result:
         return encode(None, error)
 
 
-def _broken(key: str, spec: str | Path, error: ImageError) -> ImageError:
+def broken_image(key: str, spec: str | Path, error: ImageError) -> ImageError:
+    """The error for a broken image of a source."""
     return ImageError(
         f"the image {key!r} of {spec} {error}; {error.advice}, or leave broken images out with `skip_broken`"
     )
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a lock that the kernel frees when this process ends, however it ends."""
     try:
         stream = open(path, "wb")  # noqa: SIM115 (closed below; only the opening may fail in this way)

@@ -1,9 +1,10 @@
-"""The thread that loads one epoch, and the consumer's end of it.
+"""The thread that loads an epoch, and the consumer's end of it.
 
 FFCV's own iterator waits forever when its thread raises or dies, and takes its order from a sampler of its own. Here
 the order is given, every exception comes out at the consumer, and waiting looks whether the thread still lives.
 """
 
+import abc
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -17,36 +18,34 @@ from numba.core.errors import NumbaError
 
 from stl_offline.errors import StlError, TrainingError
 
+BATCHES_AHEAD = 2
 _POLL_SECONDS = 0.5
 _CLOSE_SECONDS = 120.0
 
 
-class EpochThread(EpochIterator):
-    """Runs FFCV's pipelines over given batches of sample ids, ahead of the consumer, into buffers used in turn."""
+class BatchThread(threading.Thread, abc.ABC):
+    """Loads given batches of sample ids, ahead of the consumer, into buffers used in turn.
 
-    def __init__(
-        self, loader: Loader, batches: list[np.ndarray], buffers: dict, check: Callable[[np.ndarray], None]
-    ) -> None:
-        """``buffers``: what the graph allocated for ``batches_ahead + 2`` batches; ``check(ids)`` runs after each
-        batch and raises if it must not be handed out."""
-        # Not EpochIterator.__init__: it would allocate the buffers anew for every epoch.
+    Args:
+        batches: sample ids of each.
+        check: ``check(ids)`` runs after each batch and raises if it must not be handed out.
+    """
+
+    def __init__(self, batches: list[np.ndarray], check: Callable[[np.ndarray], None]) -> None:
         threading.Thread.__init__(self, daemon=True, name="stl-offline-loader")
-        self.loader = loader
-        self.metadata = loader.reader.metadata
         self.batches = batches
         self.check = check
-        self.slots = loader.batches_ahead + 2
-        self.output_queue: queue.Queue = queue.Queue(loader.batches_ahead)
+        self.slots = BATCHES_AHEAD + 2
+        self.output_queue: queue.Queue = queue.Queue(BATCHES_AHEAD)
         # No Event: its lock, left behind by a signal that raises within set(), would stop the next set() for ever, and
         # that may be __del__'s.
         self.ended = False
-        self.memory_context = loader.memory_manager.schedule_epoch(batches)
-        self.memory_context.__enter__()
-        self.storage_state = self.memory_context.state
-        self.memory_allocations = buffers
-        self.cuda_streams = [torch.cuda.Stream() if IS_CUDA else None for _ in range(self.slots)]
         # Set by the consumer once its copies out of a slot are queued; waited for before the slot is filled again.
         self.copied: list[Any] = [None] * self.slots
+
+    @abc.abstractmethod
+    def load(self, number: int, ids: np.ndarray, slot: int) -> tuple:
+        """Load a batch into a slot's buffers: pixels uint8 (B, H, W, 3) and, with labels, (ids, weights)."""
 
     def run(self) -> None:
         try:
@@ -54,7 +53,7 @@ class EpochThread(EpochIterator):
                 slot = number % self.slots
                 if self.copied[slot] is not None:
                     self.copied[slot].synchronize()
-                result = self.run_pipeline(number, ids, slot, None)
+                result = self.load(number, ids, slot)
                 self.check(ids)
                 if not self._hand_out((slot, ids, result)):
                     return
@@ -106,11 +105,31 @@ class EpochThread(EpochIterator):
         self.ended = True
 
 
+class EpochThread(BatchThread, EpochIterator):
+    """Runs FFCV's pipelines. ``buffers``: what the graph allocated for ``BATCHES_AHEAD + 2`` batches."""
+
+    def __init__(
+        self, loader: Loader, batches: list[np.ndarray], buffers: dict, check: Callable[[np.ndarray], None]
+    ) -> None:
+        # Not EpochIterator.__init__: it would allocate the buffers anew for every epoch.
+        BatchThread.__init__(self, batches, check)
+        self.loader = loader
+        self.metadata = loader.reader.metadata
+        self.memory_context = loader.memory_manager.schedule_epoch(batches)
+        self.memory_context.__enter__()
+        self.storage_state = self.memory_context.state
+        self.memory_allocations = buffers
+        self.cuda_streams = [torch.cuda.Stream() if IS_CUDA else None for _ in range(self.slots)]
+
+    def load(self, number: int, ids: np.ndarray, slot: int) -> tuple:
+        return self.run_pipeline(number, ids, slot, None)
+
+
 class Epoch(Iterator):
     """The consumer's end of one epoch: gives batches, stops its thread when closed or no longer referred to."""
 
-    def __init__(self, thread: EpochThread, make_batch: Callable[[Any], Any]) -> None:
-        self._thread: EpochThread | None = thread
+    def __init__(self, thread: BatchThread, make_batch: Callable[[Any], Any]) -> None:
+        self._thread: BatchThread | None = thread
         self._make_batch = make_batch
         thread.start()
 

@@ -21,12 +21,11 @@ from stl_offline.geometry import compose_views
 from stl_offline.images.beton import Beton
 from stl_offline.loader.batch import Batch, ToDevice
 from stl_offline.loader.decoder import ViewCrop
-from stl_offline.loader.iterator import Epoch, EpochThread
+from stl_offline.loader.iterator import BATCHES_AHEAD, BatchThread, Epoch, EpochThread
 from stl_offline.loader.order import check_shares, count_batches, rank_batches, shuffled
 from stl_offline.loader.threads import Workers, torch_threads_kept
 from stl_offline.loader.token_op import TokenDraw, TokenLabels
 
-_BATCHES_AHEAD = 2
 # Views are float32: an edge this far outside the image is on it.
 _VIEW_TOLERANCE = 1e-4
 
@@ -109,7 +108,6 @@ class TokenLoader:
         if labels is not None:
             _check_labels(labels, beton)
         check_shares(len(beton), batch_size, world.size)
-        _check_size(beton)
         self.beton = beton
         self.image_size = (int(images.size[0]), int(images.size[1]))
         self.batch_size = batch_size
@@ -119,36 +117,41 @@ class TokenLoader:
         self._targets_per_token = labels.targets_per_token if labels else 0
         self._shuffle, self._world = shuffle, world
         self._to_device = ToDevice(self.device, self.image_size[1], images.mean, images.std)
-        self._thread: EpochThread | None = None
+        self._thread: BatchThread | None = None
         self._views: np.ndarray | None = None
         self._warps: np.ndarray | None = None
         self._epoch = 0
         threads = Workers(workers)
         self._crop = ViewCrop(self.image_size, threads, beton, images.interpolation)
+        self._draw = TokenDraw(labels, threads, seed, beton.class_ids) if labels is not None else None
+        self._open()
+
+    def _open(self) -> None:
+        """Allocate what epochs take turns with, as only one is alive at a time."""
+        _check_size(self.beton)
         pipelines: dict[str, Any] = {
             "image": PipelineSpec("image", self._crop),
-            "class_id": None,
+            "class_id": None if self._draw is None else PipelineSpec("class_id", self._draw),
             "key_hash": None,
             "content_hash": None,
         }
-        self._draw = None
-        if labels is not None:
-            self._draw = TokenDraw(labels, threads, seed, beton.class_ids)
-            pipelines["class_id"] = PipelineSpec("class_id", self._draw)
         # The operations run compiled code of this package on threads of their own. FFCV would compile its part anew
         # for every loader.
         with torch_threads_kept(), _compiler_off():
             self._ffcv = Loader(
-                str(beton.path),
-                batch_size,
+                str(self.beton.path),
+                self.batch_size,
                 num_workers=1,
                 os_cache=True,
                 pipelines=pipelines,
                 drop_last=False,
-                batches_ahead=_BATCHES_AHEAD,
+                batches_ahead=BATCHES_AHEAD,
             )
-        # Allocated once: epochs take turns with them, as only one is alive at a time.
-        self._buffers = self._ffcv.graph.allocate_memory(batch_size, _BATCHES_AHEAD + 2)
+        self._buffers = self._ffcv.graph.allocate_memory(self.batch_size, BATCHES_AHEAD + 2)
+
+    def _load(self, batches: list[np.ndarray]) -> BatchThread:
+        """A thread that loads these batches of sample ids; not started."""
+        return EpochThread(self._ffcv, batches, self._buffers, self._check_batch)
 
     @property
     def keys(self) -> Sequence[str]:
@@ -222,7 +225,7 @@ class TokenLoader:
         elif not (labels is None and map_index is None and cache_index is None):
             raise InputError("labels, map_index or cache_index was given to a loader without token targets")
         self._views, self._warps, self._epoch = shown, warps, epoch
-        self._thread = EpochThread(self._ffcv, batches[start_batch:], self._buffers, self._check_batch)
+        self._thread = self._load(batches[start_batch:])
         return Epoch(self._thread, self._make_batch)
 
     def close(self) -> None:

@@ -16,11 +16,13 @@ from stl_offline.augment import Augmentation, Mix, RandAugment, RandomErase, dra
 from stl_offline.config import RunConfig, TrainConfig, result_settings
 from stl_offline.device import amp_name, pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, join_world
+from stl_offline.errors import InputError
 from stl_offline.evaluation import Validation, match_classes
 from stl_offline.geometry import center_views, draw_views
 from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
-from stl_offline.loader import Batch, ImageSettings, TokenLabels, TokenLoader
+from stl_offline.images.unpacked import UnpackedImages, open_unpacked
+from stl_offline.loader import Batch, ImageSettings, StreamLoader, TokenLabels, TokenLoader
 from stl_offline.models import (
     Description,
     InitialWeights,
@@ -110,10 +112,21 @@ def prepare(config: TrainConfig, stage: str) -> Stage:
     device = pick_device(config.device)
     RunFolder(config.out, stage, run_settings(config, pick_amp(config.amp, device)), {}).look(config.resume)
     world = join_world(device)
-    train = ensure_beton(config.data, skip_broken=config.skip_broken)
+    train = open_images(config.data, config)
     train.require_classes()
-    val = ensure_beton(config.val, skip_broken=config.skip_broken) if config.val else None
+    val = open_images(config.val, config) if config.val else None
     return build_stage(config, stage, train, val, device, world)
+
+
+def open_images(spec: str, config: TrainConfig) -> Beton:
+    """Images as the settings have them read; images that are packed already are read as they are."""
+    if config.loader == "stream" and not spec.endswith(".beton"):
+        return open_unpacked(spec, skip_broken=config.skip_broken)
+    return ensure_beton(spec, skip_broken=config.skip_broken)
+
+
+def _loader_of(images: Beton) -> type[TokenLoader]:
+    return StreamLoader if isinstance(images, UnpackedImages) else TokenLoader
 
 
 def validation_batch(config: TrainConfig) -> int:
@@ -125,10 +138,13 @@ def check_early(config: TrainConfig) -> None:
     """Check what can be checked before images are packed.
 
     Raises:
-        InputError: an unknown model, one that can have no token head, an input size that it does not take, initial
-            weights that are not there, or another name than one of timm's strings for RandAugment.
+        InputError: `loader` is stream for packed images, an unknown model, one that can have no token head, an input
+            size that it does not take, initial weights that are not there, or another name than one of timm's strings
+            for RandAugment.
         MissingExtraError: TensorBoard is asked for and not installed.
     """
+    if config.loader == "stream" and config.data.endswith(".beton"):
+        raise InputError(f"`loader` is stream, which is for images that are not packed, and {config.data} is packed")
     if config.auto_augment:
         RandAugment.parse(config.auto_augment)
     if config.tensorboard:
@@ -213,7 +229,7 @@ def make_augmentation(config: TrainConfig, normalisation: dict[str, Any]) -> Aug
 
 def make_train_loader(stage: Stage, labels: TokenLabels | None) -> TokenLoader:
     """Loader of the training images; a batch is what one step takes in this process."""
-    return TokenLoader(
+    return _loader_of(stage.train)(
         stage.train,
         stage.images,
         stage.config.batch_size * stage.config.accumulate,
@@ -229,7 +245,7 @@ def make_validation(stage: Stage) -> Validation | None:
     """What scores a model on the validation images; None where there are none."""
     if stage.val is None:
         return None
-    loader = TokenLoader(
+    loader = _loader_of(stage.val)(
         stage.val,
         stage.images,
         validation_batch(stage.config),

@@ -79,6 +79,10 @@ class ViewCrop(Operation):
         self._broken[0] = 0
         self._changed = None
 
+    def set_pointers(self, ids: np.ndarray, pointers: np.ndarray) -> None:
+        """Where the bytes of some samples lie from now on, int64 of one length."""
+        self._table[ids, _POINTER] = pointers
+
     def take_damaged(self) -> tuple[int, str] | None:
         """A sample of the last batch whose stored bytes cannot be used, and why; or None."""
         broken, changed = int(self._broken[0]), self._changed
