@@ -40,7 +40,7 @@ def test_every_field_is_declared_with_a_help_text(kind):
 
 def test_what_does_not_shape_a_run():
     free = {"device", "workers", "out", "resume", "val_every", "checkpoint_every", "checkpoint_steps", "log_every"}
-    assert fields_of(StudentConfig, JOB) == free | {"tensorboard", "grad_checkpointing"}
+    assert fields_of(StudentConfig, JOB) == free | {"tensorboard", "grad_checkpointing", "loader"}
     assert fields_of(StudentConfig, INPUT) >= {"data", "val", "labels", "labeler", "labeler_checkpoint"}
     # These have entries of their own in the manifest.
     named = {"draws", "confidence", "class_top_k", "class_draws", "first_view"}

@@ -10,6 +10,7 @@ import webdataset
 from torch.utils.data import DataLoader
 
 from stl_offline.errors import InputError, JoinError
+from stl_offline.labels.convert import convert
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.writer import LabelSetWriter
 from stl_offline.targets import TokenLabels
@@ -45,13 +46,17 @@ def tars(label_set, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tars")
     keys = [list(label_set)[place] for place in np.random.default_rng(0).permutation(SAMPLES)]
     for number in range(TARS):
-        with tarfile.open(folder / f"train-{number}.tar", "w") as tar:
-            for key in keys[number::TARS]:
-                content = key.encode()
-                member = tarfile.TarInfo(f"{stem(key)}.txt")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+        write_tar(folder / f"train-{number}.tar", keys[number::TARS])
     return str(folder / f"train-{{0..{TARS - 1}}}.tar")
+
+
+def write_tar(path, keys):
+    with tarfile.open(path, "w") as tar:
+        for key in keys:
+            content = key.encode()
+            member = tarfile.TarInfo(f"{stem(key)}.txt")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 def stem(key):
@@ -69,11 +74,11 @@ def full_key(sample):
     return sample["txt"].decode() if isinstance(sample["txt"], bytes) else sample["txt"]
 
 
-def check(sample, label_set):
+def check(sample, label_set, probabilities=lambda found: found.probabilities):
     """The sample's labels are those of its key in the label set."""
     stored, found = label_set[full_key(sample)], sample["token_labels"]
     np.testing.assert_array_equal(found.class_ids, stored.class_ids)
-    np.testing.assert_array_equal(found.probabilities, stored.probabilities())
+    np.testing.assert_array_equal(probabilities(found), stored.probabilities())
     np.testing.assert_array_equal(found.views, stored.views)
 
 
@@ -127,3 +132,51 @@ def test_samples_without_labels(label_set, labels):
         join_labels(stream, TokenLabels(strict.targets, strict.cache))
     with pytest.raises(InputError, match="OLD=NEW"):
         join_labels(stream, labels, key_prefix="train")
+
+
+@pytest.fixture(scope="module")
+def paired_tars(label_set, tmp_path_factory):
+    """Tars of the label set's order, whose ends are not those of its shards."""
+    folder, keys = tmp_path_factory.mktemp("paired"), list(label_set)
+    for number in range(TARS):
+        write_tar(folder / f"train-{number}.tar", keys[9 * number : 9 * number + 9])
+    return str(folder / f"train-{{0..{TARS - 1}}}.tar")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_label_tars_are_read_beside_image_tars(workers, paired_tars, label_set, tmp_path, monkeypatch):
+    """Of a webdataset label set, each shard once for the tars that need it; after the join the stream is shuffled."""
+    convert(label_set, tmp_path / "tars", container="webdataset")
+    labels, read = open_label_set(tmp_path / "tars"), []
+    assert labels.spec.container == "webdataset" and len(labels.shards) == 3
+    if not workers:
+        original = labels.read_shard
+        monkeypatch.setattr(labels, "read_shard", lambda index: read.append(index) or original(index))
+    stream = webdataset.WebDataset(paired_tars, shardshuffle=False)
+    joined = join_labels(stream, labels, key=full_key).shuffle(20, seed=4)
+    loader = DataLoader(joined, batch_size=1, num_workers=workers, collate_fn=first)
+    for epoch in range(2):
+        seen = []
+        for sample in loader:
+            check(sample, label_set, lambda found: found.probabilities())
+            seen.append(full_key(sample))
+        assert sorted(seen) == sorted(label_set)
+        assert seen != list(label_set)
+        assert read == ([0, 1, 2] * (epoch + 1) if not workers else [])
+
+
+def test_a_label_set_in_another_order_than_the_stream(tars, label_set, caplog):
+    stream = webdataset.WebDataset(tars, shardshuffle=False)
+    for sample in join_labels([*stream, *stream], label_set, key=full_key):
+        check(sample, label_set, lambda found: found.probabilities())
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "stl_offline.webdataset"]
+    assert "samples of this stream needed another shard" in told
+    samples = [{"__key__": "unknown"}, {"__key__": list(label_set)[4]}]
+    found = [sample["token_labels"] for sample in join_labels(samples, label_set, missing="skip")]
+    assert found[0] is None and found[1].key == samples[1]["__key__"]
+    with pytest.raises(JoinError, match="no label for the key 'unknown'"):
+        list(join_labels(samples, label_set))
+    with pytest.raises(InputError, match="missing must be one of"):
+        join_labels(samples, label_set, missing="all")
+    with pytest.raises(InputError, match="have a `missing` of their own"):
+        join_labels(samples, TokenLabels.of(label_set, (2, 3)), missing="skip")

@@ -95,6 +95,10 @@ class LabelSet(Mapping[str, LabelMap]):
             arrays = self._last[1]
         return arrays.label_map(row, self.spec)
 
+    def shard_of(self, key: str) -> int:
+        """The number of the shard that holds a key's labels; raises KeyError where there are none."""
+        return self._places[key][0]
+
     def items(self) -> ItemsView[str, LabelMap]:
         """Every key with its label map, in stored order; each shard is read once."""
         return _Items(self)

@@ -13,7 +13,7 @@ from stl_offline.files import sha256_file
 from stl_offline.models.artifact import ModelDescription, check_digest, read_description, weights_path
 from stl_offline.models.build import build_timm, size_argument
 from stl_offline.models.checkpoints import classifier_names, load_checkpoint, read_state_dict
-from stl_offline.models.token_model import TRUNK, TokenModel
+from stl_offline.models.token_model import TOKEN_HEAD, TRUNK, TokenModel
 
 TIMM_WEIGHTS = "timm"
 
@@ -159,8 +159,10 @@ def _load_trunk(
 ) -> tuple[str, ...]:
     """Load a file through timm, so that its filters apply: names of other projects, sizes of position embeddings."""
     state_dict, _ = read_state_dict(path)
-    token_head = {name: value for name, value in state_dict.items() if name.startswith("token_head.")}
-    if theirs is not None:
+    token_head = {}
+    # A run's, or a `TokenModel`'s that a loop of one's own saved.
+    if all(name.startswith((TRUNK, TOKEN_HEAD)) for name in state_dict):
+        token_head = {name: value for name, value in state_dict.items() if name.startswith(TOKEN_HEAD)}
         state_dict = {name.removeprefix(TRUNK): value for name, value in state_dict.items() if name.startswith(TRUNK)}
     classes = _classes_in(state_dict, model.trunk)
     # With the file's own class count everything must fit; with another one timm would ignore whatever does not.
@@ -168,13 +170,21 @@ def _load_trunk(
     try:
         donor = build_timm(ours.model, classes, ours.img_size, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
-        raise InputError(f"{path} does not fit {ours.model} ({' '.join(str(error).split())[:400]})") from error
+        raise _unfit(path, ours, error) from error
     same_classes = classes == model.num_classes if theirs is None else theirs.class_names == ours.class_names
     new = _copy(donor, model, same_classes)
-    if same_classes and token_head and model.positions is None and theirs.token_head_trained:
-        model.load_state_dict(token_head, strict=False)
+    trained = theirs is None or theirs.token_head_trained
+    if same_classes and token_head and model.positions is None and trained:
+        try:
+            model.token_head.load_state_dict({name.removeprefix(TOKEN_HEAD): each for name, each in token_head.items()})
+        except RuntimeError as error:
+            raise _unfit(path, ours, error) from error
         new = tuple(head for head in new if head != "token head")
     return new
+
+
+def _unfit(path: Path, ours: ModelDescription, error: Exception) -> InputError:
+    return InputError(f"{path} does not fit {ours.model} ({' '.join(str(error).split())[:400]})")
 
 
 def _classes_in(state_dict: dict[str, Tensor], trunk: nn.Module) -> int:

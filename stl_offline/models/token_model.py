@@ -20,7 +20,7 @@ from stl_offline.models.input_size import InputSizeError, cell_size, uncovered, 
 from stl_offline.models.layers import FullPrecisionLinear
 from stl_offline.models.position_head import PositionHead
 
-TRUNK = "trunk."
+TRUNK, TOKEN_HEAD = "trunk.", "token_head."
 _REFUSALS = {
     "own": ("cannot have a token head", "take another classifier"),
     "shared": ("cannot share its class head with its tokens", 'use `token_head="own"`'),

@@ -86,6 +86,34 @@ def test_a_file_of_timm(classes, new, tmp_path):
         assert torch.equal(model.token_head[1].weight, before["token_head.1.weight"])
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize(("classes", "new"), [(3, ()), (5, ("class head", "token head"))])
+def test_a_token_model_that_a_loop_of_ones_own_saved(suffix, classes, new, tmp_path):
+    """It has no description; its class names are unknown, their number is that of its heads."""
+    donor, path = build("test_resnet", classes=classes, seed=1), tmp_path / f"w.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(donor.state_dict(), path)
+    model, before = build("test_resnet"), build("test_resnet").state_dict()
+    assert load_initial(model, str(path), description("test_resnet")).new_heads == new
+    for name, value in model.state_dict().items():
+        kept = new and name.startswith(("trunk.fc.", "token_head."))
+        assert torch.equal(value, before[name] if kept else donor.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("wrong", ["token_head.1.weight", "token_head.extra"])
+def test_a_foreign_file_with_a_token_head(wrong, tmp_path):
+    donor = timm.create_model("test_resnet", num_classes=3).state_dict()
+    save_file(donor | {wrong: torch.zeros(3, 7)}, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match="w.safetensors does not fit test_resnet"):
+        load_initial(build("test_resnet"), str(tmp_path / "w.safetensors"), description("test_resnet"))
+
+
+def test_a_token_head_of_another_shape(tmp_path):
+    weights = build("test_resnet").state_dict() | {"token_head.1.weight": torch.zeros(3, 7)}
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match="w.safetensors does not fit test_resnet"):
+        load_initial(build("test_resnet"), str(tmp_path / "w.safetensors"), description("test_resnet"))
+
+
 def test_what_does_not_fit_is_refused_even_with_other_classes(tmp_path):
     save_file(timm.create_model("test_resnet", num_classes=9).state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(InputError, match="w.safetensors does not fit test_vit"):

@@ -204,6 +204,21 @@ def test_the_classifier_alone_is_a_checkpoint_of_timm(run, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("name", "token_head"), [("test_resnet", "own"), ("test_efficientnet", "shared")])
+def test_a_convolutional_classifier_alone(name, token_head, tmp_path):
+    model = build_model(name, 3, 64, token_head=token_head).eval()
+    save_model(
+        tmp_path / "w.safetensors",
+        model.state_dict(),
+        ModelDescription(name, NAMES, 64, "student", token_head=token_head),
+    )
+    assert save_classifier(tmp_path / "w.safetensors", tmp_path / "c.safetensors") == name
+    plain = timm.create_model(name, num_classes=3, checkpoint_path=str(tmp_path / "c.safetensors"))
+    images = random_image(2, 64, 96)
+    torch.testing.assert_close(plain.eval()(images), model(images)[0])
+
+
+@torch.no_grad()
 def test_a_fans_classifier_alone(tmp_path):
     torch.manual_seed(0)
     model = build_model("fan_micro_4_p8_token", 3, 32, token_head="").eval()
@@ -217,10 +232,11 @@ def test_a_fans_classifier_alone(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
-def test_onnx(tmp_path):
+@pytest.mark.parametrize("name", ["test_vit", pytest.param("test_resnet", marks=pytest.mark.slow)])
+def test_onnx(name, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = build("test_vit", 64)
+    model = build(name, 64)
     images = random_image(2, 64, 64)
     with torch.no_grad():
         torch.onnx.export(model, (images,), dynamo=True, verbose=False).save(tmp_path / "model.onnx")

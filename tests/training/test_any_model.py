@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 
-from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, ReportConfig, StudentConfig
+from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, PreviewConfig, ReportConfig, StudentConfig
 from stl_offline.dump import dump_labels
 from stl_offline.errors import InputError
 from stl_offline.evaluation import evaluate
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.models import load_model
+from stl_offline.reports.find import find_images
+from stl_offline.reports.preview import preview_labels
 from stl_offline.reports.report import report_runs
 from stl_offline.training.dry_run import dry_run
 from stl_offline.training.train_labeler import train_labeler
@@ -43,6 +45,10 @@ def test_both_stages_labels_scores_and_a_report(quick, tmp_path):
         )
     )
     assert "test_vit" in page.read_text()
+    preview = preview_labels(
+        PreviewConfig(path=str(labels), data=quick["data"], out=str(tmp_path / "preview"), samples=2), find_images
+    )
+    assert preview.shown == 2 and "test_efficientnet" in preview.page.read_text()
 
     # Another run from these weights, with the trunk left alone; with other settings it is another run.
     frozen = dataclasses.replace(config, init=quick["out"], freeze=True, out=str(tmp_path / "frozen"), labels=("none",))

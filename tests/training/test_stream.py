@@ -20,7 +20,7 @@ from stl_offline.training.train_student import train_student
 @pytest.fixture
 def tars(stripes, tmp_path):
     """Training images in two tars, in no order, and validation images in one."""
-    paths = [path for path in sorted(Path(stripes[0]).rglob("*.jpg"))]
+    paths = sorted(Path(stripes[0]).rglob("*.jpg"))
     for number in range(2):
         with tarfile.open(tmp_path / f"train-{number}.tar", "w") as tar:
             for path in paths[number::2][::-1]:
