@@ -5,54 +5,196 @@
 Trains labelers on the embedded data set, labels its validation images whole, and compares with the objects' masks:
 
 - top-1 and token top-1 of the labeler;
-- AUROC and contrast, as `stl-offline labels stats --masks` defines them.
+- AUROC and contrast, as `stl-offline labels stats --masks` defines them, of labels at the side of training;
+- AUROC of two crops of each image; of whole images at half as much again as the side of training, with its contrast,
+  and there of the smallest and the largest third of the objects.
 
-Labels are made at the side of training and at half as much again.
-
-Resumable: a run that is complete is not trained again. A row takes two to four minutes on one core.
+Resumable: a run that is complete is not trained again. Most rows take one to two minutes on one core.
 """
 
 import argparse
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 import stl_offline as stl
 from stl_offline.demo.shapes import write_shapes
 from stl_offline.images.masks import read_masks
 from stl_offline.labels.foreground import measure_foreground
+from stl_offline.models import variants
+from stl_offline.training import train_labeler as stage_1
 
-SIZE, BATCH = 64, 20
-SIDES = (64, 96)
+COLUMNS = (
+    "top-1",
+    "token top-1",
+    "AUROC",
+    "contrast",
+    "AUROC of crops",
+    "AUROC, 1.5 × side",
+    "contrast",
+    "small objects",
+    "large objects",
+)
+MODEL = "fan_micro_4_p8"
+SHARED = {"img_size": 64, "batch_size": 20, "lr": 1e-3, "scale_min": 0.4, "workers": 1, "amp": "none"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a labeler differs from the demo's.
+
+    settings: of `LabelerConfig`; model: fields of the FAN's architecture; pool: a pooling that the package does not
+    have, in place of log-mean-exp; scenes: whether half of each training image is another image (`write_scenes`).
+    """
+
+    settings: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+    pool: Any = None
+    scenes: bool = False
+
+
+def lme(**changes: Any) -> dict[str, Any]:
+    """The settings of the base: log-mean-exp, token weight 5, 8 epochs."""
+    return {"epochs": 8, "token_weight": 5.0, "token_pool": "lme"} | changes
+
+
+def top_quarter(token_logits_BNK: Any, pool: str) -> Any:
+    """Mean of each class's highest quarter of the token logits."""
+    return token_logits_BNK.topk(max(1, token_logits_BNK.shape[1] // 4), dim=1).values.mean(1)
+
+
 ROWS = {
-    "mean-w1-e5": {"epochs": 5},
-    "mean-w5-e8": {"epochs": 8, "token_weight": 5.0},
-    "mean-w5-e8-cutmix": {"epochs": 8, "token_weight": 5.0, "cutmix": 1.0},
-    "lme-w1-e8": {"epochs": 8, "token_pool": "lme"},
-    "lme-w5-e8": {"epochs": 8, "token_weight": 5.0, "token_pool": "lme"},
-    "lme-w5-e8-cutmix": {"epochs": 8, "token_weight": 5.0, "token_pool": "lme", "cutmix": 1.0},
-    "lme-w5-e15": {"epochs": 15, "token_weight": 5.0, "token_pool": "lme"},
+    "mean-w1-e2": Row({"epochs": 2}),
+    "mean-w1-e5": Row({"epochs": 5}),
+    "mean-w5-e8": Row({"epochs": 8, "token_weight": 5.0}),
+    "mean-w5-e8-cutmix": Row({"epochs": 8, "token_weight": 5.0, "cutmix": 1.0}),
+    "lme-w5-e4": Row(lme(epochs=4)),
+    "lme-w5-e8": Row(lme()),
+    "lme-w5-e15": Row(lme(epochs=15)),
+    "lme-w5-e8-cutmix": Row(lme(cutmix=1.0)),
+    "lme-w1-e8": Row(lme(token_weight=1.0)),
+    "lme-w20-e8": Row(lme(token_weight=20.0)),
+    "lme-smoothing-0": Row(lme(smoothing=0.0)),
+    "lme-scale-0.08": Row(lme(scale_min=0.08)),
+    "lme-scale-1": Row(lme(scale_min=1.0)),
+    "lme-depth-2": Row(lme(), {"depth": 2}),
+    "lme-depth-8": Row(lme(), {"depth": 8}),
+    "lme-stride-16": Row(lme(), {"patch_size": 16}),
+    "lme-stride-4": Row(lme(), {"patch_size": 4}),
+    "lme-side-96": Row(lme(img_size=96)),
+    "lme-hybrid-96": Row(lme(img_size=96), {"hybrid_depths": (1, 1)}),
+    "top-quarter": Row(lme(), pool=top_quarter),
+    "mean-scenes": Row({"epochs": 8, "token_weight": 5.0}, scenes=True),
+    "lme-scenes": Row(lme(), scenes=True),
+    "timm-vit": Row({"epochs": 10, "token_weight": 5.0, "model": "test_vit", "token_pool": "lme"}),
 }
 
 
-def run(name: str, seed: int, options: argparse.Namespace) -> list[float]:
-    """Top-1, token top-1, then AUROC and contrast of labels at each of `SIDES`, of one row and seed."""
-    data = options.out / "images"
-    folder = options.out / f"{name}-seed{seed}"
-    shared = {"img_size": SIZE, "batch_size": BATCH, "lr": 1e-3, "scale_min": 0.4, "seed": seed, "workers": 1}
-    settings = shared | ROWS[name] | ({"epochs": options.epochs} if options.epochs else {})
-    config = stl.LabelerConfig(data=str(data / "train"), val=str(data / "val"), out=str(folder / "run"), **settings)
-    summary = stl.train_labeler(config)
-    figures = [summary["top1"], summary["token_top1"]]
-    masks = read_masks(data / "masks-val.npz")
-    for side in SIDES:
-        labels = str(folder / f"labels-{side}")
-        stl.dump_labels(
-            stl.DumpConfig(data=str(data / "val"), labeler=config.out, img_size=side, out=labels, top_k=10, workers=1)
+def by_size(masks: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The masks of the smallest and of the largest third of the objects."""
+    keys = sorted(masks, key=lambda key: masks[key].mean())
+    third = len(keys) // 3
+    return [{key: masks[key] for key in part} for part in (keys[:third], keys[-third:])]
+
+
+def write_images(out: Path, train: int, val: int) -> Path:
+    """The drawn images of all rows."""
+    return write_shapes(out / "images", train=train, val=val, seed=0, size=64)
+
+
+def write_scenes(images: Path, out: Path) -> Path:
+    """Training images of two objects: each is set beside one of another class, in an image twice as wide.
+
+    The class is that of the left half in half of the images, of the right half in the others, so that the other half
+    holds an object of a class that the image is not labelled with.
+    """
+    if out.exists():
+        return out
+    part = out.with_suffix(".part")
+    files = sorted((images / "train").glob("*/*.jpg"))
+    draw = np.random.default_rng(0)
+    for number, file in enumerate(files):
+        other = file
+        while other.parent == file.parent:
+            other = files[draw.integers(len(files))]
+        pair = (file, other) if number % 2 else (other, file)
+        scene = np.concatenate([np.asarray(Image.open(each)) for each in pair], axis=1)
+        place = part / file.parent.name / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene).save(place, quality=95, subsampling=0)
+    part.rename(out)
+    return out
+
+
+@contextlib.contextmanager
+def changed(row: Row) -> Iterator[None]:
+    """The micro FAN's architecture, and the pooling of stage 1, as a row has them."""
+    arguments = variants._ALL[f"{MODEL}_token"]
+    before, pool = dict(arguments), stage_1.pool_tokens
+    arguments.update(row.model)
+    stage_1.pool_tokens = row.pool or pool
+    try:
+        yield
+    finally:
+        arguments.clear()
+        arguments.update(before)
+        stage_1.pool_tokens = pool
+
+
+def train(name: str, seed: int, out: Path, epochs: int = 0) -> dict[str, Any]:
+    """The summary of a row's labeler, which is trained into OUT/NAME-seedSEED/run."""
+    row, run = ROWS[name], out / f"{name}-seed{seed}" / "run"
+    if (run / "summary.json").exists():
+        return json.loads((run / "summary.json").read_text())
+    images = out / "images"
+    data = write_scenes(images, out / "scenes") if row.scenes else images / "train"
+    settings = SHARED | row.settings | ({"epochs": epochs} if epochs else {})
+    return stl.train_labeler(
+        stl.LabelerConfig(data=str(data), val=str(images / "val"), out=str(run), seed=seed, **settings)
+    )
+
+
+def label(name: str, seed: int, out: Path, split: str, side: int, **settings: Any) -> stl.LabelSet:
+    """Labels of a split by a row's labeler."""
+    folder = out / f"{name}-seed{seed}"
+    labels = folder / "-".join(["labels", split, str(side), *(f"{key}{value}" for key, value in settings.items())])
+    dump = {"top_k": 10, "workers": 1, "batch_size": 50} | settings
+    stl.dump_labels(
+        stl.DumpConfig(
+            data=str(out / "images" / split), labeler=str(folder / "run"), img_size=side, out=str(labels), **dump
         )
-        shown = measure_foreground(stl.open_label_set(labels), masks)
-        figures += [shown.auroc, shown.contrast]
-    return figures
+    )
+    return stl.open_label_set(labels)
+
+
+def run(name: str, seed: int, out: Path, epochs: int = 0) -> list[float]:
+    """The figures of one row and seed, in the order of the table."""
+    side = (SHARED | ROWS[name].settings)["img_size"]
+    with changed(ROWS[name]):
+        summary = train(name, seed, out, epochs)
+        small = label(name, seed, out, "val", side)
+        crops = label(name, seed, out, "val", side, crops_per_image=2)
+        large = label(name, seed, out, "val", side * 3 // 2)
+    masks = read_masks(out / "images" / "masks-val.npz")
+    shown = [measure_foreground(labels, masks) for labels in (small, crops, large)]
+    thirds = [measure_foreground(large, part).auroc for part in by_size(masks)]
+    contrasts = shown[0].contrast, shown[2].contrast
+    return [
+        summary["top1"],
+        summary["token_top1"],
+        shown[0].auroc,
+        contrasts[0],
+        shown[1].auroc,
+        shown[2].auroc,
+        contrasts[1],
+        *thirds,
+    ]
 
 
 def main() -> None:
@@ -61,14 +203,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train", type=int, default=1600)
-    parser.add_argument("--val", type=int, default=300)
+    parser.add_argument("--val", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=0, help="instead of a row's own, to try the script")
     options = parser.parse_args()
-    write_shapes(options.out / "images", train=options.train, val=options.val, seed=0, size=SIZE)
-    sides = "".join(f" AUROC at {side} px | contrast |" for side in SIDES)
-    print(f"| labeler | seeds | top-1 | token top-1 |{sides}\n|{'---|' * (4 + 2 * len(SIDES))}")
+    write_images(options.out, options.train, options.val)
+    print(f"| labeler | seeds | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}")
     for name in options.only:
-        found = np.array([run(name, seed, options) for seed in range(options.seeds)])
+        found = np.array([run(name, seed, options.out, options.epochs) for seed in range(options.seeds)])
         spread = found.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(found.shape[1])
         means = list(zip(found.mean(axis=0), spread, strict=True))
         cells = [f"{mean:.1%} ± {std:.1%}" for mean, std in means[:2]]

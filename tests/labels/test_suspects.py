@@ -28,7 +28,8 @@ def by_hand(label_set):
         means = label_map.dense().mean(axis=(0, 1, 2), dtype=np.float64)
         others = np.delete(means, label_map.class_id)
         suggestion = np.delete(np.arange(len(means)), label_map.class_id)[others.argmax()]
-        scores.append((others.max() - means[label_map.class_id], key, int(suggestion)))
+        score = np.log((others.max() + 1e-5) / (means[label_map.class_id] + 1e-5))
+        scores.append((score, key, int(suggestion)))
     return sorted(scores, reverse=True)
 
 
@@ -57,7 +58,30 @@ def test_an_image_in_a_wrong_class_is_found(tmp_path):
         writer.finish()
     (suspect,) = find_suspects(open_label_set(tmp_path / "set"), 1)
     assert (suspect.key, suspect.class_id, suspect.suggestion) == (make_key(7), 1, 3)
-    assert suspect.score == pytest.approx(0.8, abs=1e-3)
+    assert suspect.score == pytest.approx(np.log(0.8 / 1e-5), abs=1e-3)
+
+
+def test_classes_that_no_image_has_are_no_suggestion(tmp_path):
+    """As of a labeler of ImageNet's classes on images of a few of them."""
+    arrays = make_arrays(SPEC)
+    values = {"class_id": np.where(np.arange(len(arrays)) < 7, 1, 4).astype(arrays.class_id.dtype)}
+    # The best class is one that no image has, the second is right, but for one image, of which it is the other one.
+    ids = np.zeros_like(arrays.class_ids)
+    ids[..., 0], ids[..., 1], ids[..., 2] = 5, values["class_id"][:, None, None, None], 2
+    ids[3, ..., 1] = 4
+    values |= {"class_ids": ids, "logits": np.broadcast_to(np.float16([2, 1, 0]), arrays.logits.shape).copy()}
+    values["confidence"] = np.full_like(arrays.confidence, 0.6)
+    with LabelSetWriter(tmp_path / "set", SPEC, 2) as writer:
+        for shard in range(2):
+            first, last = writer.shard_range(shard)
+            part = {name: each[first:last] for name, each in vars(type(arrays)(**{**vars(arrays), **values})).items()
+                    if each is not None}  # fmt: skip
+            writer.write_shard(shard, type(arrays)(**part))
+        writer.finish()
+    found = find_suspects(open_label_set(tmp_path / "set"), 13)
+    assert (found[0].key, found[0].class_id, found[0].suggestion) == (make_key(3), 1, 4)
+    assert {suspect.suggestion for suspect in found} == {1, 4}
+    assert found[1].score < 0 < found[0].score
 
 
 def test_the_commands_show_them(place, tmp_path, capsys):
