@@ -16,6 +16,8 @@ loaded on first use, so ``import stl_offline`` is quick. Those below "Needs the 
 - The commands, each a function of its settings (needs the extra [train]): `train_labeler` (`LabelerConfig`),
   `dump_labels` (`DumpConfig`; `label_with` labels with any function), `train_student` (`StudentConfig`),
   `evaluate` (`EvaluateConfig`).
+- Dense prediction (needs the extra [train]): `load_backbone`, `load_segmenter`, `load_detector`; `PyramidEncoder` for
+  segmentation_models_pytorch.
 - Errors: all derive from `StlError`.
 """
 
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from stl_offline.targets import TokenLabels, TokenTargets, token_targets
     from stl_offline.training.train_labeler import train_labeler
     from stl_offline.training.train_student import train_student
+    from stl_offline.transfer import PyramidEncoder, load_backbone, load_detector, load_segmenter
     from stl_offline.webdataset import JoinedLabels, join_labels
 
 __version__ = "0.2.0.dev0"
@@ -88,6 +91,7 @@ __all__ = [
     "MissingExtraError",
     "MixSettings",
     "MixedBatch",
+    "PyramidEncoder",
     "RandomResizedCrop",
     "ShardArrays",
     "StlError",
@@ -116,7 +120,10 @@ __all__ = [
     "join",
     "join_labels",
     "label_with",
+    "load_backbone",
+    "load_detector",
     "load_model",
+    "load_segmenter",
     "merge",
     "mix_batch",
     "open_beton",
@@ -172,6 +179,7 @@ _TRAIN = {
     "models": ("TokenLabeler", "TokenModel", "create_labeler", "load_model", "save_classifier"),
     "training.train_labeler": ("train_labeler",),
     "training.train_student": ("train_student",),
+    "transfer": ("PyramidEncoder", "load_backbone", "load_detector", "load_segmenter"),
 }
 _MODULE_OF = {name: module for module, names in (_CORE | _TRAIN).items() for name in names}
 

@@ -5,9 +5,16 @@ from dataclasses import dataclass
 from stl_offline import needs
 from stl_offline.config import AMP_MODES, MachineConfig, RunConfig
 from stl_offline.errors import InputError
-from stl_offline.settings import INPUT, JOB, SEEDS, SKIP_BROKEN, setting
+from stl_offline.settings import INPUT, JOB, SEEDS, SKIP_BROKEN, Config, setting
 
 SCHEDULES = ("poly", "cosine")
+# The models whose segmenters FAN's authors published.
+PUBLISHED_SEGMENTERS = (
+    "fan_tiny_8_p4_hybrid",
+    "fan_small_12_p4_hybrid",
+    "fan_base_16_p4_hybrid",
+    "fan_large_16_p4_hybrid",
+)
 
 _SPLIT = "Use only what lies below a folder of this name, such as train in camvid/train/0.jpg."
 _CLASSES = "Names of the classes in the order of their ids: a text file with one per line, or names between commas."
@@ -191,3 +198,14 @@ class TransferEvaluateConfig(MachineConfig):
     out: str | None = setting(
         None, "Folder for predicted masks as PNG files; none are written by default.", affects=JOB
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig(Config):
+    """``stl-offline transfer import``."""
+
+    checkpoint: str = setting(help="Checkpoint of a segmenter from FAN's released code, such as a .pth.", affects=INPUT)
+    model: str = setting(help="The FAN hybrid in it.", choices=PUBLISHED_SEGMENTERS, affects=INPUT)
+    classes: str = setting(help=_CLASSES, affects=INPUT)
+    ignore_id: int = setting(255, _IGNORE_ID, bounds="[0, 65535]")
+    out: str = setting(help="Run folder to write.", affects=JOB)

@@ -107,3 +107,7 @@ def commands() -> None:
     labeler = stl.create_labeler("timm:resnet18", labeler_checkpoint="weights.safetensors", img_size=(224, 448))
     print(labeler.grid_size(224, 224), stl.load_model("runs/student")[1].class_names)
     print(stl.save_classifier("runs/student", "classifier.safetensors"))
+    encoder = stl.PyramidEncoder(stl.load_backbone("runs/student", (224, 448)))
+    print(
+        encoder.out_channels, stl.load_segmenter("runs/segmenter")[1].crop, stl.load_detector("runs/detector")[1].side
+    )

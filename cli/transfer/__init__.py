@@ -10,6 +10,7 @@ COMMANDS = {
     "detect": ("stl_offline.cli.transfer.detect:detect", "Fine-tune a backbone on boxes."),
     "zero-train": ("stl_offline.cli.transfer.zero_train:zero_train", "Measure a token head as a coarse segmenter."),
     "evaluate": ("stl_offline.cli.transfer.evaluate:evaluate", "Measure a fine-tuned model, clean and corrupted."),
+    "import": ("stl_offline.cli.transfer.import_segmenter:import_segmenter", "Convert a published segmenter of FAN."),
 }
 
 

@@ -16,7 +16,7 @@ from stl_offline.models.artifact import (
     weights_sha256,
 )
 from stl_offline.models.build import build_model, check_model, resolve_model
-from stl_offline.models.checkpoints import LoadReport, load_checkpoint
+from stl_offline.models.checkpoints import LoadReport, adapt_names, load_checkpoint, read_state_dict
 from stl_offline.models.classifier import Classifier, load_classifier
 from stl_offline.models.export import save_classifier
 from stl_offline.models.fan import Fan
@@ -39,6 +39,7 @@ __all__ = [
     "ModelDescription",
     "TokenLabeler",
     "TokenModel",
+    "adapt_names",
     "build_model",
     "check_digest",
     "check_initial",
@@ -52,6 +53,7 @@ __all__ = [
     "load_model",
     "read_description",
     "read_header",
+    "read_state_dict",
     "resolve_model",
     "save_classifier",
     "save_model",

@@ -5,6 +5,7 @@ stages of a network with stages, four blocks evenly spread over a plain transfor
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,6 +17,7 @@ from stl_offline.config_transfer import BackboneConfig
 from stl_offline.errors import InputError
 from stl_offline.files import sha256_file
 from stl_offline.models import Fan, TokenModel, load_checkpoint, load_model, read_description, weights_sha256
+from stl_offline.transfer.class_maps import ClassAttentionMaps, has_class_map
 
 _LEVELS = 4
 
@@ -44,14 +46,18 @@ class Backbone(nn.Module):
     def __init__(self, spec: BackboneSpec, drop_path: float = 0.0) -> None:
         super().__init__()
         self.spec = spec
-        self.net = _create(
-            spec.model,
-            spec.img_size,
-            drop_path=drop_path,
-            features_only=True,
-            feature_cls="getter",
-            out_indices=spec.indices,
-        )
+        if has_class_map(spec.model, spec.indices):
+            full = _create(spec.model, spec.img_size, drop_path=drop_path, num_classes=0)
+            self.net: nn.Module = ClassAttentionMaps(full, spec.indices)
+        else:
+            self.net = _create(
+                spec.model,
+                spec.img_size,
+                drop_path=drop_path,
+                features_only=True,
+                feature_cls="getter",
+                out_indices=spec.indices,
+            )
         info = self.net.feature_info
         self.channels, self.strides = tuple(info.channels()), tuple(info.reduction())
         self.multiple = max(self.strides)
@@ -92,28 +98,58 @@ def make_backbone(config: BackboneConfig, img_size: tuple[int, int]) -> Backbone
         InputError: nothing is there, timm has no such model, or one without feature maps.
         FormatError: a damaged checkpoint.
     """
-    source = config.backbone
-    if source.startswith("timm:"):
-        name = source.removeprefix("timm:")
-        spec = BackboneSpec(name, level_indices(name, img_size), img_size)
-        backbone = Backbone(spec, config.drop_path)
-        if config.backbone_pretrained:
-            _copy_weights(_create(name, img_size, pretrained=True), backbone, source)
-            backbone.weights = "timm"
-        elif config.backbone_checkpoint:
-            full = _create(name, img_size)
-            load_checkpoint(full, config.backbone_checkpoint, adapt_head=True)
-            _copy_weights(full, backbone, config.backbone_checkpoint)
-            backbone.weights = sha256_file(config.backbone_checkpoint)
-    else:
-        name = read_description(source).model
-        full, _ = load_model(source)
-        full = full.trunk if isinstance(full, TokenModel) else full
-        backbone = Backbone(BackboneSpec(name, level_indices(name, img_size), img_size), config.drop_path)
-        _copy_weights(full, backbone, source)
-        backbone.weights = weights_sha256(source)
+    backbone = load_backbone(
+        config.backbone,
+        img_size,
+        checkpoint=config.backbone_checkpoint,
+        pretrained=config.backbone_pretrained,
+        drop_path=config.drop_path,
+    )
     if config.freeze:
         backbone.freeze()
+    return backbone
+
+
+def load_backbone(
+    source: str | Path,
+    img_size: tuple[int, int] = (224, 224),
+    *,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    drop_path: float = 0.0,
+) -> Backbone:
+    """A trained model as feature maps, in training mode.
+
+    Args:
+        source: a run of this package, one of its weights files, or "timm:NAME".
+        img_size: (H, W) in pixels; matters only for models of a fixed input size.
+        checkpoint: weights for "timm:NAME", such as a published ``.pth.tar``; random ones by default.
+        pretrained: take timm's own weights for "timm:NAME".
+        drop_path: rate of stochastic depth.
+
+    Raises:
+        InputError: nothing is there, timm has no such model, or one without feature maps.
+        FormatError: a damaged checkpoint.
+    """
+    source = str(source)
+    if source.startswith("timm:"):
+        name = source.removeprefix("timm:")
+        backbone = Backbone(BackboneSpec(name, level_indices(name, img_size), img_size), drop_path)
+        if pretrained:
+            _copy_weights(_create(name, img_size, pretrained=True), backbone, source)
+            backbone.weights = "timm"
+        elif checkpoint is not None:
+            full = _create(name, img_size)
+            load_checkpoint(full, checkpoint, adapt_head=True)
+            _copy_weights(full, backbone, str(checkpoint))
+            backbone.weights = sha256_file(checkpoint)
+        return backbone
+    name = read_description(source).model
+    full, _ = load_model(source)
+    full = full.trunk if isinstance(full, TokenModel) else full
+    backbone = Backbone(BackboneSpec(name, level_indices(name, img_size), img_size), drop_path)
+    _copy_weights(full, backbone, source)
+    backbone.weights = weights_sha256(source)
     return backbone
 
 
