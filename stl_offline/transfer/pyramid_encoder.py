@@ -33,7 +33,9 @@ class PyramidEncoder(nn.Module):
         if len(backbone.channels) != len(_STRIDES):
             raise InputError(f"{backbone.spec.model} gives {len(backbone.channels)} maps, and 4 are needed")
         if (depth, output_stride) != (5, 32):
-            raise InputError(f"`depth` must be 5 and `output_stride` 32, got {depth} and {output_stride}")
+            raise InputError(
+                f"there are five levels up to stride 32, got a depth of {depth} and an output stride of {output_stride}"
+            )
         self.backbone = backbone
         self.name, self.output_stride = backbone.spec.model, output_stride
         self.out_channels = [3, 0, *backbone.channels]
@@ -53,4 +55,4 @@ class PyramidEncoder(nn.Module):
     def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
         """Called by segmentation_models_pytorch: a backbone takes RGB images alone."""
         if in_channels != 3:
-            raise InputError(f"`in_channels` must be 3, got {in_channels}")
+            raise InputError(f"images have 3 channels here, got {in_channels}")
