@@ -77,6 +77,7 @@ def recompute_labels(
         JoinError: not one of the images is labelled, or they have changed.
         FormatError: the label set is damaged.
     """
+    label_set.only_part()
     if images < 1:
         raise InputError(f"labels of at least 1 image must be recomputed, got {images}")
     check_match(match, key_prefix=key_prefix)

@@ -274,6 +274,21 @@ def _listed(labels: Any) -> Any:
     return replace(labels, class_ids=ids, logits=logits, confidence=masses[..., 0], draws=None)
 
 
+def join_views(maps: Sequence[LabelMap]) -> LabelMap:
+    """One image's label maps of several parts of a set as one. Raises FormatError where they are of several images."""
+    first = maps[0]
+    if any((each.key, each.content_hash) != (first.key, first.content_hash) for each in maps):
+        raise FormatError(f"the parts of the label set hold other images than each other, first at {first.key}")
+    joined: dict[str, Any] = {}
+    for field in fields(LabelMap):
+        values = [getattr(each, field.name) for each in maps]
+        if isinstance(values[0], np.ndarray):
+            joined[field.name] = np.concatenate(values)
+        elif field.name == "augmentation" and values[0] is not None:
+            joined[field.name] = [record for value in values for record in value]
+    return replace(first, **joined)
+
+
 def select(arrays: ShardArrays, samples: slice) -> ShardArrays:
     """The labels of some of the samples."""
     values = {field.name: getattr(arrays, field.name) for field in fields(ShardArrays)}

@@ -78,7 +78,7 @@ def build_token_cache(
         TargetError: the cache cannot be written (with a full disk, the message states the space that it needs).
     """
     policy = {"match": match, "missing": missing, "allow_changed": allow_changed}
-    maker = CacheMaker([label_set], keys, content_hashes, class_names, folder=folder, **policy)
+    maker = CacheMaker(label_set.parts, keys, content_hashes, class_names, folder=folder, **policy)
     return maker.make(maker.views)
 
 

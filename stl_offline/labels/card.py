@@ -95,6 +95,8 @@ def summary(label_set: LabelSet) -> dict[str, str]:
 def _summary(manifest: Manifest) -> dict[str, str]:
     spec = manifest.spec
     views = "whole images" if spec.views["kind"] == "whole" else f"{spec.views_per_image} crops of each image"
+    if len(spec.parts) > 1:
+        views += f" in {len(spec.parts)} parts"
     size = sum(shard.bytes for shard in manifest.shards)
     return {
         "images": f"{spec.num_samples:,} in {_counted(len(manifest.shards), 'shard')}, {_counted(size, 'byte')}",

@@ -42,6 +42,7 @@ def convert(
         FormatError: the set is damaged.
         TargetError: ``out`` holds something else, or cannot be written.
     """
+    label_set.only_part()
     if label_set.is_partial:
         raise InputError(f"only some shards of {label_set.place} are here; pull all of them before converting")
     old = label_set.spec

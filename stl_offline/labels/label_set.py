@@ -1,8 +1,10 @@
 """Reads a label set: as a mapping from keys to label maps, or by whole shards for work."""
 
 import contextlib
+import itertools
 import threading
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -10,12 +12,12 @@ import numpy as np
 
 from stl_offline.errors import FormatError, InputError, UnknownKeyError
 from stl_offline.files import atomic_write, cache_dir, make_folder, sha256_bytes
-from stl_offline.labels.arrays import LabelMap, ShardArrays, ShardIndex
+from stl_offline.labels.arrays import LabelMap, ShardArrays, ShardIndex, join_views
 from stl_offline.labels.format import decode_shard, read_shard_index
 from stl_offline.labels.keys import find_duplicates, hash_keys, some
 from stl_offline.labels.manifest import Manifest, ShardRecord
 from stl_offline.labels.rules import check_index
-from stl_offline.labels.spec import LabelSpec, of_cell
+from stl_offline.labels.spec import PARTS, LabelSpec, of_cell
 from stl_offline.labels.store import (
     MANIFEST,
     PULL,
@@ -43,6 +45,9 @@ class LabelSet(Mapping[str, LabelMap]):
     spec: the settings; shards: the shard table; present: the shards that are here, all of them unless only some were
     pulled; fingerprint: SHA-256 of the manifest, which holds every shard's SHA-256, and so stands for the whole content
     (of the manifest and the list of present shards, where some are missing).
+
+    parts: of a set that was merged of others with different views, one label set for each that is here, in the order of
+    the views; of any other the set itself. ``spec`` is of the views that are here.
     """
 
     def __init__(self, storage: Storage, manifest: Manifest, present: tuple[int, ...] | None = None) -> None:
@@ -54,6 +59,11 @@ class LabelSet(Mapping[str, LabelMap]):
         self.present = tuple(range(len(self.shards))) if present is None else present
         if not self.present or not set(self.present) <= set(range(len(self.shards))):
             raise FormatError(f"the label set {self.place} is empty: none of its {len(self.shards)} shards is here")
+        self._part_of = manifest.part_of_shards()
+        self._part_specs = [self.spec.of_views(views) for views in self.spec.parts]
+        self.parts: tuple[LabelSet, ...] = (self,)
+        if len(self._part_specs) > 1:
+            self._divide()
         named = manifest.to_bytes() + (present_bytes(self.present) if self.is_partial else b"")
         self.fingerprint = sha256_bytes(named)
         # `hash_keys` of the shards whose keys were read.
@@ -61,13 +71,47 @@ class LabelSet(Mapping[str, LabelMap]):
         self._last: tuple[int, ShardArrays] | None = None
         self._lock = threading.Lock()
 
+    def _divide(self) -> None:
+        """Set ``parts``, and let ``spec`` be of the views that are here."""
+        here = sorted({self._part_of[index] for index in self.present})
+        views = [self.spec.parts[number] for number in here]
+        for before, after in itertools.pairwise(views):
+            if before.stop != after.start:
+                first = self.spec.first_view
+                lacking = f"{first + before.stop}-{first + after.start - 1}"
+                raise FormatError(
+                    f"the label set {self.place} lacks the views {lacking} between those that are here; pull them from "
+                    f'its source with `pull(views="{lacking}")`'
+                )
+        if len(here) == 1:
+            self.spec = self._part_specs[here[0]]
+            return
+        spec = self.spec.of_views(range(views[0].start, views[-1].stop))
+        self.spec = replace(spec, views=spec.views | {PARTS: [len(each) for each in views]})
+        of_part = [tuple(index for index in self.present if self._part_of[index] == number) for number in here]
+        self.parts = tuple(LabelSet(self.storage, self.manifest, each) for each in of_part)
+
+    def only_part(self) -> "LabelSet":
+        """Itself, for work that takes label maps with all of their views in one shard.
+
+        Raises:
+            InputError: shards hold some of the views.
+        """
+        if len(self.parts) > 1:
+            first, last = self.spec.first_view, self.spec.first_view + len(self.spec.parts[0]) - 1
+            raise InputError(
+                f"{self.place} holds its views in {len(self.parts)} parts, and this takes one of them: pull it into a "
+                f'folder of its own with `pull(views="{first}-{last}")`'
+            )
+        return self
+
     @property
     def is_partial(self) -> bool:
         """Whether only some of the shards are here."""
         return len(self.present) < len(self.shards)
 
     def __len__(self) -> int:
-        return sum(self.shards[index].samples for index in self.present)
+        return sum(self.shards[index].samples for index in self.parts[0].present)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -82,6 +126,8 @@ class LabelSet(Mapping[str, LabelMap]):
             UnknownKeyError: no label for this key; a `JoinError` and a `KeyError`.
             FormatError: the shard is damaged.
         """
+        if len(self.parts) > 1:
+            return join_views([part[key] for part in self.parts])
         place = self._places.get(key)
         if place is None:
             where = f"; only the shards {format_ranges(self.present)} are here" if self.is_partial else ""
@@ -123,7 +169,7 @@ class LabelSet(Mapping[str, LabelMap]):
     @cached_property
     def _keys(self) -> list[str]:
         self.fetch()
-        keys = [key for index in self.present for key in self.read_index(index).keys]
+        keys = [key for index in self.parts[0].present for key in self.read_index(index).keys]
         self.check_unique()
         return keys
 
@@ -131,7 +177,7 @@ class LabelSet(Mapping[str, LabelMap]):
     def _places(self) -> dict[str, tuple[int, int]]:
         places: dict[str, tuple[int, int]] = {}
         keys = iter(self._keys)
-        for index in self.present:
+        for index in self.parts[0].present:
             for row in range(self.shards[index].samples):
                 places[next(keys)] = (index, row)
         return places
@@ -145,7 +191,10 @@ class LabelSet(Mapping[str, LabelMap]):
         for index in indices:
             if index not in self._hashes:
                 self.read_index(index)
-        read = sorted(self._hashes)
+        for part in range(len(self._part_specs)):
+            self._check_unique(sorted(index for index in self._hashes if self._part_of[index] == part))
+
+    def _check_unique(self, read: list[int]) -> None:
         twice = find_duplicates(
             [self._hashes[index] for index in read], lambda position: self.read_index(read[position]).keys
         )
@@ -209,11 +258,15 @@ class LabelSet(Mapping[str, LabelMap]):
         self.decode(index, data)
         return data
 
+    def spec_of(self, index: int) -> LabelSpec:
+        """What shard ``index`` holds: the set's spec, of some of the views where they lie in several parts."""
+        return self._part_specs[self._part_of[index]]
+
     def decode(self, index: int, data: bytes) -> ShardArrays:
         """The labels in the bytes of shard ``index``; raises FormatError where they do not fit the manifest."""
         shard = self.shards[index]
         try:
-            arrays = decode_shard(data, self.spec)
+            arrays = decode_shard(data, self.spec_of(index))
         except FormatError as error:
             raise FormatError(f"{self.place}/{shard.name}: {error}") from error
         self._check_count(shard, len(arrays))
@@ -232,7 +285,7 @@ class LabelSet(Mapping[str, LabelMap]):
             if source.exists():
                 self._check_size(shard, source.stat().st_size)
         try:
-            found = read_shard_index(source, self.spec)
+            found = read_shard_index(source, self.spec_of(index))
             check_index(found.keys, found.class_ids, self.spec)
         except FormatError as error:
             raise FormatError(f"{self.place}/{shard.name}: {error}") from error
@@ -289,6 +342,10 @@ class _Items(ItemsView[str, LabelMap]):
 class _Values(ValuesView[LabelMap]):
     def __iter__(self) -> Iterator[LabelMap]:
         label_set: LabelSet = self._mapping
+        if len(label_set.parts) > 1:
+            for maps in zip(*(part.values() for part in label_set.parts), strict=True):
+                yield join_views(maps)
+            return
         for index in label_set.present:
             arrays = label_set.read_shard(index)
             for row in range(len(arrays)):

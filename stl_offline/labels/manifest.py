@@ -1,5 +1,6 @@
 """The shard table of a label set, and `manifest.json` as a whole (docs/format.md)."""
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -56,23 +57,33 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`: the spec and the shard table, whose shards follow each other without gaps."""
+    """`manifest.json`: the spec and the shard table. Shards follow each other without gaps, once for each part."""
 
     spec: LabelSpec
     shards: tuple[ShardRecord, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shards", tuple(self.shards))
-        position = 0
+        position = self.spec.num_samples
+        parts = 0
         for index, shard in enumerate(self.shards):
             expected = shard_name(index, len(self.shards), self.spec.container)
             if shard.name != expected:
                 raise FormatError(f"shard {index} is named {shard.name}, expected {expected}")
+            if position == self.spec.num_samples and parts < len(self.spec.parts):
+                position, parts = 0, parts + 1
             if shard.first != position:
                 raise FormatError(f"shard {shard.name} starts at sample {shard.first}, expected {position}")
             position += shard.samples
-        if position != self.spec.num_samples:
-            raise FormatError(f"the shards hold {position} samples, the source has {self.spec.num_samples}")
+        if position != self.spec.num_samples or parts < len(self.spec.parts):
+            raise FormatError(
+                f"the shards hold {position} samples, the source has {self.spec.num_samples}"
+                + (f" in each of {len(self.spec.parts)} parts" if len(self.spec.parts) > 1 else "")
+            )
+
+    def part_of_shards(self) -> list[int]:
+        """The part that each shard belongs to, by its number among `LabelSpec.parts`."""
+        return [number - 1 for number in itertools.accumulate(shard.first == 0 for shard in self.shards)]
 
     def to_bytes(self) -> bytes:
         """The bytes of `manifest.json`."""

@@ -1,4 +1,4 @@
-"""Merges label sets that were made with the same settings for different images.
+"""Merges label sets that were made with the same settings for different images, or views of the same images.
 
 Shards are copied byte for byte and renumbered in the order of the sets. A new manifest is written.
 """
@@ -13,10 +13,12 @@ import numpy as np
 
 from stl_offline.errors import InputError, JoinError, counted
 from stl_offline.files import images_fingerprint
+from stl_offline.labels.families import in_view_order
+from stl_offline.labels.format import encode_shard
 from stl_offline.labels.keys import find_duplicates, hash_keys, some
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import Manifest
-from stl_offline.labels.spec import OWN_CLASSES, LabelSpec, differences
+from stl_offline.labels.spec import OWN_CLASSES, PARTS, LabelSpec, differences
 from stl_offline.labels.store import each_shard
 from stl_offline.labels.writer import LabelSetWriter
 
@@ -53,7 +55,7 @@ def merge(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int = 0, 
     if len(label_sets) < 2:
         raise InputError(f"merging takes two label sets or more, got {len(label_sets)}")
     for other in label_sets[1:]:
-        _check_settings(label_sets[0], other)
+        _check_settings(label_sets[0].only_part(), other.only_part())
     parts = _read_parts(label_sets, workers)
     _check_keys(parts)
     sizes = [len(part.hashes) for part in parts]
@@ -70,6 +72,49 @@ def merge(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int = 0, 
             writer.write_encoded(position, part.label_set.read_whole(part.index))
 
         for _ in each_shard(copy, todo, f"→ {out}", workers=workers):
+            pass
+        return writer.finish()
+
+
+def merge_views(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int = 0, **options: object) -> Manifest:
+    """Write the shards of sets with different views of the same images as one set to ``out``, in the views' order.
+
+    Continues a merge that was interrupted. Shards of format version 1 are written again as version 2, which loses
+    nothing; all others are copied.
+
+    Args: as `merge`; the sets must be whole.
+
+    Raises:
+        InputError: as `in_view_order`; a set that was pulled in part, or fewer than two sets.
+        FormatError, TargetError: as `merge`.
+    """
+    if len(label_sets) < 2:
+        raise InputError(f"merging takes two label sets or more, got {len(label_sets)}")
+    if partial := next((each for each in label_sets if each.is_partial), None):
+        raise InputError(f"only some shards of {partial.place} are here; pull all of them before merging views")
+    ordered = in_view_order(label_sets)
+    parts = [part for each in ordered for part in each.parts]
+    counts = [part.spec.views_per_image for part in parts]
+    spec = replace(
+        parts[0].spec,
+        views_per_image=sum(counts),
+        views=parts[0].spec.views | {PARTS: counts},
+        creation=_shared([each.spec.creation for each in ordered]),
+        format_version=2,
+    )
+    places = [(number, index) for number, part in enumerate(parts) for index in part.present]
+    sizes = [parts[number].shards[index].samples for number, index in places]
+    with LabelSetWriter(out, spec, sizes, options=options) as writer:
+
+        def copy(position: int) -> None:
+            number, index = places[position]
+            part = parts[number]
+            if part.spec.format_version == spec.format_version:
+                writer.write_encoded(position, part.read_whole(index))
+            else:
+                writer.write_encoded(position, encode_shard(part.read_shard(index), spec.of_views(spec.parts[number])))
+
+        for _ in each_shard(copy, writer.todo(), f"→ {out}", workers=workers):
             pass
         return writer.finish()
 

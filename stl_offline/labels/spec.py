@@ -3,6 +3,7 @@
 V: views of each image; Gh, Gw: the token grid; k, S: classes kept and drawn for each cell; K: all classes.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -51,6 +52,8 @@ _PREPROCESSING = ("height", "width", "interpolation", "mean", "std", "decoder")
 _SOURCE = ("samples", "fingerprint")
 # Entry of the source, only where it is false: of images without classes.
 OWN_CLASSES = "own_classes"
+# Entry of random views, only where shards hold some of the views: how many each part of the set holds.
+PARTS = "parts"
 _TEXTS = (("labeler", "architecture"), ("labeler", "weights_sha256"), ("labeler", "licence"), ("source", "fingerprint"))
 _VIEWS = {"whole": (), "random": ("seed", "scale", "ratio", "flip")}
 
@@ -62,10 +65,10 @@ class LabelSpec:
     class_names: (K,) names, in the order of the class ids; grid: (Gh, Gw); top_k: k, 0 for draws alone;
     views_per_image: V; labeler: what made the labels (architecture, weights_sha256, licence, …); preprocessing: what it
     saw (height, width, interpolation, mean, std, decoder); source: the images (samples, fingerprint); views: kind
-    "whole", or "random" with seed, scale, ratio and flip, and ``first``, the number of the first view where that is not
-    0; creation: the settings of the command, without paths and dates; format_version: None takes the lowest version
-    that can hold the labels; bounds: what the encodings that the labels went through may have changed (None: this
-    encoding alone).
+    "whole", or "random" with seed, scale, ratio and flip, ``first``, the number of the first view where that is not 0,
+    and ``parts``, how many views each part of the set holds where there are several; creation: the settings of the
+    command, without paths and dates; format_version: None takes the lowest version that can hold the labels; bounds:
+    what the encodings that the labels went through may have changed (None: this encoding alone).
 
     Of version 2: draws: S; draw_seed: the seed of the generator that drew them (None: another generator);
     has_confidence: whether the best class's probability is stored, as always where k > 0; class_top_k, class_draws: how
@@ -180,6 +183,15 @@ class LabelSpec:
                 raise InputError(
                     f"the first view must be a positive number of random views, got {self.views['first']!r}"
                 )
+        if PARTS in self.views:
+            added.append(f"views.{PARTS}")
+            parts = self.views[PARTS]
+            is_list = self.views["kind"] == "random" and isinstance(parts, list) and all(map(is_count, parts))
+            if not (is_list and len(parts) > 1 and sum(parts) == self.views_per_image):
+                raise InputError(
+                    f"the parts of random views must be several positive numbers that sum to {self.views_per_image}, "
+                    f"got {_short(parts)}"
+                )
         if self.format_version == 1 and added:
             raise InputError(f"format version 1 has no {', '.join(added)}; version 2 has")
         if self.format_version is None:
@@ -220,11 +232,17 @@ class LabelSpec:
         """The number of the first view among those of its random family."""
         return self.views.get("first", 0)
 
+    @property
+    def parts(self) -> tuple[range, ...]:
+        """Which of the set's views (0 … V) lie together in shards: one range, unless sets of several were merged."""
+        ends = itertools.accumulate(self.views.get(PARTS, [self.views_per_image]), initial=0)
+        return tuple(range(*each) for each in itertools.pairwise(ends))
+
     def of_views(self, views: range) -> "LabelSpec":
         """The spec of some consecutive views, named by their places among the set's: range within 0 … V."""
-        if views == range(self.views_per_image):
+        if views == range(self.views_per_image) and len(self.parts) == 1:
             return self
-        family = {name: value for name, value in self.views.items() if name != "first"}
+        family = {name: value for name, value in self.views.items() if name not in ("first", PARTS)}
         first = self.first_view + views.start
         version = None if self.format_version == 1 else self.format_version
         kind = family | ({"first": first} if first else {})

@@ -97,7 +97,7 @@ def check_own_classes(label_set: LabelSet) -> None:
 
 def choose_shards(label_set: LabelSet, shards: int | None) -> tuple[int, ...]:
     """All shards that are here, or ``shards`` of them, spread evenly. Raises InputError where there are not as many."""
-    present = label_set.present
+    present = label_set.only_part().present
     if shards is None:
         return present
     if not 1 <= shards <= len(present):

@@ -74,13 +74,22 @@ def push(label_set: LabelSet, place: str | Path, *, workers: int = 0, **options:
     return _transfer(sent, label_set, label_set.present)
 
 
-def pull(label_set: LabelSet, folder: str | Path, *, shards: str | None = None, workers: int = 0) -> Transfer:
-    """Copy a label set into a folder of this machine; with ``shards`` (``0-3,7``) only these.
+def pull(
+    label_set: LabelSet,
+    folder: str | Path,
+    *,
+    shards: str | None = None,
+    views: str | None = None,
+    workers: int = 0,
+) -> Transfer:
+    """Copy a label set into a folder of this machine; with ``shards`` (``0-3,7``) or ``views`` (``0-9``) only these.
+
+    Views are numbered as in their random family. A part of the set that holds one of them is copied whole.
 
     A folder that holds some of the set's shards keeps them; those that are damaged are fetched again.
 
     Raises:
-        InputError: shards that the set does not have.
+        InputError: shards or views that the set does not have, or both given; a set whose shards hold all views.
         FormatError: a shard is damaged at the source; the others are pulled.
         TargetError: the folder holds another label set or something else, or cannot be written.
     """
@@ -90,7 +99,7 @@ def pull(label_set: LabelSet, folder: str | Path, *, shards: str | None = None, 
             "stl-offline labels push"
         )
     manifest = label_set.manifest
-    wanted = set(label_set.present if shards is None else parse_ranges(shards, len(manifest.shards)))
+    wanted = _wanted(label_set, shards, views)
     target = FolderStorage(Path(folder))
     # Before anything is made there: a folder that holds something else stays as it is.
     _look(target, manifest)
@@ -116,6 +125,27 @@ def pull(label_set: LabelSet, folder: str | Path, *, shards: str | None = None, 
             target.write(MANIFEST, manifest.to_bytes())
         target.remove(PARTIAL)
     return _transfer(sent, label_set, tuple(todo))
+
+
+def _wanted(label_set: LabelSet, shards: str | None, views: str | None) -> set[int]:
+    """The numbers of the shards to copy."""
+    if shards is not None and views is not None:
+        raise InputError("`shards` and `views` exclude each other")
+    if shards is not None:
+        return set(parse_ranges(shards, range(len(label_set.shards))))
+    if views is None:
+        return set(label_set.present)
+    spec = label_set.spec
+    known = range(spec.first_view, spec.first_view + spec.views_per_image)
+    asked = set(parse_ranges(views, known, "views"))
+    if len(label_set.parts) == 1 and asked != set(known):
+        raise InputError(
+            f"every shard of {label_set.place} holds all of its views ({known[0]}-{known[-1]}), so that some of them "
+            "cannot be copied alone; dump views in parts (`first_view`) and put them together with `merge(views=True)`"
+        )
+    own = (range(part.spec.first_view, part.spec.first_view + part.spec.views_per_image) for part in label_set.parts)
+    mine = zip(label_set.parts, own, strict=True)
+    return {index for part, numbers in mine if asked.intersection(numbers) for index in part.present}
 
 
 def _look(target: Storage, manifest: Manifest) -> bool:

@@ -35,8 +35,7 @@ def verify(label_set: LabelSet, *, workers: int = 0, found: Callable[[str], None
         InputError: the store cannot be reached.
     """
     faults: list[str] = []
-    hashes: list[np.ndarray] = []
-    whole: list[int] = []
+    hashes: dict[int, np.ndarray] = {}
 
     def note(line: str) -> None:
         faults.append(line)
@@ -54,14 +53,9 @@ def verify(label_set: LabelSet, *, workers: int = 0, found: Callable[[str], None
         if isinstance(result, str):
             note(result)
         else:
-            hashes.append(result)
-            whole.append(index)
-    twice = find_duplicates(hashes, lambda position: label_set.read_index(whole[position]).keys)
-    for key, first, second in twice.examples:
-        names = [label_set.shards[whole[position]].name for position in (first, second)]
-        note(f"{names[1]}: the key {key} is there twice, first in {names[0]}")
-    if twice.count > len(twice.examples):
-        note(f"{twice.count - len(twice.examples):,} more keys are there twice")
+            hashes[index] = result
+    for part in label_set.parts:
+        _note_twice(part, {index: hashes[index] for index in part.present if index in hashes}, note)
     notes = []
     left = len(label_set.shards) - len(label_set.present)
     if left:
@@ -70,8 +64,18 @@ def verify(label_set: LabelSet, *, workers: int = 0, found: Callable[[str], None
     for name in label_set.storage.names():
         if name not in known and not name.startswith(".git"):
             notes.append(f"{name} lies there and does not belong to the label set")
-    samples = sum(label_set.shards[index].samples for index in label_set.present)
-    return Report(len(label_set.present), samples, tuple(faults), tuple(notes))
+    return Report(len(label_set.present), len(label_set), tuple(faults), tuple(notes))
+
+
+def _note_twice(part: LabelSet, hashes: dict[int, np.ndarray], note: Callable[[str], None]) -> None:
+    """Note keys that two shards hold; ``hashes``: those of each whole shard's keys."""
+    whole = list(hashes)
+    twice = find_duplicates(list(hashes.values()), lambda position: part.read_index(whole[position]).keys)
+    for key, first, second in twice.examples:
+        names = [part.shards[whole[position]].name for position in (first, second)]
+        note(f"{names[1]}: the key {key} is there twice, first in {names[0]}")
+    if twice.count > len(twice.examples):
+        note(f"{twice.count - len(twice.examples):,} more keys are there twice")
 
 
 def _without_place(label_set: LabelSet, shard: ShardRecord, error: StlError) -> str:

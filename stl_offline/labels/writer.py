@@ -83,8 +83,8 @@ class LabelSetWriter:
         *,
         options: dict | None = None,
     ) -> None:
-        self._sizes = _shard_sizes(shards, spec.num_samples)
-        self._firsts = [0, *accumulate(self._sizes)]
+        self._sizes = _shard_sizes(shards, spec.num_samples, len(spec.parts))
+        self._firsts = [first % spec.num_samples for first in accumulate(self._sizes, initial=0)]
         self._storage = open_storage(path, **(options or {}))
         self.place = self._storage.place
         self.spec = spec
@@ -121,7 +121,7 @@ class LabelSetWriter:
 
     def shard_range(self, index: int) -> tuple[int, int]:
         """The half-open range of samples of shard ``index``."""
-        return self._firsts[index], self._firsts[index + 1]
+        return self._firsts[index], self._firsts[index] + self._sizes[index]
 
     def shard_name(self, index: int) -> str:
         """The file name of shard ``index``."""
@@ -401,13 +401,13 @@ def _check_foreign(storage: Storage) -> None:
         )
 
 
-def _shard_sizes(shards: int | Sequence[int], samples: int) -> list[int]:
+def _shard_sizes(shards: int | Sequence[int], samples: int, parts: int) -> list[int]:
     if isinstance(shards, int):
         if not 1 <= shards <= samples:
             raise InputError(f"the number of shards must lie between 1 and the {samples} samples, got {shards}")
         bounds = [shard_range(index, shards, samples) for index in range(shards)]
         return [last - first for first, last in bounds]
     sizes = [int(size) for size in shards]
-    if not sizes or min(sizes) < 1 or sum(sizes) != samples:
+    if not sizes or min(sizes) < 1 or sum(sizes) != samples * parts:
         raise InputError(f"the sizes of the shards sum to {sum(sizes)}, the label set has {samples} samples")
     return sizes

@@ -51,7 +51,7 @@ def preview_labels(config: PreviewConfig, find_images: FindImages | None) -> Pre
         StlError: the label set or the images cannot be used, keys have no label, images are missing or have changed,
             or a page of one image exceeds ``config.max_mb``.
     """
-    label_set = open_label_set(config.path)
+    label_set = open_label_set(config.path).only_part()
     _check_views(label_set, config.map_index)
     _check_student_crop(label_set, config)
     if config.suspects:

@@ -157,7 +157,7 @@ class TokenLabels:
         """
         targets = TokenTargets(kind, grid, **options)
         label_set = labels if isinstance(labels, LabelSet) else open_label_set(labels)
-        parts = [label_set.read_index(shard) for shard in label_set.present]
+        parts = [label_set.read_index(shard) for shard in label_set.parts[0].present]
         keys = [key for part in parts for key in part.keys]
         hashes = np.concatenate([part.content_hashes for part in parts])
         cache = build_token_cache(label_set, keys, hashes, label_set.spec.class_names, folder=folder)

@@ -18,6 +18,7 @@ from stl_offline.device import autocast
 from stl_offline.errors import InputError, JoinError
 from stl_offline.labels.cache import CacheMaker
 from stl_offline.labels.cache_file import TokenCache
+from stl_offline.labels.families import group_families
 from stl_offline.labels.keys import rename_keys
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.spec import check_use
@@ -150,14 +151,15 @@ class DumpedLabels(TokenSource):
 
     def __init__(self, stage: Stage, label_sets: list[LabelSet], config: StudentConfig) -> None:
         super().__init__(stage, config)
-        self.fingerprints = [label_set.fingerprint for label_set in label_sets]
+        groups = _as_one(label_sets, config)
+        self.fingerprints = [label_set.fingerprint for group in groups for label_set in group]
         if stage.world.is_first:
             warn_of_other_pixels(label_sets, config.interpolation)
         self.replays, self.choice = how_read(label_sets, config)
         if stage.world.is_first:
-            replayed = [each for each, replay in zip(label_sets, self.replays, strict=True) if replay]
+            replayed = [group[0] for group, replay in zip(groups, self.replays, strict=True) if replay]
             warn_of_other_crops(replayed, config.scale_min, config.flip)
-        self.sources = [_join(label_set, stage, config, len(label_sets) > 1) for label_set in label_sets]
+        self.sources = [_join(group, stage, config, len(groups) > 1) for group in groups]
         self.labelled = np.stack([source.labelled for source in self.sources])
         self._tells = stage.world.is_first and config.residual == "ignore" and config.token_norm == "mass"
         self._chosen: tuple[int, tuple[TokenCache, ...], np.ndarray, np.ndarray] | None = None
@@ -263,7 +265,7 @@ def check_labels(config: StudentConfig) -> list[LabelSet]:
 
 
 def how_read(label_sets: list[LabelSet], config: StudentConfig) -> tuple[list[bool], LabelChoice | None]:
-    """Whether each set's crops are replayed, and which set a sample reads.
+    """Whether crops are replayed, of each set or family of sets, and which of these a sample reads.
 
     Raises:
         InputError: the settings do not go with the sets.
@@ -272,8 +274,16 @@ def how_read(label_sets: list[LabelSet], config: StudentConfig) -> tuple[list[bo
     check_use(specs, config.residual, config.min_confidence)
     if class_share(config.class_target):
         check_class_answers(specs)
-    replays = [_is_replayed(label_set, config.crops) for label_set in label_sets]
-    return replays, choose_between(label_sets, config.labels_pick, config.labels_share, config.seed)
+    firsts = [group[0] for group in _as_one(label_sets, config)]
+    replays = [_is_replayed(label_set, config.crops) for label_set in firsts]
+    return replays, choose_between(firsts, config.labels_pick, config.labels_share, config.seed)
+
+
+def _as_one(label_sets: Sequence[LabelSet], config: StudentConfig) -> list[list[LabelSet]]:
+    """The sets, those that hold different views of one family together; each alone where a choice between is set."""
+    if config.labels_pick != "auto" or config.labels_share is not None:
+        return [[label_set] for label_set in label_sets]
+    return group_families(label_sets)
 
 
 def warn_of_other_pixels(label_sets: Sequence[LabelSet], interpolation: str) -> None:
@@ -332,16 +342,17 @@ def _is_replayed(label_set: LabelSet, crops: str) -> bool:
     return replay
 
 
-def _join(label_set: LabelSet, stage: Stage, config: StudentConfig, named: bool) -> ViewsAhead:
+def _join(label_sets: Sequence[LabelSet], stage: Stage, config: StudentConfig, named: bool) -> ViewsAhead:
     beton = stage.train
     images = (rename_keys(beton.keys, config.key_prefix), beton.content_hashes, beton.class_names)
     policy = {"match": config.match, "missing": config.missing, "allow_changed": config.allow_changed}
     try:
-        return ViewsAhead(CacheMaker([label_set], *images, **policy))
+        parts = [part for label_set in label_sets for part in label_set.parts]
+        return ViewsAhead(CacheMaker(parts, *images, **policy))
     except JoinError as error:
         if not named:
             raise
-        raise JoinError(f"{label_set.place}: {error}") from error
+        raise JoinError(f"{label_sets[0].place}: {error}") from error
 
 
 def _check_classes(class_names: tuple[str, ...], stage: Stage, whose: str) -> None:

@@ -18,10 +18,11 @@ from stl_offline.errors import InputError, JoinError, StlError, TargetError
 from stl_offline.evaluation import evaluate
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.merge import merge_views
 from stl_offline.loader import ImageSettings, TokenLoader
 from stl_offline.models import load_model
 from stl_offline.training.engine import Trainer
-from stl_offline.training.label_sources import open_labels
+from stl_offline.training.label_sources import check_labels, how_read, open_labels
 from stl_offline.training.online import online_targets
 from stl_offline.training.setup import prepare
 from stl_offline.training.train_labeler import train_labeler
@@ -412,3 +413,25 @@ def test_views_as_they_are_needed_train_the_same_student(quick, labelled, monkey
     assert max(count for _, count in seen) == 2
     ours, theirs = (load_model(tmp_path / name)[0].state_dict() for name in ("spans", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_sets_of_different_views_train_as_one(quick, labelled, tmp_path):
+    """Two dumps of one family of crops, in any order, and both merged: the student of the one dump with all views."""
+    folder, dump = labelled
+    early = replace(dump, out=str(tmp_path / "early"), crops_per_image=2, shards=2)
+    late = replace(dump, out=str(tmp_path / "late"), crops_per_image=1, first_view=2, shards=1)
+    for each in (early, late):
+        dump_labels(each)
+    merge_views([open_label_set(late.out), open_label_set(early.out)], tmp_path / "merged")
+    weights = []
+    for number, labels in enumerate((str(folder / "views"), (late.out, early.out), str(tmp_path / "merged"))):
+        changes = {"labels": labels, "epochs": 3, "val": None, "out": str(tmp_path / f"run{number}")}
+        train_student(StudentConfig(**quick | changes))
+        weights.append(load_model(tmp_path / f"run{number}")[0].state_dict())
+    for other in weights[1:]:
+        assert all(torch.equal(weights[0][name], other[name]) for name in other)
+    with pytest.raises(InputError, match="both hold the views 0-1"):
+        check_labels(StudentConfig(**quick | {"labels": (early.out, str(tmp_path / "merged"))}))
+    # A choice between sets that is asked for is made.
+    several = StudentConfig(**quick | {"labels": (late.out, early.out), "labels_share": (1.0, 2.0)})
+    assert how_read([open_label_set(place) for place in several.labels], several)[0] == [True, True]

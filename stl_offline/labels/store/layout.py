@@ -73,7 +73,8 @@ def read_job(storage: Storage) -> tuple[LabelSpec, list[int]]:
         settings = parse_object(data)
         spec = LabelSpec.from_json(settings)
         sizes = settings["shard_samples"]
-        if not isinstance(sizes, list) or not all(is_count(size) for size in sizes) or sum(sizes) != spec.num_samples:
+        samples = spec.num_samples * len(spec.parts)
+        if not isinstance(sizes, list) or not all(is_count(size) for size in sizes) or sum(sizes) != samples:
             raise FormatError("its shard sizes are not positive numbers that sum to the set's images")
         return spec, sizes
     except (ValueError, KeyError) as error:
@@ -102,20 +103,20 @@ def present_bytes(shards: Iterable[int]) -> bytes:
     return canonical_json({"shards": sorted(shards)})
 
 
-def parse_ranges(text: str, num_shards: int) -> tuple[int, ...]:
-    """Shard numbers from a text such as ``0-3,7``, sorted.
+def parse_ranges(text: str, known: range, what: str = "shards") -> tuple[int, ...]:
+    """Numbers of shards (or views) from a text such as ``0-3,7``, sorted.
 
     Raises:
-        InputError: another text, or a shard that the set does not have.
+        InputError: another text, or a number that the set does not have.
     """
     shards: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part, re.ASCII)
         if not match:
-            raise InputError(f"{text!r} names no shards; write them as 0-3,7")
+            raise InputError(f"{text!r} names no {what}; write them as 0-3,7")
         first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last >= num_shards:
-            raise InputError(f"there are no shards {part.strip()}: the label set has 0 to {num_shards - 1}")
+        if last < first or first not in known or last not in known:
+            raise InputError(f"there are no {what} {part.strip()}: the label set has {known[0]} to {known[-1]}")
         shards.update(range(first, last + 1))
     return tuple(sorted(shards))
 
