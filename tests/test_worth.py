@@ -1,13 +1,14 @@
 """What corrupts a label set on purpose, and what measures it, in tests/benchmarks/worth.py."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
 
 import stl_offline as stl
 from stl_offline.labels.arrays import probabilities
-from tests.benchmarks import worth
+from tests.benchmarks import emergence, worth
 from tests.labels.synthetic import make_arrays, make_spec
 
 ARRAYS = make_arrays(make_spec(samples=23, classes=6, top_k=3, view_count=2))
@@ -70,3 +71,18 @@ def test_scores_of_a_set_by_hand(tmp_path):
     assert found["confidence"] == pytest.approx(13 / 16, abs=1e-3)  # with its part of the residual
     assert found["minus calibration error"] == pytest.approx(-5 / 16, abs=1e-3)
     assert found["neighbours agree"] == pytest.approx(1 / 2)
+
+
+@pytest.mark.slow
+def test_both_benchmarks_run(tmp_path, monkeypatch, capsys):
+    small = ["--out", str(tmp_path), "--train", "60", "--val", "20", "--seeds", "1", "--only"]
+    monkeypatch.setattr(sys, "argv", ["emergence", "--epochs", "1", *small, "lme-depth-2", "mean-scenes"])
+    emergence.main()
+    assert [row.split("|")[1].strip() for row in capsys.readouterr().out.splitlines()[2:]] == [
+        "lme-depth-2",
+        "mean-scenes",
+    ]
+    monkeypatch.setattr(sys, "argv", ["worth", *small, "the image's class everywhere", "lme, --select own"])
+    worth.main()
+    rows = [row.split("|")[1].strip() for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
+    assert rows == ["the image's class everywhere", "lme, --select own"]
