@@ -19,14 +19,16 @@ _BOX_SIDE = 256  # pixels per side of the mask that a box becomes; boxes are exa
 _JSON_BYTES = 1 << 30
 
 
-def read_masks(source: str | Path) -> Mapping[str, np.ndarray]:
+def read_masks(source: str | Path, sizes: Mapping[str, tuple[int, int]] | None = None) -> Mapping[str, np.ndarray]:
     """Masks by an image's key without its extension or with it: bool (H, W) over the whole image, True in the object.
 
     Args:
         source: a folder that holds, at the place of each image, ``NAME.png`` (every pixel but 0 is the object) or
             ``NAME.xml`` (Pascal VOC boxes, as ImageNet's); an ``.npz`` file with ``keys`` (JSON in uint8) and
             ``masks`` (n, H, W), as the demo writes; or a ``.json`` file of one box or a list of boxes per key,
-            [left, top, right, bottom] as shares of the image's sides.
+            [left, top, right, bottom]: shares of the image's sides where no number of the file is above 1, pixels
+            otherwise. Right and bottom are edges: the whole of a 64-pixel image is [0, 0, 64, 64].
+        sizes: (width, height) of every image by its key, for boxes in pixels.
 
     Raises:
         InputError: it does not exist, or is none of these. A mask that cannot be read raises it when it is looked up.
@@ -34,11 +36,11 @@ def read_masks(source: str | Path) -> Mapping[str, np.ndarray]:
     path = Path(source)
     if path.is_dir():
         return _Folder(path)
-    reader = {".npz": _read_npz, ".json": _read_json}.get(path.suffix.lower())
-    if reader is None or not path.is_file():
+    kind = path.suffix.lower()
+    if kind not in (".npz", ".json") or not path.is_file():
         problem = "does not exist" if not path.exists() else "is none of these"
         raise InputError(f"masks come from a folder, an .npz file or a .json file; {path} {problem}")
-    return reader(path)
+    return _read_npz(path) if kind == ".npz" else _read_json(path, sizes)
 
 
 class _ByStem(Mapping[str, np.ndarray]):
@@ -92,14 +94,25 @@ class _Folder(_ByStem):
 
 
 class _Boxes(_ByStem):
+    """Boxes as shares of the image's sides, or in pixels of the images with the given sizes."""
+
+    def __init__(self, found: Mapping[str, object], sizes: Mapping[str, tuple[int, int]] | None) -> None:
+        super().__init__(found)
+        self._sizes = sizes
+
     def read(self, key: str, value: object) -> np.ndarray:
         boxes = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+        unit = "as shares of the image's sides in [0, 1]"
         try:
-            return _draw(np.array(boxes, dtype=np.float64).reshape(-1, 4))
+            sides = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+            if self._sizes is not None:
+                width, height = self._sizes[key]
+                unit = f"in pixels of the image's {width}×{height}"
+                sides = sides / (width, height, width, height)
+            return _draw(sides)
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"the boxes of {key!r} must be [left, top, right, bottom] as shares of the image's sides in [0, 1], "
-                f"got {str(value)[:80]}"
+                f"the boxes of {key!r} must be [left, top, right, bottom] {unit}, got {str(value)[:80]}"
             ) from error
 
 
@@ -151,7 +164,7 @@ def _read_npz(path: Path) -> Mapping[str, np.ndarray]:
     return _ByStem(dict(zip(keys, masks.astype(bool), strict=True)))
 
 
-def _read_json(path: Path) -> Mapping[str, np.ndarray]:
+def _read_json(path: Path, sizes: Mapping[str, tuple[int, int]] | None) -> Mapping[str, np.ndarray]:
     try:
         if path.stat().st_size > _JSON_BYTES:
             raise ValueError(f"it has more than {_JSON_BYTES:,} bytes")
@@ -160,4 +173,20 @@ def _read_json(path: Path) -> Mapping[str, np.ndarray]:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict) or not found:
         raise InputError(f"{path} must hold one JSON object: key → [left, top, right, bottom]")
-    return _Boxes(found)
+    if not any(number > 1 for value in found.values() for number in _numbers(value)):
+        return _Boxes(found, None)
+    if sizes is None:
+        raise InputError(
+            f"{path} has boxes in pixels, and the images' sizes are not known here; divide left and right by the "
+            "image's width, top and bottom by its height"
+        )
+    return _Boxes(found, sizes)
+
+
+def _numbers(value: object) -> Iterator[float]:
+    """The numbers of a box, or of a list of boxes; whatever else is there is refused when it is looked up."""
+    for each in value if isinstance(value, list) else ():
+        if isinstance(each, list):
+            yield from _numbers(each)
+        elif isinstance(each, int | float):
+            yield each

@@ -49,8 +49,9 @@ def score_token_head(config: ZeroTrainConfig) -> dict[str, Any]:
         )
     side = config.img_size or description.img_size
     grid = model.grid_size(side, side)
-    masks = read_masks(config.masks)
     beton = ensure_beton(config.data, skip_broken=config.skip_broken)
+    sizes = zip(beton.widths.tolist(), beton.heights.tolist(), strict=True)
+    masks = read_masks(config.masks, dict(zip(beton.keys, sizes, strict=True)))
     class_map = torch.from_numpy(match_classes(beton, description.class_names, config.checkpoint))
     loader = scoring_loader(
         model.to(device).eval(),

@@ -43,7 +43,18 @@ def test_boxes_by_key(tmp_path):
     assert found["a/2.jpg"].mean() == 0.5
 
 
-@pytest.mark.parametrize("box", [[0, 0, 1], [0, 0, 2, 1], [0.5, 0, 0.2, 1], "box", [0, 0, float("nan"), 1], {}, None])
+def test_boxes_in_pixels(tmp_path):
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps({"a/1.jpg": [0, 8, 16, 16], "a/2.jpg": [[0, 0, 1, 1], [4, 4, 9, 4]]}))
+    found = read_masks(path, {"a/1.jpg": (64, 16), "a/2.jpg": (8, 8)})
+    assert share(found["a/1.jpg"], 0, 0.5, 0.25, 1) == 1 and found["a/1.jpg"].mean() == 1 / 8
+    with pytest.raises(InputError, match=r"the boxes of 'a/2.jpg' must be .* in pixels of the image's 8×8, got"):
+        found["a/2.jpg"]
+    with pytest.raises(InputError, match="has boxes in pixels, and the images' sizes are not known here"):
+        read_masks(path)
+
+
+@pytest.mark.parametrize("box", [[0, 0, 1], [0, 0, -1, 1], [0.5, 0, 0.2, 1], "box", [0, 0, float("nan"), 1], {}, None])
 def test_a_box_that_is_none(box, tmp_path):
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps({"a": box}))

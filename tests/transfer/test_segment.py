@@ -22,6 +22,7 @@ from stl_offline.transfer.backbone import Backbone, BackboneSpec, level_indices,
 from stl_offline.transfer.pairs import NO_CLASS
 from stl_offline.transfer.segment_scores import SegmentScores, confusion_matrix
 from stl_offline.transfer.segmenter import MlpHead, Segmenter, whole_logits, window_logits
+from tests.training.torchrun import torchrun
 from tests.transfer.conftest import CLASSES, IGNORE
 
 
@@ -86,6 +87,21 @@ def test_an_interrupted_run_ends_as_one_that_was_not(quick, tmp_path, monkeypatc
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(InputError, match="other settings .lr: 0.001 → 0.002"):
         train_segmenter(SegmentConfig(**settings | {"lr": 2e-3}))
+
+
+@pytest.mark.slow
+def test_two_processes_with_mixed_precision_score_as_one(quick, scenes, tmp_path):
+    """torchrun with two processes and bf16: the run is whole, and one process measures what both measured together."""
+    out = tmp_path / "two"
+    settings = quick | {"amp": "bf16", "epochs": 1, "out": str(out)}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    job = torchrun("transfer", "segment", *options, "--sync-bn", "--no-tensorboard")
+    printed, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, printed
+    entry = json.loads((out / "log.jsonl").read_text())
+    assert entry["step"] == 2 and np.isfinite(entry["loss"])  # 10 images, 2 processes, 4 per batch and process
+    config = TransferEvaluateConfig(data=str(scenes[1]), split="val", checkpoint=str(out), device="cpu", amp="bf16")
+    assert evaluate_transfer(config)["miou"] == pytest.approx(entry["miou"])
 
 
 def test_a_frozen_backbone_keeps_everything(quick):
