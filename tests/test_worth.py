@@ -85,4 +85,4 @@ def test_both_benchmarks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["worth", *small, "the image's class everywhere", "lme, --select own"])
     worth.main()
     rows = [row.split("|")[1].strip() for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
-    assert rows == ["the image's class everywhere", "lme, --select own"]
+    assert rows == ["labels", "---", "the image's class everywhere", "lme, --select own"]

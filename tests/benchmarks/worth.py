@@ -201,12 +201,16 @@ def main() -> None:
             measured[name].append(scores(label_set))
             shown.append(measure_foreground(label_set, masks).auroc)
         found = gains[name] + none
-        print(f"| {name} | {found.mean():.1%} ± {found.std(ddof=min(1, len(found) - 1)):.1%} | {np.mean(shown):.2f} | "
-              + " | ".join(f"{np.mean([each[score] for each in measured[name]]):.3f}" for score in measured[name][0])
-              + " |", flush=True)  # fmt: skip
+        means = {score: np.mean([each[score] for each in measured[name]]) for score in measured[name][0]}
+        if len(measured) == 1:
+            print(f"| labels | student | AUROC | {' | '.join(means)} |\n|{'---|' * (3 + len(means))}")
+        cells = [f"{found.mean():.1%} ± {found.std(ddof=min(1, len(found) - 1)):.1%}", f"{np.mean(shown):.2f}"]
+        cells += [f"{mean:.3f}" for mean in means.values()]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
     names = [name for name in options.only if name in SETS]
     if len(names) > 2:
-        print(f"| score | {' | '.join(f'seed {seed}' for seed in seeds)} | mean of the seeds |")
+        heads = [f"seed {seed}" for seed in seeds]
+        print(f"| score | {' | '.join(heads)} | mean of the seeds |\n|{'---|' * (2 + len(heads))}")
         for score in measured[names[0]][0]:
             values = np.array([[each[score] for each in measured[name]] for name in names])
             gain = np.array([gains[name] for name in names])
