@@ -110,8 +110,12 @@ def _joined(
     arrays = [None if each is None else np.asarray(each) for each in parts]
     for sample in stream:
         name = sample["__key__"] if key is None else key(sample)
-        row = int(labels.rows(rename_keys([name], key_prefix))[0])
-        found = None if row < 0 else JoinedLabels(row, *(None if array is None else array[row] for array in arrays))
+        if key_prefix:
+            (name,) = rename_keys([name], key_prefix)
+        row = labels.keys.row(name)
+        if row < 0:
+            labels.rows([name])  # raises, if samples without labels are errors
+        found = None if row < 0 else JoinedLabels(row, *[None if array is None else array[row] for array in arrays])
         yield {**sample, field: found}
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import timm
@@ -13,8 +14,9 @@ from tests.transfer.conftest import CLASSES, IGNORE, write_tar
 
 
 def run(name: str, *arguments: object) -> list[str]:
-    """The rows of a benchmark's table."""
-    command = [sys.executable, str(REPOSITORY / "tests" / "benchmarks" / name), *map(str, arguments)]
+    """The rows of a benchmark's table. name: of its file; or -m, with the module's name first among the arguments."""
+    script = [name] if name == "-m" else [str(REPOSITORY / "tests" / "benchmarks" / name)]
+    command = [sys.executable, *script, *map(str, arguments)]
     found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
     return [line for line in found.stdout.splitlines() if line.startswith("|")][2:]
@@ -46,3 +48,25 @@ def test_the_transfer_study_compares_paired_seeds(tmp_path):
     assert [[cell.strip() for cell in row.split("|")[1:3]] for row in rows] == [["random", "2"], ["plain", "2"]]
     assert rows[0].count("(SE ") == 3 and "(SE " not in rows[1]
     assert run("transfer_study.py", *data_options, *quick, *arms) == rows  # nothing is done again
+
+
+@pytest.mark.slow
+def test_labels_in_loops_of_ones_own_are_timed(tmp_path, monkeypatch):
+    monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
+    images = write_shapes(tmp_path / "shapes", train=100, val=10)
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(images / "train", "train")
+    rows = run(
+        "-m", "tests.benchmarks.stream_speed", "--data", tmp_path / "images.tar", "--out", tmp_path, "--rounds", 1
+    )
+    assert len(rows) == 6
+
+
+@pytest.mark.slow
+def test_the_study_of_other_models(tmp_path, monkeypatch):
+    monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
+    images = write_shapes(tmp_path / "shapes", train=60, val=20)
+    short = [word for name in ("seeds", "epochs", "labeler-epochs") for word in (f"--{name}", 1)]
+    places = ["--train", images / "train", "--val", images / "val", "--out", tmp_path / "runs"]
+    rows = run("-m", "tests.benchmarks.models_study", *places, *short)
+    assert [row.split("|")[1].strip() for row in rows] == ["vit_micro_patch8_64", "regnetx_002"]

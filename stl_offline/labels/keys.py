@@ -62,6 +62,12 @@ class KeyIndex:
         at = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
         return np.where(self.hashes[at] == wanted, self.places[at], -1)
 
+    def row(self, key: str) -> int:
+        """The place of one key, or −1; for one it is quicker than `rows`."""
+        wanted = hash_keys((key,))[0]
+        at = min(int(self.hashes.searchsorted(wanted)), len(self.hashes) - 1)
+        return int(self.places[at]) if self.hashes[at] == wanted else -1
+
 
 def find_duplicates(hashes: Sequence[np.ndarray], read_keys: Callable[[int], Sequence[str]]) -> Duplicates:
     """Keys that several lists share, or that one holds twice.
