@@ -120,6 +120,8 @@ DRAWS = Plan(
     },
     other={
         "views-hybrid": {"labels": ("views-hybrid",)},
+        "views-ghost": {"labels": ("views-top5",), "residual": "ghost"},
+        "views-class": {"labels": ("views-top5",), "residual": "class"},
         "views-distil": {"labels": ("views-draws-class",), "class_target": "mix:0.5"},
     },
     against="views-top5",
