@@ -4,6 +4,7 @@ n: samples of the shard; V: views; cells: V·Gh·Gw, the cells of all maps of an
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from stl_offline.compiled import njit
 from stl_offline.errors import FormatError
 from stl_offline.labels.arrays import ShardArrays, probabilities
-from stl_offline.labels.draws import entries, pack_draws
+from stl_offline.labels.draws import bits_of, entries, pack_draws, pack_into
 from stl_offline.labels.format import confidence_table, logit_table, read_stored
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.rules import check_views, least_sum_limit
@@ -55,10 +56,17 @@ def place_shard(
     """
     data = label_set.read_bytes(index)
     spec = label_set.spec
-    is_quick = spec.encoding == "q8" and spec.container == "zarr" and spec.format_version == 1
-    if is_quick and _place_q8(cache, data, spec, samples, rows, views):
+    if spec.container == "zarr" and (place := _quick_way(spec)) and place(cache, data, spec, samples, rows, views):
         return
     _place_arrays(cache, label_set.decode(index, data), samples, rows, views, spec.num_classes)
+
+
+def _quick_way(spec: LabelSpec) -> Callable[..., bool] | None:
+    """How a zarr shard's rows are placed without the arrays in between, where there is a way."""
+    if spec.encoding == "q8" and spec.format_version == 1:
+        return _place_q8
+    others = (spec.top_k, spec.has_confidence, spec.class_top_k, spec.class_draws)
+    return _place_draws if spec.encoding == "f16" and not any(others) else None
 
 
 def _place_arrays(
@@ -101,6 +109,40 @@ def _head(shard: ShardArrays, rows: tuple[np.ndarray, slice]) -> tuple[np.ndarra
         return entries(none.astype(draws.dtype), none.astype(np.float32), draws)
     masses = probabilities(shard.head_logits[rows], shard.head_confidence[rows])
     return entries(shard.head_ids[rows], masses, None if shard.head_draws is None else shard.head_draws[rows])
+
+
+def _place_draws(
+    cache: dict[str, np.ndarray],
+    data: bytes,
+    spec: LabelSpec,
+    samples: np.ndarray,
+    rows: np.ndarray,
+    views: ViewsOf,
+) -> bool:
+    """As `_place_q8`, of labels that are draws and nothing else."""
+    try:
+        stored = read_stored(data, spec, ("views", "draws"))
+        check_views(range(len(stored["views"])), stored["views"], spec)
+    except FormatError:
+        return False
+    draws = stored["draws"]
+    if rows.max() >= len(draws) or draws.max() >= spec.num_classes:
+        return False
+    order = np.argsort(samples)
+    maps = draws.reshape(len(draws), spec.views_per_image, -1)
+    places = (rows[order], samples[order], (views.first, views.last, views.at))
+    _pack_rows(maps, bits_of(spec.num_classes), *places, np.asarray(cache["draws"]))
+    cache["views"][samples, views.cached] = stored["views"][rows, views.stored]
+    cache["labelled"][samples] = 1
+    return True
+
+
+@njit
+def _pack_rows(draws, bits, rows, samples, views, cache):
+    first, last, at = views
+    for place in range(len(rows)):
+        for view in range(first, last):
+            pack_into(draws[rows[place], view], bits, cache[samples[place], at + view - first])
 
 
 def _place_q8(

@@ -72,7 +72,7 @@ def packed_bytes(draws: int, num_classes: int) -> int:
 def pack_draws(draws: np.ndarray, num_classes: int) -> np.ndarray:
     """Class ids (n, ...) → uint8 (n, bytes): an image's ids one after the other, each as few bits as K takes."""
     ids = np.ascontiguousarray(draws).reshape(len(draws), -1)
-    packed = np.zeros((len(ids), packed_bytes(ids.shape[1], num_classes)), dtype=np.uint8)
+    packed = np.empty((len(ids), packed_bytes(ids.shape[1], num_classes)), dtype=np.uint8)
     _pack(ids, bits_of(num_classes), packed)
     return packed
 
@@ -80,15 +80,26 @@ def pack_draws(draws: np.ndarray, num_classes: int) -> np.ndarray:
 @njit
 def _pack(ids, bits, packed):
     for row in range(len(ids)):
-        at = 0
-        for class_id in ids[row]:
-            rest = np.uint64(class_id) << np.uint64(at & 7)
-            byte = at >> 3
-            while rest:
-                packed[row, byte] |= np.uint8(rest & np.uint64(0xFF))
-                rest >>= np.uint64(8)
-                byte += 1
-            at += bits
+        pack_into(ids[row], bits, packed[row])
+
+
+@njit(inner=True)
+def pack_into(ids, bits, packed):
+    """`pack_draws` of one map: ids (draws,) → all of packed (bytes,), whatever was in it."""
+    waiting = np.uint64(0)
+    filled = 0
+    byte = 0
+    for place in range(len(ids)):
+        waiting |= np.uint64(ids[place]) << np.uint64(filled)
+        filled += bits
+        while filled >= 8:
+            packed[byte] = np.uint8(waiting & np.uint64(0xFF))
+            waiting >>= np.uint64(8)
+            filled -= 8
+            byte += 1
+    for rest in range(byte, len(packed)):
+        packed[rest] = np.uint8(waiting & np.uint64(0xFF))
+        waiting = np.uint64(0)
 
 
 @njit(inline=True)

@@ -182,11 +182,12 @@ def check_augmentation(keys: Sequence[str], records: Sequence[str], spec: LabelS
 def _first_wrong_draw(draws, class_ids, classes):
     for sample in range(len(draws)):
         for cell in range(draws.shape[1]):
-            for drawn in draws[sample, cell]:
+            for place in range(draws.shape[2]):
+                drawn = draws[sample, cell, place]
                 if drawn >= classes:
                     return sample
-                for class_id in class_ids[sample, cell]:
-                    if class_id == drawn:
+                for entry in range(class_ids.shape[2]):
+                    if class_ids[sample, cell, entry] == drawn:
                         return sample
     return -1
 

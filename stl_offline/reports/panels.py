@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from matplotlib import colormaps
 
-from stl_offline.errors import printable
+from stl_offline.errors import counted, printable
 from stl_offline.geometry import View, relative_view
 from stl_offline.palette import CONFIDENT, UNCONFIDENT, class_marks, class_pixels
 from stl_offline.reports.scene import Scene, TokenMap
@@ -144,6 +144,12 @@ def _map_panels(scene: Scene, key: str, class_names: Sequence[str], threshold: f
     source = "image" if scene.whole else "crop"
     base = {"aspect": tokens.aspect, "pixels": tokens.pixels, "source": source, "tokens": tokens, "name": "map"}
     outline = None if scene.student_view is None else relative_view(scene.view, scene.student_view)
+    # Without a top k, all that is known of a class is how often it was drawn.
+    sure = (
+        f"Share of a token's {counted(scene.draws, 'draw')} that its most frequent class has"
+        if scene.draws
+        else "Confidence"
+    )
     own_panels = []
     if scene.class_id is not None:
         own = tokens.own(scene.class_id)
@@ -164,9 +170,10 @@ def _map_panels(scene: Scene, key: str, class_names: Sequence[str], threshold: f
         *own_panels,
         Panel(
             CONFIDENCE,
-            f"Confidence of {key}: {tokens.confidence.min():.0%} to {tokens.confidence.max():.0%}, "
+            f"{sure} of {key}: {tokens.confidence.min():.0%} to {tokens.confidence.max():.0%}, "
             f"mean {tokens.confidence.mean():.0%}",
             cells=_cells(confidence_pixels(tokens.confidence), np.ones(tokens.grid)),
+            note=f"share of {counted(scene.draws, 'draw')}" if scene.draws else "",
             **base,
         ),
         Panel(

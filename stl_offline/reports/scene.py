@@ -98,7 +98,8 @@ class Scene:
 
     class_id: the image's own class, None where it has none; view: what the labeler saw of the image; view_index: which
     of the label set's maps; tokens: its tokens, over the labeler's pixels; student_view, student: a student's crop and
-    its tokens; None where students replay ``view``.
+    its tokens; None where students replay ``view``; draws: S where a token's probabilities are the frequencies of its
+    draws, without a top k, else 0.
     """
 
     key: str
@@ -109,6 +110,7 @@ class Scene:
     tokens: TokenMap
     student_view: View | None = None
     student: TokenMap | None = None
+    draws: int = 0
 
     @property
     def whole(self) -> bool:
@@ -152,6 +154,7 @@ def make_scenes(
             "view": view,
             "image": image,
             "tokens": TokenMap(ids, probabilities[index], drawn, pixels, aspect),
+            "draws": 0 if spec.top_k else spec.draws,
         }
         if spec.views["kind"] == "whole":
             six = draw_views(student.seed, student.epoch, [sample_id], [height], [width], student.crops)[0]

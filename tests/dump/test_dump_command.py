@@ -32,7 +32,13 @@ def dump(capsys, work, out, *more):
 
 class TestEstimate:
     @pytest.mark.parametrize(
-        "changes", [{}, {"format": "webdataset", "encoding": "f16", "crops_per_image": 3}, {"shards": 1}]
+        "changes",
+        [
+            {},
+            {"format": "webdataset", "encoding": "f16", "crops_per_image": 3},
+            {"shards": 1},
+            {"draws": 2, "class_top_k": 2, "class_draws": 3},
+        ],
     )
     def test_it_is_near_what_the_dump_takes_and_writes_nothing(self, work, tmp_path, changes):
         config = DumpConfig(**work | changes, out=str(tmp_path / "set"))

@@ -1,4 +1,4 @@
-"""Rows of the token cache from q8 shards, without the arrays in between: equal to the long way, to the bit."""
+"""Rows of the token cache from shards of q8, and of draws, without the arrays in between: equal to the long way."""
 
 import numpy as np
 import pytest
@@ -70,21 +70,30 @@ def view_without_inverse(stored):
     stored["views"][5, 0, 0] = 0
 
 
+def draw_too_large(stored):
+    stored["draws"][5, 0, 1, 2] = 7
+
+
+DRAWS = {"encoding": "f16", "top_k": 0, "draws": 2, "has_confidence": False}
+
+
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "kind"),
     [
-        rank_too_large,
-        rank_twice,
-        gaps_too_wide,
-        class_too_large,
-        class_listed_twice,
-        palette_too_long,
-        confidence_of_nothing,
-        view_without_inverse,
+        (rank_too_large, {}),
+        (rank_twice, {}),
+        (gaps_too_wide, {}),
+        (class_too_large, {}),
+        (class_listed_twice, {}),
+        (palette_too_long, {}),
+        (confidence_of_nothing, {}),
+        (view_without_inverse, {}),
+        (draw_too_large, DRAWS),
+        (view_without_inverse, DRAWS),
     ],
 )
-def test_a_shard_that_lies_under_a_right_checksum_is_refused(tmp_path, monkeypatch, damage):
-    spec = make_spec(samples=8, encoding="q8")
+def test_a_shard_that_lies_under_a_right_checksum_is_refused(tmp_path, monkeypatch, damage, kind):
+    spec = make_spec(samples=8, **{"encoding": "q8"} | kind)
     real = zarr_shard.to_stored
 
     def damaged(arrays, spec):
@@ -101,3 +110,23 @@ def test_a_shard_that_lies_under_a_right_checksum_is_refused(tmp_path, monkeypat
     with pytest.raises(FormatError, match="labels-00000-of-00001"):
         build_token_cache(label_set, keys, make_arrays(spec).content_hash, spec.class_names, folder=tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(("classes", "draws", "views"), [(7, 1, 1), (300, 3, 2), (70_000, 2, 1)], ids=str)
+@pytest.mark.parametrize("count", [23, 9])
+def test_draws_alone_equal_the_label_maps(tmp_path, monkeypatch, classes, draws, views, count):
+    kind = {"top_k": 0, "draws": draws, "has_confidence": False}
+    spec = make_spec(samples=23, classes=classes, grid=(2, 3), view_count=views, **kind)
+    write_set(tmp_path / "set", spec, 4)
+    label_set = open_label_set(tmp_path / "set")
+    hashes = make_arrays(spec).content_hash
+    order = np.random.default_rng(count).permutation(23)[:count]
+    keys = [make_key(position) for position in order]
+    monkeypatch.setattr(cache_rows, "_place_arrays", forbidden)
+    cache = build_token_cache(label_set, keys, hashes[order], spec.class_names, folder=tmp_path / "cache")
+    assert cache.labelled.all()
+    for sample, key in enumerate(keys):
+        labels = label_set[key]
+        for view in range(views):
+            np.testing.assert_array_equal(cache.entries(sample, view)[0], labels.draws[view])
+        assert cache.views[sample].tobytes() == labels.views.tobytes()

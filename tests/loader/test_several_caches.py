@@ -7,6 +7,7 @@ import pytest
 
 from stl_offline.errors import InputError
 from stl_offline.targets import TokenTargets
+from tests.loader.test_tokens import CLASSES
 
 TARGETS = TokenTargets("soft", (4, 3), m=3)
 
@@ -41,6 +42,26 @@ def test_each_sample_reads_its_own_cache(load, views, caches, kind):
         for mine, expected in zip(pair, alone[index[sample]][sample], strict=True):
             np.testing.assert_array_equal(mine, expected)
     assert any((alone[0][sample][0] != alone[1][sample][0]).any() for sample in found)
+
+
+def test_draws_beside_a_top_k(load, views, caches, make_labels):
+    """A residual is of the sets that leave one: the draws leave none."""
+    drawn = make_labels(top_k=0, draws=3, has_confidence=False)[1]
+    index = np.arange(len(views)) % 2
+    for kind, residual, ids in (("soft", "uniform", CLASSES + 1), ("gumbel", "class", 1), ("gumbel", "ghost", 4)):
+        targets = TokenTargets(kind, (4, 3), m=CLASSES, residual=residual)
+        found = targets_of(load(tokens=targets, cache=(caches[1], drawn)), views, cache_index=index)
+        alone = [
+            targets_of(load(tokens=replace(targets, **each), cache=cache), views)
+            for cache, each in ((caches[1], {}), (drawn, {"residual": "ignore"}))
+        ]
+        for sample, (token_ids, weights) in found.items():
+            assert token_ids.shape == (12, ids)
+            of = alone[index[sample]][sample]
+            width = of[0].shape[1]
+            np.testing.assert_array_equal(token_ids[:, :width], of[0])
+            np.testing.assert_array_equal(weights[:, :width], of[1])
+            np.testing.assert_allclose(weights[:, width:], 0, atol=1e-5)
 
 
 def test_choices_that_cannot_be(load, views, caches):
