@@ -42,6 +42,7 @@ from stl_offline.config import DumpConfig
     help="Work beside others on the same label set. Every dump does, so this changes nothing.",
 )
 @setting_option(DumpConfig, "--data", group="data", metavar="SRC", more=SOURCE_HELP)
+@setting_option(DumpConfig, "--class-map", group="data", metavar="FILE", show_default="none")
 @skip_broken_option
 @setting_option(DumpConfig, "--labeler", group="model", metavar="RUN|CKPT|timm:NAME|hf-hub:NAME")
 @timm_labeler_options

@@ -15,7 +15,7 @@ LAYERS = (
     ("needs",),
     ("settings",),
     ("config_evaluate", "config_pages"),
-    ("config", "ffcv_setup", "files", "palette", "progress"),
+    ("config", "ffcv_setup", "files", "palette", "progress", "remote"),
     ("config_transfer",),
     ("compiled",),
     ("random",),
@@ -51,7 +51,7 @@ DOORS = (
 # What a team with a training loop of its own uses: it must load where only the core is installed.
 LIGHT = (
     *("errors", "needs", "settings", "config", "config_evaluate", "config_pages", "config_transfer", "files"),
-    *("progress", "compiled"),
+    *("progress", "remote", "compiled"),
     *("geometry", "random", "labels", "targets", "webdataset", "cli"),
 )
 HEAVY = ("torch", "torchvision", "ffcv", "timm", "cv2", "PIL", "safetensors", "matplotlib", "jinja2")

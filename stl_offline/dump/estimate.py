@@ -13,6 +13,7 @@ from stl_offline.device import pick_device
 from stl_offline.distributed import World, join_world, leaving_world, sum_over_world
 from stl_offline.dump.labelling import Labelling, check_shards, load_labeler, pick_shards
 from stl_offline.images.beton import Beton
+from stl_offline.images.classes import read_class_map
 from stl_offline.images.pack import find_packed, pack_sample
 from stl_offline.labels.arrays import ShardArrays, select
 from stl_offline.labels.card import make_card
@@ -69,13 +70,14 @@ def estimate_dump(config: DumpConfig) -> DumpEstimate:
     world = join_world(device, "gloo")
     with leaving_world():
         labeler = load_labeler(config)
-        packed = find_packed(config.data, skip_broken=config.skip_broken)
+        class_map = None if config.class_map is None else read_class_map(config.class_map)
+        packed = find_packed(config.data, skip_broken=config.skip_broken, class_map=class_map)
         if packed is not None:
             return _measure(config, labeler, packed, len(packed), 0.0, device, world)
         with tempfile.TemporaryDirectory(prefix="stl-offline-") as folder:
             started = time.perf_counter()
             most = _MOST * config.batch_size
-            beton, images = pack_sample(config.data, most, folder, skip_broken=config.skip_broken)
+            beton, images = pack_sample(config.data, most, folder, skip_broken=config.skip_broken, class_map=class_map)
             seconds = (time.perf_counter() - started) / len(beton) * images / len(os.sched_getaffinity(0))
             return _measure(config, labeler, beton, images, seconds, device, world)
 

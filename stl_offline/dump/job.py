@@ -11,12 +11,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
 from stl_offline.dump.labelling import Labelling, load_labeler
-from stl_offline.images.pack import ensure_beton
+from stl_offline.dump.tars import TarLabelling, prepare
 from stl_offline.labels.store import open_storage
 from stl_offline.labels.writer import LabelSetWriter, check_place
 from stl_offline.progress import progress_bar
@@ -54,26 +52,29 @@ def dump_labels(config: DumpConfig, *, finish: bool = False, labeler: Any = None
     # What can be refused without the images is refused before they are packed, which may take hours.
     labeler = load_labeler(config) if labeler is None else labeler
     check_place(config.out)
-    labelling = Labelling(config, labeler, ensure_beton(config.data, skip_broken=config.skip_broken), device)
+    labelling = prepare(config, labeler, device)
     started = time.perf_counter()
     is_first = os.environ.get("RANK", "0") == "0"
-    with LabelSetWriter(config.out, labelling.spec, labelling.num_shards) as writer:
+    with labelling.open_writer() as writer:
         labelled = 0 if finish else _write_shards(labelling, writer, is_first)
-        size = sum(shard.bytes for shard in writer.finish().shards)
+        manifest = writer.finish()
     seconds = time.perf_counter() - started
-    return DumpReport(str(config.out), len(labelling.beton), labelled, seconds, size, is_first)
+    size = sum(shard.bytes for shard in manifest.shards)
+    return DumpReport(str(config.out), manifest.spec.num_samples, labelled, seconds, size, is_first)
 
 
-def _write_shards(labelling: Labelling, writer: LabelSetWriter, is_first: bool) -> int:
+def _write_shards(labelling: Labelling | TarLabelling, writer: LabelSetWriter, is_first: bool) -> int:
     """Label, encode and write shards until all are done; gives the number of images that this process labelled."""
     views = len(labelling.views)
-    left = sum(last - first for first, last in map(writer.shard_range, writer.unrecorded()))
+    shards = writer.unrecorded()
+    left = labelling.images_of(writer, shards)
+    total = None if left is None else left * views
     labelled = 0
     with (
-        progress_bar(left * views, "labelling", "map" if views > 1 else "image", enabled=is_first) as bar,
+        progress_bar(total, "labelling", "map" if views > 1 else "image", enabled=is_first) as bar,
         concurrent.futures.ThreadPoolExecutor(1) as background,
     ):
-        size = _Size(writer.place, left, bar)
+        size = _Size(writer.place, len(shards), bar) if left is None else _Size(writer.place, left, bar, per_image=True)
         pending: list[concurrent.futures.Future[Any]] = []
 
         def end_pending() -> None:
@@ -82,7 +83,7 @@ def _write_shards(labelling: Labelling, writer: LabelSetWriter, is_first: bool) 
                 size.add(pending.pop().result())
 
         for shard in writer.claim_shards(end_pending):
-            arrays = labelling.label(np.arange(*writer.shard_range(shard)), bar.update)
+            arrays = labelling.label_shard(writer, shard, bar.update)
             labelled += len(arrays)
             end_pending()
             pending.append(background.submit(writer.write_shard, shard, arrays))
@@ -91,17 +92,17 @@ def _write_shards(labelling: Labelling, writer: LabelSetWriter, is_first: bool) 
 
 
 class _Size:
-    """Bytes written so far, and the expected total."""
+    """Bytes written so far, and the expected total, from the share of all images (or shards) that is done."""
 
-    def __init__(self, place: str, samples: int, bar: Any) -> None:
-        self._place, self._samples, self._bar = place, samples, bar
+    def __init__(self, place: str, total: int, bar: Any, *, per_image: bool = False) -> None:
+        self._place, self._total, self._bar, self._per_image = place, total, bar, per_image
         self._done = self._bytes = 0
 
     def add(self, record: Any) -> None:
         first = not self._done
-        self._done += record.samples
+        self._done += record.samples if self._per_image else 1
         self._bytes += record.bytes
-        expected = self._bytes * self._samples // self._done
+        expected = self._bytes * max(self._total, self._done) // self._done
         self._bar.set_postfix_str(f"{self._bytes / 1e6:,.1f} of {expected / 1e6:,.1f} MB", refresh=False)
         free = open_storage(self._place).free_bytes()
         if first and free is not None and free < expected - self._bytes:

@@ -3,9 +3,10 @@
 B: batch, N: tokens on a grid (Gh, Gw), K: classes, k: classes kept, V: views of an image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from stl_offline.images.classes import UNLABELLED
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.rules import check_keys
 from stl_offline.labels.spec import OWN_CLASSES, LabelSpec
+from stl_offline.labels.writer import LabelSetWriter
 from stl_offline.loader import DECODER, Batch, ImageSettings, TokenLoader
 from stl_offline.models import TokenLabeler, create_labeler
 from stl_offline.random import STREAM_CLASS_DRAW, STREAM_DRAW
@@ -69,18 +71,27 @@ class Labelling:
 
     Args:
         labeler: what `load_labeler` gives; it is moved to ``device``.
+        sample_ids: int64 (n,), from which random crops are drawn; the places of the images in ``beton`` by default.
 
     Raises:
         StlError: images, labeler and settings that do not fit each other.
     """
 
-    def __init__(self, config: DumpConfig, labeler: TokenLabeler, beton: Beton, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: DumpConfig,
+        labeler: TokenLabeler,
+        beton: Beton,
+        device: torch.device,
+        sample_ids: np.ndarray | None = None,
+    ) -> None:
         self.beton, self.device = beton, device
-        if config.interpolation == "auto":
-            config = replace(config, interpolation=labeler.interpolation)
+        config = settle(config, labeler)
         self.config = config
         self.num_shards = config.shards or pick_shards(len(beton), config.crops_per_image)
-        self.spec = _make_spec(config, labeler, beton)
+        check_shards(config.shards, len(beton))
+        own = {} if beton.class_names != (UNLABELLED,) else {OWN_CLASSES: False}
+        self.spec = make_spec(config, labeler, {"samples": len(beton), "fingerprint": beton.fingerprint} | own)
         _check_class_ids(beton)
         # Earlier releases packed keys that no label set can hold.
         check_keys(beton.keys)
@@ -88,8 +99,25 @@ class Labelling:
             self.class_map = match_classes(beton, labeler.class_names, f"the labeler {config.labeler}")
         else:
             self.class_map = np.zeros(1, dtype=np.int64)
-        self.views = make_views(config, beton)
+        self.views = make_views(config, beton, sample_ids)
         self.labeler = labeler.to(device, memory_format=torch.channels_last)
+
+    @property
+    def place(self) -> str:
+        """What the images were named, for messages."""
+        return self.beton.place
+
+    def open_writer(self) -> LabelSetWriter:
+        """What writes the label set; to be entered."""
+        return LabelSetWriter(self.config.out, self.spec, self.num_shards)
+
+    def images_of(self, writer: LabelSetWriter, shards: Sequence[int]) -> int | None:
+        """How many images some shards hold; None where that is not known."""
+        return sum(last - first for first, last in map(writer.shard_range, shards))
+
+    def label_shard(self, writer: LabelSetWriter, shard: int, done: Callable[[int], object]) -> ShardArrays:
+        """The labels of a shard; raises as `label`."""
+        return self.label(np.arange(*writer.shard_range(shard)), done)
 
     @cached_property
     def loader(self) -> TokenLoader:
@@ -186,12 +214,12 @@ class Labelling:
         }
 
 
-def make_views(config: DumpConfig, beton: Beton) -> np.ndarray:
+def make_views(config: DumpConfig, beton: Beton, sample_ids: np.ndarray | None = None) -> np.ndarray:
     """The views to label: float32 (V, n, 6); the whole image, or V random crops as a student would draw them."""
     if config.crops_per_image == 0:
         return whole_views(len(beton))[None]
     crops = config.crop_settings()
-    samples = np.arange(len(beton))
+    samples = np.arange(len(beton)) if sample_ids is None else sample_ids
     return np.stack(
         [
             draw_views(config.seed, config.first_view + view, samples, beton.heights, beton.widths, crops)
@@ -243,9 +271,13 @@ def _check_class_ids(beton: Beton) -> None:
         )
 
 
-def _make_spec(config: DumpConfig, labeler: TokenLabeler, beton: Beton) -> LabelSpec:
+def settle(config: DumpConfig, labeler: TokenLabeler) -> DumpConfig:
+    """The settings with ``interpolation`` resolved."""
+    return replace(config, interpolation=labeler.interpolation) if config.interpolation == "auto" else config
+
+
+def make_spec(config: DumpConfig, labeler: TokenLabeler, source: dict[str, Any]) -> LabelSpec:
     """The manifest's settings. Neither paths nor dates enter it: the same job gives the same bytes anywhere."""
-    check_shards(config.shards, len(beton))
     height, width = labeler.img_size
     random_views = {"kind": "random", "seed": config.seed, "scale": [config.scale_min, 1.0], "ratio": [3 / 4, 4 / 3]}
     if config.first_view:
@@ -268,8 +300,7 @@ def _make_spec(config: DumpConfig, labeler: TokenLabeler, beton: Beton) -> Label
             "std": list(labeler.std),
             "decoder": DECODER,
         },
-        source={"samples": len(beton), "fingerprint": beton.fingerprint}
-        | ({OWN_CLASSES: False} if beton.class_names == (UNLABELLED,) else {}),
+        source=source,
         views=random_views | {"flip": config.flip} if config.crops_per_image else {"kind": "whole"},
         creation=result_settings(config),
         encoding=config.encoding,

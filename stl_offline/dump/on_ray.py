@@ -11,16 +11,15 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 
 from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
 from stl_offline.dump.job import DumpReport
 from stl_offline.dump.labelling import Labelling, load_labeler
+from stl_offline.dump.tars import TarLabelling, prepare
 from stl_offline.errors import InputError, MissingExtraError, StlError, TargetError
-from stl_offline.images.pack import ensure_beton
-from stl_offline.labels.writer import LabelSetWriter, check_place
+from stl_offline.labels.writer import check_place
 from stl_offline.progress import progress_bar
 
 # How often the driver looks for ended shards, and for resources that have come.
@@ -38,10 +37,10 @@ class ShardActor:
     def write(self, shard: int) -> int:
         """Label and commit a shard; gives its number of images."""
         labelling = self._labelling
-        with LabelSetWriter(labelling.config.out, labelling.spec, labelling.num_shards) as writer:
+        with labelling.open_writer() as writer:
             if writer.is_done(shard):
                 return 0
-            arrays = labelling.label(np.arange(*writer.shard_range(shard)), lambda done: None)
+            arrays = labelling.label_shard(writer, shard, lambda done: None)
             writer.write_shard(shard, arrays)
             return len(arrays)
 
@@ -66,19 +65,21 @@ def dump_on_ray(config: DumpConfig, address: str | None = None) -> DumpReport:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"there is no Ray cluster at {address}: {' '.join(str(error).split())[:200]}") from error
     try:
-        with LabelSetWriter(config.out, labelling.spec, labelling.num_shards) as writer:
+        with labelling.open_writer() as writer:
             shards = writer.todo()
-            images = sum(last - first for first, last in map(writer.shard_range, shards))
+            images = labelling.images_of(writer, shards)
             labelled = 0
             with progress_bar(images, "labelling", "image") as bar:
                 for count in _run(ray, config, shards):
                     labelled += count
                     bar.update(count)
-            size = sum(shard.bytes for shard in writer.finish().shards)
+            manifest = writer.finish()
     finally:
         if own:
             ray.shutdown()
-    return DumpReport(str(config.out), len(labelling.beton), labelled, time.perf_counter() - started, size)
+    seconds = time.perf_counter() - started
+    size = sum(shard.bytes for shard in manifest.shards)
+    return DumpReport(str(config.out), manifest.spec.num_samples, labelled, seconds, size)
 
 
 def _run(ray: ModuleType, config: DumpConfig, shards: list[int]) -> Iterator[int]:
@@ -117,10 +118,10 @@ def _run(ray: ModuleType, config: DumpConfig, shards: list[int]) -> Iterator[int
                 waiting.append(shard)
 
 
-def _prepare(config: DumpConfig, device: torch.device) -> Labelling:
+def _prepare(config: DumpConfig, device: torch.device) -> Labelling | TarLabelling:
     labeler = load_labeler(config)
     check_place(config.out)
-    return Labelling(config, labeler, ensure_beton(config.data, skip_broken=config.skip_broken), device)
+    return prepare(config, labeler, device)
 
 
 def _ray() -> ModuleType:

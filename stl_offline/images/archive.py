@@ -1,11 +1,16 @@
 """The bytes of a tar: its regular files and where they lie, with the whole archive's structure checked.
 
-Compressed tars are recognised by their first bytes, whatever their names, and unpacked into a nameless temporary file.
-Tars that were joined with ``cat`` are read to their end.
+A tar is either looked through first, to read its files in any order (`tar_members`), or read once from first to last
+(`stream_members`), which holds one file at a time in memory and works for tars on other machines.
+
+Compressed tars are recognised by their first bytes, whatever their names. Of a tar that is read in any order, they are
+unpacked into a nameless temporary file. Tars that were joined with ``cat`` are read to their end.
 """
 
 import bz2
+import contextlib
 import gzip
+import io
 import lzma
 import os
 import posixpath
@@ -15,7 +20,7 @@ import tarfile
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -52,6 +57,11 @@ class Member:
     offset: int
     size: int
 
+    @property
+    def path(self) -> Path:
+        """The tar."""
+        return self.archive.path
+
     def read(self, size: int | None = None) -> bytes:
         """Its bytes, or the first ``size``; raises `ImageError` where the tar cannot be read or has become shorter."""
         return self.archive.read(self.name, self.offset, self.size if size is None else min(size, self.size))
@@ -68,12 +78,7 @@ class Archive:
         self.path = path
         self._unpacked: int | None = None
         with open(path, "rb") as stream:
-            head = stream.read(_BLOCK)
-        other = next((what for magic, what in _OTHER_KINDS.items() if head.startswith(magic)), None)
-        # A tar begins with a member's name, which may be any of these; only a tar has its mark in the first block.
-        if other is not None and head[257:262] != b"ustar":
-            raise InputError(f"{path} {other}")
-        opener = next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
+            opener = _opener(stream.read(_BLOCK), path)
         if opener is not None:
             with opener(path) as packed, tempfile.TemporaryFile() as unpacked:
                 shutil.copyfileobj(packed, unpacked, _COPY_BYTES)
@@ -103,6 +108,29 @@ class Archive:
         return data
 
 
+@dataclass(slots=True)
+class StreamedMember:
+    """A regular file in a tar that is read from first to last: its bytes can be read until the next one is asked for.
+
+    path: the tar.
+    """
+
+    path: str
+    name: str
+    size: int
+    stream: IO[bytes]
+    _held: bytes = b""
+
+    def read(self, size: int | None = None) -> bytes:
+        """Its bytes, or the first ``size``; may be called again. Raises EOFError where the tar ends within it."""
+        wanted = self.size if size is None else min(size, self.size)
+        if len(self._held) < wanted:
+            self._held += self.stream.read(wanted - len(self._held))
+        if len(self._held) < wanted:
+            raise EOFError(f"it ends within {self.name}")
+        return self._held[:wanted]
+
+
 class _Header(tarfile.TarInfo):
     """A member's header, of a size that a member can have."""
 
@@ -112,6 +140,46 @@ class _Header(tarfile.TarInfo):
         if info.size < 0:
             raise ValueError(f"{info.name} has the size {info.size:,}")
         return info
+
+
+class _Forward:
+    """A stream that can only be read on, as far as tarfile asks for more: seeks forward, or back into the last read.
+
+    Bytes that are passed over are read and dropped.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._end = 0  # up to where the stream was read
+        self._last = b""  # the bytes before that
+        self._back = 0  # how many of them are to be read again
+
+    def tell(self) -> int:
+        return self._end - self._back
+
+    def seek(self, place: int) -> None:
+        while place > self._end:
+            self._back = 0
+            if not self.read(min(place - self._end, _COPY_BYTES)):
+                raise EOFError("unexpected end of data")
+        self._back = self._end - place
+        if self._back > len(self._last):
+            raise ValueError(f"byte {place:,} has passed already")
+
+    def read(self, size: int) -> bytes:
+        again = self._last[len(self._last) - self._back :][:size]
+        self._back -= len(again)
+        parts, left = [again], size - len(again)
+        # As files do: less than was asked for only at the end.
+        while left and (data := self._stream.read(left)):
+            parts.append(data)
+            left -= len(data)
+        self._end += size - left - len(again)
+        found = b"".join(parts)
+        if len(found) > len(again):
+            kept = self._last + found[len(again) :] if len(found) < _BLOCK else found
+            self._last = kept[-_COPY_BYTES:]
+        return found
 
 
 class _HeaderStream:
@@ -138,19 +206,29 @@ def tar_members(path: Path) -> Iterator[Member]:
     Raises:
         InputError: it cannot be read, is no tar, is cut off or damaged, or holds a link or a name that leads out of it.
     """
-    try:
+    with faults_of(path):
         archive = Archive(path)
         with archive.open() as stream:
-            start: int | None = 0
-            while start is not None:
-                stream.seek(start)
-                with tarfile.open(fileobj=_HeaderStream(stream), mode="r:", tarinfo=_Header) as tar:
-                    for info in tar:
-                        tar.members = []  # tarfile keeps every header it has seen; a large tar has millions
-                        member = _regular(archive, info)
-                        if member is not None:
-                            yield member
-                start = _next_archive(stream, tar.offset, path)
+            for name, info in _regular_files(stream, path):
+                yield Member(archive, name, info.offset_data, info.size)
+
+
+def stream_members(stream: io.BufferedReader, path: str) -> Iterator[StreamedMember]:
+    """The regular files of a tar that is read once, from first to last, as `tar_members`. ``path``: for messages."""
+    with faults_of(path):
+        opener = _opener(stream.peek(_BLOCK)[:_BLOCK], path)
+        forward = _Forward(stream if opener is None else opener(stream))
+        for name, info in _regular_files(forward, path):
+            # Of several headers (long names, PAX) the last one has just been read.
+            forward.seek(info.offset_data)
+            yield StreamedMember(path, name, info.size, forward)
+
+
+@contextlib.contextmanager
+def faults_of(path: Path | str) -> Iterator[None]:
+    """Turn what reading a tar raises into an `InputError` that names it."""
+    try:
+        yield
     except InputError:
         raise
     except _NOT_A_TAR as error:
@@ -162,9 +240,31 @@ def tar_members(path: Path) -> Iterator[Member]:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _regular(archive: Archive, info: tarfile.TarInfo) -> Member | None:
-    """A member, if it is a regular file and no system file."""
-    path = archive.path
+def _opener(head: bytes, path: Path | str) -> Callable[..., Any] | None:
+    """What decompresses a file with these first bytes, or None; raises `InputError` for what cannot be a tar."""
+    other = next((what for magic, what in _OTHER_KINDS.items() if head.startswith(magic)), None)
+    # A tar begins with a member's name, which may be any of these; only a tar has its mark in the first block.
+    if other is not None and head[257:262] != b"ustar":
+        raise InputError(f"{path} {other}")
+    return next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
+
+
+def _regular_files(stream: Any, path: Path | str) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """The regular files of a tar with their clean names, in its order; checks that it is whole."""
+    start: int | None = 0
+    while start is not None:
+        stream.seek(start)
+        with tarfile.open(fileobj=_HeaderStream(stream), mode="r:", tarinfo=_Header) as tar:
+            for info in tar:
+                tar.members = []  # tarfile keeps every header it has seen; a large tar has millions
+                name = _regular_name(info, path)
+                if name is not None:
+                    yield name, info
+        start = _next_archive(stream, tar.offset, path)
+
+
+def _regular_name(info: tarfile.TarInfo, path: Path | str) -> str | None:
+    """The clean name of a regular file that is no system file; None for what is not."""
     if info.size < 0:
         raise InputError(f"{path}: {info.name} has the size {info.size:,}; the tar is damaged, copy it again")
     if info.name.startswith("/") or ".." in info.name.split("/"):
@@ -175,7 +275,7 @@ def _regular(archive: Archive, info: tarfile.TarInfo) -> Member | None:
     if info.isdir() or any(map(is_system_name, name.split("/"))):
         return None
     if info.isreg() and not info.issparse():
-        return Member(archive, name, info.offset_data, info.size)
+        return name
     if not is_image_name(posixpath.basename(name)):
         return None
     if info.issparse():
@@ -185,7 +285,7 @@ def _regular(archive: Archive, info: tarfile.TarInfo) -> Member | None:
     raise InputError(f"{path}: {name} is a pipe or device, not an image; make the tar without it")
 
 
-def _next_archive(stream: IO[bytes], end: int, path: Path) -> int | None:
+def _next_archive(stream: Any, end: int, path: Path | str) -> int | None:
     """Where another tar begins behind the one that ends at ``end``; None where only zeros follow."""
     stream.seek(end)
     # tarfile takes any end for the end. A whole tar ends in blocks of zeros.

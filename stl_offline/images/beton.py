@@ -21,6 +21,7 @@ n: images.
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -44,6 +45,8 @@ from stl_offline.images.common import check_text
 from stl_offline.images.encode import EncodedImage, decode_jpeg, key_hash
 
 PAGE_SIZE = 8 << 20
+# Rows that are made at first where the number of images is not known.
+_FIRST_CAPACITY = 1024
 MIN_PAGE_SIZE = 2 << 20
 INDEX_VERSION = 1
 
@@ -145,19 +148,21 @@ class BetonWriter:
     """Writes a .beton into a new binary file, in the order of `add`. Not for several threads.
 
     Args:
-        stream: open for writing, empty, seekable.
-        capacity: images at most; room for their metadata is kept before the first page.
+        stream: open for writing and, without a capacity, for reading; empty, seekable.
+        capacity: images at most; room for their metadata is kept before the first page. None: not known. Then the
+            pages are moved at the end if their metadata need more than a page. The file is the same.
         page_size: bytes, a power of two from 2 MiB; no stored image can be bigger.
     """
 
-    def __init__(self, stream: IO[bytes], capacity: int, page_size: int = PAGE_SIZE) -> None:
+    def __init__(self, stream: IO[bytes], capacity: int | None, page_size: int = PAGE_SIZE) -> None:
         if page_size < MIN_PAGE_SIZE or page_size >= 1 << 32 or page_size & (page_size - 1):
             raise InputError(f"the page size must be a power of two from {MIN_PAGE_SIZE:,} bytes, got {page_size:,}")
         self._stream = stream
-        self._capacity = capacity
+        self._grows = capacity is None
+        capacity = _FIRST_CAPACITY if capacity is None else capacity
         self._page_size = page_size
         self._page = bytearray()
-        self._page_start = _round_up(_METADATA_START + capacity * _METADATA_TYPE.itemsize, page_size)
+        self._page_start = self._first_page = self._room(capacity)
         self._metadata = np.zeros(capacity, _METADATA_TYPE)
         self._allocations = np.zeros(capacity, ALLOC_TABLE_TYPE)
         self._keys: list[str] = []
@@ -176,8 +181,12 @@ class BetonWriter:
         """
         check_text(key, "key")
         row, size = len(self._keys), len(image.data)
-        if row == self._capacity:
-            raise InputError(f"the source announced {self._capacity:,} images but gave more; does it change?")
+        if row == len(self._metadata):
+            if not self._grows:
+                raise InputError(f"the source announced {row:,} images but gave more; does it change?")
+            # Twice as many; row by row it would be copied each time.
+            self._metadata = np.concatenate([self._metadata, np.zeros_like(self._metadata)])
+            self._allocations = np.concatenate([self._allocations, np.zeros_like(self._allocations)])
         if size > self._page_size:
             raise InputError(
                 f"{key}: {size:,} bytes are more than a page of {self._page_size:,} bytes holds; "
@@ -198,11 +207,21 @@ class BetonWriter:
         if not image.as_is:
             self._converted[row] = xxhash.xxh3_64_intdigest(image.data)
 
-    def finish(self, class_names: tuple[str, ...], source: dict[str, Any]) -> None:
-        """Write what stands around the pages; the file is complete after this."""
+    def finish(
+        self, class_names: tuple[str, ...], source: dict[str, Any], classes: Mapping[str, int] | None = None
+    ) -> None:
+        """Write what stands around the pages; the file is complete after this.
+
+        Args:
+            classes: each key's class, where it was not known before; in place of what `add` was given.
+        """
         count = len(self._keys)
         self._flush()
         metadata = self._metadata[:count]
+        if classes is not None:
+            metadata[_CLASS_ID] = [classes[key] for key in self._keys]
+        if self._grows:
+            self._move_pages(self._room(count) - self._first_page)
         index = {
             "class_names": list(class_names),
             "converted": {"rows": list(self._converted), "xxh3": list(self._converted.values())},
@@ -233,6 +252,27 @@ class BetonWriter:
         self._stream.write(_field_descriptors(place))
         self._stream.write(metadata.tobytes())
         self._stream.flush()
+
+    def _room(self, count: int) -> int:
+        """Where the first page of a file of so many images begins."""
+        return _round_up(_METADATA_START + count * _METADATA_TYPE.itemsize, self._page_size)
+
+    def _move_pages(self, by: int) -> None:
+        """Move all pages towards the end of the file by so many bytes, whole pages; the last one first."""
+        if not by:
+            return
+        for start in range(self._page_start - self._page_size, self._first_page - 1, -self._page_size):
+            self._stream.seek(start)
+            page = self._stream.read(self._page_size)
+            self._stream.seek(start + by)
+            self._stream.write(page)
+        self._stream.seek(self._first_page)
+        for _ in range(by // self._page_size):
+            self._stream.write(bytes(self._page_size))
+        self._page_start += by
+        self._metadata[_IMAGE]["data_ptr"][: len(self._keys)] += np.uint64(by)
+        self._allocations["ptr"][: len(self._keys)] += np.uint64(by)
+        self._stream.seek(self._page_start)
 
     def _flush(self) -> None:
         if self._page:

@@ -32,11 +32,15 @@ _OTHER_SUFFIXES = frozenset("." + suffix for suffix in _OTHER.split())
 
 @dataclass(frozen=True, slots=True)
 class SourceImage:
-    """One image of a source. ``data`` reads its bytes; raises `ImageError` where they cannot be read."""
+    """One image of a source. ``data`` reads its bytes; raises `ImageError` where they cannot be read.
+
+    held: bytes of it that are in memory already.
+    """
 
     key: str
     class_id: int
     load: Callable[[], bytes]
+    held: int = 0
 
     @property
     def data(self) -> bytes:

@@ -11,11 +11,10 @@ import glob
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +26,17 @@ from stl_offline.images.beton import INDEX_VERSION, PAGE_SIZE, Beton, BetonWrite
 from stl_offline.images.classes import UNLABELLED
 from stl_offline.images.common import PassedOver, Source, SourceImage
 from stl_offline.images.encode import EncodedImage, ImageError, encode_image
-from stl_offline.images.sources import open_source, source_state
+from stl_offline.images.sources import open_any, open_source, source_state
+from stl_offline.images.tar_stream import TarStreams
 from stl_offline.progress import progress_bar
+from stl_offline.remote import shown
 
 _log = logging.getLogger(__name__)
 
 # Images that a thread takes at once: enough that small ones do not spend their time in queues.
 _CHUNK = 16
+# Bytes of source files that are in memory: of a chunk, and of all.
+_CHUNK_BYTES, _MOST_HELD = 16 << 20, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class PackReport:
 
 
 @dataclass(frozen=True)
-class _Result:
-    """An image as it is stored, or the error that it is broken with."""
+class EncodeResult:
+    """An image as it is stored, or the error with which it is broken."""
 
     key: str
     class_id: int
@@ -103,23 +106,27 @@ def pack(
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers < 1:
         raise InputError(f"packing needs at least one worker, got {workers}")
-    source = open_source(source_spec, class_names, class_map)
-    tell_of_source(source, source_spec)
+    source = open_any(source_spec, class_names, class_map)
+    streamed = source if isinstance(source, TarStreams) else None
+    count = len(source) if streamed is None else None
+    named = shown(os.fspath(source_spec))
+    if streamed is None:
+        tell_of_source(source, named)
     remove_leftovers(destination.parent, glob.escape(destination.name))
 
     as_is = 0
     skipped: list[tuple[str, str]] = []
     with (
         atomic_path(destination) as temporary,
-        open(temporary, "wb") as stream,
-        progress_bar(len(source), "packing") as bar,
+        open(temporary, "w+b") as stream,
+        progress_bar(count, "packing") as bar,
     ):
-        writer = BetonWriter(stream, len(source), page_size)
+        writer = BetonWriter(stream, count, page_size)
         keys: set[str] = set()
         for result in encode_all(source, max_size, workers):
             bar.update()
             if result.key in keys:
-                raise InputError(f"{source_spec} gives the key {result.key!r} twice; every image needs its own")
+                raise InputError(f"{named} gives the key {result.key!r} twice; every image needs its own")
             keys.add(result.key)
             if result.image is not None:
                 writer.add(result.key, result.class_id, result.image)
@@ -127,15 +134,18 @@ def pack(
             elif skip_broken:
                 skipped.append((result.key, str(result.error)))
             else:
-                raise broken_image(result.key, source_spec, result.error)
+                raise broken_image(result.key, named, result.error)
         if not len(writer):
-            raise InputError(f"{source_spec} has no image that can be used; {len(skipped):,} are broken")
-        writer.finish(source.class_names, {"kind": source.kind, "max_size": max_size})
+            raise InputError(f"{named} has no image that can be used; {len(skipped):,} are broken")
+        found, classes = (source.class_names, None) if streamed is None else streamed.finish()
+        if streamed is not None:
+            tell_of_source(source, named, found)
+        writer.finish(found, {"kind": source.kind, "max_size": max_size}, classes)
         samples = len(writer)
     return PackReport(
         path=destination,
         samples=samples,
-        classes=len(source.class_names),
+        classes=len(found),
         stored_as_is=as_is,
         converted=samples - as_is,
         skipped=tuple(skipped),
@@ -151,11 +161,13 @@ def ensure_beton(
     skip_broken: bool = False,
     workers: int | None = None,
     class_names: Sequence[str] | None = None,
+    class_map: Mapping[str, str] | None = None,
 ) -> Beton:
     """Open a .beton; pack anything else once, into the cache, and open that. Logs what was done, and where.
 
     The packed file's name comes from what is packed (`stl_offline.images.sources.source_state`) and how, so other or
     changed images are packed again. Of several processes that want the same images, one packs and the others wait.
+    Arguments are those of `pack`.
 
     Raises:
         InputError, FormatError, TargetError: as `pack` and `open_beton`; or a .beton has another class list than
@@ -169,7 +181,7 @@ def ensure_beton(
                 f"({_some(tuple(class_names))}); pack its images with that list"
             )
         return beton
-    path = _packed_path(spec, max_size, skip_broken, class_names)
+    path = _packed_path(spec, max_size, skip_broken, class_names, class_map)
     make_folder(path.parent)
     with locked(path.with_suffix(".lock")):
         if path.exists():
@@ -179,26 +191,43 @@ def ensure_beton(
                 _log.warning("packing again: %s", error)
             else:
                 _log.info("using packed images %s", path)
-                return replace(beton, place=os.fspath(spec))
+                return replace(beton, place=shown(os.fspath(spec)))
         remove_leftovers(path.parent)
-        report = pack(spec, path, max_size=max_size, skip_broken=skip_broken, workers=workers, class_names=class_names)
+        report = pack(
+            spec,
+            path,
+            max_size=max_size,
+            skip_broken=skip_broken,
+            workers=workers,
+            class_names=class_names,
+            class_map=class_map,
+        )
     _log.info("packed %s images of %s classes → %s", f"{report.samples:,}", f"{report.classes:,}", path)
     for key, reason in report.skipped:
         _log.warning("left out %s: %s", key, reason)
-    return replace(open_beton(path), place=os.fspath(spec))
+    return replace(open_beton(path), place=shown(os.fspath(spec)))
 
 
-def find_packed(spec: str | Path, *, skip_broken: bool = False) -> Beton | None:
+def find_packed(
+    spec: str | Path, *, skip_broken: bool = False, class_map: Mapping[str, str] | None = None
+) -> Beton | None:
     """What `ensure_beton` would open without packing anything, or None. Raises as it does."""
     if os.fspath(spec).endswith(".beton"):
         return open_beton(spec)
-    path = _packed_path(spec, None, skip_broken, None)
+    path = _packed_path(spec, None, skip_broken, None, class_map)
     with contextlib.suppress(FormatError):
-        return replace(open_beton(path), place=os.fspath(spec)) if path.exists() else None
+        return replace(open_beton(path), place=shown(os.fspath(spec))) if path.exists() else None
     return None
 
 
-def pack_sample(spec: str | Path, count: int, folder: str | Path, *, skip_broken: bool = False) -> tuple[Beton, int]:
+def pack_sample(
+    spec: str | Path,
+    count: int,
+    folder: str | Path,
+    *,
+    skip_broken: bool = False,
+    class_map: Mapping[str, str] | None = None,
+) -> tuple[Beton, int]:
     """Pack at most ``count`` images, spread evenly over the source, into ``folder``, to measure on them.
 
     Returns: the packed images, and how many the source has.
@@ -206,7 +235,7 @@ def pack_sample(spec: str | Path, count: int, folder: str | Path, *, skip_broken
     Raises:
         InputError: as `stl_offline.images.sources.open_source`; or one of these images is broken.
     """
-    source = open_source(spec)
+    source = open_source(spec, class_map=class_map)
     wanted = set(np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64).tolist())
     path = Path(folder) / "sample.beton"
     with open(path, "wb") as stream:
@@ -222,41 +251,73 @@ def pack_sample(spec: str | Path, count: int, folder: str | Path, *, skip_broken
         if not len(writer):
             raise InputError(f"{spec} has no image that can be used")
         writer.finish(source.class_names, {"kind": source.kind, "max_size": None})
-    return replace(open_beton(path), place=os.fspath(spec)), len(source)
+    return replace(open_beton(path), place=shown(os.fspath(spec))), len(source)
 
 
-def _packed_path(spec: str | Path, max_size: int | None, skip_broken: bool, class_names: Sequence[str] | None) -> Path:
+def _packed_path(
+    spec: str | Path,
+    max_size: int | None,
+    skip_broken: bool,
+    class_names: Sequence[str] | None,
+    class_map: Mapping[str, str] | None,
+) -> Path:
     names = None if class_names is None else list(class_names)
     settings = [INDEX_VERSION, source_state(spec), max_size, skip_broken, names]
+    if class_map is not None:
+        settings.append(list(class_map.items()))
     return cache_dir() / "betons" / f"{xxhash.xxh3_128_hexdigest(canonical_json(settings))}.beton"
 
 
-def tell_of_source(source: Source, spec: str | Path) -> None:
-    """Log what a source leaves out, and where it has no classes."""
-    if source.class_names == (UNLABELLED,):
+def tell_of_source(source: Source | TarStreams, spec: str | Path, class_names: tuple[str, ...] | None = None) -> None:
+    """Log what a source leaves out, and where it has no classes. class_names: of a source that has been streamed."""
+    if (source.class_names if class_names is None else class_names) == (UNLABELLED,):
         _log.warning("%s has no class folders: its images can be labelled, but no model can be trained on them", spec)
     if source.passed_over:
         _log.warning("passed over %s of %s: %s", counted(len(source.passed_over), "file"), spec, source.passed_over)
 
 
-def encode_all(source: Iterable[SourceImage], max_size: int | None, workers: int) -> Iterator[_Result]:
-    """Images as packing stores them, in the source's order; at most a few chunks per thread are on the way."""
+def encode_all(
+    source: Iterable[SourceImage], max_size: int | None = None, workers: int | None = None
+) -> Iterator[EncodeResult]:
+    """Results in the source's order; at most a few chunks per thread, and so many bytes, are on the way.
+
+    Args:
+        max_size: as of `pack`; workers: threads; None: one per processor.
+    """
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
     images = iter(source)
-    pending: deque[Future[list[_Result]]] = deque()
+    pending: deque[tuple[int, Future[list[EncodeResult]]]] = deque()
+    held = 0
     pool = ThreadPoolExecutor(workers, thread_name_prefix="packing")
     try:
         while True:
-            while len(pending) < 2 * workers + 2 and (chunk := list(islice(images, _CHUNK))):
-                pending.append(pool.submit(lambda chunk: [_encode(image, max_size) for image in chunk], chunk))
+            while len(pending) < 2 * workers + 2 and held < _MOST_HELD and (chunk := _take(images)):
+                size = sum(image.held for image in chunk)
+                held += size
+                pending.append((size, pool.submit(lambda chunk: [_encode(image, max_size) for image in chunk], chunk)))
             if not pending:
                 return
-            yield from pending.popleft().result()
+            size, future = pending.popleft()
+            yield from future.result()
+            held -= size
     finally:
         pool.shutdown(cancel_futures=True)
+        if isinstance(images, Generator):
+            images.close()  # and the connection that it reads from
 
 
-def _encode(image: SourceImage, max_size: int | None) -> _Result:
-    encode = partial(_Result, image.key, image.class_id)
+def _take(images: Iterator[SourceImage]) -> list[SourceImage]:
+    """The next images for a thread."""
+    chunk: list[SourceImage] = []
+    for image in images:
+        chunk.append(image)
+        if len(chunk) == _CHUNK or sum(each.held for each in chunk) >= _CHUNK_BYTES:
+            break
+    return chunk
+
+
+def _encode(image: SourceImage, max_size: int | None) -> EncodeResult:
+    encode = partial(EncodeResult, image.key, image.class_id)
     try:
         return encode(encode_image(image.data, max_size=max_size))
     except ImageError as error:
@@ -264,7 +325,7 @@ def _encode(image: SourceImage, max_size: int | None) -> _Result:
 
 
 def broken_image(key: str, spec: str | Path, error: ImageError) -> ImageError:
-    """The error for a broken image of a source."""
+    """The error for a broken image of a source, with what can be done about it."""
     return ImageError(
         f"the image {key!r} of {spec} {error}; {error.advice}, or leave broken images out with `skip_broken`"
     )

@@ -8,6 +8,7 @@ import glob
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,20 @@ from stl_offline.images.archive import TAR_SUFFIXES
 from stl_offline.images.classes import ClassChoice
 from stl_offline.images.common import Source
 from stl_offline.images.folders import FolderSource, folder_files
+from stl_offline.images.tar_stream import TarStreams
 from stl_offline.images.tars import TarSource
 from stl_offline.images.timm_readers import TIMM_PREFIXES, TimmSource, timm_files
+from stl_offline.remote import expand_remote, is_address, remote_state, shown
 
 # Of so many files, or of one large file in so many places, this many bytes at both ends enter a source's state.
 _SAMPLED_FILES = 1024
 _SAMPLED_BYTES = 4096
+# Files of a store that are looked at at the same time.
+_LOOKS = 16
 
 _FORMS = (
-    "give a folder with one folder of images per class, tars such as 'train-{000..063}.tar', "
-    "or a timm reader such as 'timm:hfds/NAME?split=train'"
+    "give a folder with one folder of images per class, tars such as 'train-{000..063}.tar' or "
+    "'s3://bucket/train-{000..063}.tar', or a timm reader such as 'timm:hfds/NAME?split=train'"
 )
 
 
@@ -46,13 +51,40 @@ def open_source(
         InputError: nothing there, no images, classes that ``class_names`` or ``class_map`` lacks, doubled keys,
             a tar that is cut off or has hostile names.
     """
+    found = open_any(spec, class_names, class_map)
+    if isinstance(found, TarStreams):
+        raise InputError(
+            f"{shown(os.fspath(spec))} is not on this machine, and here its images are needed in any order; pack them "
+            "first: stl-offline pack SRC DEST.beton"
+        )
+    return found
+
+
+def open_any(
+    spec: str | Path, class_names: Sequence[str] | None = None, class_map: Mapping[str, str] | None = None
+) -> Source | TarStreams:
+    """`open_source` for what reads each image once, in the source's order: takes tars at addresses, too."""
     choice = ClassChoice(None if class_names is None else tuple(class_names), class_map)
     kind, place = _resolve(spec)
     if kind == "timm":
         return TimmSource(place, choice)
     if kind == "folder":
         return FolderSource(place, choice)
+    if kind == "remote":
+        return TarStreams(place, choice)
     return TarSource(place, choice)
+
+
+def find_tars(spec: str | Path) -> list[str] | None:
+    """The paths or addresses of the tars that a pattern names, in its order; None where it names something else.
+
+    Raises:
+        InputError: as `open_source`.
+    """
+    if os.fspath(spec).endswith(".beton"):
+        return None
+    kind, place = _resolve(spec)
+    return [os.fspath(each) for each in place] if kind in ("tar", "remote") else None
 
 
 def source_state(spec: str | Path) -> str:
@@ -63,6 +95,11 @@ def source_state(spec: str | Path) -> str:
     """
     kind, place = _resolve(spec)
     marks: list[str] = []
+    if kind == "remote":
+        with ThreadPoolExecutor(_LOOKS) as pool:
+            states = list(pool.map(remote_state, place))
+        # An address may be signed anew each time; what it names is the same.
+        return xxhash.xxh3_128_hexdigest(json.dumps([kind, list(map(shown, place)), states]).encode())
     if kind == "timm":
         files, marks = timm_files(place)
         root, named = place, [(name, name) for name in files]
@@ -106,8 +143,10 @@ def _some_bytes(path: str, blocks: int) -> bytes:
 
 
 def _resolve(spec: str | Path) -> tuple[str, str | Path | list[Path]]:
-    """("timm", words), ("folder", path) or ("tar", paths)."""
+    """("timm", words), ("folder", path), ("tar", paths) or ("remote", addresses)."""
     text = os.fspath(spec)
+    if text.startswith(("file://", "local://")):
+        return _resolve(text.partition("://")[2])
     if text.startswith("timm:"):
         return "timm", text.removeprefix("timm:")
     path = Path(text)
@@ -121,8 +160,10 @@ def _resolve(spec: str | Path) -> tuple[str, str | Path | list[Path]]:
         raise InputError(f"{text} is neither a folder nor a tar; {_FORMS}")
     if text.startswith(TIMM_PREFIXES):
         return "timm", text
-    if "://" in text or text.startswith("pipe:"):
-        raise InputError(f"{text} is not on this machine; copy the images here first")
+    if text.startswith("pipe:"):
+        raise InputError(f"{text} is a command, which is not run; give the tars' addresses")
+    if is_address(text):
+        return "remote", _remote_tars(text)
     paths = _expand(text)
     if not paths:
         raise InputError(f"there is nothing at {text}; {_FORMS}")
@@ -137,6 +178,20 @@ def _resolve(spec: str | Path) -> tuple[str, str | Path | list[Path]]:
     if odd:
         raise InputError(f"{odd[0]} is not a tar; {_FORMS}")
     return "tar", [Path(name) for name in paths]
+
+
+def _remote_tars(text: str) -> list[str]:
+    """The addresses that a pattern with braces and * names, in the pattern's order."""
+    try:
+        urls = [found for url in expand_urls(text) for found in expand_remote(url)]
+    except (AssertionError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the pattern {shown(text)} cannot be expanded: {error}") from error
+    odd = [url for url in urls if not is_address(url) or not shown(url).endswith(TAR_SUFFIXES)]
+    if odd:
+        raise InputError(f"{shown(odd[0])} is not the address of a tar; {_FORMS}")
+    return urls
 
 
 def _expand(text: str) -> list[str]:

@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from stl_offline.errors import InputError
-from stl_offline.images.archive import Member, tar_members
+from stl_offline.images.archive import Member, StreamedMember, tar_members
 from stl_offline.images.classes import ClassChoice, folder_classes
 from stl_offline.images.common import PassedOver, SourceImage, check_keys, check_text, is_image_name, may_hold_image
 from stl_offline.images.encode import IMAGE_HEAD, is_image_head
@@ -30,13 +31,47 @@ _MAX_LABEL_BYTES = 1 << 20
 _META = re.compile(r"__[^/]*__($|/)")
 
 
+class AnyMember(Protocol):
+    """A member whose bytes can be read at any time. path: the tar; name: in it; size: bytes."""
+
+    @property
+    def path(self) -> Path | str: ...
+
+    name: str
+    size: int
+
+    def read(self, size: int | None = None) -> bytes:
+        """Its bytes, or the first ``size``; raises `ImageError`."""
+        ...
+
+
+class Place(NamedTuple):
+    """What a file of a tar is: ``kind`` is a field of `Sample`."""
+
+    key: str
+    kind: str
+    extension: str
+
+
 @dataclass(slots=True)
-class _Sample:
+class Sample:
     """One sample, members by extension. images: by name; guesses: by their first bytes; labels: cls and json."""
 
-    images: dict[str, Member] = field(default_factory=dict)
-    guesses: dict[str, Member] = field(default_factory=dict)
-    labels: dict[str, Member] = field(default_factory=dict)
+    images: dict[str, AnyMember] = field(default_factory=dict)
+    guesses: dict[str, AnyMember] = field(default_factory=dict)
+    labels: dict[str, AnyMember] = field(default_factory=dict)
+
+    def add(self, place: Place, member: AnyMember) -> None:
+        """Add a member; raises `InputError` where there is one of this name."""
+        members = getattr(self, place.kind)
+        if place.extension in members:
+            first = members[place.extension].name
+            names = f"{member.name} twice" if first == member.name else f"{first} and {member.name}"
+            raise InputError(
+                f"{member.path} holds {names}, which are one name in webdataset; make the tar again with each member "
+                "once"
+            )
+        members[place.extension] = member
 
 
 class TarSource:
@@ -46,7 +81,7 @@ class TarSource:
 
     def __init__(self, paths: Sequence[Path], choice: ClassChoice) -> None:
         self.passed_over = PassedOver()
-        samples: dict[str, _Sample] = {}
+        samples: dict[str, Sample] = {}
         for path in paths:
             mine = _read_samples(path, self.passed_over)
             double = samples.keys() & mine.keys()
@@ -63,9 +98,9 @@ class TarSource:
             raise InputError(f"{where} holds no images{passed}")
         check_keys(samples, "member name")
         self._keys = sorted(samples)
-        chosen = {key: _one_image(key, samples[key]) for key in self._keys}
+        chosen = {key: one_image(key, samples[key]) for key in self._keys}
         self._members = [member for _, member in chosen.values()]
-        found = _classes({key: _own_class(key, samples[key], chosen[key][0]) for key in self._keys}, choice, where)
+        found = classes_of({key: own_class(key, samples[key], chosen[key][0]) for key in self._keys}, choice, where)
         renamed = {name: choice.rename(name, where) for name in sorted(set(found))}
         self.class_names = choice.class_list(renamed.values(), where)
         class_ids = {name: number for number, name in enumerate(self.class_names)}
@@ -79,36 +114,35 @@ class TarSource:
             yield SourceImage(key, class_id, partial(member.read))
 
 
-def _read_samples(path: Path, passed_over: PassedOver) -> dict[str, _Sample]:
-    samples: dict[str, _Sample] = {}
+def _read_samples(path: Path, passed_over: PassedOver) -> dict[str, Sample]:
+    samples: dict[str, Sample] = {}
     for member in tar_members(path):
-        folder, base = posixpath.split(member.name)
-        stem, dot, extension = base.partition(".")
-        extension = extension.lower()
-        if _META.match(member.name):
-            continue
-        if dot and is_image_name(base):
-            kind = "images"
-        elif dot and extension.rpartition(".")[2] in _LABEL_KINDS:
-            kind = "labels"
-        elif may_hold_image(base) and is_image_head(member.read(IMAGE_HEAD)):
-            kind = "guesses"
-        else:
-            passed_over.add(member.name)
-            continue
-        key = posixpath.join(folder, stem)
-        members = getattr(samples.setdefault(key, _Sample()), kind)
-        if extension in members:
-            first = members[extension].name
-            names = f"{member.name} twice" if first == member.name else f"{first} and {member.name}"
-            raise InputError(
-                f"{path} holds {names}, which are one name in webdataset; make the tar again with each member once"
-            )
-        members[extension] = member
+        place = find_place(member, passed_over)
+        if place is not None:
+            samples.setdefault(place.key, Sample()).add(place, member)
     return samples
 
 
-def _one_image(key: str, sample: _Sample) -> tuple[str, Member]:
+def find_place(member: Member | StreamedMember, passed_over: PassedOver) -> Place | None:
+    """Which member of which sample a file of a tar is; None, and counted, where it is none."""
+    folder, base = posixpath.split(member.name)
+    stem, dot, extension = base.partition(".")
+    extension = extension.lower()
+    if _META.match(member.name):
+        return None
+    if dot and is_image_name(base):
+        kind = "images"
+    elif dot and extension.rpartition(".")[2] in _LABEL_KINDS:
+        kind = "labels"
+    elif may_hold_image(base) and is_image_head(member.read(IMAGE_HEAD)):
+        kind = "guesses"
+    else:
+        passed_over.add(member.name)
+        return None
+    return Place(posixpath.join(folder, stem), kind, extension)
+
+
+def one_image(key: str, sample: Sample) -> tuple[str, AnyMember]:
     """The extension and the member of a sample's image."""
     images = sample.images or sample.guesses
     # "a.jpg" is the image of "a"; "a.mask.png" is something else about it, unless "a" has no other image.
@@ -122,7 +156,7 @@ def _one_image(key: str, sample: _Sample) -> tuple[str, Member]:
     return next(iter(plain.items()))
 
 
-def _own_class(key: str, sample: _Sample, extension: str) -> str | None:
+def own_class(key: str, sample: Sample, extension: str) -> str | None:
     """The class of a sample's own cls or json member, by the image's extension; None where it has none."""
     prefix = extension.rpartition(".")[0]
     for kind in _LABEL_KINDS:
@@ -138,8 +172,8 @@ def _own_class(key: str, sample: _Sample, extension: str) -> str | None:
     return None
 
 
-def _read_class(member: Member, kind: str) -> str | None:
-    where = f"{member.archive.path}: {member.name}"
+def _read_class(member: AnyMember, kind: str) -> str | None:
+    where = f"{member.path}: {member.name}"
     if member.size > _MAX_LABEL_BYTES:
         raise InputError(f"{where} has {member.size:,} bytes, too many for a class")
     try:
@@ -158,7 +192,7 @@ def _read_class(member: Member, kind: str) -> str | None:
     return check_text(name, "class name")
 
 
-def _classes(own: dict[str, str | None], choice: ClassChoice, where: str) -> list[str]:
+def classes_of(own: dict[str, str | None], choice: ClassChoice, where: str) -> list[str]:
     """The class of every key, by its own members or by folders."""
     without = sorted(key for key, name in own.items() if name is None)
     if not without:

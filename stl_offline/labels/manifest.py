@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Self
 
-from stl_offline.errors import FormatError
+from stl_offline.errors import NO_TEXT, FormatError
 from stl_offline.files import canonical_json
 from stl_offline.labels.spec import CONTAINERS, LabelSpec, is_count
 
@@ -15,18 +15,23 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MOST_VALUES = 1 << 22
 _MOST_NESTED = 1000
 _LEAST_RECORD_BYTES = 100
+_MOST_TAR_NAME = 255
 _SHARD_NAME = re.compile(r"labels-[0-9]{5,9}-of-[0-9]{5,9}(\.[a-z]+)+")
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One line of the shard table: file name, first sample's position, sample count, size and SHA-256 of the file."""
+    """One line of the shard table: file name, first sample's position, sample count, size and SHA-256 of the file.
+
+    images: base name of the tar that holds the shard's images, where one shard was made of each tar.
+    """
 
     name: str
     first: int
     samples: int
     bytes: int
     sha256: str
+    images: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _SHARD_NAME.fullmatch(self.name):
@@ -35,6 +40,13 @@ class ShardRecord:
             raise FormatError(f"the record of {self.name} has an impossible position, count or size")
         if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
             raise FormatError(f"the record of {self.name} has no SHA-256")
+        if self.images is not None and (
+            not isinstance(self.images, str)
+            or not 0 < len(self.images) <= _MOST_TAR_NAME
+            or "/" in self.images
+            or NO_TEXT.search(self.images)
+        ):
+            raise FormatError(f"the record of {self.name} names no tar of its images")
 
     def to_json(self) -> dict[str, Any]:
         """The record as a JSON object."""
@@ -44,13 +56,14 @@ class ShardRecord:
             "samples": self.samples,
             "bytes": self.bytes,
             "sha256": self.sha256,
-        }
+        } | ({} if self.images is None else {"images": self.images})
 
     @classmethod
     def from_json(cls, entries: dict[str, Any]) -> Self:
         """The inverse of `to_json`; raises FormatError."""
         try:
-            return cls(**{name: entries[name] for name in ("name", "first", "samples", "bytes", "sha256")})
+            known = {name: entries[name] for name in ("name", "first", "samples", "bytes", "sha256")}
+            return cls(**known, images=entries.get("images"))
         except (KeyError, TypeError) as error:
             raise FormatError(f"a shard's record lacks an entry or has one of a wrong type: {error}") from error
 

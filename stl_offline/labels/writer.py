@@ -100,7 +100,7 @@ class LabelSetWriter:
             make_folder(self._storage.local)
         self._check_content()
         if not self.complete and self._storage.size(JOB) is None:
-            self._storage.create(JOB, canonical_json({**self.spec.to_json(), "shard_samples": self._sizes}))
+            self._storage.create(JOB, self._job())
             # Another process may have been first, with other settings.
             self._check_content()
         self._clean(0.0 if self.complete else _LEFTOVER_SECONDS)
@@ -214,10 +214,14 @@ class LabelSetWriter:
 
     def write_encoded(self, index: int, data: bytes) -> ShardRecord:
         """`write_shard` for bytes that `stl_offline.labels.format.encode_shard` gave (perhaps in another thread)."""
-        if not self._is_open:
-            raise TargetError(f"the label set {self.place} is not open for writing: it is complete or closed")
         first, last = self.shard_range(index)
         record = ShardRecord(self.shard_name(index), first, last - first, len(data), sha256_bytes(data))
+        return self._commit(index, record, data, canonical_json(record.to_json()))
+
+    def _commit(self, index: int, record: ShardRecord, data: bytes, text: bytes) -> ShardRecord:
+        """Store a shard, then its record as it is written (``text``)."""
+        if not self._is_open:
+            raise TargetError(f"the label set {self.place} is not open for writing: it is complete or closed")
         recorded = self._read_record(index)
         if recorded is not None:
             self._check_same(record, recorded.sha256)
@@ -227,7 +231,6 @@ class LabelSetWriter:
                 self._check_same(record, sha256_bytes(stored))
             # Of the recorded shard, only damaged bytes are left.
             self._storage.write(record.name, data)
-        text = canonical_json(record.to_json())
         if self._storage.create(self._record_name(index), text) != text:
             recorded = self._read_record(index)
             if recorded is not None:
@@ -258,7 +261,7 @@ class LabelSetWriter:
             return read_manifest(self._storage)
         if not self._is_open:
             raise TargetError(f"the label set {self.place} is not open for writing")
-        manifest = Manifest(self.spec, tuple(records))
+        manifest = self._manifest(records)
         self._storage.write(CARD, make_card(manifest))
         if self._storage.create(MANIFEST, manifest.to_bytes()) != manifest.to_bytes():
             raise TargetError(f"{self.place}/{MANIFEST} is there with other content; remove it to write it again")
@@ -266,6 +269,14 @@ class LabelSetWriter:
         self._clean(0.0)
         self._storage.remove(PARTIAL)
         return manifest
+
+    def _job(self) -> bytes:
+        """What is written when the job begins, for other processes to compare with."""
+        return canonical_json({**self.spec.to_json(), "shard_samples": self._sizes})
+
+    def _manifest(self, records: Sequence[ShardRecord]) -> Manifest:
+        """The manifest of all shards."""
+        return Manifest(self.spec, tuple(records))
 
     def _record_name(self, index: int) -> str:
         return record_name(index, self.num_shards, self.spec.container)
@@ -344,7 +355,7 @@ class LabelSetWriter:
         while True:
             with contextlib.suppress(FileNotFoundError):
                 manifest = read_manifest(self._storage)
-                self._check_settings(manifest.spec, [shard.samples for shard in manifest.shards])
+                self._check_manifest(manifest)
                 sizes = self._storage.sizes()
                 missing = [shard.name for shard in manifest.shards if sizes.get(shard.name) != shard.bytes]
                 if missing:
@@ -355,17 +366,25 @@ class LabelSetWriter:
                 self.complete = True
                 return
             with contextlib.suppress(FileNotFoundError):
-                return self._check_settings(*read_job(self._storage))
+                return self._check_job(*read_job(self._storage))
             # Unless another process has just finished the set.
             if self._storage.size(MANIFEST) is None:
                 return _check_foreign(self._storage)
 
-    def _check_settings(self, theirs: LabelSpec, sizes: list[int]) -> None:
+    def _check_manifest(self, manifest: Manifest) -> None:
+        """Raise TargetError where a complete set has other settings."""
+        self._check_job(manifest.spec, [shard.samples for shard in manifest.shards])
+
+    def _check_job(self, theirs: LabelSpec, sizes: list[int]) -> None:
+        """Raise TargetError where the job that writes the set has other settings."""
         found = [str(each) for each in differences(self.spec, theirs)]
         if len(sizes) != self.num_shards:
             found.append(f"shards is {self.num_shards} and {len(sizes)}")
         elif sizes != self._sizes:
             found.append("the sizes of the shards differ")
+        self._refuse(found)
+
+    def _refuse(self, found: Sequence[str]) -> None:
         if found:
             raise TargetError(
                 f"{self.place} holds a label set with other settings (yours and its): {'; '.join(found)}; "

@@ -147,7 +147,7 @@ def test_progress_tells_bytes_and_a_disk_that_will_not_do(monkeypatch, caplog):
     shown = []
     bar = SimpleNamespace(set_postfix_str=lambda text, refresh: shown.append(text))
     monkeypatch.setattr(FolderStorage, "free_bytes", lambda self: 12_000_000)
-    size = job._Size("labels", 100, bar)
+    size = job._Size("labels", 100, bar, per_image=True)
     for index in range(2):
         size.add(ShardRecord(f"labels-{index:05d}-of-00004.zarr.zip", 25 * index, 25, 5_000_000, "0" * 64))
     assert shown == ["5.0 of 20.0 MB", "10.0 of 20.0 MB"]

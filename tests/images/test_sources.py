@@ -160,8 +160,9 @@ def test_class_lists_that_cannot_be_used(class_names, reason, make_tree, tmp_pat
         ("a-{0..3}", "4 of the 4 tars"),
         ("a-{0..3.tar", "cannot be expanded: Unbalanced braces"),
         ("*.tar", "there is nothing at"),
-        ("https://example.org/a.tar", "is not on this machine; copy"),
-        ("pipe:cat a.tar", "is not on this machine"),
+        ("https://example.org/a.tar", "is not on this machine, and here its images are needed in any order; pack"),
+        ("https://example.org/a.zip?key=secret", "example.org/a.zip is not the address of a tar"),
+        ("pipe:cat a.tar", "is a command, which is not run"),
     ],
 )
 def test_words_that_name_nothing(words, reason, tmp_path, monkeypatch):

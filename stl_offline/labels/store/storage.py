@@ -17,40 +17,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import fsspec
-
-from stl_offline.errors import FormatError, InputError, MissingExtraError, StlError, TargetError
+from stl_offline.errors import FormatError, InputError, StlError, TargetError
 from stl_offline.files import atomic_write, check_writable, make_folder
 from stl_offline.progress import progress_bar
+from stl_offline.remote import FIRST_WAIT_SECONDS, HOPELESS, PACKAGES, TRIES, one_line, open_filesystem, protocol_of
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-# A store that answers nothing for so many tries, with longer waits between them, is taken for gone.
-TRIES = 4
-FIRST_WAIT_SECONDS = 0.5
 PART_BYTES = 8 << 20
 # For a file whose folder other processes remove meanwhile.
 _FOLDER_TRIES, _FOLDER_WAIT_SECONDS = 40, 0.05
 # Files that travel at the same time, unless a command is given another number.
 TRANSFERS = 8
 
-# Stores of buckets: protocol → the package that knows it, and the extra that brings that.
-PACKAGES = {
-    "s3": ("s3fs", "s3"),
-    "s3a": ("s3fs", "s3"),
-    "gs": ("gcsfs", "gs"),
-    "gcs": ("gcsfs", "gs"),
-    "hf": ("huggingface_hub", "hf"),
-}
-
 # Stores whose client creates an object only where there is none (If-None-Match, or the store's own form of it).
 # Elsewhere a look comes first, so that two processes that come at the same instant may both write.
 _CONDITIONAL = ("s3", "s3a", "gs", "gcs", "memory")
-
-# Another try would end as the first: what a store's client does not offer (NotImplementedError) or cannot load
-# (ImportError), and mistakes, here or in the client.
-_HOPELESS = (TypeError, AttributeError, NotImplementedError, ImportError)
 
 
 class Storage(Protocol):
@@ -227,19 +210,11 @@ class ObjectStorage:
     def __init__(self, url: str, **options: object) -> None:
         self.place = url.rstrip("/")
         self.local = None
-        protocol = self.place.partition("://")[0]
+        protocol = protocol_of(self.place)
         self._has_folders = protocol not in PACKAGES
         self._is_conditional = protocol in _CONDITIONAL
-        try:
-            # Without fsspec's memory of listings, which other processes' writes would make wrong.
-            self._files, self._root = fsspec.core.url_to_fs(self.place, use_listings_cache=False, **options)
-        except ImportError as error:
-            package, extra = PACKAGES.get(protocol, (None, None))
-            advice = f"pip install 'stl-offline[{extra}]' (or {package})" if package else _one_line(error)
-            raise MissingExtraError(f"{url} needs a package that is not installed: {advice}") from error
-        except Exception as error:
-            # What a store's client says of an address (or of credentials) that it cannot use is its own affair.
-            raise InputError(f"{url} is no address of a label set: {_one_line(error)}") from error
+        # Without fsspec's memory of listings, which other processes' writes would make wrong.
+        self._files, self._root = open_filesystem(self.place, "a label set", use_listings_cache=False, **options)
 
     def read(self, name: str, size: int | None = None) -> bytes:
         what, path = f"read {self.place}/{name}", self._path(name)
@@ -309,7 +284,7 @@ class ObjectStorage:
         try:
             self._persist(what, TargetError, put)
         except FileNotFoundError as error:
-            raise TargetError(f"cannot {what}: {_one_line(error)}; is there such a bucket?") from error
+            raise TargetError(f"cannot {what}: {one_line(error)}; is there such a bucket?") from error
 
     def remove(self, name: str) -> None:
         def delete() -> None:
@@ -344,14 +319,14 @@ class ObjectStorage:
                 raise
             except Exception as error:
                 if _is_refused(error):
-                    raise FileExistsError(_one_line(error)) from error
+                    raise FileExistsError(one_line(error)) from error
                 # Each store's client has errors of its own, so that no narrower list would be complete.
                 if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
-                    raise kind(f"cannot {what}: {_one_line(error)}; check the credentials") from error
-                if isinstance(error, _HOPELESS):
-                    raise kind(f"cannot {what}: {_one_line(error)}") from error
+                    raise kind(f"cannot {what}: {one_line(error)}; check the credentials") from error
+                if isinstance(error, HOPELESS):
+                    raise kind(f"cannot {what}: {one_line(error)}") from error
                 if attempt == TRIES:
-                    raise kind(f"cannot {what} ({TRIES} tries): {_one_line(error)}; try again later") from error
+                    raise kind(f"cannot {what} ({TRIES} tries): {one_line(error)}; try again later") from error
                 time.sleep(wait)
                 wait *= 2
         raise AssertionError("unreachable")
@@ -404,7 +379,3 @@ def _is_refused(error: Exception) -> bool:
 
 def _irregular(path: Path) -> FormatError:
     return FormatError(f"{path} is not a regular file; replace it by one")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
