@@ -36,6 +36,12 @@ from stl_offline.config import DumpConfig
     help="Label nothing. Write the manifest of a set whose shards are all there.",
 )
 @option(
+    "--append",
+    group="general",
+    is_flag=True,
+    help="Add the images that the complete label set SET lacks, as further shards. What is there stays as it is.",
+)
+@option(
     "--worker",
     group="general",
     is_flag=True,
@@ -86,6 +92,7 @@ from stl_offline.config import DumpConfig
 def dump_labels(
     estimate: bool,
     finish: bool,
+    append: bool,
     worker: bool,
     as_json: bool,
     engine: str,
@@ -100,8 +107,10 @@ def dump_labels(
     """
     if estimate and finish:
         raise click.UsageError("--estimate and --finish exclude each other")
-    if engine == "ray" and (estimate or finish or worker):
-        raise click.UsageError("--engine ray labels; it excludes --estimate, --finish and --worker")
+    if estimate and append:
+        raise click.UsageError("--estimate and --append exclude each other")
+    if engine == "ray" and (estimate or finish or worker or append):
+        raise click.UsageError("--engine ray labels; it excludes --estimate, --finish, --append and --worker")
     if ray_address is not None and engine != "ray":
         raise click.UsageError("--ray-address needs --engine ray")
     config = DumpConfig(**settings)
@@ -110,7 +119,7 @@ def dump_labels(
     if engine == "ray":
         result = dump.dump_on_ray(config, ray_address)
     else:
-        result = dump.estimate_dump(config) if estimate else dump.dump_labels(config, finish=finish)
+        result = dump.estimate_dump(config) if estimate else dump.dump_labels(config, finish=finish, append=append)
     if result.is_first:
         lines = result_json(result) if as_json else estimate_lines(result) if estimate else [dump_line(result)]
         echo(*lines)

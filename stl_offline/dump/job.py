@@ -7,15 +7,24 @@ the place where the label set lies. Each shard is encoded and written while the 
 import concurrent.futures
 import logging
 import os
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import filelock
 
 from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
+from stl_offline.dump.append import prepare_append
 from stl_offline.dump.labelling import Labelling, load_labeler
 from stl_offline.dump.tars import TarLabelling, prepare
-from stl_offline.labels.store import open_storage
+from stl_offline.errors import InputError
+from stl_offline.files import cache_dir, sha256_bytes
+from stl_offline.labels.hub import is_hub
+from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.store import MANIFEST, open_storage, read_manifest
+from stl_offline.labels.transfer import push
 from stl_offline.labels.writer import LabelSetWriter, check_place
 from stl_offline.progress import progress_bar
 
@@ -37,11 +46,12 @@ class DumpReport:
     is_first: bool = True
 
 
-def dump_labels(config: DumpConfig, *, finish: bool = False, labeler: Any = None) -> DumpReport:
+def dump_labels(config: DumpConfig, *, finish: bool = False, append: bool = False, labeler: Any = None) -> DumpReport:
     """Work on a label set until all its shards are written, alone or beside other processes that do the same.
 
     Args:
         labeler: this one in place of what the settings name.
+        append: add the images that a complete set lacks, as further shards.
         finish: label nothing; write the manifest of a set whose shards are all there.
 
     Raises:
@@ -51,16 +61,48 @@ def dump_labels(config: DumpConfig, *, finish: bool = False, labeler: Any = None
     device = pick_device(config.device)
     # What can be refused without the images is refused before they are packed, which may take hours.
     labeler = load_labeler(config) if labeler is None else labeler
+    if is_hub(config.out):
+        if append:
+            raise InputError(f"append to a copy of {config.out} on this machine, and push it: only what is new is sent")
+        return _dump_to_hub(config, labeler, finish)
     check_place(config.out)
-    labelling = prepare(config, labeler, device)
     started = time.perf_counter()
     is_first = os.environ.get("RANK", "0") == "0"
+    if append:
+        labelling = prepare_append(config, labeler, device)
+        if not len(labelling.rows):
+            _LOGGER.info("every image of %s is labelled", labelling.place)
+            manifest = open_label_set(config.out).manifest
+            size = sum(shard.bytes for shard in manifest.shards)
+            return DumpReport(str(config.out), manifest.spec.num_samples, 0, 0.0, size, is_first)
+    else:
+        labelling = prepare(config, labeler, device)
+        started = time.perf_counter()
     with labelling.open_writer() as writer:
         labelled = 0 if finish else _write_shards(labelling, writer, is_first)
         manifest = writer.finish()
     seconds = time.perf_counter() - started
     size = sum(shard.bytes for shard in manifest.shards)
     return DumpReport(str(config.out), manifest.spec.num_samples, labelled, seconds, size, is_first)
+
+
+def _dump_to_hub(config: DumpConfig, labeler: Any, finish: bool) -> DumpReport:
+    """A dump into a folder of this machine, its spool, which is pushed at the end and removed."""
+    spool = cache_dir() / "spool" / sha256_bytes(config.out.encode())[:16]
+    target = open_storage(config.out)
+    if target.size(MANIFEST) is not None and not spool.exists():
+        manifest = read_manifest(target)
+        device = pick_device(config.device)
+        prepare(config, labeler, device).open_writer().check_manifest(manifest)
+        size = sum(shard.bytes for shard in manifest.shards)
+        return DumpReport(config.out, manifest.spec.num_samples, 0, 0.0, size, os.environ.get("RANK", "0") == "0")
+    report = dump_labels(replace(config, out=str(spool)), finish=finish, labeler=labeler)
+    # One of the processes of this machine pushes; the others wait until it has.
+    with filelock.FileLock(spool.with_suffix(".lock")):
+        if spool.exists():
+            push(open_label_set(spool), config.out)
+            shutil.rmtree(spool)
+    return replace(report, path=config.out)
 
 
 def _write_shards(labelling: Labelling | TarLabelling, writer: LabelSetWriter, is_first: bool) -> int:

@@ -19,6 +19,7 @@ from stl_offline.dump.job import DumpReport
 from stl_offline.dump.labelling import Labelling, load_labeler
 from stl_offline.dump.tars import TarLabelling, prepare
 from stl_offline.errors import InputError, MissingExtraError, StlError, TargetError
+from stl_offline.labels.hub import is_hub
 from stl_offline.labels.writer import check_place
 from stl_offline.progress import progress_bar
 
@@ -55,6 +56,10 @@ def dump_on_ray(config: DumpConfig, address: str | None = None) -> DumpReport:
         StlError: as `dump_labels`; or a cluster that cannot be reached, or a shard that is lost again and again.
     """
     ray = _ray()
+    if is_hub(config.out):
+        raise InputError(
+            f"workers of several machines cannot share {config.out}; use a bucket, and push the set from it"
+        )
     # What can be refused is refused here, before the cluster works.
     labelling = _prepare(config, torch.device("cpu"))
     started = time.perf_counter()

@@ -99,8 +99,7 @@ class TarLabelling:
 
     def label_chunk(self, chunk: Beton, done: Callable[[int], object]) -> ShardArrays:
         """The labels of some of a tar's images. Random crops depend on an image's content, not on its place."""
-        ids = (chunk.content_hashes >> _HASH_SHIFT).astype(np.int64)
-        labelling = Labelling(self.config, self.labeler, chunk, self.device, ids)
+        labelling = Labelling(self.config, self.labeler, chunk, self.device, content_ids(chunk))
         return labelling.label(np.arange(len(chunk)), done)
 
     def chunks(self, tar: str, folder: Path) -> Iterator[Beton]:
@@ -161,6 +160,11 @@ def _fill(writer: BetonWriter, images: Iterator[EncodeResult], limit: int, batch
         size += len(result.image.data)
         if len(writer) == limit or (size >= _MOST_BYTES and len(writer) % batch == 0):
             return
+
+
+def content_ids(beton: Beton) -> np.ndarray:
+    """Numbers, int64 (n,), from which random crops of images are drawn that have no place in a packed data set."""
+    return (beton.content_hashes >> _HASH_SHIFT).astype(np.int64)
 
 
 def streamed_tars(config: DumpConfig) -> list[str] | None:

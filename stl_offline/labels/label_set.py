@@ -238,6 +238,10 @@ class LabelSet(Mapping[str, LabelMap]):
             atomic_write(kept, data)
         return data
 
+    def kept(self, index: int) -> Path | None:
+        """Where shard ``index`` of an object store is kept on this machine; None for a folder's."""
+        return self._kept(self.shards[index])
+
     def fetch(self) -> None:
         """Fetch every shard of an object store into the cache, several at a time. Does nothing for a folder."""
         wanted = [index for index in self.present if not self._is_here(index)]

@@ -78,10 +78,15 @@ class Manifest:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shards", tuple(self.shards))
         position = self.spec.num_samples
-        parts = 0
+        parts, of = 0, 1
         for index, shard in enumerate(self.shards):
-            expected = shard_name(index, len(self.shards), self.spec.container)
-            if shard.name != expected:
+            before, of = of, int(shard.name.split("-")[3].partition(".")[0])
+            # Shards that were added later count all that there were then.
+            least, most = max(index + 1, before), len(self.shards)
+            if index == most - 1:
+                least = most
+            if shard.name != shard_name(index, of, self.spec.container) or not least <= of <= most:
+                expected = shard_name(index, most, self.spec.container)
                 raise FormatError(f"shard {index} is named {shard.name}, expected {expected}")
             if position == self.spec.num_samples and parts < len(self.spec.parts):
                 position, parts = 0, parts + 1

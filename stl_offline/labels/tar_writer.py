@@ -45,19 +45,30 @@ class TarLabelWriter(LabelSetWriter):
 
     Args:
         spec: the settings; ``source`` need hold no more than what `stl_offline.labels.spec.OWN_CLASSES` stands for.
-        tars: base name of each shard's tar.
+        tars: base name of each shard's tar; None for a shard that is there and was not made of one.
+        sizes: of the shards, 1 for those whose size is not known; all of them by default.
 
     Raises:
         InputError: two tars of one name.
     """
 
-    def __init__(self, path: str | Path, spec: LabelSpec, tars: Sequence[str], *, options: dict | None = None) -> None:
-        (name, count), *_ = Counter(tars).most_common(1)
+    def __init__(
+        self,
+        path: str | Path,
+        spec: LabelSpec,
+        tars: Sequence[str | None],
+        *,
+        sizes: Sequence[int] | None = None,
+        options: dict | None = None,
+    ) -> None:
+        (name, count), *_ = Counter(filter(None, tars)).most_common(1)
         if count > 1:
             raise InputError(f"{count} of the tars are called {name!r}; the manifest names the tars: rename them")
         # One image for each tar stands for the number that is not known.
-        source = spec.source | {"samples": len(tars), "fingerprint": sha256_parts(*(name.encode() for name in tars))}
-        super().__init__(path, replace(spec, source=source), [1] * len(tars), options=options)
+        sizes = [1] * len(tars) if sizes is None else list(sizes)
+        named = sha256_parts(*((name or "").encode() for name in tars))
+        source = spec.source | {"samples": sum(sizes), "fingerprint": named}
+        super().__init__(path, replace(spec, source=source), sizes, options=options)
         self.tars = list(tars)
         self._images: dict[int, _Images] = {}
 
@@ -67,15 +78,19 @@ class TarLabelWriter(LabelSetWriter):
         record = ShardRecord(
             self.shard_name(index), 0, len(arrays), len(data), sha256_bytes(data), images=self.tars[index]
         )
-        images = images_fingerprint(
-            self.spec.class_names,
-            json.dumps(list(arrays.keys)).encode(),
-            arrays.class_id.astype("<i8").tobytes(),
-            arrays.content_hash.astype("<u8").tobytes(),
-        )
-        hashes = base64.b64encode(hash_keys(arrays.keys).astype("<u8").tobytes()).decode()
-        text = canonical_json(record.to_json() | {"fingerprint": images, "key_hashes": hashes})
+        images = self._images_of(arrays.keys, arrays.class_id, arrays.content_hash)
+        hashes = base64.b64encode(images.key_hashes.tobytes()).decode()
+        text = canonical_json(record.to_json() | {"fingerprint": images.fingerprint, "key_hashes": hashes})
         return self._commit(index, record, data, text)
+
+    def _images_of(self, keys: Sequence[str], class_ids: np.ndarray, content_hashes: np.ndarray) -> _Images:
+        fingerprint = images_fingerprint(
+            self.spec.class_names,
+            json.dumps(list(keys)).encode(),
+            class_ids.astype("<i8").tobytes(),
+            content_hashes.astype("<u8").tobytes(),
+        )
+        return _Images(fingerprint, hash_keys(keys).astype("<u8"))
 
     def _job(self) -> bytes:
         return canonical_json({**self.spec.to_json(), "shard_samples": self._sizes, "tars": self.tars})
@@ -106,16 +121,21 @@ class TarLabelWriter(LabelSetWriter):
     def _check_keys(self, hashes: list[np.ndarray]) -> None:
         twice = find_duplicates(hashes, self._keys)
         if twice.count:
-            named = [f"{key} in {self.tars[first]} and {self.tars[second]}" for key, first, second in twice.examples]
+            named = [
+                f"{key} in {self._named(first)} and {self._named(second)}" for key, first, second in twice.examples
+            ]
             raise JoinError(
                 f"{counted(twice.count, 'key')} {'is' if twice.count == 1 else 'are'} in these tars twice "
                 f"({some(twice.count, named)}); every image needs a key of its own: label other tars, to another place"
             )
 
+    def _named(self, index: int) -> str:
+        return self.tars[index] or self.shard_name(index)
+
     def _keys(self, index: int) -> Sequence[str]:
         return read_shard_index(self._storage.read(self.shard_name(index)), self.spec).keys
 
-    def _check_manifest(self, manifest: Manifest) -> None:
+    def check_manifest(self, manifest: Manifest) -> None:
         found = [str(each) for each in differences(self.spec, manifest.spec) if each.name not in _LATE]
         self._refuse(found + self._other_tars([shard.images for shard in manifest.shards]))
 

@@ -14,6 +14,7 @@ import filelock
 from stl_offline.errors import FormatError, InputError, TargetError
 from stl_offline.files import make_folder, remove_leftovers, sha256_bytes
 from stl_offline.labels.card import make_card
+from stl_offline.labels.hub import HubFolder, is_hub, push_to_hub
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import Manifest, ShardRecord
 from stl_offline.labels.spec import differences
@@ -52,6 +53,9 @@ class Transfer:
 def push(label_set: LabelSet, place: str | Path, *, workers: int = 0, **options: object) -> Transfer:
     """Copy a whole label set to a URL that fsspec knows (``options`` go to it), or to a folder.
 
+    If the set has grown since it was pushed, only its new shards are sent. On the Hugging Face hub this makes at most
+    five commits.
+
     Raises:
         InputError: the set was pulled in part.
         FormatError: a shard is damaged here; the others are sent, the manifest is not.
@@ -62,7 +66,10 @@ def push(label_set: LabelSet, place: str | Path, *, workers: int = 0, **options:
     target = open_storage(place, **options)
     if isinstance(target, FolderStorage):
         make_folder(target.local)
-    is_there = _look(target, label_set.manifest)
+    is_there = _look(target, label_set.manifest, may_grow=True)
+    if is_hub(target.place):
+        sent = push_to_hub(label_set, HubFolder(target), _card(label_set), has_manifest=is_there)
+        return _transfer(sent, label_set, label_set.present)
 
     def send(index: int) -> int | FormatError:
         return _copy_shard(label_set, index, target, lambda name, data: _write(target, name, data))
@@ -148,12 +155,17 @@ def _wanted(label_set: LabelSet, shards: str | None, views: str | None) -> set[i
     return {index for part, numbers in mine if asked.intersection(numbers) for index in part.present}
 
 
-def _look(target: Storage, manifest: Manifest) -> bool:
-    """Whether this very label set lies there (True) or parts of it or nothing (False); raises TargetError otherwise."""
+def _look(target: Storage, manifest: Manifest, *, may_grow: bool = False) -> bool:
+    """Whether this very label set lies there (True) or parts of it or nothing (False); raises TargetError otherwise.
+
+    may_grow: a set whose shards are the first ones of this set, which has grown since, is a part of it.
+    """
     with contextlib.suppress(FileNotFoundError):
         theirs = read_manifest(target)
         if theirs == manifest:
             return True
+        if may_grow and theirs.shards == manifest.shards[: len(theirs.shards)]:
+            return False
         found = [str(each) for each in differences(manifest.spec, theirs.spec)] or ["the shards' checksums differ"]
         raise TargetError(
             f"{target.place} holds another label set (yours and its): {'; '.join(found)}; choose another place"

@@ -134,11 +134,8 @@ class LabelSetWriter:
     def missing(self) -> list[int]:
         """The shards that are not done yet, of all processes. Call `finish` once there are none."""
         missing = [] if self.complete else [index for index, record in enumerate(self._records()) if record is None]
-        if missing and self._storage.size(MANIFEST) is not None:
-            # Another process has finished the label set meanwhile, and taken the records away.
-            self._check_content()
-            return []
-        return missing
+        # Or another process has finished the label set meanwhile, and taken the records away.
+        return [] if missing and self._is_finished() else missing
 
     def unrecorded(self) -> list[int]:
         """`missing` from one listing: shards whose files were damaged since they were written count as done."""
@@ -262,9 +259,7 @@ class LabelSetWriter:
         if not self._is_open:
             raise TargetError(f"the label set {self.place} is not open for writing")
         manifest = self._manifest(records)
-        self._storage.write(CARD, make_card(manifest))
-        if self._storage.create(MANIFEST, manifest.to_bytes()) != manifest.to_bytes():
-            raise TargetError(f"{self.place}/{MANIFEST} is there with other content; remove it to write it again")
+        self._store(manifest)
         self.complete = True
         self._clean(0.0)
         self._storage.remove(PARTIAL)
@@ -277,6 +272,12 @@ class LabelSetWriter:
     def _manifest(self, records: Sequence[ShardRecord]) -> Manifest:
         """The manifest of all shards."""
         return Manifest(self.spec, tuple(records))
+
+    def _store(self, manifest: Manifest) -> None:
+        """Write the card and, last, the manifest."""
+        self._storage.write(CARD, make_card(manifest))
+        if self._storage.create(MANIFEST, manifest.to_bytes()) != manifest.to_bytes():
+            raise TargetError(f"{self.place}/{MANIFEST} is there with other content; remove it to write it again")
 
     def _record_name(self, index: int) -> str:
         return record_name(index, self.num_shards, self.spec.container)
@@ -355,7 +356,7 @@ class LabelSetWriter:
         while True:
             with contextlib.suppress(FileNotFoundError):
                 manifest = read_manifest(self._storage)
-                self._check_manifest(manifest)
+                self.check_manifest(manifest)
                 sizes = self._storage.sizes()
                 missing = [shard.name for shard in manifest.shards if sizes.get(shard.name) != shard.bytes]
                 if missing:
@@ -371,7 +372,7 @@ class LabelSetWriter:
             if self._storage.size(MANIFEST) is None:
                 return _check_foreign(self._storage)
 
-    def _check_manifest(self, manifest: Manifest) -> None:
+    def check_manifest(self, manifest: Manifest) -> None:
         """Raise TargetError where a complete set has other settings."""
         self._check_job(manifest.spec, [shard.samples for shard in manifest.shards])
 

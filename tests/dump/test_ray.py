@@ -15,7 +15,7 @@ from tests.dump.dumping import content, run
     ("more", "words"),
     [
         (["--ray-address", "auto"], "--ray-address needs --engine ray"),
-        (["--engine", "ray", "--finish"], "excludes --estimate, --finish and --worker"),
+        (["--engine", "ray", "--finish"], "excludes --estimate, --finish, --append and --worker"),
     ],
 )
 def test_options_that_would_do_nothing(capsys, more, words):

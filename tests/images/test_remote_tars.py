@@ -83,7 +83,7 @@ def test_a_number_of_images_that_is_not_known_gives_the_same_file(tmp_path, phot
     with web_files(tmp_path, ranges=True) as server:
         pack(f"{server.url}/a.tar", tmp_path / "web.beton", page_size=1 << 15)
     assert (tmp_path / "web.beton").read_bytes() == (tmp_path / "local.beton").read_bytes()
-    assert open_beton(tmp_path / "web.beton").pointers[0] > 3 << 15
+    assert open_beton(tmp_path / "web.beton").pointers[0] == 3 << 15
 
 
 def streamed(path):

@@ -20,7 +20,14 @@ from stl_offline.labels.store.layout import (
     read_present,
     record_name,
 )
-from stl_offline.labels.store.storage import TRANSFERS, FolderStorage, Storage, each_shard, open_storage
+from stl_offline.labels.store.storage import (
+    TRANSFERS,
+    FolderStorage,
+    ObjectStorage,
+    Storage,
+    each_shard,
+    open_storage,
+)
 
 __all__ = [
     "CARD",
@@ -35,6 +42,7 @@ __all__ = [
     "TRANSFERS",
     "Claims",
     "FolderStorage",
+    "ObjectStorage",
     "Storage",
     "each_shard",
     "format_ranges",

@@ -8,6 +8,7 @@ but never gives half a file.
 import concurrent.futures
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -65,6 +66,11 @@ class Storage(Protocol):
         Of several processes that create one name with different bytes, one gets its own back. So does a process whose
         first try arrived although the answer did not.
         """
+        ...
+
+    def replace(self, name: str, data: bytes, expected: bytes) -> bytes:
+        """Store a file in place of one that holds ``expected``; gives the bytes that lie there now. Raises TargetError,
+        and FileNotFoundError where there is none."""
         ...
 
     def stamps(self, folder: str) -> dict[str, str]:
@@ -158,6 +164,24 @@ class FolderStorage:
             with contextlib.suppress(FileNotFoundError):  # removed again meanwhile
                 return self.read(name)
 
+    def replace(self, name: str, data: bytes, expected: bytes) -> bytes:
+        path = self.path(name)
+        while True:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                # Who replaced it meanwhile held the lock of the old file.
+                if os.fstat(descriptor).st_ino != os.stat(path).st_ino:
+                    continue
+                found = self.read(name)
+                if found == expected:
+                    self._put(name, data, exclusive=False)
+                    return data
+                return found
+            finally:
+                os.close(descriptor)
+
     def _put(self, name: str, data: bytes, *, exclusive: bool) -> None:
         path = self.path(name)
         for attempt in range(_FOLDER_TRIES):
@@ -216,6 +240,11 @@ class ObjectStorage:
         # Without fsspec's memory of listings, which other processes' writes would make wrong.
         self._files, self._root = open_filesystem(self.place, "a label set", use_listings_cache=False, **options)
 
+    @property
+    def filesystem(self) -> tuple[Any, str]:
+        """fsspec's filesystem, and the path of the folder in it."""
+        return self._files, self._root
+
     def read(self, name: str, size: int | None = None) -> bytes:
         what, path = f"read {self.place}/{name}", self._path(name)
         if size is None or size <= PART_BYTES:
@@ -270,6 +299,19 @@ class ObjectStorage:
                     return data
             with contextlib.suppress(FileNotFoundError):  # removed again meanwhile
                 return self.read(name)
+
+    def replace(self, name: str, data: bytes, expected: bytes) -> bytes:
+        what, path = f"replace {self.place}/{name}", self._path(name)
+        while True:
+            # The mark first: a file that changes in between has another one.
+            found = self._persist(what, TargetError, lambda: self._files.info(path))
+            lying = self.read(name)
+            if lying != expected:
+                return lying
+            mark = found.get("ETag") if protocol_of(self.place) in ("s3", "s3a") else None
+            with contextlib.suppress(FileExistsError):
+                self._put(name, data, **({} if mark is None else {"IfMatch": mark}))
+                return data
 
     def _put(self, name: str, data: bytes, **options: object) -> None:
         path = self._path(name)
