@@ -54,5 +54,5 @@ def test_what_the_hub_cannot_do(work):
     config = DumpConfig(**work, out="hf://datasets/user/labels")
     with pytest.raises(InputError, match="append to a copy of hf://datasets/user/labels on this machine"):
         dump_labels(config, append=True)
-    with pytest.raises(InputError, match="several machines cannot write hf://"):
+    with pytest.raises(InputError, match="several machines cannot share hf://"):
         dump_on_ray(config)

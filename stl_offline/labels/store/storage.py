@@ -256,6 +256,7 @@ class ObjectStorage:
         return b"".join(self._persist(what, InputError, partial(part, start)) for start in range(0, size, PART_BYTES))
 
     def size(self, name: str) -> int | None:
+        self._forget()
         try:
             return self._persist(
                 f"look at {self.place}/{name}", InputError, lambda: self._files.info(self._path(name))["size"]
@@ -273,7 +274,13 @@ class ObjectStorage:
     def sizes(self, folder: str = "") -> dict[str, int]:
         return {name: found["size"] or 0 for name, found in self._list(folder).items()}
 
+    def _forget(self) -> None:
+        # The hub's client remembers listings whatever it is asked for.
+        if self.place.startswith("hf://"):
+            self._files.invalidate_cache()
+
     def _list(self, folder: str) -> dict[str, dict[str, Any]]:
+        self._forget()
         try:
             found = self._persist(
                 f"list {self.place}/{folder}", InputError, lambda: self._files.ls(self._path(folder), detail=True)
