@@ -184,9 +184,8 @@ class BetonWriter:
         if row == len(self._metadata):
             if not self._grows:
                 raise InputError(f"the source announced {row:,} images but gave more; does it change?")
-            # Twice as many; row by row it would be copied each time.
-            self._metadata = np.concatenate([self._metadata, np.zeros_like(self._metadata)])
-            self._allocations = np.concatenate([self._allocations, np.zeros_like(self._allocations)])
+            # Twice as many; row by row they would be copied each time.
+            self._metadata, self._allocations = _doubled(self._metadata), _doubled(self._allocations)
         if size > self._page_size:
             raise InputError(
                 f"{key}: {size:,} bytes are more than a page of {self._page_size:,} bytes holds; "
@@ -445,6 +444,13 @@ def _field_descriptors(place: np.ndarray | np.void) -> bytes:
         descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
     descriptors[1]["arguments"][: place.nbytes] = np.frombuffer(place.tobytes(), np.uint8)
     return descriptors.tobytes()
+
+
+def _doubled(rows: np.ndarray) -> np.ndarray:
+    """The rows, and as many zeros. As bytes: copies of structured arrays leave the padding between fields undefined."""
+    more = np.zeros(2 * len(rows), rows.dtype)
+    more.view(np.uint8)[: rows.nbytes] = rows.view(np.uint8)
+    return more
 
 
 def _signed(value: int) -> int:
