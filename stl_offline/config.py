@@ -17,6 +17,7 @@ from stl_offline.config_pages import ReportConfig as ReportConfig
 from stl_offline.errors import InputError
 from stl_offline.settings import (
     AMP_MODES,
+    CLASS_MAP,
     INPUT,
     JOB,
     LOADER,
@@ -459,12 +460,7 @@ class DumpConfig(MachineConfig):
     amp: str = setting("none", "Mixed precision of the labeler's trunk; auto chooses by device.", choices=AMP_MODES)
     licence: str = setting("unstated", "Licence of the labeler's weights, stored in the manifest and the card.")
     skip_broken: bool = setting(False, SKIP_BROKEN)
-    class_map: str | None = setting(
-        None,
-        "File of new names of the classes found in the images, as for tars whose .cls members are numbers: lines "
-        "'NUMBER NAME', or a JSON list or object.",
-        affects=INPUT,
-    )
+    class_map: str | None = setting(None, CLASS_MAP, affects=INPUT)
 
     def check_together(self) -> None:
         super().check_together()

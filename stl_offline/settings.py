@@ -29,6 +29,10 @@ ERASE_MODES = ("const", "rand", "pixel")
 AMP_MODES = ("auto", "none", "bf16", "fp16")
 
 SEEDS = f"[0, {1 << 63})"
+CLASS_MAP = (
+    "File of new names of the classes found in the images, as for tars whose .cls members are numbers: lines 'NUMBER "
+    "NAME', or a JSON list or object."
+)
 SKIP_BROKEN = "Leave out images that cannot be decoded, and list them, instead of stopping."
 LOADERS = ("ffcv", "stream")
 LOADER = (
