@@ -140,9 +140,7 @@ class TrainConfig(RunConfig):
     )
     freeze: bool = setting(False, "Train the class head and the token head alone.")
     grad_checkpointing: bool = setting(
-        False,
-        "Recompute activations in the backward pass, which takes less memory and more time.",
-        affects=JOB,
+        False, "Recompute activations in the backward pass, which takes less memory and more time.", affects=JOB
     )
     img_size: int = setting(64, "Height and width of the model's input, in pixels.", bounds="[1, 8192]")
     smoothing: float = setting(0.1, "Label smoothing of the class loss (0 disables it).", bounds="[0, 1)")
@@ -241,9 +239,7 @@ class StudentConfig(TrainConfig):
         needs=needs.SEVERAL_SETS,
     )
     labels_share: tuple[float, ...] | None = setting(
-        None,
-        "How often each label set is drawn, in the order of `labels`.",
-        needs=needs.SEVERAL_SETS,
+        None, "How often each label set is drawn, in the order of `labels`.", needs=needs.SEVERAL_SETS
     )
     labeler: str | None = setting(
         None,
