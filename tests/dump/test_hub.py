@@ -23,7 +23,9 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "test")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with fake_hub() as server:
+        template = server.url + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         fsspec.get_filesystem_class("hf").clear_instance_cache()
         yield server
     fsspec.get_filesystem_class("hf").clear_instance_cache()
