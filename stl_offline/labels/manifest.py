@@ -95,7 +95,7 @@ class Manifest:
             position += shard.samples
         if position != self.spec.num_samples or parts < len(self.spec.parts):
             raise FormatError(
-                f"the shards hold {position} samples, the source has {self.spec.num_samples}"
+                f"the shards hold {position if parts else 0} samples, the source has {self.spec.num_samples}"
                 + (f" in each of {len(self.spec.parts)} parts" if len(self.spec.parts) > 1 else "")
             )
 
