@@ -183,7 +183,7 @@ def test_options_are_the_settings_with_their_defaults(name, config):
     arguments = [word for field in required for word in (f"--{field.replace('_', '-')}", "here")]
     values = command.make_context(name, arguments).params
     # Ways to call it, not settings of the result.
-    for how in ("as_json", "recipe", "dry_run", "estimate", "finish", "worker", "engine", "ray_address"):
+    for how in ("as_json", "recipe", "dry_run", "estimate", "finish", "append", "worker", "engine", "ray_address"):
         values.pop(how, None)
     assert values.keys() == {field.name for field in fields} - {"debug"}
     assert config(**values) == config(**required)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from stl_offline.cli.main import main
 from stl_offline.config import DumpConfig
-from stl_offline.dump import Labelling, dump_labels, estimate_dump, job, load_labeler
+from stl_offline.dump import Labelling, dump_labels, estimate_dump, load_labeler, tars
 from stl_offline.errors import FormatError, InputError, StlError, TargetError
 from stl_offline.images.beton import open_beton
 from stl_offline.labels.label_set import open_label_set
@@ -22,7 +22,8 @@ def no_packing(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("images were packed")
 
-    monkeypatch.setattr(job, "ensure_beton", never)
+    for packing in ("ensure_beton", "encode_all"):
+        monkeypatch.setattr(tars, packing, never)
 
 
 @pytest.fixture(scope="module")

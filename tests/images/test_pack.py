@@ -231,7 +231,7 @@ def test_few_images_are_on_the_way_at_once(monkeypatch, file_bytes, photo, tmp_p
         most, written = max(most, source.given - written), written + 1
         add(writer, *arguments)
 
-    monkeypatch.setattr(packing, "open_source", lambda *arguments: source)
+    monkeypatch.setattr(packing, "open_any", lambda *arguments: source)
     monkeypatch.setattr(packing.BetonWriter, "add", counting_add)
     assert pack("anything", tmp_path / "x.beton", workers=2).samples == written == 600
     assert most <= 16 * (2 * 2 + 3)
@@ -242,7 +242,7 @@ def test_a_source_that_gives_a_key_twice(monkeypatch, file_bytes, photo, tmp_pat
     doubled = [SourceImage("same", number, lambda: data) for number in range(2)]
     source = Counted(data, 2)
     monkeypatch.setattr(Counted, "__iter__", lambda self: iter(doubled))
-    monkeypatch.setattr(packing, "open_source", lambda *arguments: source)
+    monkeypatch.setattr(packing, "open_any", lambda *arguments: source)
     with pytest.raises(InputError, match="gives the key 'same' twice"):
         pack("anything", tmp_path / "x.beton")
 
