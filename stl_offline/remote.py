@@ -5,11 +5,14 @@ import importlib
 import io
 import time
 import urllib.parse
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import fsspec
 
-from stl_offline.errors import InputError, MissingExtraError
+from stl_offline.errors import InputError, MissingExtraError, StlError
+
+T = TypeVar("T")
 
 # Stores of buckets: protocol → the package that knows it, and the extra that brings that.
 PACKAGES = {
@@ -26,7 +29,7 @@ TRIES = 4
 FIRST_WAIT_SECONDS = 0.5
 # Another try would end as the first: what a store's client does not offer (NotImplementedError) or cannot load
 # (ImportError), and mistakes, here or in the client.
-HOPELESS = (TypeError, AttributeError, NotImplementedError, ImportError)
+_HOPELESS = (TypeError, AttributeError, NotImplementedError, ImportError)
 
 _BLOCK_BYTES = 8 << 20
 # A server that sends nothing for so long is taken for gone. There is no limit on the whole of a file.
@@ -75,6 +78,35 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
+def persist(what: str, kind: type[StlError], action: Callable[[], T], failed: Callable[[Exception], object]) -> T:
+    """Call ``action``, and again after a wait if the store or the network fails.
+
+    FileNotFoundError, FileExistsError and NotADirectoryError pass through.
+
+    Args:
+        what: for messages, such as "read s3://bucket/labels"; kind: of the error in the end.
+        failed: is given each failure before it is judged, and may raise in its place.
+    """
+    wait = FIRST_WAIT_SECONDS
+    for attempt in range(1, TRIES + 1):
+        try:
+            return action()
+        except (FileNotFoundError, FileExistsError, NotADirectoryError):
+            raise
+        except Exception as error:
+            failed(error)
+            # Each store's client has errors of its own, so that no narrower list would be complete.
+            if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+                raise kind(f"cannot {what}: {one_line(error)}; check the credentials") from error
+            if isinstance(error, _HOPELESS):
+                raise kind(f"cannot {what}: {one_line(error)}") from error
+            if attempt == TRIES:
+                raise kind(f"cannot {what} ({TRIES} tries): {one_line(error)}; try again later") from error
+            time.sleep(wait)
+            wait *= 2
+    raise AssertionError("unreachable")
+
+
 class RemoteStream(io.RawIOBase):
     """The bytes at an address from first to last, read once. A connection that breaks is opened again where it broke.
 
@@ -96,31 +128,18 @@ class RemoteStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        wait = FIRST_WAIT_SECONDS
-        for attempt in range(1, TRIES + 1):
-            try:
-                if self._file is None:
-                    self._open()
-                data = self._file.read(len(buffer))
-                buffer[: len(data)] = data
-                self._at += len(data)
-                return len(data)
-            except FileNotFoundError as error:
-                raise InputError(f"there is no file {self._place}") from error
-            except Exception as error:
-                # Each store's client has errors of its own, so that no narrower list would be complete.
-                self._drop()
-                if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
-                    raise InputError(f"cannot read {self._place}: {one_line(error)}; check the credentials") from error
-                if isinstance(error, HOPELESS):
-                    raise InputError(f"cannot read {self._place}: {one_line(error)}") from error
-                if attempt == TRIES:
-                    raise InputError(
-                        f"cannot read {self._place} ({TRIES} tries): {one_line(error)}; try again later"
-                    ) from error
-                time.sleep(wait)
-                wait *= 2
-        raise AssertionError("unreachable")
+        def read() -> bytes:
+            if self._file is None:
+                self._open()
+            return self._file.read(len(buffer))
+
+        try:
+            data = persist(f"read {self._place}", InputError, read, lambda _: self._drop())
+        except FileNotFoundError as error:
+            raise InputError(f"there is no file {self._place}") from error
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
     def close(self) -> None:
         self._drop()

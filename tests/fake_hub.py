@@ -5,8 +5,12 @@ import hashlib
 import http.server
 import json
 import threading
-from contextlib import contextmanager
 from urllib.parse import unquote, urlsplit
+
+import fsspec
+import pytest
+
+from tests.web_files import running
 
 
 class FakeHub(http.server.ThreadingHTTPServer):
@@ -130,13 +134,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def fake_hub():
-    """A running `FakeHub`."""
-    server = FakeHub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A running `FakeHub`, which the client takes for the hub."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "test")
+    # Large files go as in Git LFS, whose protocol this server has.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with running(FakeHub()) as server:
+        template = server.url + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        fsspec.get_filesystem_class("hf").clear_instance_cache()
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+    fsspec.get_filesystem_class("hf").clear_instance_cache()

@@ -52,9 +52,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def web_files(root: Path, *, ranges: bool):
-    """Serve a folder: a `WebFiles`."""
-    server = WebFiles(root, ranges=ranges)
+def running(server: http.server.HTTPServer):
+    """The server, which answers in a thread until the end."""
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -16,7 +17,7 @@ WIDEST, LARGEST_SIDE = 1 << 16, 1 << 16
 
 
 @dataclass(frozen=True)
-class Description:
+class Description(ABC):
     """What all of these models have: subclasses add fields, and ``build``.
 
     backbone: a name in timm's registry; indices: its feature maps; class_names: K.
@@ -57,9 +58,9 @@ class Description:
             if length is not None and len(values) != length:
                 raise InputError(f"{name} must be {length} numbers")
 
+    @abstractmethod
     def build(self) -> nn.Module:
         """The model with random weights."""
-        raise NotImplementedError
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self) | {"kind": self.KIND, "version": _VERSION})

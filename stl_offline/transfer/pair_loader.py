@@ -5,6 +5,7 @@
 B: batch; H, W: crop.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from stl_offline.transfer.pairs import PairSet
 _BATCHES_AHEAD = 2
 
 
-class ThreadedLoader:
+class ThreadedLoader(ABC):
     """Loads samples in batches, each epoch in an order of its own; what a sample is, subclasses define.
 
     Args:
@@ -47,17 +48,17 @@ class ThreadedLoader:
         """Batches of one epoch for this rank."""
         return count_batches(len(self.keys), self.batch_size, self.world.size)
 
+    @abstractmethod
     def draw(self, epoch: int) -> Sequence[Any]:
         """What is drawn for each sample in an epoch: what `load` gets."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, number: int, drawn: Any) -> Any:
         """One sample; called in a thread."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collate(self, ids: np.ndarray, loaded: list[Any], epoch: int) -> Any:
         """A batch of loaded samples, with ``sample_ids``."""
-        raise NotImplementedError
 
     def epoch(self, epoch: int, *, start_batch: int = 0) -> Iterator[Any]:
         """The batches of one epoch from ``start_batch`` on, loaded ahead.

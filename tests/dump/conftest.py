@@ -3,7 +3,7 @@
 import pytest
 
 from tests.dump.dumping import content, make_work, run
-from tests.labels.conftest import s3, s3_server  # noqa: F401
+from tests.labels.conftest import hub, s3, s3_server  # noqa: F401
 
 
 @pytest.fixture(scope="session")

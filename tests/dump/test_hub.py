@@ -2,7 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import fsspec
 import pytest
 
 from stl_offline.config import DumpConfig
@@ -10,25 +9,9 @@ from stl_offline.dump import dump_labels, dump_on_ray
 from stl_offline.errors import InputError, TargetError
 from stl_offline.labels import hub as hub_module
 from tests.dump.dumping import content
-from tests.fake_hub import fake_hub
 
-constants = pytest.importorskip("huggingface_hub.constants")
 # The client hands bytes to httpx in a way that httpx no longer wants.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", "test")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    with fake_hub() as server:
-        template = server.url + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        fsspec.get_filesystem_class("hf").clear_instance_cache()
-        yield server
-    fsspec.get_filesystem_class("hf").clear_instance_cache()
 
 
 def test_workers_of_one_machine_make_two_commits(hub, work, tmp_path, monkeypatch):

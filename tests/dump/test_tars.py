@@ -25,7 +25,7 @@ from stl_offline.labels.format import decode_shard, encode_shard
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.verify import verify
 from tests.dump.dumping import content
-from tests.web_files import web_files
+from tests.web_files import WebFiles, running
 
 
 def write_tar(path: Path, members, *, cut: int | None = None) -> Path:
@@ -94,7 +94,7 @@ def test_shards_are_those_of_the_packed_images(streamed, packed, settings, tmp_p
 @pytest.mark.parametrize("ranges", [True, False])
 def test_web_servers_and_connections_that_break(tars, streamed, settings, tmp_path, monkeypatch, ranges):
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
-    with web_files(tars, ranges=ranges) as server:
+    with running(WebFiles(tars, ranges=ranges)) as server:
         # The first answer is for the look at the first image; those of two tars break, one of them twice.
         server.cuts = [10**9, 700, 300, 10**9, 2000]
         config = DumpConfig(

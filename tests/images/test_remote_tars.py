@@ -21,7 +21,7 @@ from stl_offline.images.sources import open_source
 from stl_offline.images.tar_stream import read_samples
 from tests.images.test_tars import images, listed
 from tests.images.test_tars import pack as write_tar
-from tests.web_files import web_files
+from tests.web_files import WebFiles, running
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def served(tmp_path, photo, file_bytes):
 def test_pack_reads_each_tar_once(served, tmp_path, ranges, monkeypatch):
     monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
     pack(f"{served}/{{0..2}}.tar", tmp_path / "local.beton")
-    with web_files(served, ranges=ranges) as server:
+    with running(WebFiles(served, ranges=ranges)) as server:
         spec = f"{server.url}/{{0..2}}.tar?key=secret"
         report = pack(spec, tmp_path / "web.beton")
         gets = [path for method, path, _ in server.asked if method == "GET"]
@@ -80,7 +80,7 @@ def test_a_number_of_images_that_is_not_known_gives_the_same_file(tmp_path, phot
     monkeypatch.setattr(beton_module, "_FIRST_CAPACITY", 3)
     monkeypatch.setattr(beton_module, "MIN_PAGE_SIZE", 1 << 15)
     pack(tmp_path / "a.tar", tmp_path / "local.beton", page_size=1 << 15)
-    with web_files(tmp_path, ranges=True) as server:
+    with running(WebFiles(tmp_path, ranges=True)) as server:
         pack(f"{server.url}/a.tar", tmp_path / "web.beton", page_size=1 << 15)
     assert (tmp_path / "web.beton").read_bytes() == (tmp_path / "local.beton").read_bytes()
     assert open_beton(tmp_path / "web.beton").pointers[0] == 3 << 15
@@ -166,7 +166,7 @@ def test_memory_does_not_grow_with_the_tar(tmp_path):
 
 def test_addresses_in_messages_hold_no_secrets(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
-    with web_files(tmp_path, ranges=True) as server:
+    with running(WebFiles(tmp_path, ranges=True)) as server:
         url = server.url.replace("http://", "http://user:word@") + "/no.tar?key=secret"
         with pytest.raises(InputError, match="there is no file http://127.0.0.1:.*/no.tar$"):
             pack(url, tmp_path / "x.beton")

@@ -10,6 +10,8 @@ import uuid
 import fsspec
 import pytest
 
+from tests.fake_hub import hub  # noqa: F401
+
 
 def alone(put_object):
     """moto's way to store an object, for one request at a time: it looks whether there is one, and stores it later."""

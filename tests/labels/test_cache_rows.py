@@ -16,21 +16,26 @@ def forbidden(*_):
     raise AssertionError("the long way was taken")
 
 
+def cache_and_maps(folder, spec, count):
+    """The token cache of some images of a set of 23, in random order, and the label maps of the same images."""
+    write_set(folder / "set", spec, 4)
+    label_set = open_label_set(folder / "set")
+    order = np.random.default_rng(count).permutation(23)[:count]
+    keys = [make_key(position) for position in order]
+    hashes = make_arrays(spec).content_hash[order]
+    cache = build_token_cache(label_set, keys, hashes, spec.class_names, folder=folder / "cache")
+    return cache, [label_set[key] for key in keys]
+
+
 @pytest.mark.parametrize(("classes", "top_k", "views"), [(7, 4, 1), (7, 1, 2), (300, 5, 1), (70_000, 3, 1)], ids=str)
 @pytest.mark.parametrize("count", [23, 9])
 def test_equal_to_the_label_maps(tmp_path, monkeypatch, classes, top_k, views, count):
     grid = (3, 5) if classes < 1000 else (1, 2)
     spec = make_spec(samples=23, classes=classes, grid=grid, top_k=top_k, view_count=views, encoding="q8")
-    write_set(tmp_path / "set", spec, 4)
-    label_set = open_label_set(tmp_path / "set")
-    hashes = make_arrays(spec).content_hash
-    order = np.random.default_rng(count).permutation(23)[:count]
-    keys = [make_key(position) for position in order]
     monkeypatch.setattr(cache_rows, "_place_arrays", forbidden)
-    cache = build_token_cache(label_set, keys, hashes[order], spec.class_names, folder=tmp_path / "cache")
+    cache, maps = cache_and_maps(tmp_path, spec, count)
     assert cache.labelled.all()
-    for sample, key in enumerate(keys):
-        labels = label_set[key]
+    for sample, labels in enumerate(maps):
         np.testing.assert_array_equal(cache.class_ids[sample], labels.class_ids)
         assert cache.class_ids.dtype == labels.class_ids.dtype
         assert cache.probabilities[sample].tobytes() == labels.probabilities().tobytes()
@@ -117,16 +122,10 @@ def test_a_shard_that_lies_under_a_right_checksum_is_refused(tmp_path, monkeypat
 def test_draws_alone_equal_the_label_maps(tmp_path, monkeypatch, classes, draws, views, count):
     kind = {"top_k": 0, "draws": draws, "has_confidence": False}
     spec = make_spec(samples=23, classes=classes, grid=(2, 3), view_count=views, **kind)
-    write_set(tmp_path / "set", spec, 4)
-    label_set = open_label_set(tmp_path / "set")
-    hashes = make_arrays(spec).content_hash
-    order = np.random.default_rng(count).permutation(23)[:count]
-    keys = [make_key(position) for position in order]
     monkeypatch.setattr(cache_rows, "_place_arrays", forbidden)
-    cache = build_token_cache(label_set, keys, hashes[order], spec.class_names, folder=tmp_path / "cache")
+    cache, maps = cache_and_maps(tmp_path, spec, count)
     assert cache.labelled.all()
-    for sample, key in enumerate(keys):
-        labels = label_set[key]
+    for sample, labels in enumerate(maps):
         for view in range(views):
             np.testing.assert_array_equal(cache.entries(sample, view)[0], labels.draws[view])
         assert cache.views[sample].tobytes() == labels.views.tobytes()

@@ -7,24 +7,12 @@ from stl_offline.files import sha256_file
 from stl_offline.labels import hub as hub_module
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.transfer import push
-from tests.fake_hub import fake_hub
 from tests.labels.crash import files
 from tests.labels.synthetic import make_spec, write_set
 
-constants = pytest.importorskip("huggingface_hub.constants")
 # The client hands bytes to httpx in a way that httpx no longer wants.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 PLACE = "hf://datasets/user/labels"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", "test")
-    # Large files go as in Git LFS, whose protocol the server of the test has.
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    with fake_hub() as server:
-        yield server
 
 
 def labels(path, shards):
@@ -39,23 +27,23 @@ def stored(hub):
 def test_a_push_is_five_commits_at_most(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module, "_LEAST_SHARDS", 3)
     local = labels(tmp_path / "set", 17)
-    report = push(local, PLACE, endpoint=hub.url)
+    report = push(local, PLACE)
     assert (report.sent, report.kept) == (17, 0)
     assert stored(hub) == files(tmp_path / "set")
     assert [len(names) for names in hub.commits] == [5, 5, 5, 2, 2]
     assert set(hub.commits[-1]) == {"README.md", "manifest.json"}
     asked = len(hub.asked)
     # Once more: nothing is sent, and no shard is read back.
-    report = push(local, PLACE, endpoint=hub.url)
+    report = push(local, PLACE)
     assert (report.sent, report.kept) == (0, 17) and len(hub.commits) == 5
     assert not [path for _, path in hub.asked[asked:] if "labels-" in path and "resolve" in path]
-    assert len(open_label_set(PLACE, endpoint=hub.url)) == 17
+    assert len(open_label_set(PLACE)) == 17
 
 
 @pytest.mark.slow
 def test_a_thousand_shards(hub, tmp_path):
     local = labels(tmp_path / "set", 1000)
-    push(local, PLACE, endpoint=hub.url)
+    push(local, PLACE)
     assert len(hub.commits) == 5 and len(stored(hub)) == 1002
 
 
@@ -67,7 +55,7 @@ def test_it_waits_as_long_as_the_hub_asks(hub, tmp_path, monkeypatch, headers, s
     waits = []
     monkeypatch.setattr(hub_module.time, "sleep", waits.append)
     hub.refusals = [headers, headers]
-    push(labels(tmp_path / "set", 2), PLACE, endpoint=hub.url)
+    push(labels(tmp_path / "set", 2), PLACE)
     assert waits == [seconds, seconds]
     assert stored(hub) == files(tmp_path / "set") and len(hub.commits) == 2
 
@@ -76,7 +64,7 @@ def test_it_does_not_wait_for_ever(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module.time, "sleep", lambda seconds: None)
     hub.refusals = [{"Retry-After": "1800"}] * 9
     with pytest.raises(TargetError, match=r"cannot write hf://datasets/user/labels: .*429"):
-        push(labels(tmp_path / "set", 2), PLACE, endpoint=hub.url)
+        push(labels(tmp_path / "set", 2), PLACE)
     assert len(hub.refusals) == 6 and not hub.commits
 
 
@@ -94,9 +82,9 @@ def test_an_interrupted_push_goes_on(hub, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(hub_module.HubFolder, "commit", stop)
         with pytest.raises(KeyboardInterrupt):
-            push(local, PLACE, endpoint=hub.url)
+            push(local, PLACE)
     assert "manifest.json" not in hub.files
-    assert push(local, PLACE, endpoint=hub.url).sent == 4
+    assert push(local, PLACE).sent == 4
     assert stored(hub) == files(tmp_path / "set") and len(hub.commits) == 1 + 2 + 1
 
 
@@ -107,5 +95,5 @@ def test_a_damaged_shard_is_not_sent(hub, tmp_path):
     data[100] ^= 1
     path.write_bytes(data)
     with pytest.raises(FormatError, match=f"{local.shards[1].name} is missing or damaged"):
-        push(local, PLACE, endpoint=hub.url)
+        push(local, PLACE)
     assert not hub.commits and sha256_file(path) != local.shards[1].sha256

@@ -8,6 +8,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from stl_offline import remote
 from stl_offline.errors import FormatError, InputError, JoinError, MissingExtraError, TargetError
 from stl_offline.labels import transfer
 from stl_offline.labels.cache import build_token_cache
@@ -24,7 +25,7 @@ SHARDS = 5
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch, tmp_path):
-    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
 
 
@@ -197,7 +198,7 @@ def test_connections_that_break_in_the_middle(local, s3, flaky, tmp_path, after)
 
 
 def test_a_store_that_is_gone_is_one_line(local, s3, flaky, monkeypatch):
-    monkeypatch.setattr(storage, "TRIES", 2)
+    monkeypatch.setattr(remote, "TRIES", 2)
     push(open_label_set(local), s3 + "/labels")
     flaky.break_next(10**9, 0)
     # The client's own tries, with their longer and longer waits, are not what is tested.

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
+from stl_offline import remote
 from stl_offline.labels.format import encode_shard
-from stl_offline.labels.store import claims, open_storage, storage
+from stl_offline.labels.store import claims, open_storage
 from stl_offline.labels.writer import LabelSetWriter
 from tests.labels.crash import run
 from tests.labels.synthetic import make_arrays, make_spec, write_set
@@ -202,7 +203,7 @@ def main() -> None:
         serve()
     os.environ |= {"STL_OFFLINE_QUIET": "1", "OMP_NUM_THREADS": "1"}
     claims.RENEW_SECONDS, claims.LIFE_SECONDS = 1.0, 5.0
-    storage.FIRST_WAIT_SECONDS, storage.TRIES = 0.05, 8
+    remote.FIRST_WAIT_SECONDS, remote.TRIES = 0.05, 8
     out = Path(options.out)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)

@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 from stl_offline.errors import FormatError, InputError, StlError, TargetError
 from stl_offline.files import atomic_write, check_writable, make_folder
 from stl_offline.progress import progress_bar
-from stl_offline.remote import FIRST_WAIT_SECONDS, HOPELESS, PACKAGES, TRIES, one_line, open_filesystem, protocol_of
+from stl_offline.remote import PACKAGES, one_line, open_filesystem, persist, protocol_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -360,25 +360,7 @@ class ObjectStorage:
 
     def _persist(self, what: str, kind: type[StlError], action: Callable[[], T]) -> T:
         """Call it, and again if the store or the network fails; FileNotFoundError and FileExistsError pass through."""
-        wait = FIRST_WAIT_SECONDS
-        for attempt in range(1, TRIES + 1):
-            try:
-                return action()
-            except (FileNotFoundError, FileExistsError, NotADirectoryError):
-                raise
-            except Exception as error:
-                if _is_refused(error):
-                    raise FileExistsError(one_line(error)) from error
-                # Each store's client has errors of its own, so that no narrower list would be complete.
-                if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
-                    raise kind(f"cannot {what}: {one_line(error)}; check the credentials") from error
-                if isinstance(error, HOPELESS):
-                    raise kind(f"cannot {what}: {one_line(error)}") from error
-                if attempt == TRIES:
-                    raise kind(f"cannot {what} ({TRIES} tries): {one_line(error)}; try again later") from error
-                time.sleep(wait)
-                wait *= 2
-        raise AssertionError("unreachable")
+        return persist(what, kind, action, _pass_refusal)
 
 
 def open_storage(place: str | Path, **options: object) -> FolderStorage | ObjectStorage:
@@ -420,10 +402,12 @@ def _linked(path: Path) -> FormatError:
     return FormatError(f"{path} is a symbolic link, which label sets do not follow; replace it by what it points to")
 
 
-def _is_refused(error: Exception) -> bool:
-    """Whether a condition of the request was not met: s3fs turns that answer into an OSError like many others."""
+def _pass_refusal(error: Exception) -> None:
+    """Raise FileExistsError where a condition of the request was not met: s3fs turns that answer into an OSError like
+    many others."""
     answer = getattr(error.__cause__, "response", None) or {}
-    return answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412")
+    if answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412"):
+        raise FileExistsError(one_line(error)) from error
 
 
 def _irregular(path: Path) -> FormatError:

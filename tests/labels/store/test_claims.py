@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 
+from stl_offline import remote
 from stl_offline.errors import TargetError
 from stl_offline.labels.format import encode_shard
 from stl_offline.labels.store import Claims, claims, open_storage, storage
@@ -36,7 +37,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture(params=["folder", "memory", "s3"])
 def place(request, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
     if request.param == "s3":
         return request.getfixturevalue("s3") + "/labels"
     return str(tmp_path / "labels") if request.param == "folder" else f"memory://{tmp_path.name}/labels"
@@ -82,7 +83,7 @@ def test_stamps_change_when_a_file_is_written_again(place):
 
 
 def test_an_answer_that_is_lost_does_not_lose_the_claim(s3, flaky, monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
     here = open_storage(s3 + "/labels")
     here.create("warm", b"x")
     flaky.break_next(1, 0)
