@@ -1,4 +1,4 @@
-"""Benchmarks are run by hand, so that a change of what they call would break them unseen: small forms run here."""
+"""Benchmarks are run by hand, so a change of what they call would break them unseen: small forms of some run here."""
 
 import subprocess
 import sys

@@ -54,7 +54,7 @@ def test_the_settings_of_every_arm_and_set_are_valid(study, plan, settings):
         DumpConfig(data="x", labeler="x", out=name, **{"top_k": 5, "seed": 0} | options)
     for name, options in plan.arms.items():
         labeler = {"labeler": "x"} if options["labels"] == "online" else {}
-        assert StudentConfig(data="x", out=name, **options | labeler)
+        StudentConfig(data="x", out=name, **options | labeler)
         assert isinstance(options["labels"], str) or set(options["labels"]) <= set(plan.sets)
     assert {arm for pair in plan.differences for arm in pair} | {plan.against} <= set(plan.main)
 

@@ -14,7 +14,6 @@ Resumable: a run that is complete is not trained again. Most rows take one to tw
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,8 +149,6 @@ def changed(row: Row) -> Iterator[None]:
 def train(name: str, seed: int, out: Path, epochs: int = 0) -> dict[str, Any]:
     """The summary of a row's labeler, which is trained into OUT/NAME-seedSEED/run."""
     row, run = ROWS[name], out / f"{name}-seed{seed}" / "run"
-    if (run / "summary.json").exists():
-        return json.loads((run / "summary.json").read_text())
     images = out / "images"
     data = write_scenes(images, out / "scenes") if row.scenes else images / "train"
     settings = SHARED | row.settings | ({"epochs": epochs} if epochs else {})

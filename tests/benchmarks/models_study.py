@@ -18,18 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
-from safetensors.torch import save_file
 from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, _cfg, _create_vision_transformer
 
 import stl_offline as stl
-from stl_offline.models import load_checkpoint
+from tests.benchmarks.lite0 import LITE0, lite0_start
 from tests.benchmarks.transfer_study import difference
 
 SIDE, LITE0_SIDE = 64, 96
 SHARED = {"batch_size": 64, "amp": "none", "workers": 1, "device": "cpu"}
-FAN, LITE0 = "fan_micro_4_p8", "tf_efficientnet_lite0"
+FAN = "fan_micro_4_p8"
 # student → the labeler of its token labels
 STUDENTS = {"vit_micro_patch8_64": FAN, "regnetx_002": FAN, FAN: LITE0}
 default_cfgs = generate_default_cfgs({"vit_micro_patch8_64": _cfg(input_size=(3, SIDE, SIDE))})
@@ -47,12 +45,8 @@ def train_labeler(name: str, options: argparse.Namespace) -> Path:
     out = options.out / f"labeler-{name}"
     settings: dict[str, Any] = {"epochs": options.labeler_epochs, "img_size": SIDE}
     if name == LITE0:
-        start = options.out / "lite0.safetensors"
-        if not start.is_file():
-            model = timm.create_model(LITE0)
-            load_checkpoint(model, options.weights, by_order=True)
-            save_file(model.state_dict(), start)
-        settings = {"epochs": options.tune_epochs, "img_size": LITE0_SIDE, "init": str(start), "lr": 5e-4}
+        start = lite0_start(options.weights, options.out / "lite0.safetensors")
+        settings = {"epochs": options.tune_epochs, "img_size": LITE0_SIDE, "init": start, "lr": 5e-4}
     files = {"data": options.train, "val": options.val, "out": str(out)}
     summary = stl.train_labeler(stl.LabelerConfig(model=name, val_every=100, **files, **settings, **SHARED))
     print(f"labeler {name}: top-1 {summary['top1']:.1%}, tokens {summary['token_top1']:.1%}", flush=True)

@@ -123,7 +123,7 @@ def main() -> None:
 
     for decoded, name in ((False, "webdataset, undecoded"), (True, "webdataset, decoded and cropped")):
         compare(
-            f"`join_labels`: {name}",
+            f"`join_labels` alone: {name}",
             lambda decoded=decoded: stream(decoded, False),
             lambda decoded=decoded: stream(decoded, True),
             options.rounds,

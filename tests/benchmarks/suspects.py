@@ -16,11 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import timm
-import torch
 
 import stl_offline as stl
 from stl_offline.labels.suspects import find_suspects
+from tests.benchmarks.lite0 import LITE0, lite0_start
 
 PART = 0.05
 SCORES = {
@@ -64,18 +63,14 @@ def from_scratch(images: Path, out: Path, seed: int, epochs: int) -> stl.LabelSe
 
 def from_pretrained(images: Path, out: Path, seed: int, weights: Path) -> stl.LabelSet:
     """Whole images, labelled by heads that one epoch trained on EfficientNet-Lite0's frozen trunk."""
-    name, init = "tf_efficientnet_lite0", out / "lite0.pth"
-    names = [key for key in timm.create_model(name).state_dict() if not key.endswith("num_batches_tracked")]
-    stored = torch.load(weights, map_location="cpu", weights_only=True)
-    values = [value for key, value in stored.items() if not key.endswith("num_batches_tracked")]
-    torch.save(dict(zip(names, values, strict=True)), init)
+    init = lite0_start(weights, out / "lite0.safetensors")
     shared = {"data": str(images), "workers": 1, "img_size": 128, "interpolation": "bicubic"}
     labeler, labels = str(out / "lite0"), str(out / "lite0-labels")
     stl.train_labeler(
         stl.LabelerConfig(
             out=labeler,
-            model=name,
-            init=str(init),
+            model=LITE0,
+            init=init,
             freeze=True,
             epochs=1,
             batch_size=64,

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -141,7 +140,8 @@ def test_a_worker_that_was_suspended_changes_nothing(started, tmp_path):
         after = content(tmp_path / "set")
         with pytest.raises(TargetError, match="has changed since this began to append"):
             writer._store(manifest)
-    assert {name: data for name, data in after.items() if name in content(tmp_path / "set")} == after
+    now = content(tmp_path / "set")
+    assert {name: now.get(name) for name in after} == after
 
 
 def test_what_a_finished_append_left_is_removed(started, tmp_path):
@@ -196,4 +196,3 @@ def test_a_file_is_replaced_only_in_place_of_the_expected_one(kind, tmp_path, re
         found = list(pool.map(lambda word: storage.replace("x.json", word, b"0"), [b"%d" % n for n in range(1, 9)]))
     assert set(found) == {storage.read("x.json")} and storage.read("x.json") != b"0"
     assert storage.replace("x.json", b"9", b"0") == found[0]
-    assert np.unique(found).size == 1

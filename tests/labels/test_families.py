@@ -126,7 +126,7 @@ def test_however_views_are_cut_they_train_the_same(tmp_path_factory, cuts, order
             np.testing.assert_array_equal(getattr(cache, name), getattr(expected, name)[:, views], err_msg=name)
 
 
-def test_a_tenth_of_the_views_is_a_tenth_of_the_bytes(tmp_path, monkeypatch):
+def test_a_third_of_the_views_is_a_third_of_the_bytes(tmp_path, monkeypatch):
     """Counted where they are read: at most 1.2 times the share of the views, manifest and card included."""
     spec = make_spec(samples=30, view_count=30, grid=(5, 6), classes=50, top_k=5, encoding="q8")
     sets = [write_views(tmp_path / f"v{a}", spec, range(a, a + 10)) for a in (0, 10, 20)]
@@ -143,7 +143,7 @@ def test_a_tenth_of_the_views_is_a_tenth_of_the_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
     total = sum(len(data) for data in files(tmp_path / "all").values())
     pull(open_label_set("memory://families/all"), tmp_path / "some", views="10-19")
-    assert sum(map(len, read)) <= 1.2 * 10 / 30 * total
+    assert 0.8 * 10 / 30 * total < sum(map(len, read)) <= 1.2 * 10 / 30 * total
     some = open_label_set(tmp_path / "some")
     assert (some.spec.first_view, some.spec.views_per_image) == (10, 10) and len(some.parts) == 1
     assert some.spec.views == sets[1].spec.views

@@ -146,7 +146,9 @@ def test_killed_at_any_step_it_goes_on_from_any_view(labels, tmp_path, monkeypat
         assert run(resume) == 0
         assert len(spans_on_disk(folder)) <= 2
         assert not list(folder.glob(".*"))
-    assert 30 < step < 400
+    else:
+        pytest.fail("no process came to its end")
+    assert step > 30
 
 
 @pytest.mark.parametrize("labels", ["both"], indirect=True)

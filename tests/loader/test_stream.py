@@ -34,7 +34,7 @@ def load(images, **settings):
     kind = TokenLoader if images.path.suffix == ".beton" else StreamLoader
     loader = kind(images, ImageSettings((20, 28)), 5, **{"seed": 3} | settings)
     views = random_views(images)
-    return list(loader.epoch(2, views, start_batch=settings.pop("start", 0)))
+    return list(loader.epoch(2, views))
 
 
 @pytest.mark.parametrize("share", [{}, {"workers": 2, "world": World(1, 2)}])
