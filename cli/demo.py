@@ -5,10 +5,17 @@ from stl_offline.cli.options import debug_option, device_option, workers_option
 from stl_offline.cli.terminal import echo
 
 
-@command(epilog=example("stl-offline demo --out runs/demo"))
+@command(epilog=example("stl-offline demo --out runs/demo", "stl-offline demo --draws 16 --out runs/demo-draws"))
 @option("--train", group="data", default=1600, metavar="N", help="Training images to draw.")
 @option("--val", group="data", default=300, metavar="N", help="Validation images to draw.")
 @option("--shards", group="labels", default=4, metavar="N", help="Shards of the label set.")
+@option(
+    "--draws",
+    group="labels",
+    default=0,
+    metavar="S",
+    help="Store S classes drawn per token, in place of the 5 most probable ones (0: none).",
+)
 @option("--epochs", group="optimisation", default=5, metavar="N", help="Epochs of each student.")
 @option("--labeler-epochs", group="optimisation", default=12, metavar="N", help="Epochs of the labeler.")
 @option("--seed", group="optimisation", default=0, metavar="N", help="Seed of the images and of every stage.")
@@ -17,7 +24,16 @@ from stl_offline.cli.terminal import echo
 @workers_option
 @debug_option
 def demo(
-    out: str, train: int, val: int, shards: int, epochs: int, labeler_epochs: int, seed: int, device: str, workers: int
+    out: str,
+    train: int,
+    val: int,
+    shards: int,
+    draws: int,
+    epochs: int,
+    labeler_epochs: int,
+    seed: int,
+    device: str,
+    workers: int,
 ) -> None:
     """Run all stages on drawn images: train a labeler, dump its token labels, train students, show the results.
 
@@ -25,6 +41,6 @@ def demo(
     """
     from stl_offline.demo import run_demo
 
-    sizes = {"train": train, "val": val, "shards": shards}
+    sizes = {"train": train, "val": val, "shards": shards, "draws": draws}
     epochs_of = {"epochs": epochs, "labeler_epochs": labeler_epochs}
     echo(*run_demo(out, **sizes, **epochs_of, seed=seed, device=device, workers=workers).splitlines())

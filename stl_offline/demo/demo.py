@@ -39,13 +39,15 @@ def run_demo(
     epochs: int = 5,
     labeler_epochs: int = 12,
     shards: int = 4,
+    draws: int = 0,
     seed: int = 0,
     device: str = "auto",
     workers: int = 0,
 ) -> str:
     """Run all stages below the folder ``out`` and return the summary as text.
 
-    epochs: of each student; labeler_epochs: of the labeler.
+    epochs: of each student; labeler_epochs: of the labeler; draws: classes stored per token that are drawn, in place of
+    the five most probable ones (0: none).
 
     Every stage resumes where an earlier call stopped. Writes ``summary.json``, ``labels.html`` and
     ``report.html`` there.
@@ -54,7 +56,6 @@ def run_demo(
     machine = {"device": device, "workers": workers}
     rows: list[dict[str, Any]] = []
     images = out / "images"
-    _timed(rows, "images", lambda: write_shapes(images, train=train, val=val, seed=seed, size=SIZE))
     shared = {
         "data": str(images / "train"),
         "val": str(images / "val"),
@@ -70,16 +71,18 @@ def run_demo(
     labeler = str(out / "labeler")
     labels = str(out / "labels")
     stage_1 = LabelerConfig(out=labeler, **shared | LABELER | {"epochs": labeler_epochs})
-    _timed(rows, "labeler", lambda: train_labeler(stage_1))
     dump = DumpConfig(
         data=shared["data"],
         labeler=labeler,
         img_size=LABEL_SIZE,
         out=labels,
         shards=shards,
+        draws=draws,
         licence="Apache-2.0",
         **machine,
     )
+    _timed(rows, "images", lambda: write_shapes(images, train=train, val=val, seed=seed, size=SIZE))
+    _timed(rows, "labeler", lambda: train_labeler(stage_1))
     _timed(rows, "labels", lambda: {"bytes": dump_labels(dump).bytes})
     runs = []
     for name, source in (("student", labels), ("student without labels", "none")):

@@ -9,6 +9,8 @@ import timm
 import torch
 
 from stl_offline.demo import demo
+from stl_offline.errors import InputError
+from stl_offline.labels.label_set import open_label_set
 from stl_offline.models import ModelDescription, save_model
 
 MODEL = "fan_micro_4_p8_token"
@@ -54,9 +56,29 @@ def test_the_demo_ends_with_both_pages(tmp_path, monkeypatch):
     check_pages(text, out)
 
 
+def test_the_demo_stores_draws_where_they_are_asked_for(tmp_path, monkeypatch):
+    asked = []
+
+    def stop(config):
+        asked.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr(demo, "train_labeler", leave_untrained)
+    monkeypatch.setattr(demo, "dump_labels", stop)
+    for draws in (0, 3):
+        with pytest.raises(InterruptedError):
+            demo.run_demo(tmp_path / str(draws), train=20, val=10, draws=draws, device="cpu", workers=1)
+    assert [(config.draws, config.top_k) for config in asked] == [(0, 5), (3, 0)]
+    with pytest.raises(InputError, match="draws"):
+        demo.run_demo(tmp_path / "no", draws=-1)
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.slow
-def test_a_small_demo(tmp_path):
+@pytest.mark.parametrize("draws", [0, 3])
+def test_a_small_demo(tmp_path, draws):
     out = tmp_path / "demo"
-    check_pages(
-        demo.run_demo(out, train=60, val=30, epochs=1, labeler_epochs=1, shards=2, device="cpu", workers=1), out
-    )
+    small = {"train": 60, "val": 30, "epochs": 1, "labeler_epochs": 1, "shards": 2, "device": "cpu", "workers": 1}
+    check_pages(demo.run_demo(out, **small, draws=draws), out)
+    assert open_label_set(out / "labels").spec.draws == draws
+    assert ("share of 3 draws" in (out / "labels.html").read_text()) == (draws == 3)
