@@ -64,6 +64,12 @@ def estimate_lines(estimate: Any) -> list[str]:
     ]
     if estimate.pack_seconds:
         lines[-1] += f", plus about {_duration(estimate.pack_seconds)} to pack the images"
+    hours = ", ".join(f"{_duration(3600 * each)} by {workers}" for workers, each in estimate.hours.items())
+    lines.append(f"workers:  {hours}")
+    if estimate.read_bytes:
+        lines.append(f"reads:    {_size(estimate.read_bytes)} of tars")
+    if estimate.requests:
+        lines.append(f"requests: about {estimate.requests:,} to object stores and web servers")
     if estimate.free_bytes is not None:
         lines.append(f"disk:     {_size(estimate.free_bytes)} free, {'enough' if estimate.fits else 'NOT ENOUGH'}")
     return lines

@@ -31,7 +31,7 @@ FIRST_WAIT_SECONDS = 0.5
 # (ImportError), and mistakes, here or in the client.
 _HOPELESS = (TypeError, AttributeError, NotImplementedError, ImportError)
 
-_BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 8 << 20
 # A server that sends nothing for so long is taken for gone. There is no limit on the whole of a file.
 _SILENCE_SECONDS = 60.0
 
@@ -39,6 +39,11 @@ _SILENCE_SECONDS = 60.0
 def is_address(place: str) -> bool:
     """Whether a place is an address of another machine, not a path (``file://`` and ``local://`` are paths)."""
     return "://" in place and not place.startswith(("file://", "local://"))
+
+
+def is_web(place: str) -> bool:
+    """Whether an address is one of a web server, which gets one request for a whole file."""
+    return protocol_of(place) in _WEB
 
 
 def protocol_of(url: str) -> str:
@@ -119,7 +124,7 @@ class RemoteStream(io.RawIOBase):
 
     def __init__(self, url: str) -> None:
         self._place = shown(url)
-        self._is_web = protocol_of(url) in _WEB
+        self._is_web = is_web(url)
         self._files, self._path = open_filesystem(url, "a file")
         self._file: Any = None
         self._at = 0
@@ -148,7 +153,7 @@ class RemoteStream(io.RawIOBase):
     def _open(self) -> None:
         """Open the file at the place that is read next."""
         if not self._is_web:
-            self._file = self._files.open(self._path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead")
+            self._file = self._files.open(self._path, "rb", block_size=BLOCK_BYTES, cache_type="readahead")
             self._file.seek(self._at)
             return
         timeout = importlib.import_module("aiohttp").ClientTimeout(
@@ -159,7 +164,7 @@ class RemoteStream(io.RawIOBase):
         self._file = self._files.open(self._path, "rb", block_size=0, size=1, headers=headers, timeout=timeout)
         left = 0 if self._file.r.status == 206 else self._at
         while left:
-            data = self._file.read(min(left, _BLOCK_BYTES))
+            data = self._file.read(min(left, BLOCK_BYTES))
             if not data:
                 raise EOFError("it is shorter than before")
             left -= len(data)
@@ -173,7 +178,7 @@ class RemoteStream(io.RawIOBase):
 
 def open_stream(url: str) -> io.BufferedReader:
     """`RemoteStream` for any size of reads."""
-    return io.BufferedReader(RemoteStream(url), _BLOCK_BYTES // 8)
+    return io.BufferedReader(RemoteStream(url), BLOCK_BYTES // 8)
 
 
 def remote_state(url: str) -> list[str]:
@@ -182,15 +187,27 @@ def remote_state(url: str) -> list[str]:
     Raises:
         InputError: there is no such file, or it cannot be reached.
     """
+    found = _look(url)
+    marks = ("size", "ETag", "etag", "mtime", "md5Hash", "LastModified", "Last-Modified", "created", "blob_id")
+    return [f"{name} {found[name]}" for name in marks if found.get(name) is not None]
+
+
+def remote_size(url: str) -> int:
+    """The bytes of a file at an address, without reading it. Raises as `remote_state`, or where they are not known."""
+    size = _look(url).get("size")
+    if size is None:
+        raise InputError(f"the server gives no size of {shown(url)}; download the file")
+    return int(size)
+
+
+def _look(url: str) -> dict[str, Any]:
     files, path = open_filesystem(url, "a file")
     try:
-        found = files.info(path)
+        return files.info(path)
     except FileNotFoundError as error:
         raise InputError(f"there is no file {shown(url)}") from error
     except Exception as error:
         raise InputError(f"cannot look at {shown(url)}: {one_line(error)}") from error
-    marks = ("size", "ETag", "etag", "mtime", "md5Hash", "LastModified", "Last-Modified", "created", "blob_id")
-    return [f"{name} {found[name]}" for name in marks if found.get(name) is not None]
 
 
 def expand_remote(url: str) -> list[str]:

@@ -3,7 +3,11 @@
 import os
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,21 +16,31 @@ from stl_offline.config import DumpConfig
 from stl_offline.device import pick_device
 from stl_offline.distributed import World, join_world, leaving_world, sum_over_world
 from stl_offline.dump.labelling import Labelling, check_shards, load_labeler, pick_shards
+from stl_offline.dump.tars import TarLabelling, streamed_tars
 from stl_offline.images.beton import Beton
 from stl_offline.images.classes import read_class_map
 from stl_offline.images.pack import find_packed, pack_sample
 from stl_offline.labels.arrays import ShardArrays, select
 from stl_offline.labels.card import make_card
 from stl_offline.labels.format import encode_shard
+from stl_offline.labels.hub import is_hub
 from stl_offline.labels.manifest import Manifest, ShardRecord, shard_name, shard_range
 from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.store import open_storage
 from stl_offline.labels.views_ahead import run_bytes
 from stl_offline.models import TokenLabeler
+from stl_offline.remote import BLOCK_BYTES, is_address, is_web, remote_size
 
 # A first batch warms up; then as many batches are measured as fit into the seconds, within the limits.
 _SECONDS = 10.0
 _FEWEST, _MOST = 3, 32
+# Numbers of workers for which a job is priced.
+WORKERS = (1, 8, 64)
+# To an object store, of a shard; docs/scale.md lists them.
+_SHARD_REQUESTS = 10
+_TAR_BLOCK = 512
+# Files of a store that are looked at at the same time.
+_LOOKS = 16
 
 
 @dataclass(frozen=True)
@@ -35,8 +49,10 @@ class DumpEstimate:
 
     images, views (of each), shards: what the label set would hold; bytes: all its files; cache_bytes: the most that
     its token caches take at a time on a machine that trains from it; images_per_second, seconds: of the job with
-    ``processes`` processes; pack_seconds: before that, for images that are not packed yet;
-    free_bytes: where the set would be written (None for an object store).
+    ``processes`` processes; pack_seconds: before that, for images that are not packed yet; free_bytes: where the set
+    would be written (None for an object store); hours: of the job by each number of workers in `WORKERS`, each as fast
+    as one that was measured; read_bytes: of tars that are streamed; requests: to the stores that the set is written to
+    and the tars are read from (0 for folders, and for the Hugging Face hub, to which a finished set is pushed).
     """
 
     images: int
@@ -51,6 +67,9 @@ class DumpEstimate:
     processes: int
     measured: int
     free_bytes: int | None
+    hours: dict[int, float]
+    read_bytes: int
+    requests: int
     is_first: bool = True
 
     @property
@@ -70,6 +89,9 @@ def estimate_dump(config: DumpConfig) -> DumpEstimate:
     world = join_world(device, "gloo")
     with leaving_world():
         labeler = load_labeler(config)
+        tars = streamed_tars(config)
+        if tars is not None:
+            return _measure_tars(config, labeler, tars, device, world)
         class_map = None if config.class_map is None else read_class_map(config.class_map)
         packed = find_packed(config.data, skip_broken=config.skip_broken, class_map=class_map)
         if packed is not None:
@@ -82,6 +104,44 @@ def estimate_dump(config: DumpConfig) -> DumpEstimate:
             return _measure(config, labeler, beton, images, seconds, device, world)
 
 
+def _measure_tars(
+    config: DumpConfig, labeler: TokenLabeler, tars: Sequence[str], device: torch.device, world: World
+) -> DumpEstimate:
+    """Of tars that are streamed: the first images of the first one stand for all."""
+    labelling = TarLabelling(config, labeler, tars, device)
+    with ThreadPoolExecutor(_LOOKS) as pool:
+        size = sum(pool.map(lambda tar: remote_size(tar) if is_address(tar) else os.path.getsize(tar), tars))
+    with (
+        tempfile.TemporaryDirectory(prefix="stl-offline-") as folder,
+        closing(labelling.chunks(tars[0], Path(folder), _MOST)) as chunks,
+    ):
+        started = time.perf_counter()
+        beton = next(chunks)
+        seconds = (time.perf_counter() - started) / len(beton)
+        # Each file of a tar has a header and is filled up to whole blocks; labels beside images are left out.
+        each = float(np.mean(-(-beton.sizes // _TAR_BLOCK) * _TAR_BLOCK + _TAR_BLOCK))
+        images = max(len(tars), round(size / each))
+        found = _measure(config, labeler, beton, images, 0.0, device, world, len(tars))
+    # Tars are read and checked while labels are made: the slower of both counts.
+    rate = min(found.images_per_second, world.size / seconds)
+    reads = 0
+    if is_address(tars[0]):
+        reads = len(tars) if is_web(tars[0]) else -(-size // BLOCK_BYTES)
+    return replace(
+        found,
+        images_per_second=rate,
+        seconds=images / rate,
+        hours=_hours(images * world.size / rate, len(tars)),
+        read_bytes=size,
+        requests=found.requests + reads,
+    )
+
+
+def _hours(seconds: float, shards: int) -> dict[int, float]:
+    """Hours that each of `WORKERS` takes for what one does in ``seconds``. None has less than a shard to do."""
+    return {workers: seconds / shards * -(-shards // workers) / 3600 for workers in WORKERS}
+
+
 def _measure(
     config: DumpConfig,
     labeler: TokenLabeler,
@@ -90,6 +150,7 @@ def _measure(
     pack_seconds: float,
     device: torch.device,
     world: World,
+    shards: int = 0,
 ) -> DumpEstimate:
     check_shards(config.shards, images)
     # One shard, since the whole set may have more shards than there are measured images.
@@ -102,7 +163,7 @@ def _measure(
     started = time.process_time()
     whole = len(encode_shard(arrays, labelling.spec))
     encoding = (time.process_time() - started) / len(arrays)
-    shards = config.shards or pick_shards(images, config.crops_per_image)
+    shards = shards or config.shards or pick_shards(images, config.crops_per_image)
     # Two sizes give the bytes per image and the bytes that each shard adds; the smaller one is a real shard's size.
     few = select(arrays, slice(max(1, min(len(arrays) // 2, images // shards))))
     part = len(encode_shard(few, labelling.spec))
@@ -127,6 +188,9 @@ def _measure(
         processes=world.size,
         measured=len(arrays),
         free_bytes=open_storage(config.out).free_bytes(),
+        hours=_hours(images * world.size / rate, shards),
+        read_bytes=0,
+        requests=_SHARD_REQUESTS * shards if is_address(config.out) and not is_hub(config.out) else 0,
         is_first=world.is_first,
     )
 

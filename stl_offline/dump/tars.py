@@ -102,12 +102,12 @@ class TarLabelling:
         labelling = Labelling(self.config, self.labeler, chunk, self.device, content_ids(chunk))
         return labelling.label(np.arange(len(chunk)), done)
 
-    def chunks(self, tar: str, folder: Path) -> Iterator[Beton]:
+    def chunks(self, tar: str, folder: Path, batches: int = _FIRST_BATCHES) -> Iterator[Beton]:
         """The images of a tar in temporary files. All but the last hold whole batches, so that what is labelled
-        together does not depend on how they are cut."""
+        together does not depend on how they are cut. batches: of the first one."""
         where, batch = shown(tar), self.config.batch_size
         names = self._classes.names if self._has_classes else (UNLABELLED,)
-        limit, count = _FIRST_BATCHES * batch, 0
+        limit, count = batches * batch, 0
         with closing(self._encoded(tar)) as images:
             for number in itertools.count():
                 path = folder / f"{number}.beton"

@@ -70,18 +70,20 @@ class TestEstimate:
         code, out, _ = dump(capsys, work, tmp_path / "set", "--estimate")
         assert code == 0
         assert [line.partition(":")[0] for line in out.splitlines()] == [
-            "estimate",
-            "size",
-            "cache",
-            "speed",
-            "time",
-            "disk",
+            *("estimate", "size", "cache", "speed", "time", "workers", "disk")
         ]
         assert "45 images" in out and "15 shards" in out and "enough" in out
 
     def test_a_disk_that_is_too_small(self, work, tmp_path, monkeypatch):
         monkeypatch.setattr(FolderStorage, "free_bytes", lambda self: 1000)
         assert not estimate_dump(DumpConfig(**work, out=str(tmp_path / "set"))).fits
+
+    def test_the_whole_job_is_priced(self, work, tmp_path):
+        found = estimate_dump(DumpConfig(**work, out="memory://priced/set"))
+        one = found.seconds / 3600
+        # 15 shards: eight workers do two each, at most; of 64 none does less than one.
+        assert found.hours == pytest.approx({1: one, 8: one * 2 / 15, 64: one / 15})
+        assert found.requests == 150 and found.read_bytes == 0 and found.free_bytes is None
 
     def test_what_the_dump_would_refuse(self, work, tmp_path):
         with pytest.raises(InputError, match="more than the 45 images"):

@@ -15,7 +15,7 @@ import torch
 
 from stl_offline import remote
 from stl_offline.config import DumpConfig
-from stl_offline.dump import Labelling, dump_labels, load_labeler
+from stl_offline.dump import Labelling, dump_labels, estimate_dump, load_labeler
 from stl_offline.dump import tars as dump_tars
 from stl_offline.errors import InputError, JoinError, TargetError
 from stl_offline.images import tar_stream
@@ -273,6 +273,18 @@ class TestHostile:
         monkeypatch.setattr(dump_tars, "_MOST_MAPS", 10)
         with pytest.raises(InputError, match=r"1.tar holds more than 10 images, too many for one shard; give `shards`"):
             self.dump(settings, tmp_path, files[5:30])
+
+
+def test_an_estimate_reads_the_first_images_and_writes_nothing(files, settings, tmp_path):
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", files[15 * number : 15 * number + 15])
+    with running(WebFiles(tmp_path, ranges=True)) as server:
+        found = estimate_dump(DumpConfig(**settings, data=f"{server.url}/{{0..2}}.tar", out="memory://none/set"))
+    assert found.images == pytest.approx(45, rel=0.35) and found.shards == 3 and found.measured == 15
+    assert found.read_bytes == sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
+    assert found.requests == 30 + 3
+    assert found.hours[8] == found.hours[64] == pytest.approx(found.hours[1] / 3)
+    assert {path for method, path, _ in server.asked if method == "GET"} == {"/0.tar"}
 
 
 class TestJobs:
