@@ -9,6 +9,7 @@ import timm
 
 from stl_offline.demo.shapes import write_shapes
 from stl_offline.models import ModelDescription, save_model
+from tests.benchmarks.transfer_study import pretrained_runs
 from tests.source_tree import REPOSITORY
 from tests.transfer.conftest import CLASSES, IGNORE, write_tar
 
@@ -44,6 +45,10 @@ def test_the_transfer_study_compares_paired_seeds(tmp_path):
     data_options = ["--masks", data, "--classes", ",".join(CLASSES), "--ignore-id", IGNORE, "--out", tmp_path / "out"]
     quick = ["--crop", 32, "--epochs", 1, "--seeds", 2, "--head-width", 8, "--corrupt", "fog:3"]
     arms = ["--base", "plain", "--pretrained", f"plain={tmp_path}/plain-seed*"]
+    with pytest.raises(SystemExit, match="not complete, without summary.json: .*plain-seed0"):
+        pretrained_runs(arms[-1:], 2)
+    for seed in range(2):
+        (tmp_path / f"plain-seed{seed}" / "summary.json").write_text("{}")
     rows = run("transfer_study.py", *data_options, *quick, *arms)
     assert [[cell.strip() for cell in row.split("|")[1:3]] for row in rows] == [["random", "2"], ["plain", "2"]]
     assert rows[0].count("(SE ") == 3 and "(SE " not in rows[1]

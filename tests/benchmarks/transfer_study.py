@@ -57,7 +57,7 @@ SCORES = ("clean", "corrupted", "retention")
 
 
 def pretrained_runs(given: list[str], seeds: int) -> dict[str, list[str]]:
-    """Arms and their backbones by seed, from ``ARM=GLOB``; ends the program where a seed has none or two."""
+    """Arms and their backbones by seed, from ``ARM=GLOB``; ends the program where a seed has not one complete run."""
     arms: dict[str, list[str]] = {}
     for each in given:
         arm, _, pattern = each.partition("=")
@@ -69,6 +69,10 @@ def pretrained_runs(given: list[str], seeds: int) -> dict[str, list[str]]:
         if wrong:
             raise SystemExit(f"{each}: no run or several for the seeds {wrong}; folders must end in seed0, seed1, …")
         arms[arm] = [found[seed][0] for seed in range(seeds)]
+        # The weights of a run that still trains change.
+        training = [folder for folder in arms[arm] if not Path(folder, "summary.json").is_file()]
+        if training:
+            raise SystemExit(f"{each}: not complete, without summary.json: {', '.join(training)}")
     return arms
 
 
