@@ -62,6 +62,13 @@ foreign_labeler_options = together(
     ),
 )
 
+dry_run_option = option(
+    "--dry-run",
+    group="general",
+    is_flag=True,
+    help="Print the settings, the number of steps, and estimated time and memory. Write nothing.",
+)
+
 training_options = together(
     option(
         "--recipe",
@@ -70,12 +77,7 @@ training_options = together(
         show_default="none",
         help="Settings that replace the defaults: fan-tiny, fan-small, fan-base, fan-large, fan-micro, or a YAML file.",
     ),
-    option(
-        "--dry-run",
-        group="general",
-        is_flag=True,
-        help="Print the settings, the number of steps, and estimated time and memory. Write nothing.",
-    ),
+    dry_run_option,
     setting_option(TrainConfig, "--data", group="data", metavar="SRC", more=SOURCE_HELP),
     setting_option(TrainConfig, "--val", group="data", metavar="SRC", show_default="none"),
     setting_option(TrainConfig, "--skip-broken/--no-skip-broken", group="data"),

@@ -8,7 +8,7 @@ import click
 from stl_offline.cli.command import given
 from stl_offline.cli.output import run_line
 from stl_offline.cli.terminal import echo
-from stl_offline.config import RunConfig, TrainConfig
+from stl_offline.config import RunConfig
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -21,11 +21,8 @@ def settings_of_run(kind: type[C], ctx: click.Context, recipe: str | None, setti
     return resolve(kind, recipe, {name: value for name, value in settings.items() if name in named})
 
 
-def print_dry_run(stage: str, config: TrainConfig) -> None:
-    """Settings, steps, time and memory of a run that is not started; printed by the first process of a job."""
-    from stl_offline.training.dry_run import dry_run
-
-    found = dry_run(config, stage)
+def print_dry_run(found: Any) -> None:
+    """A `DryRun`: settings, steps, time and memory of a run that is not started; printed by a job's first process."""
     if found.is_first:
         echo(*found.lines())
 

@@ -26,7 +26,9 @@ def train_labeler(ctx: click.Context, recipe: str | None, dry_run: bool, **setti
     """
     config = settings_of_run(LabelerConfig, ctx, recipe, settings)
     if dry_run:
-        print_dry_run("labeler", config)
+        from stl_offline.training.dry_run import dry_run as measure
+
+        print_dry_run(measure(config, "labeler"))
         return
     from stl_offline.training.train_labeler import train_labeler as train
 

@@ -48,7 +48,9 @@ def train_student(ctx: click.Context, recipe: str | None, dry_run: bool, **setti
     """
     config = settings_of_run(StudentConfig, ctx, recipe, settings)
     if dry_run:
-        print_dry_run("student", config)
+        from stl_offline.training.dry_run import dry_run as measure
+
+        print_dry_run(measure(config, "student"))
         return
     from stl_offline.training.train_student import train_student as train
 

@@ -4,7 +4,7 @@ import click
 
 from stl_offline.cli.command import command, example, setting_option
 from stl_offline.cli.options import debug_option
-from stl_offline.cli.stages import print_run, settings_of_run
+from stl_offline.cli.stages import print_dry_run, print_run, settings_of_run
 from stl_offline.cli.transfer.options import fine_tuning_options
 from stl_offline.config_transfer import DetectConfig
 
@@ -27,13 +27,16 @@ _HELP = "with Pascal VOC's NAME.xml beside NAME.jpg, or in a folder Annotations,
 @setting_option(DetectConfig, "--side-min", group="augmentation", metavar="N")
 @debug_option
 @click.pass_context
-def detect(ctx: click.Context, recipe: str | None, **settings: object) -> None:
+def detect(ctx: click.Context, recipe: str | None, dry_run: bool, **settings: object) -> None:
     """Fine-tune a backbone on boxes: object detection with torchvision's Faster R-CNN and a feature pyramid.
 
     Images are scored by COCO's mean average precision (extra [detect]). A run that was interrupted is continued by the
     same command.
     """
     config = settings_of_run(DetectConfig, ctx, recipe, settings)
-    from stl_offline.transfer import train_detector
+    from stl_offline.transfer import dry_run_detector, train_detector
 
+    if dry_run:
+        print_dry_run(dry_run_detector(config))
+        return
     print_run("detector", config.out, train_detector(config))

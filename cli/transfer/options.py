@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from stl_offline.cli.command import F, option, setting_option, together
-from stl_offline.cli.options import device_option, workers_option
+from stl_offline.cli.options import device_option, dry_run_option, workers_option
 from stl_offline.config_transfer import BackboneConfig
 
 PAIRS_HELP = "images/NAME.jpg with masks/NAME.png at any depth, or NAME.jpg beside NAME.png, masks of class ids"
@@ -67,4 +67,4 @@ def fine_tuning_options(config: type[BackboneConfig]) -> Callable[[F], F]:
         show_default="none",
         help="Settings that replace the defaults: one of the package's recipes, or a YAML file.",
     )
-    return together(recipe, *options, device_option, workers_option)
+    return together(recipe, dry_run_option, *options, device_option, workers_option)

@@ -4,7 +4,7 @@ import click
 
 from stl_offline.cli.command import command, example, setting_option
 from stl_offline.cli.options import debug_option
-from stl_offline.cli.stages import print_run, settings_of_run
+from stl_offline.cli.stages import print_dry_run, print_run, settings_of_run
 from stl_offline.cli.transfer.options import PAIRS_HELP, fine_tuning_options
 from stl_offline.config_transfer import SegmentConfig
 
@@ -30,13 +30,16 @@ from stl_offline.config_transfer import SegmentConfig
 @setting_option(SegmentConfig, "--sliding-window/--no-sliding-window", group="output")
 @debug_option
 @click.pass_context
-def segment(ctx: click.Context, recipe: str | None, **settings: object) -> None:
+def segment(ctx: click.Context, recipe: str | None, dry_run: bool, **settings: object) -> None:
     """Fine-tune a backbone on masks: semantic segmentation with SegFormer's head.
 
     Images are scored at their full size after every --val-every epochs. A run that was interrupted is continued by the
     same command. For several processes: torchrun --nproc-per-node N -m stl_offline.cli transfer segment …
     """
     config = settings_of_run(SegmentConfig, ctx, recipe, settings)
-    from stl_offline.transfer import train_segmenter
+    from stl_offline.transfer import dry_run_segmenter, train_segmenter
 
+    if dry_run:
+        print_dry_run(dry_run_segmenter(config))
+        return
     print_run("segmenter", config.out, train_segmenter(config))

@@ -20,12 +20,14 @@ from stl_offline.random import STREAM_DENSE, uniforms
 from stl_offline.training.engine import run_training
 from stl_offline.training.run_folder import RunFolder
 from stl_offline.training.setup import TrainingRun, run_settings, seed_weights
+from stl_offline.training.step_timer import DryRun
 from stl_offline.training.steps import Share, StepRandom
 from stl_offline.training.watch import summary_writer
 from stl_offline.transfer.backbone import make_backbone
 from stl_offline.transfer.boxes import BoxSet, open_boxes
 from stl_offline.transfer.detect_scores import DetectValidation, as_tensor, check_coco_can_run
 from stl_offline.transfer.detector import Detector, DetectorDescription
+from stl_offline.transfer.dry_run import DenseTimer, measure_dense
 from stl_offline.transfer.pair_loader import ThreadedLoader
 from stl_offline.transfer.pairs import class_list
 
@@ -42,8 +44,22 @@ def train_detector(config: DetectConfig) -> dict[str, Any]:
     """
     with leaving_world():
         run = _prepare(config)
-        folder = RunFolder(config.out, STAGE, run_settings(config, run.amp), run.identity())
-        return run_training(run, folder, DetectObjective(run), lambda epoch: {}, lambda: (_loader(run), _scorer(run)))
+        return run_training(
+            run, _folder(run), DetectObjective(run), lambda epoch: {}, lambda: (_loader(run), _scorer(run))
+        )
+
+
+def dry_run_detector(config: DetectConfig) -> DryRun:
+    """Check settings, data and backbone as `train_detector` does, and take a few steps; nothing is written.
+
+    Raises:
+        StlError: what the run itself would raise before its first step.
+        MissingExtraError: as `train_detector`.
+    """
+    with leaving_world():
+        run = _prepare(config)
+        timer = DenseTimer(run, _loader(run), DetectObjective, config.side * config.longest)
+        return measure_dense(timer, _folder(run), run.model.backbone.backbone, len(run.val or ()))
 
 
 @dataclass(kw_only=True)
@@ -194,6 +210,10 @@ def _prepare(config: DetectConfig) -> DetectRun:
         train=train,
         val=val,
     )
+
+
+def _folder(run: DetectRun) -> RunFolder:
+    return RunFolder(run.config.out, STAGE, run_settings(run.config, run.amp), run.identity())
 
 
 def _loader(run: DetectRun) -> BoxLoader:

@@ -21,14 +21,18 @@ from stl_offline.palette import class_pixels
 from stl_offline.training.engine import run_training
 from stl_offline.training.run_folder import RunFolder
 from stl_offline.training.setup import TrainingRun, run_settings, seed_weights
+from stl_offline.training.step_timer import DryRun
 from stl_offline.training.steps import Share, StepRandom
 from stl_offline.training.watch import summary_writer
 from stl_offline.transfer.backbone import make_backbone
 from stl_offline.transfer.crops import DenseCrops
+from stl_offline.transfer.dry_run import DenseTimer, measure_dense
 from stl_offline.transfer.pair_loader import PairBatch, PairLoader
 from stl_offline.transfer.pairs import NO_CLASS, PairSet, class_list, open_pairs
 from stl_offline.transfer.segment_scores import SegmentValidation
 from stl_offline.transfer.segmenter import Segmenter, SegmenterDescription
+
+STAGE = "segmenter"
 
 
 def train_segmenter(config: SegmentConfig) -> dict[str, Any]:
@@ -40,8 +44,21 @@ def train_segmenter(config: SegmentConfig) -> dict[str, Any]:
     """
     with leaving_world():
         run = _prepare(config)
-        folder = RunFolder(config.out, "segmenter", run_settings(config, run.amp), run.identity())
-        return run_training(run, folder, SegmentObjective(run), lambda epoch: {}, lambda: (_loader(run), _scorer(run)))
+        return run_training(
+            run, _folder(run), SegmentObjective(run), lambda epoch: {}, lambda: (_loader(run), _scorer(run))
+        )
+
+
+def dry_run_segmenter(config: SegmentConfig) -> DryRun:
+    """Check settings, data and backbone as `train_segmenter` does, and take a few steps; nothing is written.
+
+    Raises:
+        StlError: what the run itself would raise before its first step.
+    """
+    with leaving_world():
+        run = _prepare(config)
+        timer = DenseTimer(run, _loader(run), SegmentObjective, config.crop_height * config.crop_width)
+        return measure_dense(timer, _folder(run), run.model.backbone, len(run.val or ()))
 
 
 @dataclass(kw_only=True)
@@ -153,7 +170,7 @@ def _prepare(config: SegmentConfig) -> SegmentRun:
         summary_writer()
     device = pick_device(config.device)
     amp = pick_amp(config.amp, device)
-    RunFolder(config.out, "segmenter", run_settings(config, amp), {}).look(config.resume)
+    RunFolder(config.out, STAGE, run_settings(config, amp), {}).look(config.resume)
     classes = class_list(config.classes)
     if config.ignore_id < len(classes):
         raise InputError(f"`ignore_id`={config.ignore_id} is the id of the class {classes[config.ignore_id]!r}")
@@ -182,6 +199,10 @@ def _prepare(config: SegmentConfig) -> SegmentRun:
         train=train,
         val=val,
     )
+
+
+def _folder(run: SegmentRun) -> RunFolder:
+    return RunFolder(run.config.out, STAGE, run_settings(run.config, run.amp), run.identity())
 
 
 def _loader(run: SegmentRun) -> PairLoader:

@@ -10,8 +10,9 @@ from stl_offline.cli.main import main
 from stl_offline.config import DumpConfig, LabelerConfig, StudentConfig
 from stl_offline.dump import dump_labels
 from stl_offline.errors import StlError
-from stl_offline.training.dry_run import _SavedBytes, dry_run
+from stl_offline.training.dry_run import dry_run
 from stl_offline.training.optimization import TrainStep
+from stl_offline.training.step_timer import SavedBytes
 from stl_offline.training.train_labeler import train_labeler
 
 
@@ -54,7 +55,7 @@ def test_saved_bytes_are_what_backward_needs():
     """A product keeps both factors, a sigmoid its result; the same memory counts once, parameters not at all."""
     weight = torch.randn(30, 20, requires_grad=True)
     values = torch.randn(50, 30)
-    with _SavedBytes([weight]) as counted:
+    with SavedBytes([weight]) as counted:
         product = values @ weight
         result = product.sigmoid()
         again = values * weight.sum()

@@ -16,7 +16,7 @@ from stl_offline.cli.main import main
 from stl_offline.config_transfer import DetectConfig, TransferEvaluateConfig
 from stl_offline.errors import InputError
 from stl_offline.training.engine import Trainer
-from stl_offline.transfer import evaluate_transfer, train_detector
+from stl_offline.transfer import dry_run_detector, evaluate_transfer, train_detector
 from stl_offline.transfer.backbone import Backbone, BackboneSpec
 from stl_offline.transfer.boxes import open_boxes
 from stl_offline.transfer.detect_scores import Boxes, average_precisions
@@ -167,6 +167,18 @@ def test_the_command_trains_and_evaluates(quick, capsys):
     assert scores == {"samples": 2} | {name: entry[name] for name in scores if name != "samples"}
     with pytest.raises(InputError, match="`sliding_window` is for segmenters"):
         evaluate_transfer(replace(config, sliding_window=True))
+
+
+def test_a_dry_run_takes_steps_and_writes_nothing(quick, capsys):
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in quick.items()]
+    assert main(["transfer", "detect", "--dry-run", *words]) == 0
+    shown = {words[0]: " ".join(words[1:]) for line in capsys.readouterr().out.splitlines() if (words := line.split())}
+    assert shown["data"] == "4 images to learn from, 2 to measure on"
+    assert shown["steps"].startswith("4 (2 per epoch") and shown["step"].startswith("2 images")
+    assert shown["model"].endswith("feature maps at strides 4, 8, 16, 32")
+    assert not Path(quick["out"]).exists()
+    with pytest.raises(InputError, match="the class 'disc' is not among `classes`"):
+        dry_run_detector(DetectConfig(**quick | {"classes": "box,other"}))
 
 
 @pytest.mark.slow

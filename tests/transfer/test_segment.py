@@ -17,7 +17,7 @@ from stl_offline.errors import InputError
 from stl_offline.models import ModelDescription, save_model
 from stl_offline.recipes import recipe_names, resolve
 from stl_offline.training.engine import Trainer
-from stl_offline.transfer import evaluate_transfer, load_segmenter, train_segmenter
+from stl_offline.transfer import dry_run_segmenter, evaluate_transfer, load_segmenter, train_segmenter
 from stl_offline.transfer.backbone import Backbone, BackboneSpec, level_indices, make_backbone
 from stl_offline.transfer.pairs import NO_CLASS
 from stl_offline.transfer.segment_scores import SegmentScores, confusion_matrix
@@ -262,3 +262,23 @@ def test_the_command(quick, capsys):
     assert re.search(r"segmenter: .*, mean IoU ", capsys.readouterr().out)
     entry = json.loads(Path(quick["out"], "log.jsonl").read_text())
     assert {"miou", "iou/disc", "loss", "accuracy"} <= entry.keys()
+
+
+def test_a_dry_run_takes_steps_and_writes_nothing(quick, scenes, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = quick | {"accumulate": 2, "lr_batch": 16, "freeze": True}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name != "freeze"]
+    assert main(["transfer", "segment", "--dry-run", "--freeze", *options]) == 0
+    shown = {words[0]: " ".join(words[1:]) for line in capsys.readouterr().out.splitlines() if (words := line.split())}
+    assert shown["data"] == "10 images to learn from, 3 to measure on"
+    assert shown["step"] == "8 images, learning rate up to 0.0005"
+    assert shown["steps"].startswith("4 (2 per epoch, the first 0 of them warm-up)")
+    assert shown["model"].endswith("feature maps at strides 8, 8, 8, 8")
+    assert shown["freeze"] == "yes" and "of training steps" in shown["time"]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="must be positive multiples of 8"):
+        dry_run_segmenter(SegmentConfig(**settings | {"crop_width": 50}))
+    found = dry_run_segmenter(SegmentConfig(**settings))
+    assert (found.steps, found.step_images) == (train_segmenter(SegmentConfig(**settings))["steps"], 8)
+    with pytest.raises(InputError, match="other settings .epochs: 2 → 3"):
+        dry_run_segmenter(SegmentConfig(**settings | {"epochs": 3}))
