@@ -14,6 +14,7 @@ from stl_offline.cli.terminal import echo
     epilog=example(
         "stl-offline labels convert labels labels-tar --format webdataset",
         "stl-offline labels convert labels labels-small --encoding q8 --shards 8",
+        "stl-offline labels convert labels-30-views labels-by-view --views-per-part 1",
     )
 )
 @click.argument("path", metavar="SET")
@@ -47,13 +48,22 @@ from stl_offline.cli.terminal import echo
     type=int,
     metavar="N",
     show_default="that of SET",
-    help="Number of shards of the new set.",
+    help="Number of shards of the new set, or of each of its parts.",
+)
+@option(
+    "--views-per-part",
+    group="labels",
+    type=int,
+    metavar="N",
+    show_default="the parts of SET",
+    help="Divide the views into parts of N, each with shards of its own, so that training and labels pull --views read "
+    "no others than they need.",
 )
 @workers_option
 @debug_option
 @ignored("--device")
 def convert(path: str, out: str, **options: Any) -> None:
-    """Write a label set in another container or encoding, or with another number of shards.
+    """Write a label set in another container or encoding, or divided into other shards or parts of views.
 
     Nothing is lost, except from f16 to q8, which changes probabilities within the bounds in the manifest. An
     interrupted conversion continues when the same command runs again.

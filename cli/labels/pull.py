@@ -23,7 +23,7 @@ from stl_offline.cli.terminal import echo
     group="labels",
     metavar="LIST",
     show_default="all",
-    help="Views to fetch, such as 0-9, of a set that was made with labels merge --views.",
+    help="Views to fetch, such as 0-9, of a set in parts (labels merge --views, labels convert --views-per-part).",
 )
 @workers_option
 @debug_option

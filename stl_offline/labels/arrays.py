@@ -4,6 +4,7 @@ n: samples; V: views of each; Gh, Gw: the token grid; k: classes kept for each c
 classes; c, s: classes kept and drawn of the class head's answer.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -27,6 +28,8 @@ from stl_offline.labels.spec import LabelSpec
 
 # What only some label sets of version 2 have, or lack.
 OPTIONAL = ("confidence", "draws", "head_ids", "head_logits", "head_confidence", "head_draws", "augmentation")
+# Arrays of `ShardArrays` whose second axis is V.
+OF_VIEW = ("views", "class_ids", "logits", *OPTIONAL[:-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,6 +296,40 @@ def select(arrays: ShardArrays, samples: slice) -> ShardArrays:
     """The labels of some of the samples."""
     values = {field.name: getattr(arrays, field.name) for field in fields(ShardArrays)}
     return ShardArrays(**{name: None if value is None else value[samples] for name, value in values.items()})
+
+
+def select_views(arrays: ShardArrays, views: range) -> ShardArrays:
+    """Some consecutive views, by their places 0 … V, of all samples."""
+    if views == range(arrays.class_ids.shape[1]):
+        return arrays
+    of_view = {
+        name: np.ascontiguousarray(array[:, views.start : views.stop])
+        for name in OF_VIEW
+        if (array := getattr(arrays, name)) is not None
+    }
+    if arrays.augmentation is not None:
+        records = [json.loads(text)[views.start : views.stop] for text in arrays.augmentation]
+        of_view["augmentation"] = [json.dumps(record, ensure_ascii=False) for record in records]
+    return replace(arrays, **of_view)
+
+
+def join_parts(parts: Sequence[ShardArrays]) -> ShardArrays:
+    """The views of several parts of a set as one. Raises FormatError where they are of several images."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    for each in parts:
+        if each.keys != first.keys or (each.content_hash != first.content_hash).any():
+            raise FormatError("the parts of the label set hold other images than each other")
+    joined = {
+        name: np.concatenate([getattr(each, name) for each in parts], axis=1)
+        for name in OF_VIEW
+        if getattr(first, name) is not None
+    }
+    if first.augmentation is not None:
+        records = zip(*([json.loads(text) for text in each.augmentation] for each in parts), strict=True)
+        joined["augmentation"] = [json.dumps([*itertools.chain(*each)], ensure_ascii=False) for each in records]
+    return replace(first, **joined)
 
 
 def concatenate(parts: Sequence[ShardArrays]) -> ShardArrays:

@@ -1,15 +1,16 @@
-"""Converts a label set to another container, another encoding, or another number of shards."""
+"""Converts a label set to another container or encoding, or divides it into other shards or parts of views."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from stl_offline.errors import InputError
-from stl_offline.labels.arrays import concatenate, select
+from stl_offline.labels.arrays import ShardArrays, concatenate, join_parts, select, select_views
+from stl_offline.labels.format import encode_shard
 from stl_offline.labels.label_set import LabelSet
-from stl_offline.labels.manifest import Manifest, ShardRecord, shard_range
-from stl_offline.labels.spec import ENCODINGS, LabelSpec
+from stl_offline.labels.manifest import Manifest, shard_range
+from stl_offline.labels.spec import ENCODINGS, PARTS, LabelSpec
 from stl_offline.labels.store import each_shard
 from stl_offline.labels.writer import LabelSetWriter
 
@@ -22,18 +23,22 @@ def convert(
     encoding: str | None = None,
     format_version: int | None = None,
     shards: int | None = None,
+    views_per_part: int | None = None,
     workers: int = 0,
     **options: object,
 ) -> Manifest:
     """Write a label set in another form to ``out``. Continues a conversion that was interrupted.
 
-    Changing the container or the shards, and converting from q8 to f16, is lossless: the same labels give the same
-    bytes. From f16 to q8 each value changes within q8's error bounds, which are added to those of the manifest.
+    Changing the container, the shards or the parts, and converting from q8 to f16, is lossless: the same labels give
+    the same bytes. From f16 to q8 each value changes within q8's error bounds, which are added to the manifest's.
 
     Args:
         label_set: a complete one.
         out: a new folder, or a URL that fsspec knows (``options`` go to it).
         container, encoding, format_version, shards: None keeps those of the set (for shards: the size of each).
+            Where the set is in several parts, ``shards`` are of each part.
+        views_per_part: how many consecutive views lie together, apart from the others; at least V puts all of them
+            together. None keeps the set's parts. Several parts are of format version 2.
         workers: shards converted at the same time; 0 means one per core.
 
     Raises:
@@ -42,33 +47,43 @@ def convert(
         FormatError: the set is damaged.
         TargetError: ``out`` holds something else, or cannot be written.
     """
-    label_set.only_part()
     if label_set.is_partial:
         raise InputError(f"only some shards of {label_set.place} are here; pull all of them before converting")
     old = label_set.spec
-    sizes = [shard.samples for shard in label_set.shards]
+    sizes = [label_set.shards[index].samples for index in label_set.parts[0].present]
     if shards is not None:
         if not 1 <= shards <= len(label_set):
             raise InputError(f"`shards` must lie between 1 and the {len(label_set)} images, got {shards}")
         sizes = [last - first for first, last in (shard_range(i, shards, len(label_set)) for i in range(shards))]
     spec = _new_spec(old, container or old.container, encoding or old.encoding, len(sizes))
-    if format_version is not None:
-        spec = replace(spec, format_version=format_version)
-    is_copy = all(getattr(spec, name) == getattr(old, name) for name in ("container", "encoding", "format_version"))
-    # Neighbours share a source shard where shards are cut anew.
-    read = lru_cache(maxsize=2)(label_set.read_shard)
-    with LabelSetWriter(out, spec, sizes, options=options) as writer:
+    spec = _divide(spec, views_per_part, format_version)
+    is_copy = all(
+        getattr(spec, name) == getattr(old, name) for name in ("container", "encoding", "format_version", "parts")
+    )
+    # Neighbours share a source shard of each part where shards are cut anew.
+    read = lru_cache(maxsize=2 * len(label_set.parts))(label_set.read_shard)
+    with LabelSetWriter(out, spec, sizes * len(spec.parts), options=options) as writer:
+        todo = set(writer.todo())
 
-        def write(index: int) -> None:
-            first, last = writer.shard_range(index)
-            sources = list(_overlaps(label_set.shards, first, last))
-            source, rows = sources[0]
-            if is_copy and rows == slice(0, label_set.shards[source].samples) and len(sources) == 1:
-                writer.write_encoded(index, label_set.read_whole(source))
-            else:
-                writer.write_shard(index, concatenate([select(read(source), rows) for source, rows in sources]))
+        def write(number: int) -> None:
+            """The shards of all parts that hold the same images, so that their source is read once."""
+            first, last = writer.shard_range(number)
+            sources = [list(_overlaps(part, first, last)) for part in label_set.parts]
+            arrays: ShardArrays | None = None
+            for part, views in enumerate(spec.parts):
+                index = number + part * len(sizes)
+                if index not in todo:
+                    continue
+                if is_copy and (source := _whole(label_set, sources[part])) is not None:
+                    writer.write_encoded(index, label_set.read_whole(source))
+                    continue
+                if arrays is None:
+                    arrays = join_parts(
+                        [concatenate([select(read(source), rows) for source, rows in each]) for each in sources]
+                    )
+                writer.write_encoded(index, encode_shard(select_views(arrays, views), spec.of_views(views)))
 
-        for _ in each_shard(write, writer.todo(), f"→ {out}", workers=workers):
+        for _ in each_shard(write, sorted({index % len(sizes) for index in todo}), f"→ {out}", workers=workers):
             pass
         label_set.check_unique(label_set.present)
         return writer.finish()
@@ -86,9 +101,30 @@ def _new_spec(old: LabelSpec, container: str, encoding: str, num_shards: int) ->
     return replace(old, container=container, encoding=encoding, creation=creation, bounds=bounds)
 
 
-def _overlaps(shards: Sequence[ShardRecord], first: int, last: int) -> Iterator[tuple[int, slice]]:
-    """The shards that hold the samples [first, last), and which of their rows."""
-    for index, shard in enumerate(shards):
+def _divide(spec: LabelSpec, views_per_part: int | None, format_version: int | None) -> LabelSpec:
+    """The spec with other parts and another version; None keeps what it has, as far as its version allows."""
+    views, count = spec.views, spec.views_per_image
+    if views_per_part is not None:
+        if views_per_part < 1:
+            raise InputError(f"`views_per_part` must be at least 1, got {views_per_part}")
+        parts = [min(views_per_part, count - first) for first in range(0, count, views_per_part)]
+        views = {name: value for name, value in views.items() if name != PARTS}
+        views |= {PARTS: parts} if len(parts) > 1 else {}
+    if format_version is None and PARTS not in views:
+        format_version = spec.format_version
+    return replace(spec, views=views, format_version=format_version)
+
+
+def _whole(label_set: LabelSet, sources: list[tuple[int, slice]]) -> int | None:
+    """The shard that holds these rows and no others."""
+    (index, rows), *others = sources
+    return None if others or rows != slice(0, label_set.shards[index].samples) else index
+
+
+def _overlaps(part: LabelSet, first: int, last: int) -> Iterator[tuple[int, slice]]:
+    """The shards that hold the samples [first, last) of a part, and which of their rows."""
+    for index in part.present:
+        shard = part.shards[index]
         start, stop = max(first, shard.first), min(last, shard.first + shard.samples)
         if start < stop:
             yield index, slice(start - shard.first, stop - shard.first)

@@ -46,7 +46,7 @@ class LabelSet(Mapping[str, LabelMap]):
     pulled; fingerprint: SHA-256 of the manifest, which holds every shard's SHA-256, and so stands for the whole content
     (of the manifest and the list of present shards, where some are missing).
 
-    parts: of a set that was merged of others with different views, one label set for each that is here, in the order of
+    parts: of a set whose views lie in several parts, one label set for each that is here, in the order of
     the views; of any other the set itself. ``spec`` is of the views that are here.
     """
 

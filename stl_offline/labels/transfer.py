@@ -148,7 +148,7 @@ def _wanted(label_set: LabelSet, shards: str | None, views: str | None) -> set[i
     if len(label_set.parts) == 1 and asked != set(known):
         raise InputError(
             f"every shard of {label_set.place} holds all of its views ({known[0]}-{known[-1]}), so that some of them "
-            "cannot be copied alone; dump views in parts (`first_view`) and put them together with `merge(views=True)`"
+            "cannot be copied alone; divide it where it lies, with `convert(views_per_part=1)`"
         )
     own = (range(part.spec.first_view, part.spec.first_view + part.spec.views_per_image) for part in label_set.parts)
     mine = zip(label_set.parts, own, strict=True)

@@ -4,6 +4,9 @@ A cache of all V views grows with V. A run needs one view in each epoch, so here
 consecutive views as fit into `SPAN_BYTES`, at least one. While training reads one span, a thread makes the next. Then
 the one before is removed. A set whose views all fit into one span has one cache, which is kept.
 
+A span is made from whole shards. Where each shard holds the views of many spans, each span reads them all:
+`stl_offline.labels.convert.convert` divides such a set into parts of as many views as a span has.
+
 Caches of spans are named by their content as whole ones are, so runs share those that they need at the same time. A
 run may begin at any view: what is there is opened, and the rest is made from the label set again.
 
@@ -73,6 +76,20 @@ class ViewsAhead:
             if epochs - epoch > now.stop - view:
                 self._next = _Making(self._maker, after, (now, after))
         return self._now[1], view - now.start
+
+    @property
+    def span(self) -> int:
+        """How many views a cache holds; the last one may hold fewer."""
+        return self._span
+
+    def bytes_read(self) -> tuple[int, int]:
+        """Bytes of shards that making the caches of all views once reads, and the bytes of all shards."""
+        read = held = 0
+        for label_set, views in self._maker.parts:
+            size = sum(label_set.shards[index].bytes for index in label_set.present)
+            held += size
+            read += size * len({view // self._span for view in views})
+        return read, held
 
     def close(self) -> None:
         """End the work in the background."""

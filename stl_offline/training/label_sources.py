@@ -34,6 +34,8 @@ from stl_offline.training.steps import StepRandom
 
 # Below this labelled mass a run is told so; of how many images it is measured.
 _LITTLE_MASS, _LOOKED_AT = 0.9, 256
+# How often a run may read its labels before it is told how to divide them.
+_MOST_READS = 2
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -160,6 +162,8 @@ class DumpedLabels(TokenSource):
             replayed = [group[0] for group, replay in zip(groups, self.replays, strict=True) if replay]
             warn_of_other_crops(replayed, config.scale_min, config.flip)
         self.sources = [_join(group, stage, config, len(groups) > 1) for group in groups]
+        if stage.world.is_first:
+            tell_of_reading(groups, self.sources)
         self.labelled = np.stack([source.labelled for source in self.sources])
         self._tells = stage.world.is_first and config.residual == "ignore" and config.token_norm == "mass"
         self._chosen: tuple[int, tuple[TokenCache, ...], np.ndarray, np.ndarray] | None = None
@@ -308,6 +312,18 @@ def warn_of_other_crops(label_sets: Sequence[LabelSet], scale_min: float, flip: 
                 "%s holds crops of %s of the area, flipped with probability %s, and this student replays them: its "
                 "`scale_min` %g and `flip` %g have no effect on images that read this set",
                 *(label_set.place, crops["scale"], crops["flip"], scale_min, flip),
+            )
+
+
+def tell_of_reading(groups: Sequence[Sequence[LabelSet]], sources: Sequence[ViewsAhead]) -> None:
+    """Log one warning per source whose shards are read again for most of its token caches."""
+    for group, source in zip(groups, sources, strict=True):
+        read, held = source.bytes_read()
+        if read > _MOST_READS * held:
+            _LOGGER.warning(
+                "%s: token caches hold %d of its %d views each, and its shards more: to train once on each view reads "
+                "%.1f GB, for %.1f GB of labels; `convert(views_per_part=%d)` divides the set, to read them once",
+                *(group[0].place, source.span, source.spec.views_per_image, read / 1e9, held / 1e9, source.span),
             )
 
 

@@ -13,7 +13,7 @@ from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.cache import CacheMaker, build_token_cache
 from stl_offline.labels.convert import convert
 from stl_offline.labels.families import group_families, in_view_order
-from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.merge import merge, merge_views
 from stl_offline.labels.stats import measure
 from stl_offline.labels.store.storage import ObjectStorage
@@ -167,9 +167,50 @@ def test_a_third_of_the_views_is_a_third_of_the_bytes(tmp_path, monkeypatch):
 def test_views_that_lie_in_every_shard_cannot_be_pulled_alone(tmp_path, container):
     write_set(tmp_path / "set", make_spec(view_count=4, container=container), 2)
     label_set = open_label_set(tmp_path / "set")
-    with pytest.raises(InputError, match=r"every shard of .* holds all of its views .0-3.*`merge\(views=True\)`"):
+    with pytest.raises(
+        InputError, match=r"every shard of .* holds all of its views .0-3.*`convert\(views_per_part=1\)`"
+    ):
         pull(label_set, tmp_path / "some", views="0-1")
     assert pull(label_set, tmp_path / "all", views="0-3").sent == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_set_is_divided_into_parts_and_put_together_again(tmp_path, kind, monkeypatch):
+    """As sets of these views alone, merged by views: byte for byte, wherever the division was interrupted."""
+    spec = make_spec(samples=SAMPLES, view_count=VIEWS, **KINDS[kind])
+    creation = {"creation": {"seed": 3}}
+    whole = write_views(tmp_path / "whole", spec, range(VIEWS), 3, **creation)
+    sets = [write_views(tmp_path / f"v{a}", spec, range(a, min(a + 3, VIEWS)), 3, **creation) for a in (0, 3, 6)]
+    merge_views(sets, tmp_path / "merged")
+    original, reads = LabelSet.read_shard, []
+    monkeypatch.setattr(LabelSet, "read_shard", lambda self, index: reads.append(index) or original(self, index))
+    convert(whole, tmp_path / "parts", views_per_part=3, workers=1)
+    assert files(tmp_path / "parts") == files(tmp_path / "merged")
+    assert reads == [0, 1, 2]
+    parts = open_label_set(tmp_path / "parts")
+    check_maps(parts, spec)
+    # Parts are kept, changed, and left again.
+    convert(parts, tmp_path / "copy")
+    assert files(tmp_path / "copy") == files(tmp_path / "parts")
+    other = {"webdataset": "zarr", "zarr": "webdataset"}[spec.container]
+    convert(parts, tmp_path / "other", container=other, shards=2, views_per_part=2)
+    assert open_label_set(tmp_path / "other").spec.views["parts"] == [2, 2, 2, 1]
+    convert(open_label_set(tmp_path / "other"), tmp_path / "back", container=spec.container, shards=3, views_per_part=3)
+    assert files(tmp_path / "back") == files(tmp_path / "parts")
+    lowest = spec.format_version
+    convert(parts, tmp_path / "one", views_per_part=VIEWS, format_version=lowest)
+    assert files(tmp_path / "one") == files(tmp_path / "whole")
+
+
+def test_what_cannot_be_divided(tmp_path):
+    whole = write_views(tmp_path / "whole", make_spec(samples=SAMPLES, view_count=VIEWS), range(VIEWS))
+    with pytest.raises(InputError, match="`views_per_part` must be at least 1, got 0"):
+        convert(whole, tmp_path / "o", views_per_part=0)
+    with pytest.raises(InputError, match=r"format version 1 has no views\.parts"):
+        convert(whole, tmp_path / "o", views_per_part=2, format_version=1)
+    assert not (tmp_path / "o").exists()
+    convert(whole, tmp_path / "o", views_per_part=VIEWS + 1)
+    assert files(tmp_path / "o") == files(tmp_path / "whole")
 
 
 def test_sets_that_are_no_parts_of_one_set(tmp_path):
@@ -202,11 +243,7 @@ def test_sets_that_are_no_parts_of_one_set(tmp_path):
     assert in_view_order([rest, first]) == [first, rest]
     merge_views([first, rest], tmp_path / "two")
     two = open_label_set(tmp_path / "two")
-    for work in (
-        measure,
-        lambda each: convert(each, tmp_path / "o"),
-        lambda each: merge([each, first], tmp_path / "o"),
-    ):
+    for work in (measure, lambda each: merge([each, first], tmp_path / "o")):
         with pytest.raises(InputError, match=r"holds its views in 2 parts, .*`pull\(views=\"0-2\"\)`"):
             work(two)
     with pytest.raises(JoinError, match="no label for the key 'none'"):

@@ -13,7 +13,8 @@ from stl_offline.errors import FormatError, JoinError, TargetError
 from stl_offline.labels import views_ahead
 from stl_offline.labels.cache import CacheMaker, Stopped, build_token_cache
 from stl_offline.labels.cache_file import cache_bytes
-from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.convert import convert
+from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.views_ahead import ViewsAhead, run_bytes, span_views
 from tests.labels.crash import kill_at_step, run
 from tests.labels.synthetic import make_arrays, make_key, make_spec, write_set
@@ -46,7 +47,7 @@ def images(label_set):
 
 def ahead_of(label_set, folder, span, monkeypatch):
     monkeypatch.setattr(views_ahead, "SPAN_BYTES", span * cache_bytes(label_set.spec.of_views(range(1)), 9) + 7)
-    return ViewsAhead(CacheMaker([label_set], *images(label_set), folder=folder, **POLICY))
+    return ViewsAhead(CacheMaker(label_set.parts, *images(label_set), folder=folder, **POLICY))
 
 
 def check_view(ahead, whole, epoch, epochs):
@@ -109,6 +110,36 @@ def test_a_set_that_fits_into_one_span_has_one_cache_that_is_kept(labels, tmp_pa
     for epoch in (0, 7, 4):
         assert check_view(ahead, whole, epoch, 9).path == path
     assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == [path.name]
+
+
+@pytest.mark.parametrize("labels", ["q8", "both"], indirect=True)
+@pytest.mark.parametrize("span", [1, 2])
+def test_a_divided_set_is_read_once(labels, tmp_path, monkeypatch, span):
+    """Counted where shards are read: each epoch reads the parts of its own views, and a pass over all views the set
+    once, as `bytes_read` foretells. The shards of an undivided set are read for every cache."""
+    label_set, whole = labels
+    convert(label_set, tmp_path / "parts", views_per_part=span)
+    read, original = [0], LabelSet.read_bytes
+
+    def count(self, index, **options):
+        data = original(self, index, **options)
+        read[0] += len(data)
+        return data
+
+    monkeypatch.setattr(LabelSet, "read_bytes", count)
+    for divided in (False, True):
+        each = open_label_set(tmp_path / "parts") if divided else label_set
+        ahead = ahead_of(each, tmp_path / f"spans-{divided}", span, monkeypatch)
+        total = sum(shard.bytes for shard in each.shards)
+        spans = -(-VIEWS // span)
+        assert ahead.bytes_read() == (total if divided else spans * total, total)
+        for epoch in range(VIEWS):
+            read[0] = 0
+            # The last epoch of a run, so that nothing is made in the background.
+            check_view(ahead, whole, epoch, epoch + 1)
+            size = sum(each.shards[index].bytes for part in each.parts[epoch // span :][:1] for index in part.present)
+            assert read[0] == (0 if epoch % span else size if divided else total)
+        ahead.close()
 
 
 def test_disk_use_does_not_grow_with_the_views():

@@ -387,10 +387,12 @@ class TestLabelsThatDoNotBelong:
             self.student(quick, labelled, **changes)
 
 
-def test_views_as_they_are_needed_train_the_same_student(quick, labelled, monkeypatch, tmp_path):
-    """One view of three on disk for each epoch gives the weights of a run with all three, also after a kill."""
+def test_views_as_they_are_needed_train_the_same_student(quick, labelled, monkeypatch, tmp_path, caplog):
+    """One view of three on disk for each epoch gives the weights of a run with all three, also after a kill. That its
+    shards, with all three in each, are read three times is logged."""
     config = StudentConfig(**quick | {"labels": str(labelled[0] / "views"), "epochs": 5, "val": None})
     train_student(replace(config, out=str(tmp_path / "whole")))
+    assert "views_per_part" not in caplog.text
     monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("stl_offline.labels.views_ahead.SPAN_BYTES", 1)
     seen = []
@@ -409,6 +411,8 @@ def test_views_as_they_are_needed_train_the_same_student(quick, labelled, monkey
     with pytest.raises(KeyboardInterrupt):
         train_student(spans)
     train_student(spans)
+    told = [record.getMessage() for record in caplog.records if "`convert(views_per_part=1)`" in record.getMessage()]
+    assert len(told) == 2 and "hold 1 of its 3 views each" in told[0]
     assert [epoch for epoch, _ in seen] == [0] * 3 + [1] * 3 + [2] * 2 + [2] * 2 + [3] * 3 + [4] * 3
     assert max(count for _, count in seen) == 2
     ours, theirs = (load_model(tmp_path / name)[0].state_dict() for name in ("spans", "whole"))
