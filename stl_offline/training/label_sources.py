@@ -6,6 +6,7 @@ n: samples; B: batch; N: tokens; m: targets per token.
 import abc
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ from stl_offline.training.steps import StepRandom
 
 # Below this labelled mass a run is told so; of how many images it is measured.
 _LITTLE_MASS, _LOOKED_AT = 0.9, 256
+# Of how many images with draws, and up to how many classes, it is measured what soft targets drop; more is a fault.
+_LOOKED_AT_CLASSES, _MOST_CLASSES, _ALMOST_ALL = 64, 128, 0.99
 # How often a run may read its labels before it is told how to divide them.
 _MOST_READS = 2
 _LOGGER = logging.getLogger(__name__)
@@ -166,6 +169,7 @@ class DumpedLabels(TokenSource):
             tell_of_reading(groups, self.sources)
         self.labelled = np.stack([source.labelled for source in self.sources])
         self._tells = stage.world.is_first and config.residual == "ignore" and config.token_norm == "mass"
+        self._tells_of_classes = stage.world.is_first and config.token_target == "soft"
         self._chosen: tuple[int, tuple[TokenCache, ...], np.ndarray, np.ndarray] | None = None
         self.target_settings = TokenTargets(
             kind=config.token_target,
@@ -209,6 +213,10 @@ class DumpedLabels(TokenSource):
                 views[mine] = caches[number].views[mine, places[number]]
         self._chosen = (epoch, caches, chosen, maps)
         labels = TokenLabels(self.target_settings, caches)
+        if self._tells_of_classes:
+            self._tells_of_classes = False
+            which = np.flatnonzero(self.labelled[chosen, np.arange(len(chosen))])
+            _tell_of_classes(labels, epoch, which, views, maps, chosen)
         return plan | {"views": views, "map_index": maps, "cache_index": chosen, "labels": labels}
 
     def class_answers(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
@@ -340,6 +348,29 @@ def _tell_of_weight(caches: Sequence[TokenCache]) -> None:
                 "token loss counts as %.1f times its weight (`token_norm=tokens` keeps the weight)",
                 *(100 * mass, 1 / mass),
             )
+
+
+def _tell_of_classes(
+    labels: TokenLabels, epoch: int, labelled: np.ndarray, views: np.ndarray, maps: np.ndarray, chosen: np.ndarray
+) -> None:
+    """Log a warning where soft targets keep fewer classes than draws name: no residual stands for the others."""
+    is_drawn = np.array([cache.draws is not None for cache in labels.caches])
+    some = labelled[is_drawn[chosen[labelled]]][:_LOOKED_AT_CLASSES]
+    if not len(some):
+        return
+    kept = labels.targets.m
+    most = min(labels.num_classes, max(kept, _MOST_CLASSES))
+    wider = TokenLabels(replace(labels.targets, m=most, min_confidence=0.0), labels.cache)
+    _, weights = wider(some, views[some], epoch, map_index=maps[some], cache_index=chosen[some])
+    shares = np.cumsum(-np.sort(-weights, axis=-1), axis=-1).mean(axis=(0, 1))
+    if shares[kept - 1] < _ALMOST_ALL:
+        enough = np.flatnonzero(shares >= _ALMOST_ALL)
+        _LOGGER.warning(
+            "soft targets keep the %d most probable classes of a token, and drop %.0f%% of the probability that draws "
+            "stand for; %s classes would drop less than %.0f%% (`soft_classes`), and `token_target=gumbel` drops none",
+            *(kept, 100 * (1 - shares[kept - 1])),
+            *(enough[0] + 1 if len(enough) else f"more than {most}", 100 * (1 - _ALMOST_ALL)),
+        )
 
 
 def _is_replayed(label_set: LabelSet, crops: str) -> bool:

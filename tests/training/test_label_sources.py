@@ -1,6 +1,7 @@
 """Several label sets at once: which one a sample reads, and that it reads it; strong augmentation in whole runs."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,10 +34,14 @@ def make_set(stripes, tmp_path_factory):
     """make_set(name, says, side, maps=1, leave_out=0, …) → a label set that says one class (or two, half each)."""
     beton = ensure_beton(str(stripes[0]))
 
-    def make(name, says, side, grid=(4, 4), maps=1, leave_out=0, labeler="0" * 64, class_names=beton.class_names):
+    def make(
+        name, says, side, grid=(4, 4), maps=1, leave_out=0, labeler="0" * 64, class_names=beton.class_names, draws=()
+    ):
         path = tmp_path_factory.mktemp("sets") / name
         samples = len(beton) - leave_out
-        spec = make_spec(samples, len(class_names), grid, 1, maps, class_names=tuple(class_names))
+        kept = 0 if draws else 1
+        kind = {"draws": len(draws), "has_confidence": not draws}
+        spec = make_spec(samples, len(class_names), grid, kept, maps, class_names=tuple(class_names), **kind)
         preprocessing = spec.preprocessing | {"height": side, "width": side}
         spec = replace(spec, preprocessing=preprocessing, labeler=spec.labeler | {"weights_sha256": labeler})
         views = np.tile(whole_views(1), (samples, maps, 1))
@@ -48,9 +53,10 @@ def make_set(stripes, tmp_path_factory):
             content_hash=np.array(beton.content_hashes[:samples]),
             class_id=np.array(beton.class_ids[:samples], dtype=np.uint32),
             views=views.astype(np.float32),
-            class_ids=np.full((samples, maps, *grid, 1), says, dtype=np.uint16),
-            logits=np.zeros((samples, maps, *grid, 1), dtype=np.float16),
-            confidence=np.ones((samples, maps, *grid), dtype=np.float16),
+            class_ids=np.full((samples, maps, *grid, kept), says or 0, dtype=np.uint16),
+            logits=np.zeros((samples, maps, *grid, kept), dtype=np.float16),
+            confidence=None if draws else np.ones((samples, maps, *grid), dtype=np.float16),
+            draws=np.tile(np.array(draws, dtype=np.uint16), (samples, maps, *grid, 1)) if draws else None,
         )
         with LabelSetWriter(path, spec, 1) as writer:
             for shard in writer.todo():
@@ -125,6 +131,25 @@ def test_whole_images_of_one_labeler_and_crops_of_another(quick, make_set):
         np.testing.assert_array_equal((plan["views"] == replayed).all(axis=1), classes == 2)
         shares.append((classes[:-9] == 2).mean())
     assert 0.6 < np.mean(shares) < 0.9
+
+
+def test_soft_targets_that_drop_drawn_classes_are_told_how_much(quick, make_set, caplog):
+    """Eight draws of a token, whole images under fresh crops: 5, 2 and 1 of three classes."""
+    drawn = make_set("drawn", None, 32, draws=[0, 1, 0, 2, 0, 1, 0, 0])
+    for changes, told in (
+        ({"token_target": "soft", "soft_classes": 1}, "the 1 most probable .* drop 38% .*; 3 classes"),
+        ({"token_target": "soft", "soft_classes": 2}, "the 2 most probable .* drop 12% .*; 3 classes"),
+        ({"token_target": "soft", "soft_classes": 3}, None),
+        ({}, None),
+    ):
+        caplog.clear()
+        _, source = source_of(quick, drawn, **changes)
+        source.plan(0)
+        source.plan(1)
+        lines = [record.getMessage() for record in caplog.records if "soft targets" in record.getMessage()]
+        assert len(lines) == (told is not None)
+        if told:
+            assert re.search(told, lines[0])
 
 
 def test_choices_that_cannot_be(quick, make_set):
