@@ -34,8 +34,8 @@ PINNED = {
     ("webdataset", "q8"): "c2e2e6458514a67b6ca6ee7be4a5af7455027ccb17159034175415be69df5aea",
 }
 PINNED_2 = {
-    ("zarr", "f16"): "6904083ef00797fc0cd78ea02482479a848ffa27cd18c59f1ada4d170476e385",
-    ("zarr", "q8"): "d3466ad202208f788a02df47222460be0ef8410f016e166dfb8322e02eade955",
+    ("zarr", "f16"): "a02756490ca3350ec82208468ae0b8ad912701010cef0c0464e410291d238697",
+    ("zarr", "q8"): "714abc0642d974516ccbe8ac2bcf7d812782c169c1699f2bf3b544c502d2abd3",
     ("webdataset", "f16"): "43a44f44d3a130fd348a8dfc76a84f6c06e401ea11e32b5783cf061d2c9a3050",
     ("webdataset", "q8"): "34e938da581d7de45fb4acd53c6318ec9c12b7cbfdde7084e7a78ab42b240247",
 }
