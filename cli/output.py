@@ -13,6 +13,7 @@ _SCORES = (
     *(("top1", "top-1"), ("top5", "top-5"), ("token_top1", "token top-1")),
     *(("miou", "mean IoU"), ("mean_accuracy", "mean accuracy"), ("pixel_accuracy", "pixel accuracy")),
     *(("map", "mAP"), ("map_50", "mAP at IoU 0.5"), ("map_75", "mAP at IoU 0.75")),
+    *(("mask_map", "mask mAP"), ("mask_map_50", "mask mAP at IoU 0.5"), ("mask_map_75", "mask mAP at IoU 0.75")),
 )
 
 

@@ -132,6 +132,11 @@ class DetectConfig(BackboneConfig):
     val_annotations: str | None = setting(
         None, "COCO JSON file of the boxes of `val`.", affects=INPUT, in_recipes=False
     )
+    masks: bool = setting(
+        False,
+        "Predict a mask of each object, too (Mask R-CNN), from the masks of a COCO JSON file.",
+        needs=needs.ANNOTATIONS,
+    )
     batch_size: int = setting(4, "Images per batch and process.", bounds="[1, inf)")
     epochs: int = setting(24, "Passes over the training data.", bounds="[1, inf)")
     head_lr_scale: float = setting(1.0, "Learning rate of the head, as a multiple of `lr`.", bounds="(0, inf)")
@@ -152,6 +157,8 @@ class DetectConfig(BackboneConfig):
             )
         if self.val_annotations and not self.val:
             raise InputError("`val_annotations` needs `val`")
+        if self.masks and self.val and not self.val_annotations:
+            raise InputError("`masks` needs `val_annotations` for `val`: a COCO JSON file with masks")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,6 +105,7 @@ ANY_DRAW = Need(
 UNFROZEN = Need("a backbone that is trained, without `freeze`", lambda config: not config.freeze)
 CORRUPTIONS = Need("`corrupt`", lambda config: config.corrupt is not None)
 PAGE = Need("`page`", lambda config: config.page is not None)
+ANNOTATIONS = Need("a COCO JSON file as `annotations`", lambda config: config.annotations is not None)
 IMAGES = Need("`data`", lambda config: config.data is not None)
 RANDOM_CHOICE = Need(
     "a random choice: no `suspects`, and no `keys` or one that is a pattern",

@@ -21,6 +21,7 @@ _HELP = "with Pascal VOC's NAME.xml beside NAME.jpg, or in a folder Annotations,
 @setting_option(DetectConfig, "--annotations", group="data", metavar="FILE", show_default="XML files")
 @setting_option(DetectConfig, "--val-annotations", group="data", metavar="FILE", show_default="XML files")
 @fine_tuning_options(DetectConfig)
+@setting_option(DetectConfig, "--masks/--no-masks", group="model")
 @setting_option(DetectConfig, "--head-width", group="model", metavar="N")
 @setting_option(DetectConfig, "--side", group="model", metavar="N")
 @setting_option(DetectConfig, "--longest", group="model", metavar="N")
@@ -28,7 +29,8 @@ _HELP = "with Pascal VOC's NAME.xml beside NAME.jpg, or in a folder Annotations,
 @debug_option
 @click.pass_context
 def detect(ctx: click.Context, recipe: str | None, dry_run: bool, **settings: object) -> None:
-    """Fine-tune a backbone on boxes: object detection with torchvision's Faster R-CNN and a feature pyramid.
+    """Fine-tune a backbone on boxes: object detection with torchvision's Faster R-CNN and a feature pyramid, or Mask
+    R-CNN for masks of objects (--masks).
 
     Images are scored by COCO's mean average precision (extra [detect]). A run that was interrupted is continued by the
     same command.

@@ -31,8 +31,8 @@ from stl_offline.config_transfer import TransferEvaluateConfig
 @workers_option
 @debug_option
 def evaluate(as_json: bool, **settings: object) -> None:
-    """Measure a segmenter (mean IoU, IoU of each class, accuracy) or a detector (mAP) on whole images, clean and
-    corrupted.
+    """Measure a segmenter (mean IoU, IoU of each class, accuracy) or a detector (mAP of boxes, and of masks) on whole
+    images, clean and corrupted.
     """
     config = TransferEvaluateConfig(**settings)
     from stl_offline.transfer import evaluate_transfer
@@ -46,10 +46,14 @@ def evaluate(as_json: bool, **settings: object) -> None:
         echo(json.dumps(result, sort_keys=True))
         return
     echo(f"{counted(result['samples'], 'image')}: {scores_line(result)}")
-    each = "IoU" if "miou" in result else "AP"
-    classes = {name.partition("/")[2]: value for name, value in result.items() if "/" in name}
+    kinds = {"iou": "IoU", "ap": "AP", "mask_ap": "mask AP"}
+    classes: dict[str, list[str]] = {}
+    for key, value in result.items():
+        kind, slash, name = key.partition("/")
+        if slash:
+            classes.setdefault(name, []).append(f"{kinds[kind]} {percent(value):>8}")
     width = max(map(len, classes))
-    echo(*(f"  {name:<{width}}  {each} {percent(value):>8}" for name, value in classes.items()))
+    echo(*(f"  {name:<{width}}  {'  '.join(scores)}" for name, scores in classes.items()))
     if "corrupted" not in result:
         return
     label, mean = ("mean IoU", "corrupted_miou") if "miou" in result else ("mAP", "corrupted_map")

@@ -1,7 +1,7 @@
-"""Images with boxes of objects, from Pascal VOC's XML files or a COCO JSON file, checked before training.
+"""Images with boxes of objects, from Pascal VOC's XML files or a COCO JSON file, which may have masks, too.
 
 Boxes are (left, top, right, bottom) in pixels from the image's upper left corner; COCO's are a corner and a size. What
-a file marks as difficult or as a crowd is left out.
+a file marks as difficult or as a crowd is left out. All is checked before training.
 """
 
 import json
@@ -9,6 +9,7 @@ import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,7 @@ from stl_offline.files import canonical_json, sha256_bytes
 from stl_offline.images.common import is_image_name
 from stl_offline.images.encode import content_hash, to_rgb
 from stl_offline.images.voc import read_voc
+from stl_offline.transfer.outlines import RunLengths, run_lengths
 from stl_offline.transfer.pairs import list_files, open_image
 
 _JSON_BYTES = 1 << 30
@@ -25,12 +27,14 @@ _JSON_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class BoxedImage:
-    """An image and its objects. image: reads its bytes; boxes_n4: float32; class_ids: int64 (n,)."""
+    """An image and its objects. image: reads its bytes; boxes_n4: float32; class_ids: int64 (n,); masks: n of them, or
+    None where they were not asked for."""
 
     key: str
     image: Callable[[], bytes]
     boxes_n4: np.ndarray
     class_ids: np.ndarray
+    masks: tuple[RunLengths, ...] | None = None
 
     def read(self) -> Image.Image:
         """The image in 8-bit RGB."""
@@ -54,7 +58,12 @@ class BoxSet:
 
 
 def open_boxes(
-    source: str | Path, class_names: Sequence[str], annotations: str | None = None, split: str | None = None
+    source: str | Path,
+    class_names: Sequence[str],
+    annotations: str | None = None,
+    split: str | None = None,
+    *,
+    masks: bool = False,
 ) -> BoxSet:
     """The images of a folder or tar with their boxes.
 
@@ -63,9 +72,11 @@ def open_boxes(
         annotations: a COCO JSON file; None takes Pascal VOC's ``NAME.xml``, beside ``NAME.jpg`` or in a folder
             ``annotations`` (or ``Annotations``) where the images lie in ``images`` (or ``JPEGImages``).
         split: keep only what lies below a folder of this name.
+        masks: read the objects' masks, too, which a COCO JSON file has.
 
     Raises:
-        InputError: nothing is there, an image lacks its file, or a file cannot be read or has other classes.
+        InputError: nothing is there, an image lacks its file, a file cannot be read or has other classes, or an object
+            has no mask.
     """
     files = list_files(source)
     if split is not None:
@@ -81,25 +92,37 @@ def open_boxes(
             continue
         data = load()
         image = open_image(name, data)
-        boxes_n4, class_ids = read[name]
+        boxes_n4, class_ids, segmentations = read[name]
         if boxes_n4.size and not (
             (boxes_n4[:, :2] < boxes_n4[:, 2:]).all()
             and boxes_n4.min() >= -1
             and (boxes_n4[:, 2:] <= np.array(image.size) + 1).all()
         ):
             raise InputError(f"{name} has a box that is empty or leaves its {image.width}×{image.height} pixels")
-        found.append(BoxedImage(posixpath.splitext(name)[0], load, boxes_n4, class_ids))
+        outlines = _outlines(name, segmentations, image) if masks else None
+        found.append(BoxedImage(posixpath.splitext(name)[0], load, boxes_n4, class_ids, outlines))
         marks.append([name, content_hash(data), boxes_n4.tolist(), class_ids.tolist()])
+        if outlines is not None:
+            marks[-1].append([each["counts"].decode() for each in outlines])
     if not any(len(image.class_ids) for image in found):
         raise InputError(f"the {len(found):,} images of {source} have no boxes")
     return BoxSet(tuple(found), tuple(class_names), sha256_bytes(canonical_json([marks, list(class_names)])))
 
 
-_Boxes = dict[str, tuple[np.ndarray, np.ndarray]]
+# Boxes, ids and what a COCO file has as masks, of an image.
+_Objects = tuple[np.ndarray, np.ndarray, list]
+_Boxes = dict[str, _Objects]
 
 
-def _arrays(boxes: Sequence[Sequence[float]], ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(boxes, np.float32).reshape(-1, 4), np.array(ids, np.int64)
+def _arrays(boxes: Sequence[Sequence[float]], ids: list[int], segmentations: Sequence[Any] = ()) -> _Objects:
+    return np.array(boxes, np.float32).reshape(-1, 4), np.array(ids, np.int64), list(segmentations)
+
+
+def _outlines(name: str, segmentations: list, image: Image.Image) -> tuple[RunLengths, ...]:
+    try:
+        return tuple(run_lengths(each, image.height, image.width) for each in segmentations)
+    except ValueError as error:
+        raise InputError(f"the masks of {name} cannot be used: {error}") from error
 
 
 def _voc(source: object, files: dict, images: dict, ids: dict[str, int]) -> _Boxes:
@@ -117,7 +140,7 @@ def _voc(source: object, files: dict, images: dict, ids: dict[str, int]) -> _Box
     return {name: _read_voc(by_stem[stem(name)], files[by_stem[stem(name)]](), ids) for name in images}
 
 
-def _read_voc(name: str, data: bytes, ids: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+def _read_voc(name: str, data: bytes, ids: dict[str, int]) -> _Objects:
     boxes, class_ids = [], []
     try:
         for box in read_voc(data)[1]:
@@ -139,7 +162,7 @@ def _coco(path: Path, images: dict, ids: dict[str, int]) -> _Boxes:
         content = json.loads(path.read_bytes())
         names = {each["id"]: each["file_name"] for each in content["images"]}
         classes = {each["id"]: each["name"] for each in content["categories"]}
-        found: dict[str, tuple[list, list]] = {name: ([], []) for name in names.values()}
+        found: dict[str, tuple[list, list, list]] = {name: ([], [], []) for name in names.values()}
         for each in content["annotations"]:
             if each.get("iscrowd"):
                 continue
@@ -147,9 +170,10 @@ def _coco(path: Path, images: dict, ids: dict[str, int]) -> _Boxes:
             class_name = classes[each["category_id"]]
             if class_name not in ids:
                 raise ValueError(f"the class {class_name!r} is not among `classes`: {', '.join(ids)}")
-            boxes, class_ids = found[names[each["image_id"]]]
+            boxes, class_ids, segmentations = found[names[each["image_id"]]]
             boxes.append([left, top, left + width, top + height])
             class_ids.append(ids[class_name])
+            segmentations.append(each.get("segmentation"))
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"the annotations {path} cannot be used as COCO's: {type(error).__name__}: {error}") from error
     # File names are relative to the folder of images, which may lie anywhere within the source.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torchvision.utils import draw_bounding_boxes
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from stl_offline.config_transfer import DetectConfig
 from stl_offline.device import autocast, pick_amp, pick_device, pick_workers
@@ -25,9 +25,10 @@ from stl_offline.training.steps import Share, StepRandom
 from stl_offline.training.watch import summary_writer
 from stl_offline.transfer.backbone import make_backbone
 from stl_offline.transfer.boxes import BoxSet, open_boxes
-from stl_offline.transfer.detect_scores import DetectValidation, as_tensor, check_coco_can_run
+from stl_offline.transfer.detect_scores import DetectValidation, as_tensor
 from stl_offline.transfer.detector import Detector, DetectorDescription
 from stl_offline.transfer.dry_run import DenseTimer, measure_dense
+from stl_offline.transfer.outlines import check_coco_can_run, masks_of
 from stl_offline.transfer.pair_loader import ThreadedLoader
 from stl_offline.transfer.pairs import class_list
 
@@ -96,8 +97,8 @@ class DetectRun(TrainingRun):
 
 @dataclass(frozen=True)
 class DetectInputs:
-    """images: B of (3, H, W) in [0, 1]; targets: B of ``boxes`` (n, 4) in pixels and ``labels`` (n,) from 1;
-    sample_ids: (B,)."""
+    """images: B of (3, H, W) in [0, 1]; targets: B of ``boxes`` (n, 4) in pixels, ``labels`` (n,) from 1 and, for Mask
+    R-CNN, ``masks`` uint8 (n, H, W); sample_ids: (B,)."""
 
     images: list[Tensor]
     targets: list[dict[str, Tensor]]
@@ -125,7 +126,7 @@ class DetectInputs:
 
 
 class DetectObjective:
-    """torchvision's losses: of the proposals (objectness, boxes) and of the detections (classes, boxes)."""
+    """torchvision's losses: of the proposals (objectness, boxes) and of the detections (classes, boxes, masks)."""
 
     def __init__(self, run: DetectRun) -> None:
         self.run = run
@@ -146,8 +147,20 @@ class DetectObjective:
         found = model.eval()(inputs.images[:1])[0]
         model.train(was_training)
         image = (inputs.images[0] * 255).round().byte().cpu()
-        boxes = {"boxes": inputs.targets[0]["boxes"], "detections": found["boxes"][found["scores"] > 0.5]}
-        return {name: draw_bounding_boxes(image, each.cpu()) if len(each) else image for name, each in boxes.items()}
+        sure = found["scores"] > 0.5
+        detections = {name: value[sure] for name, value in found.items()}
+        if "masks" in detections:
+            detections["masks"] = detections["masks"][:, 0] >= 0.5
+        return {"boxes": _drawn(image, inputs.targets[0]), "detections": _drawn(image, detections)}
+
+
+def _drawn(image: Tensor, objects: dict[str, Tensor]) -> Tensor:
+    """An image (3, H, W) with boxes and, where there are any, masks."""
+    if not len(objects["boxes"]):
+        return image
+    if "masks" in objects:
+        image = draw_segmentation_masks(image, objects["masks"].bool().cpu(), alpha=0.5)
+    return draw_bounding_boxes(image, objects["boxes"].cpu())
 
 
 class BoxLoader(ThreadedLoader):
@@ -165,12 +178,16 @@ class BoxLoader(ThreadedLoader):
     def load(self, number: int, drawn: bool) -> tuple[Tensor, dict[str, Tensor]]:
         image = self.images.images[number]
         pixels, boxes = np.array(image.read()), image.boxes_n4
+        masks = None if image.masks is None else masks_of(image.masks, *pixels.shape[:2])
         if drawn:
+            masks = None if masks is None else np.ascontiguousarray(masks[:, :, ::-1])
             pixels = np.ascontiguousarray(pixels[:, ::-1])
             boxes = np.stack(
                 [pixels.shape[1] - boxes[:, 2], boxes[:, 1], pixels.shape[1] - boxes[:, 0], boxes[:, 3]], 1
             )
         target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(image.class_ids + 1)}
+        if masks is not None:
+            target["masks"] = torch.from_numpy(masks)
         return as_tensor(pixels), target
 
     def collate(self, ids: np.ndarray, loaded: list[Any], epoch: int) -> DetectInputs:
@@ -185,7 +202,7 @@ def _prepare(config: DetectConfig) -> DetectRun:
     """Check the settings, build the model, find and check the images."""
     if config.tensorboard:
         summary_writer()
-    if config.val:
+    if config.val or config.masks:
         check_coco_can_run()
     device = pick_device(config.device)
     amp = pick_amp(config.amp, device)
@@ -194,12 +211,16 @@ def _prepare(config: DetectConfig) -> DetectRun:
     seed_weights(config.seed)
     backbone = make_backbone(config, (config.side, config.side))
     sides = tuple(range(config.side_min, config.side + 1, 32)) if config.side_min else ()
-    model = Detector(backbone, len(classes), (*sides, config.side), config.longest, config.head_width)
+    model = Detector(backbone, len(classes), (*sides, config.side), config.longest, config.head_width, config.masks)
     world = join_world(device)
-    train = open_boxes(config.data, classes, config.annotations, config.split)
-    val = open_boxes(config.val, classes, config.val_annotations, config.val_split) if config.val else None
+    train = open_boxes(config.data, classes, config.annotations, config.split, masks=config.masks)
+    val = None
+    if config.val:
+        val = open_boxes(config.val, classes, config.val_annotations, config.val_split, masks=config.masks)
     spec = backbone.spec
-    description = DetectorDescription(spec.model, spec.indices, classes, config.side, config.longest, config.head_width)
+    description = DetectorDescription(
+        spec.model, spec.indices, classes, config.side, config.longest, config.head_width, config.masks
+    )
     return DetectRun(
         config=config,
         device=device,
@@ -230,4 +251,4 @@ def _loader(run: DetectRun) -> BoxLoader:
 
 
 def _scorer(run: DetectRun) -> DetectValidation | None:
-    return None if run.val is None else DetectValidation(run.val, run.device, run.amp)
+    return None if run.val is None else DetectValidation(run.val, run.device, run.amp, run.config.masks)

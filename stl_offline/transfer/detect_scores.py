@@ -4,10 +4,8 @@ n: detections or objects of an image.
 """
 
 import contextlib
-import importlib
-import importlib.util
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,31 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from stl_offline.device import autocast
-from stl_offline.errors import MissingExtraError
 from stl_offline.progress import progress_bar
 from stl_offline.transfer.boxes import BoxSet
+from stl_offline.transfer.outlines import RunLengths, coco_scores, encode_masks
 
 
 @dataclass(frozen=True)
 class Boxes:
     """Boxes of an image. boxes_n4: (left, top, right, bottom) in pixels; class_ids: (n,); scores: (n,), or None for
-    the truth."""
+    the truth; masks: n of them, or None."""
 
     boxes_n4: np.ndarray
     class_ids: np.ndarray
     scores: np.ndarray | None = None
+    masks: Sequence[RunLengths] | None = None
 
 
-def check_coco_can_run() -> None:
-    """Raise `MissingExtraError` where pycocotools is not installed."""
-    if importlib.util.find_spec("pycocotools") is None:
-        raise MissingExtraError("mAP needs a package that is not installed: pip install 'stl-offline[detect]'")
-
-
-def average_precisions(images: Iterable[tuple[Boxes, Boxes]], class_names: tuple[str, ...]) -> dict[str, float | None]:
+def average_precisions(
+    images: Iterable[tuple[Boxes, Boxes]], class_names: tuple[str, ...], masks: bool = False
+) -> dict[str, float | None]:
     """COCO's scores of (truth, detections) of every image, by the names of `score_names`.
 
-    None for a class without objects.
+    None for a class without objects. ``masks``: compare masks, too.
     """
     truth: list[dict] = []
     found: list[dict] = []
@@ -55,58 +50,64 @@ def average_precisions(images: Iterable[tuple[Boxes, Boxes]], class_names: tuple
                     "area": (right - left) * (bottom - top),
                     "iscrowd": 0,
                 }
-                target.append(entry if boxes.scores is None else entry | {"score": float(boxes.scores[row])})
-    names = score_names(class_names)
+                if boxes.scores is not None:
+                    entry["score"] = float(boxes.scores[row])
+                if masks:
+                    entry["segmentation"] = boxes.masks[row]
+                target.append(entry)
+    names = score_names(class_names, masks)
     if not truth or not found:
         present = {entry["category_id"] for entry in truth}
         values = [0.0 if truth else None] * 3
         values += [0.0 if number in present else None for number in range(len(class_names))]
-        return dict(zip(names, values, strict=True))
-    coco, evaluation = (importlib.import_module(f"pycocotools.{name}") for name in ("coco", "cocoeval"))
+        return dict(zip(names, values * (2 if masks else 1), strict=True))
+    dataset = {
+        # Masks have sizes of their own; pycocotools asks for these before it sees that.
+        "images": [{"id": number + 1, "height": 0, "width": 0} for number in range(count)],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(class_names)],
+        "annotations": truth,
+    }
+    values = []
+    for kind in ("bbox", "segm") if masks else ("bbox",):
+        values += _means(dataset, found, kind, len(class_names))
+    return dict(zip(names, values, strict=True))
+
+
+def _means(dataset: dict, found: list[dict], kind: str, classes: int) -> list[float | None]:
+    """Mean average precision, that at IoU 0.5 and at 0.75, and of each class."""
     with contextlib.redirect_stdout(io.StringIO()):  # it prints tables
-        data = coco.COCO()
-        data.dataset = {
-            "images": [{"id": number + 1} for number in range(count)],
-            "categories": [{"id": number, "name": name} for number, name in enumerate(class_names)],
-            "annotations": truth,
-        }
-        data.createIndex()
-        results = coco.COCO()
-        results.dataset = data.dataset | {"annotations": found}
-        results.createIndex()
-        measured = evaluation.COCOeval(data, results, "bbox")
-        measured.evaluate()
-        measured.accumulate()
+        measured = coco_scores(dataset, found, kind)
     # precision: IoU thresholds × recalls × classes × object sizes × detections per image; −1 where there is no object.
     precision = measured.eval["precision"][:, :, :, 0, -1]
     thresholds = measured.params.iouThrs
     parts = [precision, *(precision[np.isclose(thresholds, level)] for level in (0.5, 0.75))]
-    parts += [precision[:, :, number] for number in range(len(class_names))]
-    means = [float(part[part > -1].mean()) if (part > -1).any() else None for part in parts]
-    return dict(zip(names, means, strict=True))
+    parts += [precision[:, :, number] for number in range(classes)]
+    return [float(part[part > -1].mean()) if (part > -1).any() else None for part in parts]
 
 
-def score_names(class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """map (mean over IoU 0.50 to 0.95), map_50, map_75, and ap/NAME of every class."""
-    return ("map", "map_50", "map_75", *(f"ap/{name}" for name in class_names))
+def score_names(class_names: tuple[str, ...], masks: bool = False) -> tuple[str, ...]:
+    """map (mean over IoU 0.50 to 0.95), map_50, map_75, and ap/NAME of every class; with masks, the same with mask_."""
+    names = ("map", "map_50", "map_75", *(f"ap/{name}" for name in class_names))
+    return (*names, *(f"mask_{name}" for name in names)) if masks else names
 
 
 @dataclass
 class DetectValidation:
     """Scores a detector. Every process scores all images.
 
-    change: what is done to an image's pixels before, uint8 (H, W, 3) → the same.
+    masks: compare masks, too; change: what is done to an image's pixels before, uint8 (H, W, 3) → the same.
     """
 
     images: BoxSet
     device: torch.device
     amp: torch.dtype | None
+    masks: bool = False
     change: Callable[[str, np.ndarray], np.ndarray] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the scores; the first decides which weights are the best."""
-        return score_names(self.images.class_names)
+        return score_names(self.images.class_names, self.masks)
 
     def __call__(self, model: nn.Module, after_batch: Callable[[], None] = lambda: None) -> dict[str, float | None]:
         """Scores by name. ``after_batch`` is called after every image; an exception that it raises ends the scoring."""
@@ -117,11 +118,12 @@ class DetectValidation:
             for image in self.images.images:
                 pixels = np.array(image.read())
                 pixels = pixels if self.change is None else self.change(image.key, pixels)
-                pairs.append((Boxes(image.boxes_n4, image.class_ids), self.detect(model, pixels)))
+                truth = Boxes(image.boxes_n4, image.class_ids, masks=image.masks)
+                pairs.append((truth, self.detect(model, pixels)))
                 bar.update()
                 after_batch()
         model.train(was_training)
-        return average_precisions(pairs, self.images.class_names)
+        return average_precisions(pairs, self.images.class_names, self.masks)
 
     @torch.inference_mode()
     def detect(self, model: nn.Module, pixels_HW3: np.ndarray) -> Boxes:
@@ -129,7 +131,8 @@ class DetectValidation:
         with autocast(self.device, self.amp):
             found = model([as_tensor(pixels_HW3).to(self.device)])[0]
         boxes, labels, scores = (found[name].float().cpu().numpy() for name in ("boxes", "labels", "scores"))
-        return Boxes(boxes, labels.astype(np.int64) - 1, scores)  # torchvision's class 0 is the background
+        masks = encode_masks((found["masks"][:, 0] >= 0.5).cpu().numpy()) if self.masks else None
+        return Boxes(boxes, labels.astype(np.int64) - 1, scores, masks)  # torchvision's class 0 is the background
 
 
 def as_tensor(pixels_HW3: np.ndarray) -> Tensor:

@@ -1,4 +1,5 @@
-"""torchvision's Faster R-CNN (arXiv 1506.01497) with a feature pyramid (1612.03144) on a backbone's feature maps.
+"""torchvision's Faster R-CNN (arXiv 1506.01497) with a feature pyramid (1612.03144) on a backbone's feature maps, and
+Mask R-CNN (1703.06870), which adds masks.
 
 B: batch; H, W: image; K: classes, without the background.
 """
@@ -12,13 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from stl_offline.errors import InputError
 from stl_offline.transfer.backbone import Backbone, BackboneSpec
 from stl_offline.transfer.description import LARGEST_SIDE, WIDEST, Description, load_trained
 
 _ANCHOR = 8  # side of an anchor, in strides of its map: 32 pixels at stride 4
+_MASK_CHANNELS = 256
 
 
 class Pyramid(nn.Module):
@@ -48,7 +52,7 @@ class Pyramid(nn.Module):
 
 
 class Detector(FasterRCNN):
-    """Faster R-CNN on a `Pyramid`. Takes images (3, H, W) with pixels in [0, 1], and class ids from 1.
+    """Faster R-CNN on a `Pyramid`, or Mask R-CNN. Takes images (3, H, W) with pixels in [0, 1], and class ids from 1.
 
     Args:
         backbone: gives the maps.
@@ -56,9 +60,18 @@ class Detector(FasterRCNN):
         sides: shorter sides that images are scaled to: one is drawn in training, the last is used otherwise.
         longest: longest side of a scaled image, in pixels.
         width: channels of the pyramid.
+        masks: predict a mask of each object, too.
     """
 
-    def __init__(self, backbone: Backbone, classes: int, sides: tuple[int, ...], longest: int, width: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        classes: int,
+        sides: tuple[int, ...],
+        longest: int,
+        width: int,
+        masks: bool = False,
+    ) -> None:
         pyramid = Pyramid(backbone, width)
         # The pooled map behind the last one has twice its stride.
         strides = [*pyramid.strides, 2 * pyramid.strides[-1]]
@@ -74,27 +87,38 @@ class Detector(FasterRCNN):
             ),
             size_divisible=max(32, backbone.multiple),
         )
+        if masks:  # as torchvision's MaskRCNN
+            names = [str(number) for number in range(len(pyramid.strides))]
+            self.roi_heads.mask_roi_pool = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
+            self.roi_heads.mask_head = MaskRCNNHeads(width, (_MASK_CHANNELS,) * 4, 1)
+            self.roi_heads.mask_predictor = MaskRCNNPredictor(_MASK_CHANNELS, _MASK_CHANNELS, classes + 1)
 
 
 @dataclass(frozen=True)
 class DetectorDescription(Description):
     """What is needed to build a trained detector again.
 
-    side, longest: of scaled images, in pixels; head_width: channels of the pyramid.
+    side, longest: of scaled images, in pixels; head_width: channels of the pyramid; masks: whether it predicts masks.
     """
 
     side: int
     longest: int
     head_width: int
+    masks: bool = False
 
     KIND = "detector"
     COMMAND = "stl-offline transfer detect"
     BOUNDS: ClassVar = dict.fromkeys(("side", "longest"), (1, LARGEST_SIDE, None)) | {"head_width": (1, WIDEST, None)}
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.masks, bool):
+            raise InputError(f"masks must be true or false, got {self.masks!r:.40}")
+
     def build(self) -> Detector:
         """The detector with random weights."""
         backbone = Backbone(BackboneSpec(self.backbone, self.indices, (self.side, self.side)))
-        return Detector(backbone, len(self.class_names), (self.side,), self.longest, self.head_width)
+        return Detector(backbone, len(self.class_names), (self.side,), self.longest, self.head_width, self.masks)
 
 
 def load_detector(run_or_file: str | Path) -> tuple[Detector, DetectorDescription]:

@@ -18,7 +18,8 @@ from stl_offline.files import make_folder
 from stl_offline.models import read_header, weights_path
 from stl_offline.transfer import detector
 from stl_offline.transfer.boxes import open_boxes
-from stl_offline.transfer.detect_scores import DetectValidation, check_coco_can_run
+from stl_offline.transfer.detect_scores import DetectValidation
+from stl_offline.transfer.outlines import check_coco_can_run
 from stl_offline.transfer.pairs import open_pairs
 from stl_offline.transfer.segment import make_validation
 from stl_offline.transfer.segment_scores import SegmentValidation, save_ids
@@ -133,5 +134,8 @@ def _prepare_detector(
         raise InputError(f"`{name}` is for segmenters; {config.checkpoint} is a detector")
     check_coco_can_run()
     model, description = detector.load_detector(config.checkpoint)
-    images = open_boxes(config.data, description.class_names, config.annotations, config.split)
-    return model.to(device), DetectValidation(images, device, pick_amp(config.amp, device)), len(images)
+    masks = description.masks
+    if masks and config.annotations is None:
+        raise InputError(f"{config.checkpoint} predicts masks; give a COCO JSON file with masks as `annotations`")
+    images = open_boxes(config.data, description.class_names, config.annotations, config.split, masks=masks)
+    return model.to(device), DetectValidation(images, device, pick_amp(config.amp, device), masks), len(images)
