@@ -50,7 +50,7 @@ def run_lengths(segmentation: Any, height: int, width: int) -> RunLengths:
             raise ValueError(f"the run lengths of a mask cover {sum(counts):,} of {height * width:,} pixels")
         return mask.frPyObjects({"size": size, "counts": counts}, height, width)
     if not isinstance(segmentation, list) or not segmentation:
-        raise ValueError("an object has no mask: neither polygons nor run lengths as its `segmentation`")
+        raise ValueError("an object has no mask: its segmentation is neither polygons nor run lengths")
     for polygon in segmentation:
         _check_polygon(polygon, height, width)
     return mask.merge(mask.frPyObjects(segmentation, height, width))

@@ -250,5 +250,7 @@ def test_the_command_trains_and_evaluates_masks(quick, masked, capsys):
 
 @pytest.mark.slow
 def test_it_learns_the_masks(quick):
-    more = {"epochs": 60, "lr": 1e-3, "val_every": 60, "flip": 0.0}
-    assert train_detector(DetectConfig(**quick | more))["mask_map_50"] > 0.5
+    more = {"epochs": 10, "lr": 1e-3, "flip": 0.0, "val": None, "val_annotations": None}
+    train_detector(DetectConfig(**quick | more))
+    lines = Path(quick["out"], "log.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["mask"] < 0.45  # 0.69 where every pixel is as likely in as out
