@@ -7,6 +7,11 @@ holds one view, so that the next one is made while each epoch trains. The row "a
 of all views, which is made before. The wait is what the log calls ``data_wait_seconds``: from the start of an epoch to
 its first batch, and between batches. The first epoch is not counted, for the compilation in it. Disk is the most
 that the token caches took at any time.
+
+    python -m tests.benchmarks.views_ahead --data tiny20-train.tar --out runs/views-ahead --views 8 --reading
+
+makes the caches alone, from the set as it is dumped and from the same set divided into parts of one view: bytes of
+shards that each epoch reads, and the processor time that it takes to make the cache.
 """
 
 import argparse
@@ -16,6 +21,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -25,7 +31,11 @@ from stl_offline.images.beton import Beton
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels import views_ahead
 from stl_offline.labels.arrays import ShardArrays
+from stl_offline.labels.cache import CacheMaker
+from stl_offline.labels.convert import convert
+from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.spec import LabelSpec
+from stl_offline.labels.views_ahead import ViewsAhead
 from stl_offline.labels.writer import LabelSetWriter
 from stl_offline.training.train_student import train_student
 
@@ -129,6 +139,36 @@ def run(labels: Path, out: Path, options: argparse.Namespace) -> str:
     return f"{seconds:.1f} | {rate:,.0f} | {np.mean(waits):.2%} (at most {max(waits):.2%}) | {disk.bytes / 1e6:,.0f}"
 
 
+def print_reading(labels: Path, out: Path, packed: Beton) -> None:
+    """One row each of the set and of its division: what one epoch's cache reads and costs."""
+    divided = out / f"{labels.name}-divided"
+    convert(open_label_set(labels), divided, views_per_part=1)
+    read, original = [0], LabelSet.read_bytes
+
+    def count(label_set: LabelSet, index: int, **options) -> bytes:
+        data = original(label_set, index, **options)
+        read[0] += len(data)
+        return data
+
+    views_ahead.SPAN_BYTES = 1
+    for name, place in (("as dumped", labels), ("a part for each view", divided)):
+        label_set, cache = open_label_set(place), out / "reading"
+        images = (packed.keys, packed.content_hashes, packed.class_names)
+        policy = {"match": "key", "missing": "error", "allow_changed": False}
+        with mock.patch.object(LabelSet, "read_bytes", count):
+            sizes, seconds = [], []
+            for epoch in range(label_set.spec.views_per_image):
+                shutil.rmtree(cache, ignore_errors=True)
+                ahead = ViewsAhead(CacheMaker(label_set.parts, *images, folder=cache, **policy))
+                read[0], started = 0, time.process_time()
+                ahead.of_epoch(epoch, epoch + 1)
+                seconds.append(time.process_time() - started)
+                sizes.append(read[0])
+        size = sum(shard.bytes for shard in label_set.shards)
+        cells = [f"{size / 1e6:.1f}", f"{np.mean(sizes) / 1e6:.1f}", f"{np.median(seconds):.2f}"]
+        print(f"| {label_set.spec.views_per_image} | {name} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", required=True)
@@ -138,11 +178,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--reading", action="store_true", help="make caches alone, and count what they read")
     options = parser.parse_args()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     packed = ensure_beton(options.data)
     shutil.copyfile(packed.path, out / "images.beton")
+    if options.reading:
+        print("| views | label set | MB | MB read per epoch | processor seconds per epoch |\n|---|---|---|---|---|")
+        for count in options.views:
+            make_set(out / f"labels-{count}", packed, count)
+            print_reading(out / f"labels-{count}", out, packed)
+        return
     print("| views | cache | seconds per epoch | images/s | waiting for data | disk, MB | made in the background, s |")
     print("|---|---|---|---|---|---|---|")
     made: list[float] = []
