@@ -54,7 +54,8 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        # Without a limit: one forward pass may free any number of gigabytes.
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def pick_amp(name: str, device: torch.device) -> torch.dtype | None:

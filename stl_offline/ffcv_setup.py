@@ -5,8 +5,13 @@
 - Making a loader turns numba's type of contiguous bytes read-only in place. numba shares one object for each type, so
   code compiled before for writable bytes is no longer found under its own key, and a later compilation ends in a
   KeyError: now and then, since it takes code that is not on disk yet, and a second loader.
+- Its import starts a thread, which gets a heap of its own from glibc, as all later ones do. Such heaps consist of
+  pieces of 64 MB that return to the system when they are empty, whatever `stl_offline.device.keep_freed_memory` asks
+  for. So all threads share the process's heap.
 """
 
+import contextlib
+import ctypes
 import importlib
 from collections.abc import Callable
 
@@ -15,6 +20,9 @@ import numpy as np
 import torch
 from numba import types
 
+_M_ARENA_MAX = -8  # mallopt's name for it (malloc.h)
+with contextlib.suppress(OSError, AttributeError):
+    ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, 1)
 _threads = torch.get_num_threads()
 _typed_dictionary = numba.typed.Dict
 numba.typed.Dict = dict

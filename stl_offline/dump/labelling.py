@@ -3,9 +3,12 @@
 B: batch, N: tokens on a grid (Gh, Gw), K: classes, k: classes kept, V: views of an image.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,9 @@ from stl_offline.random import STREAM_CLASS_DRAW, STREAM_DRAW
 # each has a description of 7 kB of its own, and an image's labels take 1 to 3 kB.
 _SHARD_SAMPLES, _LEAST_SHARD_SAMPLES, _SHARDS = 4096, 512, 8
 _SHARD_MAPS = 16 * _SHARD_SAMPLES
+# Batches that a CPU labels at the same time. Threads that share a batch wait for each other at every operation, and
+# burn their cores meanwhile: where one core is loading, encoding or busy with another program, all of them stand still.
+_CPU_BATCHES = 2
 
 
 def load_labeler(config: DumpConfig) -> TokenLabeler:
@@ -129,6 +135,12 @@ class Labelling:
             self.beton, images, self.config.batch_size, workers=workers, device=self.device, shuffle=False
         )
 
+    @property
+    def _batches_at_once(self) -> int:
+        """Batches that are labelled at the same time. Functions of a user need not stand that: they get one."""
+        is_shared = self.device.type == "cpu" and isinstance(self.labeler, TokenLabeler)
+        return min(_CPU_BATCHES, torch.get_num_threads()) if is_shared else 1
+
     @torch.inference_mode()
     def label(self, samples: np.ndarray, done: Callable[[int], object]) -> ShardArrays:
         """Label these samples (n,); ``done(B)`` is called after each batch.
@@ -139,22 +151,22 @@ class Labelling:
             InputError: the labeler gives NaN or infinity (names an image), or an image cannot be decoded.
         """
         arrays: dict[str, np.ndarray] = {}
-        amp = pick_amp(self.config.amp, self.device)
         for view, views in enumerate(self.views):
             first = 0
-            with self.loader.epoch(0, views, sample_ids=samples) as batches:
-                for batch in batches:
-                    with autocast(self.device, amp):
-                        class_logits, token_logits = self.labeler(batch.images)
-                    labels = self._labels(class_logits, token_logits, batch, self.spec.first_view + view)
-                    rows = slice(first, first + len(batch))
+            with (
+                self.loader.epoch(0, views, sample_ids=samples) as batches,
+                closing(_each(partial(self._label_batch, view=view), batches, self._batches_at_once)) as results,
+            ):
+                for labels in results:
+                    size = len(next(iter(labels.values())))
+                    rows = slice(first, first + size)
                     for name, values in labels.items():
                         if name not in arrays:
                             shape = (len(samples), len(self.views), *self._shape(name, values))
                             arrays[name] = np.empty(shape, values.dtype)
-                        arrays[name][rows, view] = values.reshape(len(batch), *arrays[name].shape[2:])
+                        arrays[name][rows, view] = values.reshape(size, *arrays[name].shape[2:])
                     first = rows.stop
-                    done(len(batch))
+                    done(size)
         return ShardArrays(
             keys=[self.beton.keys[sample] for sample in samples],
             content_hash=self.beton.content_hashes[samples],
@@ -162,6 +174,13 @@ class Labelling:
             views=np.ascontiguousarray(self.views[:, samples].transpose(1, 0, 2)),
             **arrays,
         )
+
+    @torch.inference_mode()
+    def _label_batch(self, batch: Batch, view: int) -> dict[str, np.ndarray]:
+        """The labels of a batch under the view ``self.views[view]``; called from several threads."""
+        with autocast(self.device, pick_amp(self.config.amp, self.device)):
+            class_logits, token_logits = self.labeler(batch.images)
+        return self._labels(class_logits, token_logits, batch, self.spec.first_view + view)
 
     def _shape(self, name: str, values: np.ndarray) -> tuple[int, ...]:
         """The shape of one view's part of an array: of labels (B, N, …), or of the class head's (B, …)."""
@@ -212,6 +231,33 @@ class Labelling:
             name: values if values.dtype.kind == "f" else values.astype(self.spec.id_dtype)
             for name, values in arrays.items()
         }
+
+
+def _each(
+    work: Callable[[Batch], dict[str, np.ndarray]], batches: Iterable[Batch], at_once: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """``work`` of each batch, in order; of ``at_once`` of them at the same time, each by its share of torch's
+    threads."""
+    if at_once == 1:
+        yield from map(work, batches)
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        at_once, "labelling", initializer=torch.set_num_threads, initargs=(max(1, threads // at_once),)
+    )
+    pending: deque[Future[dict[str, np.ndarray]]] = deque()
+    try:
+        for batch in batches:
+            pending.append(pool.submit(work, batch))
+            # One more than there are threads, so that none waits for its next batch.
+            if len(pending) > at_once:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # The threads have set what others start with, too.
+        torch.set_num_threads(threads)
 
 
 def make_views(config: DumpConfig, beton: Beton, sample_ids: np.ndarray | None = None) -> np.ndarray:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from stl_offline.dump import Labelling, dump_labels, estimate_dump, job, load_la
 from stl_offline.dump.labelling import pick_shards
 from stl_offline.errors import InputError
 from stl_offline.images.beton import open_beton
+from stl_offline.labels.format import encode_shard
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.manifest import ShardRecord
 from stl_offline.labels.store import FolderStorage
@@ -173,3 +175,41 @@ def test_finish_writes_the_manifest_of_shards_that_are_there(capsys, work, tmp_p
     assert (code, json.loads(text)["labelled"]) == (0, 0)
     assert content(out) == content(undisturbed)
     assert dump(capsys, work, out, "--finish", "--estimate")[0] == 2
+
+
+class TestBatchesAtOnce:
+    @pytest.fixture
+    def labelling(self, work):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        config = DumpConfig(**work | {"batch_size": 4}, out="")
+        yield Labelling(config, load_labeler(config), open_beton(work["data"]), torch.device("cpu"))
+        torch.set_num_threads(threads)
+
+    def test_labels_and_threads_stay_as_they_are(self, labelling, monkeypatch):
+        samples, seen, forward = np.arange(30), set(), labelling.labeler.forward
+
+        def note(images):
+            seen.add((threading.current_thread().name.partition("_")[0], torch.get_num_threads()))
+            return forward(images)
+
+        monkeypatch.setattr(labelling.labeler, "forward", note)
+        done = []
+        ours = labelling.label(samples, done.append)
+        assert seen == {("labelling", 1)} and done == [4] * 7 + [2] and torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        theirs = labelling.label(samples, lambda count: None)
+        assert encode_shard(ours, labelling.spec) == encode_shard(theirs, labelling.spec)
+
+    def test_a_failure_ends_them(self, labelling, monkeypatch):
+        forward, calls = labelling.labeler.forward, []
+
+        def fail(images):
+            calls.append(1)
+            logits = forward(images)
+            return logits if len(calls) != 2 else (logits[0], logits[1] * float("nan"))
+
+        monkeypatch.setattr(labelling.labeler, "forward", fail)
+        with pytest.raises(InputError, match="not finite"):
+            labelling.label(np.arange(45), lambda count: None)
+        assert len(calls) <= 5 and torch.get_num_threads() == 2
