@@ -5,7 +5,9 @@ import ctypes
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from stl_offline.errors import InputError
 
@@ -75,6 +77,36 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def upload(array: np.ndarray | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """An array of the host, on ``device``; the host does not wait for the copy, nor for what the GPU works on.
+
+    On the CPU the result may share the array's memory. From ordinary memory CUDA may copy only once the GPU is idle, so
+    the copy starts from pinned memory, which torch keeps until the copy is done.
+    """
+    tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    if device.type == "cuda" and tensor.numel() and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True).to(dtype or tensor.dtype)
+
+
+class Readback:
+    """A copy of a tensor on its way to the host. `values` waits for it, and for nothing that was started after it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host, self._copied = tensor, None
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def values(self) -> list[float]:
+        """The elements of a tensor of one dimension."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.tolist()
 
 
 def _bf16_is_fast(device: torch.device) -> bool:

@@ -7,10 +7,10 @@ n: samples; B: batch; H, W: image.
 """
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from stl_offline.compiled import njit
+from stl_offline.device import upload
 from stl_offline.random import STREAM_ERASE, erase_generator, random_bits, unit_interval
 from stl_offline.settings import EraseSettings
 
@@ -45,15 +45,23 @@ def erase_boxes(
         return images
     images = images.clone()
     channels = images.shape[1]
-    for row in erased.tolist():
+    shapes = [
+        {"const": (0, 0, 0), "rand": (channels, 1, 1)}.get(mode, (channels, bottom - top, right - left))
+        for top, bottom, left, right in boxes_B4[erased].tolist()
+    ]
+    noise = [
+        erase_generator(seed, epoch, sample).standard_normal(shape, dtype=np.float32).ravel()
+        for sample, shape in zip(sample_ids[erased].tolist(), shapes, strict=True)
+    ]
+    # One copy to the device for all of them.
+    parts = upload(np.concatenate(noise), images.device).split([len(each) for each in noise])
+    for row, shape, part in zip(erased.tolist(), shapes, parts, strict=True):
         top, bottom, left, right = boxes_B4[row].tolist()
         inside = images[row, :, top:bottom, left:right]
         if mode == "const":
             inside.zero_()
-            continue
-        generator = erase_generator(seed, epoch, int(sample_ids[row]))
-        shape = (channels, 1, 1) if mode == "rand" else (channels, bottom - top, right - left)
-        inside.copy_(torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)))
+        else:
+            inside.copy_(part.view(shape))
     return images
 
 

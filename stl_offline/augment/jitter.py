@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stl_offline.device import upload
 from stl_offline.errors import InputError
 from stl_offline.random import STREAM_JITTER, uniforms
 
@@ -39,10 +40,8 @@ def color_jitter(images: Tensor, factors_B3: Tensor, mean: Sequence[float], std:
         images: (B, 3, H, W) float, normalised.
         factors_B3: float32, on any device; ones leave the images as they are.
     """
-    brightness, contrast, saturation = factors_B3.T.to(images.device)
-    scale = torch.tensor(std, device=images.device, dtype=torch.float32)
-    shift = torch.tensor(mean, device=images.device, dtype=torch.float32)
-    luma = torch.tensor(_LUMA, device=images.device, dtype=torch.float32)
+    brightness, contrast, saturation = upload(factors_B3, images.device).T
+    scale, shift, luma = (upload(np.array(each, dtype=np.float32), images.device) for each in (std, mean, _LUMA))
     # p = scale·x + shift are the pixels in [0, 1]. Brightness and contrast: p → b·c·p + (1−c)·grey mean of b·p.
     means = images.float().mean(dim=(2, 3)) * scale + shift
     grey_mean = brightness * (means @ luma)

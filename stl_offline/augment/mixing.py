@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stl_offline.device import upload
 from stl_offline.geometry import cells_in_boxes
 from stl_offline.settings import MixSettings
 
@@ -78,7 +79,7 @@ def mix_class_targets(
         targets = torch.lerp(targets, *labels)
     if mix is None:
         return targets
-    keep = torch.from_numpy(mix.keep).to(targets.device)[:, None]
+    keep = upload(mix.keep, targets.device)[:, None]
     return torch.lerp(targets.flip(0), targets, keep)
 
 
@@ -93,12 +94,12 @@ def mix_token_targets(ids: Tensor, weights: Tensor, grid: tuple[int, int], mix: 
 
 def _pixel_keep(mix: Mix, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Weight of the own pixel: (B, 1, H, W), or (B, 1, 1, 1) where no box is cut."""
-    keep = torch.from_numpy(np.where(mix.is_box, np.float32(1), mix.keep).astype(np.float32)).to(device, dtype)
+    keep = upload(np.where(mix.is_box, np.float32(1), mix.keep).astype(np.float32), device, dtype)
     keep = keep[:, None, None, None]
     if not mix.is_box.any():
         return keep
     size = (mix.height, mix.width)
-    inside = torch.from_numpy(cells_in_boxes(mix.boxes, size, size)[:, None]).to(device, dtype)
+    inside = upload(cells_in_boxes(mix.boxes, size, size)[:, None], device, dtype)
     return keep * (1 - inside)
 
 
@@ -106,4 +107,4 @@ def _cell_keep(mix: Mix, grid: tuple[int, int], device: torch.device) -> Tensor:
     """Weight of the own label: (B, N), exact to the covered share of each cell."""
     inside = cells_in_boxes(mix.boxes, (mix.height, mix.width), grid).reshape(len(mix.keep), -1)
     keep = np.where(mix.is_box[:, None], 1 - inside, mix.keep[:, None])
-    return torch.from_numpy(keep.astype(np.float32)).to(device)
+    return upload(keep.astype(np.float32), device)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stl_offline.augment.policy import MOVES, OPERATIONS, Operations
+from stl_offline.device import upload
 from stl_offline.geometry import compose_views
 
 _IDENTITY = np.array([1, 0, 0, 0, 1, 0], dtype=np.float64)
@@ -63,18 +64,18 @@ def warp_images(images: Tensor, warps_B6: Tensor, fill: float = 0.0) -> Tensor:
 
     Args:
         images: floats, any memory layout, which is kept.
-        warps_B6: float32, on any device.
+        warps_B6: float32; on the CPU, or a GPU is waited for.
         fill: what stands where a pixel's centre comes from outside: 0 is the mean colour of normalised images.
     """
-    identity = torch.from_numpy(_IDENTITY.astype(np.float32))
-    moved = torch.nonzero((warps_B6.cpu() != identity).any(dim=1))[:, 0]
-    if len(moved) == 0:
+    warps = warps_B6.cpu().numpy()
+    places = np.flatnonzero((warps != _IDENTITY.astype(np.float32)).any(axis=1))
+    if len(places) == 0:
         return images
-    a, b, u, c, d, v = warps_B6.cpu()[moved].double().unbind(dim=1)
+    a, b, u, c, d, v = warps[places].astype(np.float64).T
     # From [0, 1] to torch's coordinates in [−1, 1].
-    rows = [torch.stack(row, dim=1) for row in ((a, b, a + b + 2 * u - 1), (c, d, c + d + 2 * v - 1))]
-    matrices = torch.stack(rows, dim=1).float().to(images.device)
-    moved = moved.to(images.device)
+    rows = np.array([[a, b, a + b + 2 * u - 1], [c, d, c + d + 2 * v - 1]], dtype=np.float32)
+    matrices = upload(np.ascontiguousarray(rows.transpose(2, 0, 1)), images.device)
+    moved = upload(places, images.device)
     part = images[moved]
     points = F.affine_grid(matrices, list(part.shape), align_corners=False)
     result = F.grid_sample(part, points.to(part.dtype), padding_mode="border", align_corners=False)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from stl_offline.compiled import njit
+from stl_offline.device import upload
 
 
 @dataclass
@@ -18,10 +19,10 @@ class Batch:
 
     images: float32 (B, 3, H, W), normalised, channels last in memory. class_ids: int64 (B,). token_ids: int64
     (B, N, m), −1 for "no class": with a weight above zero that weight is spread evenly over all classes, else nothing
-    is there; None without token targets. token_weights: float32 (B, N, m) or None. sample_ids: int64 (B,), positions
-    in the .beton. On the CPU: views, float32 (B, 6), the rows of the 2×3 view that each sample's targets are for;
-    warps, float32 (B, 6) or None: the last part of that view, which the pixels still lack (`stl_offline.augment` moves
-    them). epoch: the one that the batch belongs to.
+    is there; None without token targets. token_weights: float32 (B, N, m) or None. On the CPU: sample_ids, int64 (B,),
+    positions in the .beton; views, float32 (B, 6), the rows of the 2×3 view that each sample's targets are for; warps,
+    float32 (B, 6) or None: the last part of that view, which the pixels still lack (`stl_offline.augment` moves them).
+    epoch: the one that the batch belongs to.
     """
 
     images: torch.Tensor
@@ -60,7 +61,7 @@ class ToDevice:
             )
         else:
             rows = torch.from_numpy(pixels_BHWC).view(count, height, width * channels)
-            images = rows.to(self.device, non_blocking=True).to(torch.float32)
+            images = upload(rows, self.device, torch.float32)
             images = images.mul_(self._scale).add_(self._shift).view(count, height, width, channels)
         return images.permute(0, 3, 1, 2)
 
@@ -70,7 +71,7 @@ class ToDevice:
             copied = torch.empty(array.shape, dtype=dtype)
             np.copyto(copied.numpy(), array)  # on one core, as `_normalise` and for its reason
             return copied
-        return torch.from_numpy(array).to(self.device, non_blocking=True).to(dtype)
+        return upload(array, self.device, dtype)
 
 
 @njit

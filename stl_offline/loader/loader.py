@@ -255,7 +255,7 @@ class TokenLoader:
             views=torch.from_numpy(self._views[ids]),
             warps=None if self._warps is None else torch.from_numpy(self._warps[ids]),
             epoch=self._epoch,
-            sample_ids=to_device.copy(ids, torch.int64),
+            sample_ids=torch.from_numpy(ids.astype(np.int64)),
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from stl_offline.images.unpacked import UnpackedImages
 from stl_offline.loader.iterator import BATCHES_AHEAD, BatchThread
@@ -24,12 +25,16 @@ class StreamLoader(TokenLoader):
     def _open(self) -> None:
         self._decode = self._crop.generate_code()
         self._label = None if self._draw is None else self._draw.generate_code()
-        slots, height_width = BATCHES_AHEAD + 2, self.image_size
-        self._pixels = np.empty((slots, self.batch_size, *height_width, 3), dtype=np.uint8)
+        slots = BATCHES_AHEAD + 2
+        self._pixels = self._buffer((slots, self.batch_size, *self.image_size, 3), torch.uint8)
         self._targets = []
         if self._draw is not None:
             shape = (slots, self.batch_size, *self.tokens.grid, self._targets_per_token)
-            self._targets = [np.empty(shape, dtype=np.int32), np.empty(shape, dtype=np.float32)]
+            self._targets = [self._buffer(shape, torch.int32), self._buffer(shape, torch.float32)]
+
+    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
+        """Memory that batches are copied to the device from: pinned, as FFCV's is, where that is a GPU."""
+        return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda").numpy()
 
     def _load(self, batches: list[np.ndarray]) -> BatchThread:
         return _StreamThread(batches, self._check_batch, self.beton.stored_bytes, self._fill)

@@ -126,6 +126,6 @@ class _StageTimer(StepTimer):
             token_ids=ids,
             token_weights=weights,
             views=torch.from_numpy(whole_views(count)),
-            sample_ids=torch.arange(count, device=device),
+            sample_ids=torch.arange(count),
             warps=None if warps is None else torch.from_numpy(warps),
         )

@@ -5,8 +5,11 @@ So a run that continues from a stored state takes the steps that it would have t
 """
 
 import contextlib
+import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -101,8 +104,19 @@ def run_training(
         return trainer.fit()
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """A step whose numbers are not read yet: where the run is after it, its learning rate, the samples of its batch."""
+
+    result: StepResult
+    at: Progress
+    lr: float
+    sample_ids: Tensor
+
+
 class Trainer:
-    """One training run.
+    """One training run. A step's numbers are read once the next step is started, so that a GPU is never idle meanwhile;
+    all are read before anything is stored.
 
     Args:
         run: the model, its settings, device and processes.
@@ -129,6 +143,7 @@ class Trainer:
         self.means = Means()
         self.history: list[dict[str, Any]] = []
         self.shown: Inputs | None = None
+        self._taken: _Taken | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -163,23 +178,24 @@ class Trainer:
         batches = self.loader.epoch(self.at.epoch, start_batch=self.at.batch, **self.plan(self.at.epoch))
         for batch in batches:
             clock.works()
-            due = self._is_due(time.monotonic() - saved)
-            result = self._take_step(batch, lambda due=due: [*_asked(stop), float(due)])
-            values, images = result.values, result.images
-            sigint, sigterm, save = map(bool, result.notes)
-            self.means.add(values, images)
-            self.at.batch += 1
-            bar.update(images)
-            bar.set_postfix(loss=f"{self.means.all()['loss']:.3f}", refresh=False)
+            planned = self._is_planned()
+            late = self.world.is_first and time.monotonic() - saved > self.config.checkpoint_every
+            asked = functools.partial(_asked, stop, late)
+            taken = self._take_step(batch, asked)
+            notes = self._read_step(bar, watch)
+            self._taken = taken
+            if self.world.size == 1:  # what other processes ask for comes with the numbers, a step later
+                notes = asked()
             clock.tick()
-            watch.step(self.at, self.step.lr, values, images)
-            if sigint or sigterm or save:
+            if planned or any(notes):
+                notes = [max(pair) for pair in zip(notes, self._read_step(bar, watch), strict=True)]
                 self._save_state()
                 saved = time.monotonic()
                 # Another process may have been asked, and not this one.
-                stop.ask(sigint=sigint, sigterm=sigterm)
+                stop.ask(sigint=bool(notes[0]), sigterm=bool(notes[1]))
                 stop.raise_if_asked()
             clock.waits()
+        self._read_step(bar, watch)
         clock.tick()
         self._end_epoch(bar, stop, watch)
         self._stop_if_asked(stop)
@@ -191,31 +207,47 @@ class Trainer:
         stop.ask(sigint=bool(told[0]), sigterm=bool(told[1]))
         stop.raise_if_asked()
 
-    def _is_due(self, seconds: float) -> bool:
-        """Whether this process would store the state after the next step."""
+    def _is_planned(self) -> bool:
+        """Whether all processes store the state after the next step."""
         steps = self.config.checkpoint_steps
-        if steps and (self.at.step + 1) % steps == 0:
-            return True
-        return self.world.is_first and seconds > self.config.checkpoint_every
+        return bool(steps) and (self.at.step + 1) % steps == 0
 
-    def _take_step(self, batch: Any, notes: Callable[[], list[float]]) -> StepResult:
-        """One optimiser step; keeps what led to numbers that are not finite."""
-        try:
-            result = self.step(batch, self.at.step, notes)
-        except NotFiniteError as error:
-            raise self._failure(batch, error) from None
+    def _take_step(self, batch: Any, notes: Callable[[], list[float]]) -> _Taken:
+        """Start one optimiser step."""
+        result = self.step(batch, self.at.step, notes)
         self.at.step += 1
-        if self.config.tensorboard and self.world.is_first and self.at.batch + 1 == len(self.loader):
+        self.at.batch += 1
+        if self.config.tensorboard and self.world.is_first and self.at.batch == len(self.loader):
             self.shown = result.inputs.first(RunWatch.IMAGES)
-        return result
+        return _Taken(result, dataclasses.replace(self.at), self.step.lr, batch.sample_ids)
 
-    def _failure(self, batch: Any, error: NotFiniteError) -> TrainingError:
+    def _read_step(self, bar: Any, watch: RunWatch) -> list[float]:
+        """Read the numbers of the step taken before, if they are not read yet; gives its notes.
+
+        Raises:
+            TrainingError: they are not finite; what led to them is kept in the run's folder.
+        """
+        taken, self._taken = self._taken, None
+        if taken is None:
+            return [0.0] * (len(StopRequest.SIGNALS) + 1)
+        try:
+            numbers = taken.result.numbers()
+        except NotFiniteError as error:
+            raise self._failure(taken, error) from None
+        self.means.add(numbers.values, numbers.images)
+        bar.update(numbers.images)
+        bar.set_postfix(loss=f"{self.means.all()['loss']:.3f}", refresh=False)
+        watch.step(taken.at, taken.lr, numbers.values, numbers.images)
+        return numbers.notes
+
+    def _failure(self, taken: _Taken, error: NotFiniteError) -> TrainingError:
+        where = f"epoch {taken.at.epoch + 1}, step {taken.at.step}"
         if not error.in_this_process:
-            return TrainingError(f"the loss of another process of this job is not finite at {self._where()}")
-        samples = batch.sample_ids.tolist()
+            return TrainingError(f"the loss of another process of this job is not finite at {where}")
+        samples = taken.sample_ids.tolist()
         evidence = {
-            "epoch": self.at.epoch + 1,
-            "step": self.at.step + 1,
+            "epoch": taken.at.epoch + 1,
+            "step": taken.at.step,
             "rank": self.world.rank,
             "parts": {name: str(value) for name, value in error.losses.items()},
             "sample_ids": samples,
@@ -224,12 +256,9 @@ class Trainer:
         name = "not-finite.json" if self.world.size == 1 else f"not-finite-rank{self.world.rank}.json"
         path = self.folder.write_evidence(name, evidence)
         return TrainingError(
-            f"the {error} at {self._where()}; the batch's sample ids and keys are in {path}. Start a new run, with "
+            f"the {error} at {where}; the batch's sample ids and keys are in {path}. Start a new run, with "
             "another `out`: a smaller `lr`, a longer `warmup_epochs` or `clip_grad=1` often helps"
         )
-
-    def _where(self) -> str:
-        return f"epoch {self.at.epoch + 1}, step {self.at.step + 1}"
 
     def _end_epoch(self, bar: Any, stop: StopRequest, watch: RunWatch) -> None:
         at = self.at
@@ -332,6 +361,7 @@ class Trainer:
         return summary
 
 
-def _asked(stop: StopRequest) -> list[float]:
-    """Which of SIGINT and SIGTERM this process has received, as numbers to sum over all processes."""
-    return [float(stop.asked == number) for number in stop.SIGNALS]
+def _asked(stop: StopRequest, late: bool = False) -> list[float]:
+    """Which of SIGINT and SIGTERM this process has received, and whether it would store the state, as numbers to sum
+    over all processes."""
+    return [*(float(stop.asked == number) for number in stop.SIGNALS), float(late)]

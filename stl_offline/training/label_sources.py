@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stl_offline.augment import visible_share, warp_images
 from stl_offline.config import StudentConfig
-from stl_offline.device import autocast
+from stl_offline.device import autocast, upload
 from stl_offline.errors import InputError, JoinError
 from stl_offline.labels.cache import CacheMaker
 from stl_offline.labels.cache_file import TokenCache
@@ -87,10 +87,9 @@ class TokenSource(LabelSource, abc.ABC):
     def tokens(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor]:
         ids, weights = self.targets(batch, random)
         if self.config.erased_labels == "drop":
-            sample_ids = batch.sample_ids.cpu().numpy()
-            kept = self.stage.augmentation.kept_share(batch.epoch, sample_ids, self.grid)
+            kept = self.stage.augmentation.kept_share(batch.epoch, batch.sample_ids.numpy(), self.grid)
             if kept is not None:
-                weights = weights * kept.to(weights.device)[..., None]
+                weights = weights * upload(kept, weights.device)[..., None]
         return ids, weights
 
 
@@ -142,7 +141,7 @@ class OnlineLabels(TokenSource):
         ids, weights = (torch.cat(each) for each in zip(*parts, strict=True))
         if batch.warps is not None:
             seen = visible_share(batch.warps, self.grid, config.sampling_ratio)
-            weights = weights * seen.to(weights.device)[..., None]
+            weights = weights * upload(seen, weights.device)[..., None]
         return ids, weights
 
 
@@ -225,12 +224,12 @@ class DumpedLabels(TokenSource):
             return None
         if self._chosen is None or self._chosen[0] != batch.epoch:
             self.plan(batch.epoch)
-        samples = batch.sample_ids.cpu().numpy()
+        samples = batch.sample_ids.numpy()
         _, caches, chosen, maps = self._chosen
         dense, labelled = class_answers(caches, samples, chosen[samples], maps[samples])
         parts = share * labelled[:, None].astype(np.float32)
         device = batch.class_ids.device
-        return torch.from_numpy(dense).to(device), torch.from_numpy(parts).to(device)
+        return upload(dense, device), upload(parts, device)
 
     def targets(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor]:
         return batch.token_ids, batch.token_weights
@@ -415,7 +414,7 @@ def _renormalise(images: Tensor, stage: Stage, labeler: Any) -> Tensor:
     if tuple(labeler.mean) == tuple(stage.mean) and tuple(labeler.std) == tuple(stage.std):
         return images
     ours, theirs = (
-        [torch.tensor(values, device=images.device)[:, None, None] for values in pair]
+        [upload(torch.tensor(values), images.device)[:, None, None] for values in pair]
         for pair in ((stage.mean, stage.std), (labeler.mean, labeler.std))
     )
     return (images * ours[1] + ours[0] - theirs[0]) / theirs[1]

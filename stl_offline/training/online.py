@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stl_offline.device import upload
 from stl_offline.settings import EVEN, OUTSIDE
 
 
@@ -58,7 +59,7 @@ def _targets(
         return ids, torch.ones_like(ids, dtype=torch.float32)
     if kind == "gumbel":
         # Inverse transform sampling: one uniform number per token, distributed as argmax(logits + Gumbel noise).
-        uniform = torch.rand(probabilities.shape[:2], generator=generator).to(probabilities.device)[..., None]
+        uniform = upload(torch.rand(probabilities.shape[:2], generator=generator), probabilities.device)[..., None]
         ids = torch.searchsorted(probabilities.cumsum(dim=-1), uniform, right=True)
         return ids.clamp(max=probabilities.shape[-1] - 1), torch.ones_like(ids, dtype=torch.float32)
     weights, ids = probabilities.topk(min(columns, probabilities.shape[-1]), dim=-1)

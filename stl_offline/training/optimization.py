@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import timm.optim
 import torch
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stl_offline.config import RunConfig
+from stl_offline.device import Readback, upload
 from stl_offline.distributed import share_batch_statistics, sum_over_world_blocking
 from stl_offline.errors import TrainingError
 from stl_offline.training.setup import TrainingRun
@@ -87,14 +89,13 @@ def make_average(model: nn.Module, config: RunConfig) -> ModelEmaV3 | None:
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What a step gives: means of the losses and the gradient's norm over all processes, by name; images of all
-    processes; each note's sum over all processes; this process's inputs."""
+class StepNumbers:
+    """What a step came to: means of the losses and the gradient's norm over all processes, by name; images of all
+    processes; each note's sum over all processes."""
 
     values: dict[str, float]
     images: int
     notes: list[float]
-    inputs: Inputs
 
 
 class NotFiniteError(TrainingError):
@@ -103,6 +104,41 @@ class NotFiniteError(TrainingError):
     def __init__(self, what: str, losses: dict[str, float], in_this_process: bool) -> None:
         super().__init__(what)
         self.losses, self.in_this_process = losses, in_this_process
+
+
+class StepResult:
+    """A step that was taken, whose numbers are on their way to the host.
+
+    Args:
+        inputs: this process's.
+        losses: this process's sums, (,) float64 each.
+        told: float64, summed over all processes: the losses, how many processes have one that is not finite, the notes.
+        own: float64, the same in all processes: images of all processes, the gradient's norm, the scale of the loss.
+        processes: how many there are.
+    """
+
+    def __init__(self, inputs: Inputs, losses: dict[str, Tensor], told: Tensor, own: Tensor, processes: int) -> None:
+        self.inputs = inputs
+        self._losses, self._processes = losses, processes
+        self._numbers = Readback(torch.cat([told, own]))
+
+    def numbers(self) -> StepNumbers:
+        """Wait for this step, and for none that was started after it.
+
+        Raises:
+            NotFiniteError: a loss is not finite, or the gradient is not, at a scale of the loss of 1.
+        """
+        *told, images, norm, scale = self._numbers.values()
+        values = {name: number / self._processes for name, number in zip(self._losses, told, strict=False)}
+        spoilt, *notes = told[len(self._losses) :]
+        if spoilt:
+            raise self._not_finite(f"loss is {values['loss']}", not math.isfinite(self._losses["loss"]))
+        if not math.isfinite(norm) and scale <= 1:  # else a smaller scale may make it finite
+            raise self._not_finite(f"gradient's norm is {norm}", True)
+        return StepNumbers(values | {"gradient_norm": norm}, int(images), notes)
+
+    def _not_finite(self, what: str, in_this_process: bool) -> NotFiniteError:
+        return NotFiniteError(what, {name: float(value) for name, value in self._losses.items()}, in_this_process)
 
 
 class TrainStep:
@@ -147,13 +183,13 @@ class TrainStep:
         return group["lr"] / group.get("lr_scale", 1.0)
 
     def __call__(self, batch: Any, step: int, notes: Callable[[], list[float]] = list) -> StepResult:
-        """Take step number ``step``, counted from 0.
+        """Take step number ``step``, counted from 0. Nothing here waits for the device.
+
+        Losses and gradients that are not finite reach the weights; `StepResult.numbers` raises then, which comes before
+        any weights are stored.
 
         Args:
-            notes: gives numbers to sum over all processes with the losses; called once the gradients are there.
-
-        Raises:
-            NotFiniteError: before numbers that are not finite reach the weights.
+            notes: gives numbers to sum over all processes with the losses; called after the backward pass.
         """
         random = StepRandom.of(self.config.seed, self.world.rank, step)
         # Dropout and drop path inside the model read torch's own generator: pinned to the step, too.
@@ -165,21 +201,18 @@ class TrainStep:
         losses = self._backward(inputs, totals)
         finite = torch.isfinite(losses["loss"])
         told = torch.stack([*losses.values(), (~finite).double()])
-        told = torch.cat([told, torch.tensor(notes(), dtype=torch.float64, device=self.device)])
-        numbers = sum_over_world_blocking(told, self.world).tolist()
-        values = {name: number / self.world.size for name, number in zip(losses, numbers, strict=False)}
-        if numbers[len(losses)]:
-            raise self._not_finite(f"loss is {values['loss']}", losses, in_this_process=not finite)
+        told = torch.cat([told, upload(np.array(notes(), dtype=np.float64), self.device)])
+        told = sum_over_world_blocking(told, self.world)
         self.scaler.unscale_(self.optimizer)
         # The same in all processes, whose gradients are means over all of them.
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf))
-        if not (math.isfinite(norm) or self._may_shrink()):
-            raise self._not_finite(f"gradient's norm is {norm}", losses, in_this_process=True)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
+        scale = self.scaler.scale(torch.ones((), device=self.device))
+        own = torch.stack([totals[0], norm.double(), scale.double()])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.model, step=step + 1)
-        return StepResult(values | {"gradient_norm": norm}, int(totals[0]), numbers[len(losses) + 1 :], inputs)
+        return StepResult(inputs, losses, told, own, self.world.size)
 
     def averaged_model(self) -> nn.Module:
         """The averaged model where averaging is on, else the model itself."""
@@ -204,9 +237,9 @@ class TrainStep:
 
     def _backward(self, inputs: Inputs, totals: Tensor) -> dict[str, Tensor]:
         """Gradients of a whole step, part by part; gives this process's sums of the losses, (,) float64 each."""
-        # As many parts in every process: batches may differ by one image.
         count = self.config.accumulate
-        if count > 1:
+        if self.parallel is not None and len(inputs) <= count:
+            # As many parts in every process: batches may differ by one image. The only step that waits for the device.
             count = min(count, int(totals[0]) // self.world.size)
         sums: dict[str, Tensor] = {}
         for number, part in enumerate(inputs.parts(count), 1):
@@ -217,11 +250,3 @@ class TrainStep:
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
         return sums
-
-    def _may_shrink(self) -> bool:
-        """Whether a smaller loss scale may make the gradient finite. One that is not finite at a scale of 1 is lost."""
-        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
-
-    @staticmethod
-    def _not_finite(what: str, losses: dict[str, Tensor], in_this_process: bool) -> NotFiniteError:
-        return NotFiniteError(what, {name: float(value) for name, value in losses.items()}, bool(in_this_process))

@@ -85,7 +85,7 @@ class Stage(TrainingRun):
 
     def augment(self, batch: Batch) -> torch.Tensor:
         """The batch's images as the model sees them, but for mixing: (B, 3, H, W)."""
-        return self.augmentation(batch.images, batch.warps, batch.epoch, batch.sample_ids.cpu().numpy())
+        return self.augmentation(batch.images, batch.warps, batch.epoch, batch.sample_ids.numpy())
 
     def random_plan(self, epoch: int) -> dict[str, Any]:
         """An epoch of fresh random crops: arguments of `TokenLoader.epoch`."""

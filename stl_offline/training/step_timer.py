@@ -159,7 +159,7 @@ class StepTimer(ABC):
         self._wait()
         started = time.perf_counter()
         with counted:
-            self.step(batch, self.taken)
+            self.step(batch, self.taken).numbers()
         self._wait()
         self.taken += 1
         self.saved = max(counted.bytes // count, 1)

@@ -31,6 +31,10 @@ class StepRandom:
 class Inputs(Protocol):
     """All that a step learns from: what the loop itself does with it."""
 
+    def __len__(self) -> int:
+        """Images."""
+        ...
+
     def parts(self, count: int) -> Iterator["Inputs"]:
         """The same in ``count`` nearly equal parts; fewer where there are fewer images."""
         ...
@@ -83,10 +87,9 @@ class StepInputs:
 
     def totals(self) -> Tensor:
         """(2,) float64: images, and labelled mass (images where there are no token labels)."""
-        mass = len(self) if self.token_weights is None else self.token_weights.sum(dtype=torch.float64)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.images.device)
-        totals[0], totals[1] = len(self), mass
-        return totals
+        images = torch.full((), float(len(self)), dtype=torch.float64, device=self.images.device)
+        mass = images if self.token_weights is None else self.token_weights.sum(dtype=torch.float64)
+        return torch.stack([images, mass])
 
 
 @dataclass(frozen=True)

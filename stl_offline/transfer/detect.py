@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from stl_offline.config_transfer import DetectConfig
-from stl_offline.device import autocast, pick_amp, pick_device, pick_workers
+from stl_offline.device import autocast, pick_amp, pick_device, pick_workers, upload
 from stl_offline.distributed import join_world, leaving_world
 from stl_offline.random import STREAM_DENSE, uniforms
 from stl_offline.training.engine import run_training
@@ -98,11 +98,14 @@ class DetectRun(TrainingRun):
 @dataclass(frozen=True)
 class DetectInputs:
     """images: B of (3, H, W) in [0, 1]; targets: B of ``boxes`` (n, 4) in pixels, ``labels`` (n,) from 1 and, for Mask
-    R-CNN, ``masks`` uint8 (n, H, W); sample_ids: (B,)."""
+    R-CNN, ``masks`` uint8 (n, H, W); sample_ids: (B,), on the CPU."""
 
     images: list[Tensor]
     targets: list[dict[str, Tensor]]
     sample_ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def parts(self, count: int) -> Iterator["DetectInputs"]:
         """The same in ``count`` nearly equal parts; fewer where there are fewer images."""
@@ -122,7 +125,7 @@ class DetectInputs:
 
     def totals(self) -> Tensor:
         """(2,) float64: images, twice."""
-        return torch.full((2,), float(len(self.images)), dtype=torch.float64, device=self.sample_ids.device)
+        return torch.full((2,), float(len(self.images)), dtype=torch.float64, device=self.images[0].device)
 
 
 class DetectObjective:
@@ -192,9 +195,9 @@ class BoxLoader(ThreadedLoader):
 
     def collate(self, ids: np.ndarray, loaded: list[Any], epoch: int) -> DetectInputs:
         return DetectInputs(
-            [pixels.to(self.device) for pixels, _ in loaded],
-            [{name: value.to(self.device) for name, value in target.items()} for _, target in loaded],
-            torch.from_numpy(ids).to(self.device),
+            [upload(pixels, self.device) for pixels, _ in loaded],
+            [{name: upload(value, self.device) for name, value in target.items()} for _, target in loaded],
+            torch.from_numpy(ids),
         )
 
 

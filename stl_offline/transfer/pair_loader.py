@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stl_offline.device import upload
 from stl_offline.distributed import World
 from stl_offline.loader import ToDevice, count_batches, rank_batches, shuffled
 from stl_offline.transfer.crops import DenseCrops, cut
@@ -88,7 +89,8 @@ class ThreadedLoader(ABC):
 @dataclass(frozen=True)
 class PairBatch:
     """images: float32 (B, 3, H, W), normalised; masks: int64 (B, H, W), `stl_offline.transfer.pairs.NO_CLASS` where
-    there is no class; sample_ids: int64 (B,), positions in the pairs; epoch: the one that the batch belongs to."""
+    there is no class; sample_ids: int64 (B,), positions in the pairs, on the CPU; epoch: the one that the batch belongs
+    to."""
 
     images: Tensor
     masks: Tensor
@@ -134,7 +136,7 @@ class PairLoader(ThreadedLoader):
         images, masks = zip(*loaded, strict=True)
         return PairBatch(
             images=self._to_device.images(np.stack(images)),
-            masks=torch.from_numpy(np.stack(masks)).to(self.device, torch.int64),
-            sample_ids=torch.from_numpy(ids).to(self.device),
+            masks=upload(np.stack(masks), self.device, torch.int64),
+            sample_ids=torch.from_numpy(ids),
             epoch=epoch,
         )

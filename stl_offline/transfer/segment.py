@@ -100,6 +100,9 @@ class SegmentInputs:
     images: Tensor
     masks: Tensor
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def parts(self, count: int) -> Iterator["SegmentInputs"]:
         """The same in ``count`` nearly equal parts; fewer where there are fewer images."""
         cut = zip(torch.tensor_split(self.images, count), torch.tensor_split(self.masks, count), strict=True)
@@ -137,7 +140,7 @@ class SegmentObjective:
         )
 
     def inputs(self, batch: PairBatch, random: StepRandom) -> SegmentInputs:
-        images = self.augmentation(batch.images, None, batch.epoch, batch.sample_ids.cpu().numpy())
+        images = self.augmentation(batch.images, None, batch.epoch, batch.sample_ids.numpy())
         return SegmentInputs(images, batch.masks)
 
     def losses(self, model: nn.Module, inputs: SegmentInputs, share: Share) -> dict[str, Tensor]:

@@ -1,8 +1,14 @@
 """A small data set of coloured stripes, and the settings to learn it in seconds."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
+
+from stl_offline.images.pack import ensure_beton
+from stl_offline.labels.writer import LabelSetWriter
+from tests.labels.synthetic import make_arrays, make_spec
 
 SIZE = 32
 CLASSES = ("diagonal", "horizontal", "vertical")
@@ -57,3 +63,31 @@ def quick(stripes, tmp_path):
         "device": "cpu",
         "amp": "none",
     }
+
+
+@pytest.fixture(scope="module")
+def make_set(stripes, tmp_path_factory):
+    """make_set(**settings) → a label set of numbers for the striped images."""
+    beton = ensure_beton(str(stripes[0]))
+
+    def make(leave_out=0, **settings):
+        path = tmp_path_factory.mktemp("sets") / "set"
+        names = tuple(beton.class_names)
+        samples = len(beton) - leave_out
+        spec = make_spec(samples, len(names), class_names=names, **{"grid": (4, 4), "top_k": 1} | settings)
+        arrays = make_arrays(spec)
+        # Synthetic crops may leave the image.
+        inside = np.float32(0.8 if spec.views_per_image > 1 else 1)
+        arrays = dataclasses.replace(
+            arrays,
+            views=arrays.views * inside,
+            keys=list(beton.keys[:samples]),
+            content_hash=np.array(beton.content_hashes[:samples]),
+            class_id=np.array(beton.class_ids[:samples], dtype=np.uint32),
+        )
+        with LabelSetWriter(path, spec, 1) as writer:
+            writer.write_shard(0, arrays)
+            writer.finish()
+        return str(path), arrays
+
+    return make

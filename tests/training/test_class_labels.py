@@ -13,43 +13,12 @@ import torch.nn.functional as F
 from stl_offline.augment import Mix, mix_class_targets
 from stl_offline.config import StudentConfig
 from stl_offline.errors import InputError
-from stl_offline.images.pack import ensure_beton
-from stl_offline.labels.writer import LabelSetWriter
 from stl_offline.losses import soft_cross_entropy
 from stl_offline.training.class_labels import class_share
 from stl_offline.training.label_sources import check_labels, open_labels
 from stl_offline.training.setup import make_train_loader, prepare
 from stl_offline.training.steps import Share, StepInputs
 from stl_offline.training.train_student import StudentObjective
-from tests.labels.synthetic import make_arrays, make_spec
-
-
-@pytest.fixture(scope="module")
-def make_set(stripes, tmp_path_factory):
-    """make_set(**settings) → a label set of numbers for the striped images."""
-    beton = ensure_beton(str(stripes[0]))
-
-    def make(leave_out=0, **settings):
-        path = tmp_path_factory.mktemp("sets") / "set"
-        names = tuple(beton.class_names)
-        samples = len(beton) - leave_out
-        spec = make_spec(samples, len(names), class_names=names, **{"grid": (4, 4), "top_k": 1} | settings)
-        arrays = make_arrays(spec)
-        # Synthetic crops may leave the image.
-        inside = np.float32(0.8 if spec.views_per_image > 1 else 1)
-        arrays = dataclasses.replace(
-            arrays,
-            views=arrays.views * inside,
-            keys=list(beton.keys[:samples]),
-            content_hash=np.array(beton.content_hashes[:samples]),
-            class_id=np.array(beton.class_ids[:samples], dtype=np.uint32),
-        )
-        with LabelSetWriter(path, spec, 1) as writer:
-            writer.write_shard(0, arrays)
-            writer.finish()
-        return str(path), arrays
-
-    return make
 
 
 def answers(quick, labels, epoch=0, **changes):
