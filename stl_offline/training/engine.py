@@ -144,6 +144,8 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.shown: Inputs | None = None
         self._taken: _Taken | None = None
+        self.bar: Any = None
+        self.watch: RunWatch | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -165,14 +167,15 @@ class Trainer:
             RunWatch(self.folder.path, self.config, self.at, enabled=self.world.is_first) as watch,
             progress_bar(total, "training", initial=done, enabled=self.world.is_first) as bar,
         ):
+            self.bar, self.watch = bar, watch
             while self.at.epoch < self.config.epochs:
-                self._run_epoch(bar, stop, watch)
+                self._run_epoch(stop)
             return self._finish()
 
-    def _run_epoch(self, bar: Any, stop: StopRequest, watch: RunWatch) -> None:
+    def _run_epoch(self, stop: StopRequest) -> None:
         self.model.train()
-        watch.starts_epoch(self.at)
-        bar.set_description(f"epoch {self.at.epoch + 1}/{self.config.epochs}")
+        self.watch.starts_epoch(self.at)
+        self.bar.set_description(f"epoch {self.at.epoch + 1}/{self.config.epochs}")
         clock = Clock(self.at)
         saved = time.monotonic()
         batches = self.loader.epoch(self.at.epoch, start_batch=self.at.batch, **self.plan(self.at.epoch))
@@ -182,22 +185,22 @@ class Trainer:
             late = self.world.is_first and time.monotonic() - saved > self.config.checkpoint_every
             asked = functools.partial(_asked, stop, late)
             taken = self._take_step(batch, asked)
-            notes = self._read_step(bar, watch)
+            notes = self._read_step()
             self._taken = taken
             if self.world.size == 1:  # what other processes ask for comes with the numbers, a step later
                 notes = asked()
             clock.tick()
             if planned or any(notes):
-                notes = [max(pair) for pair in zip(notes, self._read_step(bar, watch), strict=True)]
+                notes = [max(pair) for pair in zip(notes, self._read_step(), strict=True)]
                 self._save_state()
                 saved = time.monotonic()
                 # Another process may have been asked, and not this one.
                 stop.ask(sigint=bool(notes[0]), sigterm=bool(notes[1]))
                 stop.raise_if_asked()
             clock.waits()
-        self._read_step(bar, watch)
+        self._read_step()
         clock.tick()
-        self._end_epoch(bar, stop, watch)
+        self._end_epoch(stop)
         self._stop_if_asked(stop)
 
     def _stop_if_asked(self, stop: StopRequest) -> None:
@@ -221,7 +224,7 @@ class Trainer:
             self.shown = result.inputs.first(RunWatch.IMAGES)
         return _Taken(result, dataclasses.replace(self.at), self.step.lr, batch.sample_ids)
 
-    def _read_step(self, bar: Any, watch: RunWatch) -> list[float]:
+    def _read_step(self) -> list[float]:
         """Read the numbers of the step taken before, if they are not read yet; gives its notes.
 
         Raises:
@@ -235,9 +238,9 @@ class Trainer:
         except NotFiniteError as error:
             raise self._failure(taken, error) from None
         self.means.add(numbers.values, numbers.images)
-        bar.update(numbers.images)
-        bar.set_postfix(loss=f"{self.means.all()['loss']:.3f}", refresh=False)
-        watch.step(taken.at, taken.lr, numbers.values, numbers.images)
+        self.bar.update(numbers.images)
+        self.bar.set_postfix(loss=f"{self.means.all()['loss']:.3f}", refresh=False)
+        self.watch.step(taken.at, taken.lr, numbers.values, numbers.images)
         return numbers.notes
 
     def _failure(self, taken: _Taken, error: NotFiniteError) -> TrainingError:
@@ -260,7 +263,7 @@ class Trainer:
             "another `out`: a smaller `lr`, a longer `warmup_epochs` or `clip_grad=1` often helps"
         )
 
-    def _end_epoch(self, bar: Any, stop: StopRequest, watch: RunWatch) -> None:
+    def _end_epoch(self, stop: StopRequest) -> None:
         at = self.at
         entry: dict[str, Any] = {"epoch": at.epoch + 1, "step": at.step, "lr": self.step.lr}
         entry |= self.means.all()
@@ -274,9 +277,9 @@ class Trainer:
             scores, best = self._measure(stop)
             entry |= scores
             main = self.validation.names[0]
-            bar.set_postfix(loss=f"{entry['loss']:.3f}", **{main: f"{entry[main]:.1%}"})
+            self.bar.set_postfix(loss=f"{entry['loss']:.3f}", **{main: f"{entry[main]:.1%}"})
         self.history.append(entry)
-        watch.epoch(entry, self._image_rows if self.shown is not None else None)
+        self.watch.epoch(entry, self._image_rows if self.shown is not None else None)
         self.at = Progress(epoch=at.epoch + 1, step=at.step, best_score=at.best_score)
         self.means = Means()
         if self.world.is_first:
@@ -319,6 +322,7 @@ class Trainer:
                     distribute_bn(model, self.world.size, reduce=True)
 
     def _save_state(self) -> None:
+        self._read_step()
         if self.world.is_first:
             own = {"at": vars(self.at), "means": self.means.state(), "history": self.history}
             self.folder.save_state(own | self.step.state())
