@@ -29,8 +29,9 @@ def write_segment_page(config: TransferEvaluateConfig, result: Mapping[str, Any]
         title="Segmentation",
         summary=_summary(config, result),
         scores=_rows(result, class_names),
+        severities=_severities(result),
         corruptions=_corruptions(result),
-        examples=[{"key": each.key, "figures": _figures(each)} for each in examples],
+        examples=[{"key": each.key, "rows": _figures(each)} for each in examples],
     )
     return write_page(str(config.page), page)
 
@@ -51,24 +52,28 @@ def _rows(result: Mapping[str, Any], class_names: tuple[str, ...]) -> list[tuple
     ]
 
 
+def _severities(result: Mapping[str, Any]) -> list[str]:
+    """Those that were measured of any kind."""
+    return sorted({severity for scores in result.get("corrupted", {}).values() for severity in scores}, key=int)
+
+
 def _corruptions(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Kind of corruption, and its mIoU at severities 1 to 5; empty where it was not measured."""
+    """Kind of corruption, and its mIoU by severity; empty where it was not measured."""
     return [
-        (kind, [_percent(scores[str(each)]) if str(each) in scores else "" for each in range(1, 6)])
+        (kind, [_percent(scores[each]) if each in scores else "" for each in _severities(result)])
         for kind, scores in result.get("corrupted", {}).items()
     ]
 
 
-def _figures(example: SegmentExample) -> list[tuple[str, str]]:
-    """(caption, data: URL) of the mask and of what was seen and predicted."""
-    mask = ("mask", _ids_url(example.mask))
-    figures = []
-    for title, pixels, ids in example.views:
-        figures += [
-            (f"{title}: image", jpeg_url(shrink(pixels, IMAGE_PIXELS))),
-            (f"{title}: prediction", _ids_url(ids)),
-        ]
-    return [figures[0], mask, *figures[1:]]
+def _figures(example: SegmentExample) -> list[list[tuple[str, str]]]:
+    """Rows of (caption, data: URL): what was seen beside what was predicted, and the mask in the first row."""
+    rows = [
+        [(f"{title}: image", jpeg_url(shrink(pixels, IMAGE_PIXELS))), (f"{title}: prediction", _ids_url(ids))]
+        for title, pixels, ids in example.views
+    ]
+    without = " (grey: no class)" if (example.mask < 0).any() else ""
+    rows[0].append((f"mask{without}", _ids_url(example.mask)))
+    return rows
 
 
 def _ids_url(ids_HW: np.ndarray) -> str:
@@ -78,4 +83,4 @@ def _ids_url(ids_HW: np.ndarray) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.2f} %"
+    return "–" if share is None else f"{100 * share:.2f}\u00a0%"
