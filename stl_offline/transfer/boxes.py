@@ -5,6 +5,7 @@ a file marks as difficult or as a crowd is left out. All is checked before train
 """
 
 import json
+import logging
 import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from PIL import Image
 from stl_offline.errors import InputError
 from stl_offline.files import canonical_json, sha256_bytes
 from stl_offline.images.common import is_image_name
-from stl_offline.images.encode import content_hash, to_rgb
+from stl_offline.images.encode import content_hash
 from stl_offline.images.voc import read_voc
 from stl_offline.transfer.outlines import RunLengths, run_lengths
-from stl_offline.transfer.pairs import list_files, open_image
+from stl_offline.transfer.pairs import decode_image, list_files, open_image
+
+_LOGGER = logging.getLogger(__name__)
 
 _JSON_BYTES = 1 << 30
 
@@ -38,7 +41,7 @@ class BoxedImage:
 
     def read(self) -> Image.Image:
         """The image in 8-bit RGB."""
-        return to_rgb(open_image(self.key, self.image()))
+        return decode_image(self.key, self.image())
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ def open_boxes(
         masks: read the objects' masks, too, which a COCO JSON file has.
 
     Raises:
-        InputError: nothing is there, an image lacks its file, a file cannot be read or has other classes, or an object
-            has no mask.
+        InputError: nothing is there, an image lacks its file, a file cannot be read, has other classes or is for images
+            of another size, or an object has no mask.
     """
     files = list_files(source)
     if split is not None:
@@ -92,13 +95,18 @@ def open_boxes(
             continue
         data = load()
         image = open_image(name, data)
-        boxes_n4, class_ids, segmentations = read[name]
+        boxes_n4, class_ids, segmentations, size = read[name]
+        if size not in (None, (0, 0), image.size):  # some tools write zeros
+            raise InputError(
+                f"{name} has {image.width}×{image.height} pixels, and its annotations are for {size[0]:g}×{size[1]:g}"
+            )
         if boxes_n4.size and not (
             (boxes_n4[:, :2] < boxes_n4[:, 2:]).all()
             and boxes_n4.min() >= -1
             and (boxes_n4[:, 2:] <= np.array(image.size) + 1).all()
         ):
             raise InputError(f"{name} has a box that is empty or leaves its {image.width}×{image.height} pixels")
+        boxes_n4 = boxes_n4.astype(np.float32)
         outlines = _outlines(name, segmentations, image) if masks else None
         found.append(BoxedImage(posixpath.splitext(name)[0], load, boxes_n4, class_ids, outlines))
         marks.append([name, content_hash(data), boxes_n4.tolist(), class_ids.tolist()])
@@ -109,13 +117,18 @@ def open_boxes(
     return BoxSet(tuple(found), tuple(class_names), sha256_bytes(canonical_json([marks, list(class_names)])))
 
 
-# Boxes, ids and what a COCO file has as masks, of an image.
-_Objects = tuple[np.ndarray, np.ndarray, list]
+# Boxes, ids and what a COCO file has as masks, of an image; its width and height where they are given.
+_Objects = tuple[np.ndarray, np.ndarray, list, tuple[float, float] | None]
 _Boxes = dict[str, _Objects]
 
 
-def _arrays(boxes: Sequence[Sequence[float]], ids: list[int], segmentations: Sequence[Any] = ()) -> _Objects:
-    return np.array(boxes, np.float32).reshape(-1, 4), np.array(ids, np.int64), list(segmentations)
+def _arrays(
+    size: tuple[float, float] | None,
+    boxes: Sequence[Sequence[float]],
+    ids: list[int],
+    segmentations: Sequence[Any] = (),
+) -> _Objects:
+    return np.array(boxes, np.float64).reshape(-1, 4), np.array(ids, np.int64), list(segmentations), size
 
 
 def _outlines(name: str, segmentations: list, image: Image.Image) -> tuple[RunLengths, ...]:
@@ -143,7 +156,8 @@ def _voc(source: object, files: dict, images: dict, ids: dict[str, int]) -> _Box
 def _read_voc(name: str, data: bytes, ids: dict[str, int]) -> _Objects:
     boxes, class_ids = [], []
     try:
-        for box in read_voc(data)[1]:
+        size, found = read_voc(data)
+        for box in found:
             if box.is_difficult:
                 continue
             if box.class_name not in ids:
@@ -152,7 +166,7 @@ def _read_voc(name: str, data: bytes, ids: dict[str, int]) -> _Objects:
             class_ids.append(ids[box.class_name])
     except ValueError as error:
         raise InputError(f"the annotations {name} cannot be used: {error}") from error
-    return _arrays(boxes, class_ids)
+    return _arrays(size, boxes, class_ids)
 
 
 def _coco(path: Path, images: dict, ids: dict[str, int]) -> _Boxes:
@@ -160,29 +174,65 @@ def _coco(path: Path, images: dict, ids: dict[str, int]) -> _Boxes:
         if path.stat().st_size > _JSON_BYTES:
             raise ValueError(f"it has more than {_JSON_BYTES:,} bytes")
         content = json.loads(path.read_bytes())
-        names = {each["id"]: each["file_name"] for each in content["images"]}
-        classes = {each["id"]: each["name"] for each in content["categories"]}
+        listed = _by_id(content, "images", "file_name")
+        classes = _by_id(content, "categories", "name")
+        names = {number: each["file_name"] for number, each in listed.items()}
         found: dict[str, tuple[list, list, list]] = {name: ([], [], []) for name in names.values()}
+        if len(found) < len(names):
+            raise ValueError("it lists an image twice")
         for each in content["annotations"]:
             if each.get("iscrowd"):
                 continue
+            for part, known in (("image_id", names), ("category_id", classes)):
+                if each[part] not in known:
+                    raise ValueError(f"an annotation has the {part} {each[part]!r:.40}, which it does not list")
+            if not isinstance(each["bbox"], list):
+                raise ValueError(f"a bbox must be a list of four numbers, got {each['bbox']!r:.40}")
             left, top, width, height = map(float, each["bbox"])
-            class_name = classes[each["category_id"]]
+            class_name = classes[each["category_id"]]["name"]
             if class_name not in ids:
                 raise ValueError(f"the class {class_name!r} is not among `classes`: {', '.join(ids)}")
             boxes, class_ids, segmentations = found[names[each["image_id"]]]
             boxes.append([left, top, left + width, top + height])
             class_ids.append(ids[class_name])
             segmentations.append(each.get("segmentation"))
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"the annotations {path} cannot be used as COCO's: {type(error).__name__}: {error}") from error
+        sizes = {
+            each["file_name"]: (float(each["width"]), float(each["height"]))
+            for each in listed.values()
+            if "width" in each and "height" in each
+        }
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise InputError(f"the annotations {path} cannot be used as COCO's: {kind}{error}") from error
     # File names are relative to the folder of images, which may lie anywhere within the source.
     placed: _Boxes = {}
+    owner: dict[str, str] = {}
     for name in images:
         parts = name.split("/")
-        listed = next((tail for start in range(len(parts)) if (tail := "/".join(parts[start:])) in found), None)
-        if listed is not None:
-            placed[name] = _arrays(*found[listed])
+        entry = next((tail for start in range(len(parts)) if (tail := "/".join(parts[start:])) in found), None)
+        if entry is None:
+            continue
+        if entry in owner:
+            raise InputError(
+                f"{entry} of {path} may be {owner[entry]} or {name}; choose with `split`, or give the folder"
+            )
+        owner[entry] = name
+        placed[name] = _arrays(sizes.get(entry), *found[entry])
     if len(placed) < len(found):
         raise InputError(f"{len(found) - len(placed):,} of the {len(found):,} images of {path} are not in the data")
+    if len(placed) < len(images):
+        left_out = len(images) - len(placed)
+        _LOGGER.info("%s of %s images are left out: %s does not list them", f"{left_out:,}", f"{len(images):,}", path)
     return placed
+
+
+def _by_id(content: dict, part: str, name: str) -> dict[Any, dict]:
+    """The entries of a part of a COCO file by their ids; each has a name."""
+    found: dict[Any, dict] = {}
+    for each in content[part]:
+        if each["id"] in found:
+            raise ValueError(f"two of its {part} have the id {each['id']!r:.40}")
+        if not isinstance(each[name], str):
+            raise ValueError(f"a {name} must be text, got {each[name]!r:.40}")
+        found[each["id"]] = each
+    return found

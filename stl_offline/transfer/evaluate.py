@@ -109,6 +109,8 @@ def _prepare_segmenter(
 ) -> tuple[torch.nn.Module, SegmentValidation, int]:
     if config.annotations is not None:
         raise InputError(f"`annotations` are for detectors; {config.checkpoint} is a segmenter")
+    if config.out is not None and Path(config.out).resolve().is_relative_to(Path(config.data).resolve()):
+        raise InputError(f"`out` {config.out} lies within the data, whose masks it would replace; give another folder")
     model, description = load_segmenter(config.checkpoint)
     pairs = open_pairs(config.data, description.class_names, description.ignore_id, config.split)
     window = description.crop if config.sliding_window else None

@@ -6,6 +6,7 @@ A mask is a PNG of class ids, one per pixel, 8 or 16 bits (a palette counts by i
 """
 
 import io
+import logging
 import os
 import posixpath
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from stl_offline.errors import InputError
 from stl_offline.files import canonical_json, sha256_bytes
@@ -24,6 +25,8 @@ from stl_offline.images.common import is_image_name, is_system_name
 from stl_offline.images.encode import ImageError, content_hash, to_rgb
 from stl_offline.labels.class_names import read_class_names
 from stl_offline.progress import progress_bar
+
+_LOGGER = logging.getLogger(__name__)
 
 _IMAGES, _MASKS = "images", "masks"
 _FORMS = "give a folder or a tar of images/NAME.jpg with masks/NAME.png, or of NAME.jpg beside NAME.png"
@@ -98,14 +101,19 @@ def open_pairs(source: str | Path, classes: Sequence[str], ignore_id: int, split
 
 
 def class_list(classes: str) -> tuple[str, ...]:
-    """Class names of a file (one per line), or given between commas.
+    """Class names of a file (one per line), or given between commas; a single name has a comma behind it.
 
     Raises:
-        InputError: no names, or one of them twice.
+        InputError: no such file, no names, or one of them twice.
     """
-    if Path(classes).exists() or "," not in classes:
+    if classes and Path(classes).exists():
         return read_class_names(classes, "`classes`")
-    names = tuple(name.strip() for name in classes.split(","))
+    if "," not in classes:
+        raise InputError(
+            f"there is no file {classes!r}; `classes` takes a text file with one name per line, or names between "
+            "commas (a single one with a comma behind it)"
+        )
+    names = tuple(name.strip() for name in classes.removesuffix(",").split(","))
     if "" in names or len(set(names)) != len(names):
         raise InputError(f"`classes` must be different names between commas, got {classes!r}")
     return names
@@ -139,6 +147,9 @@ def find_pairs(source: str | Path, split: str | None = None) -> list[Pair]:
         raise InputError(
             f"{len(without):,} of {len(images):,} images of {source} have no mask, for example {without[0]}"
         )
+    idle = sorted(masks.keys() - images.keys())
+    if has_folders and idle:
+        _LOGGER.warning("%s masks of %s belong to no image, for example %s.png", f"{len(idle):,}", source, idle[0])
     pairs = [Pair(posixpath.splitext(name)[0], load, masks[stem]) for stem, (name, load) in images.items()]
     return sorted(pairs, key=lambda pair: pair.key)
 
@@ -147,7 +158,7 @@ def list_files(source: str | Path) -> dict[str, Callable[[], bytes]]:
     """Every file by its path below the folder or within the tar, and what reads it.
 
     Raises:
-        InputError: it is neither a folder nor a tar.
+        InputError: it is neither a folder nor a tar, or a tar that holds a name twice.
     """
     path = Path(source)
     if path.is_dir():
@@ -157,7 +168,12 @@ def list_files(source: str | Path) -> dict[str, Callable[[], bytes]]:
             if place.is_file() and not any(map(is_system_name, (name := place.relative_to(path).as_posix()).split("/")))
         }
     if path.is_file() and path.name.endswith(TAR_SUFFIXES):
-        return {member.name: member.read for member in tar_members(path)}
+        found: dict[str, Callable[[], bytes]] = {}
+        for member in tar_members(path):
+            if member.name in found:
+                raise InputError(f"{source} holds {member.name} twice; make the tar anew with one of them")
+            found[member.name] = member.read
+        return found
     problem = "is neither" if path.exists() else "does not exist"
     raise InputError(f"{source} {problem}; give a folder or a tar")
 
@@ -191,10 +207,7 @@ def _check(pair: Pair, classes: int, ignore_id: int) -> tuple[Pair, np.ndarray, 
 
 def read_image(pair: Pair) -> Image.Image:
     """The image in 8-bit RGB."""
-    try:
-        return to_rgb(open_image(pair.key, pair.image()))
-    except ImageError as error:
-        raise InputError(f"the image {pair.key} {error}; {error.advice}") from error
+    return decode_image(pair.key, pair.image())
 
 
 def read_mask(pair: Pair, classes: int, ignore_id: int) -> np.ndarray:
@@ -202,10 +215,20 @@ def read_mask(pair: Pair, classes: int, ignore_id: int) -> np.ndarray:
     return decode_mask(pair.mask(), pair.key, classes, ignore_id)
 
 
+def decode_image(key: str, data: bytes) -> Image.Image:
+    """An image in 8-bit RGB; raises `InputError` with its key where the bytes are none."""
+    try:
+        return to_rgb(open_image(key, data))
+    except ImageError as error:
+        raise InputError(f"the image {key}: {error}; {error.advice}") from error
+
+
 def open_image(key: str, data: bytes) -> Image.Image:
     """An image that is not decoded yet; raises `InputError` where the bytes are none."""
     try:
         return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise InputError(f"{key} is not an image of a known format; repair or remove it") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"the image {key} cannot be read: {error}; repair or remove it") from error
 

@@ -16,8 +16,8 @@ from stl_offline.cli.main import main
 from stl_offline.config_transfer import DetectConfig, TransferEvaluateConfig
 from stl_offline.errors import InputError
 from stl_offline.training.engine import Trainer
-from stl_offline.transfer import dry_run_detector, evaluate_transfer, train_detector
-from stl_offline.transfer.backbone import Backbone, BackboneSpec
+from stl_offline.transfer import dry_run_detector, evaluate_transfer, load_detector, train_detector
+from stl_offline.transfer.backbone import Backbone, BackboneSpec, make_backbone
 from stl_offline.transfer.boxes import open_boxes
 from stl_offline.transfer.detect_scores import Boxes, average_precisions
 from stl_offline.transfer.detector import Pyramid
@@ -105,6 +105,12 @@ def test_voc_and_coco_give_the_same_boxes(boxed):
     assert len(open_boxes(tar, CLASSES, split="val")) == 2
 
 
+SIZE = b"<size><width>28</width><height>20</height></size>"
+# Entities of ten others each: 8 GB of text in the end.
+TENFOLD = b"".join(b'<!ENTITY %c "%s">' % (98 + n, b"&%c;" % (97 + n) * 10) for n in range(9))
+ENTITIES = b'<!DOCTYPE l [<!ENTITY a "aaaaaaaa">' + TENFOLD + b"]><annotation>&j;</annotation>"
+
+
 @pytest.mark.parametrize(
     ("xml", "message"),
     [
@@ -112,6 +118,16 @@ def test_voc_and_coco_give_the_same_boxes(boxed):
         (voc([("cat", [0, 0, 3, 4])]), "the class 'cat' is not among `classes`: box, disc"),
         (voc([("box", [5, 0, 5, 4])]), "has a box that is empty"),
         (voc([("box", [0, 0, 99, 4])]), "leaves its 56×40 pixels"),
+        (
+            voc([("box", [0, 0, 9, 4])]).replace(
+                b"<object>", b"<size><width>28</width><height>20</height></size><object>"
+            ),
+            "has 56×40 pixels, and its annotations are for 28×20",
+        ),
+        (
+            ENTITIES,
+            "annotations a.xml cannot be used: limit on input amplification",
+        ),
         (b"<annotation>", "annotations a.xml cannot be used"),
         (voc([]), "have no boxes"),
     ],
@@ -122,6 +138,67 @@ def test_boxes_that_cannot_be_used(tmp_path, xml, message):
         (tmp_path / "a.xml").write_bytes(xml)
     with pytest.raises(InputError, match=message):
         open_boxes(tmp_path, CLASSES)
+
+
+def one_image(**parts) -> dict:
+    """A COCO file of an image with a box, with other ``parts``."""
+    box = {"image_id": 1, "category_id": 2, "bbox": [1, 2, 5, 6]}
+    return {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 56, "height": 40}],
+        "categories": [{"id": 2, "name": "box"}],
+        "annotations": [box | parts.pop("box", {})],
+    } | parts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (one_image(box={"image_id": 7}), "an annotation has the image_id 7, which it does not list"),
+        (one_image(box={"category_id": 7}), "an annotation has the category_id 7, which it does not list"),
+        (one_image(box={"bbox": "1234"}), "a bbox must be a list of four numbers, got '1234'"),
+        (one_image(box={"bbox": [1, 2, -5, 6]}), "a.jpg has a box that is empty"),
+        (one_image(box={"bbox": [1e300, 2, 1e300, 6]}), "a.jpg has a box that is empty"),
+        (one_image(annotations=[None]), "cannot be used as COCO's: AttributeError"),
+        (one_image(images=[{"id": 1, "file_name": "a.jpg"}] * 2), "two of its images have the id 1"),
+        (one_image(images=[{"id": n, "file_name": "a.jpg"} for n in (1, 2)]), "lists an image twice"),
+        (one_image(images=[{"id": 1, "file_name": 5}]), "a file_name must be text, got 5"),
+        (
+            one_image(categories=[{"id": 2, "name": "box"}, {"id": 2, "name": "disc"}]),
+            "two of its categories have the id",
+        ),
+        (one_image(images=[{"id": 1, "file_name": "a.jpg", "width": 40, "height": 56}]), "56×40 .* are for 40×56"),
+    ],
+)
+def test_coco_files_that_cannot_be_used(tmp_path, content, message):
+    (tmp_path / "a.jpg").write_bytes(jpeg(scene(1)[0]))
+    file = tmp_path / "coco.json"
+    file.write_text(json.dumps(one_image()))
+    assert open_boxes(tmp_path, CLASSES, str(file)).images[0].boxes_n4.tolist() == [[1, 2, 6, 8]]
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        open_boxes(tmp_path, CLASSES, str(file))
+
+
+def test_a_name_that_two_images_have_and_one_cut_off(tmp_path):
+    data = jpeg(scene(1)[0])
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jpg").write_bytes(data[:-400])
+    (tmp_path / "coco.json").write_text(json.dumps(one_image()))
+    with pytest.raises(InputError, match="a.jpg of .* may be x/a.jpg or y/a.jpg; choose with `split`"):
+        open_boxes(tmp_path, CLASSES, str(tmp_path / "coco.json"))
+    (image,) = open_boxes(tmp_path, CLASSES, str(tmp_path / "coco.json"), "y").images
+    with pytest.raises(InputError, match="the image y/a: cannot be decoded"):
+        image.read()
+
+
+def test_a_frozen_backbone_keeps_everything(quick):
+    settings = quick | {"freeze": True, "epochs": 1, "val": None, "val_split": None, "val_every": 1}
+    train_detector(DetectConfig(**settings))
+    trained = load_detector(quick["out"])[0].backbone.backbone.state_dict()
+    torch.manual_seed(0)
+    before = make_backbone(DetectConfig(**settings), (64, 64)).state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in before.items())
 
 
 def test_scores_are_torchmetrics():

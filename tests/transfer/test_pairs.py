@@ -7,7 +7,7 @@ from PIL import Image
 from stl_offline.errors import InputError
 from stl_offline.transfer.crops import DenseCrops, cut
 from stl_offline.transfer.pairs import NO_CLASS, class_list, decode_mask, find_pairs, open_pairs
-from tests.transfer.conftest import CLASSES, COLOURS, IGNORE, png, scene, write_folders
+from tests.transfer.conftest import CLASSES, COLOURS, IGNORE, png, scene, write_folders, write_tar
 
 
 def test_folders_and_tars(scenes):
@@ -46,7 +46,7 @@ def test_a_mask_of_16_bits_or_with_a_palette_counts_by_its_ids():
         (lambda root: (root / "masks/a/1.png").write_bytes(png(np.zeros((4, 5), np.uint8))), "51×43 .* mask 5×4"),
         (lambda root: (root / "masks/a/1.png").write_bytes(png(np.zeros((4, 5, 3), np.uint8))), "colours .RGB."),
         (lambda root: (root / "masks/a/1.png").write_bytes(b"\x89PNG"), "mask of images/a/1 cannot be used"),
-        (lambda root: (root / "images/a/1.jpg").write_bytes(b"no image"), "image images/a/1 cannot be read"),
+        (lambda root: (root / "images/a/1.jpg").write_bytes(b"no image"), "images/a/1 is not an image"),
         (
             lambda root: (root / "images/a/1.png").write_bytes(png(np.zeros((4, 5, 3), np.uint8))),
             "two images for one mask",
@@ -83,8 +83,21 @@ def test_class_lists(tmp_path):
     (tmp_path / "names.txt").write_text("a\nb c\n")
     assert class_list(str(tmp_path / "names.txt")) == ("a", "b c")
     assert class_list("a, b c,d") == ("a", "b c", "d")
-    with pytest.raises(InputError, match="different names"):
-        class_list("a,b,a")
+    assert class_list("a b,") == ("a b",)
+    wrong = {"a,b,a": "different names", "a,,": "different names", "": "no file", "a": "no file 'a'"}
+    for given, message in wrong.items():
+        with pytest.raises(InputError, match=message):
+            class_list(given)
+
+
+def test_a_tar_that_holds_a_name_twice_and_masks_of_no_image(tmp_path, caplog):
+    tar = write_tar(tmp_path / "twice.tar", {"train": (1, 1)})
+    with pytest.raises(InputError, match="twice.tar holds set/train/1.jpg twice"):
+        find_pairs(tar)
+    root = write_folders(tmp_path / "more", range(2))
+    (root / "images/a/1.jpg").unlink()
+    assert len(find_pairs(root)) == 1
+    assert "1 masks of" in caplog.text and "belong to no image, for example a/1.png" in caplog.text
 
 
 def test_image_and_mask_move_together_and_crops_follow_the_seed():

@@ -19,6 +19,7 @@ from stl_offline.recipes import recipe_names, resolve
 from stl_offline.training.engine import Trainer
 from stl_offline.transfer import dry_run_segmenter, evaluate_transfer, load_segmenter, train_segmenter
 from stl_offline.transfer.backbone import Backbone, BackboneSpec, level_indices, make_backbone
+from stl_offline.transfer.evaluate import _prepare_segmenter
 from stl_offline.transfer.pairs import NO_CLASS
 from stl_offline.transfer.segment_scores import SegmentScores, confusion_matrix
 from stl_offline.transfer.segmenter import MlpHead, Segmenter, whole_logits, window_logits
@@ -227,6 +228,13 @@ def test_the_head_is_segformers():
     fused = torch.cat([deep, head.levels[0](maps[0])], dim=1)
     torch.testing.assert_close(head(maps), head.classify(head.fuse(fused)))
     assert sum(each.numel() for each in head.parameters()) == 6 * 6 + 8 * 6 + 12 * 6 + 12 + 7 * 4
+
+
+def test_predictions_never_replace_masks(scenes):
+    for out in (scenes[0], scenes[0] / "masks"):
+        config = TransferEvaluateConfig(data=str(scenes[0]), checkpoint="run", out=str(out), device="cpu")
+        with pytest.raises(InputError, match="`out` .* lies within the data, whose masks it would replace"):
+            _prepare_segmenter(config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
