@@ -18,6 +18,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
     answers 429 that the next commits get."""
 
     daemon_threads = True
+    request_queue_size = 128  # connections beyond it wait for seconds
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -58,7 +59,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             data = self.server.files.get(path.partition("/resolve/main/")[2])
             if data is None:
                 return self.answer(404, {}, {"X-Error-Code": "EntryNotFound"})
-            return self.answer(200, data, {"ETag": '"x"', "X-Repo-Commit": "0" * 40})
+            status, headers = 200, {"ETag": '"x"', "X-Repo-Commit": "0" * 40}
+            if wanted := self.headers.get("Range"):
+                first, _, last = wanted.removeprefix("bytes=").partition("-")
+                status, data = 206, data[int(first) : int(last) + 1 if last else None]
+            return self.answer(status, data, headers)
         return self.answer(200, {"id": "user/labels", "sha": "0" * 40, "siblings": [], "private": False})
 
     do_HEAD = do_GET
@@ -140,6 +145,9 @@ def hub(monkeypatch, tmp_path):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN", "test")
+    # On a busy machine this server may take longer than the ten seconds that the client waits for an answer.
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        monkeypatch.setattr(constants, name, 600)
     # Large files go as in Git LFS, whose protocol this server has.
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with running(FakeHub()) as server:

@@ -12,6 +12,7 @@ class WebFiles(http.server.ThreadingHTTPServer):
     asked: (method, path, range) of every request."""
 
     daemon_threads = True
+    request_queue_size = 128  # connections beyond it wait for seconds
 
     def __init__(self, root: Path, *, ranges: bool) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -159,7 +159,7 @@ class LabelSetWriter:
         if self.complete:
             return
         self._claims = Claims(self._storage).__enter__()
-        is_local = self._storage.local is not None
+        is_local, is_shared = self._storage.local is not None, False
         wait, longest = _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS if is_local else _LONGEST_STORE_WAIT_SECONDS
         while True:
             # Claims first: a shard that is committed between the two listings is in both of them, not in none. The
@@ -172,10 +172,13 @@ class LabelSetWriter:
             free = [index for index in range(self.num_shards) if index not in taken]
             if not free:
                 before_waiting()
-            # Where others are at work, each starts somewhere else, so that they seldom want the same shard.
-            start = secrets.randbelow(len(free)) if free and others else 0
+            # Where others are or were at work, each starts somewhere else, so that they seldom want the same shard.
+            is_shared = is_shared or bool(others)
+            start = secrets.randbelow(len(free)) if free and is_shared else 0
+            is_old = False
             for index in free[start:] + free[:start] or self._left(others, done):
                 if not self._claims.take(index, others.get(index)):
+                    is_shared = True
                     break
                 if index < self.num_shards:
                     # Since the listings it may have been written and its claim released, or the whole set finished.
@@ -183,7 +186,9 @@ class LabelSetWriter:
                         self._claims.release(index)
                         if self.complete:
                             return
-                        continue
+                        # The next ones are likely written, too, and each look at one costs requests.
+                        is_old = is_shared = True
+                        break
                     wait = _FIRST_WAIT_SECONDS
                     yield index
                 elif self._all_whole():
@@ -191,8 +196,9 @@ class LabelSetWriter:
                 else:
                     self._claims.release(index)
             else:
-                if free:
-                    continue
+                is_old = bool(free)
+            if is_old:
+                continue
             time.sleep(wait)
             wait = min(2 * wait, longest)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from stl_offline import remote
+from stl_offline.cli.main import main
 from stl_offline.config import DumpConfig
 from stl_offline.dump import Labelling, dump_labels, estimate_dump, load_labeler
 from stl_offline.dump import tars as dump_tars
@@ -114,6 +115,30 @@ def test_an_s3_bucket(tars, streamed, settings, s3):
     dump_labels(DumpConfig(**settings, data=f"{s3}/images/train-*.tar", out=f"{s3}/labels"))
     names = {name.rpartition("/")[2] for name in files.ls(f"{s3}/labels")}
     assert {name: files.cat_file(f"{s3}/labels/{name}") for name in names} == content(streamed)
+
+
+# The client hands bytes to httpx in a way that httpx no longer wants.
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_repository_of_the_hub(tars, streamed, settings, hub, tmp_path):
+    for path in tars.iterdir():
+        hub.files[f"images/{path.name}"] = path.read_bytes()
+    place = "hf://datasets/user/labels/images/train-{0000..0002}.tar"
+    dump_labels(DumpConfig(**settings, data=place, out=str(tmp_path / "set")))
+    assert content(tmp_path / "set") == content(streamed)
+
+
+@pytest.mark.parametrize(("protocol", "package", "extra"), [("gs", "gcsfs", "gs"), ("hf", "huggingface_hub", "hf")])
+def test_tars_of_a_store_whose_package_is_missing(settings, tmp_path, monkeypatch, capsys, protocol, package, extra):
+    def refuse(*_, **__):
+        raise ImportError(f"Install {package} to access this")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", refuse)
+    words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    line = ["dump-labels", *words, "--data", f"{protocol}://b/{{0..2}}.tar", "--out", str(tmp_path / "set")]
+    assert main(line) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {protocol}://b/0.tar needs a package that is not installed")
+    assert f"pip install 'stl-offline[{extra}]' (or {package})" in error
 
 
 def test_compressed_tars(tars, streamed, settings, tmp_path):

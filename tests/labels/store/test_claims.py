@@ -222,9 +222,8 @@ def test_a_damaged_shard_is_found_at_the_end_and_written_again(tmp_path, encoded
     assert files(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("workers", [1, 6])
-def test_requests_grow_as_shards(workers, tmp_path, monkeypatch):
-    shards = 60
+@pytest.mark.parametrize(("workers", "shards"), [(1, 60), (6, 60), (8, 400)])
+def test_requests_grow_as_shards(workers, shards, tmp_path, monkeypatch):
     spec = make_spec(samples=shards)
     data = [encode_shard(make_arrays(spec, index, index + 1), spec) for index in range(shards)]
     counts, persist = Counter(), storage.ObjectStorage._persist
@@ -239,7 +238,7 @@ def test_requests_grow_as_shards(workers, tmp_path, monkeypatch):
     def work():
         with LabelSetWriter(place, spec, shards) as writer:
             for index in writer.claim_shards():
-                time.sleep(0.01)
+                time.sleep(0.6 / shards)
                 writer.write_encoded(index, data[index])
             writer.finish()
 
