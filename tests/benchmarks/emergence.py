@@ -1,8 +1,10 @@
 """Whether a labeler's tokens outline the object though no token was ever labelled, and what moves that.
 
     python -m tests.benchmarks.emergence --out runs/emergence [--only lme-w5-e8 mean-w5-e8] [--seeds 3]
+    python -m tests.benchmarks.emergence --out runs/photos --photos tiny20-train.tar tiny20-val.tar tiny20-boxes.json
 
-Trains labelers on the embedded data set, labels its validation images whole, and compares with the objects' masks:
+Trains labelers on the embedded data set, or on photos, labels its validation images whole, and compares with the
+objects' masks, or boxes:
 
 - top-1 and token top-1 of the labeler;
 - AUROC and contrast, as `stl-offline labels stats --masks` defines them, of labels at the side of training;
@@ -14,6 +16,8 @@ Resumable: a run that is complete is not trained again. Most rows take one to tw
 
 import argparse
 import contextlib
+import json
+import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +111,32 @@ def write_images(out: Path, train: int, val: int) -> Path:
     return write_shapes(out / "images", train=train, val=val, seed=0, size=64)
 
 
+def write_photos(out: Path, train: Path, val: Path, boxes: Path) -> Path:
+    """Photos instead: tars of SPLIT/CLASS/FILE, 64 pixels a side, and each one's box, its last pixel included."""
+    images = out / "images"
+    if images.exists():
+        return images
+    part = out / "images.part"
+    found = json.loads(boxes.read_bytes())["boxes_xyxy_in_64px"]
+    for split, tar in (("train", train), ("val", val)):
+        with tarfile.open(tar) as source:
+            source.extractall(part, filter="data")
+        shares = {}
+        for key, (left, top, right, bottom) in found.items():
+            folder, _, name = key.partition("/")
+            if folder == split:
+                shares[name] = [left / 64, top / 64, (right + 1) / 64, (bottom + 1) / 64]
+        (part / f"masks-{split}.json").write_text(json.dumps(shares))
+    part.rename(images)
+    return images
+
+
+def masks_of(out: Path, split: str) -> Mapping[str, np.ndarray]:
+    """Where the objects of a split's images are."""
+    file = out / "images" / f"masks-{split}.json"
+    return read_masks(file if file.exists() else file.with_suffix(".npz"))
+
+
 def write_scenes(images: Path, out: Path) -> Path:
     """Training images of two objects: each is set beside one of another class, in an image twice as wide.
 
@@ -178,7 +208,7 @@ def run(name: str, seed: int, out: Path, epochs: int = 0) -> list[float]:
         small = label(name, seed, out, "val", side)
         crops = label(name, seed, out, "val", side, crops_per_image=2)
         large = label(name, seed, out, "val", side * 3 // 2)
-    masks = read_masks(out / "images" / "masks-val.npz")
+    masks = masks_of(out, "val")
     shown = [measure_foreground(labels, masks) for labels in (small, crops, large)]
     thirds = [measure_foreground(large, part).auroc for part in by_size(masks)]
     contrasts = shown[0].contrast, shown[2].contrast
@@ -202,8 +232,14 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1600)
     parser.add_argument("--val", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=0, help="instead of a row's own, to try the script")
+    parser.add_argument(
+        "--photos", type=Path, nargs=3, metavar=("TRAIN", "VAL", "BOXES"), help="two tars and a JSON file"
+    )
     options = parser.parse_args()
-    write_images(options.out, options.train, options.val)
+    if options.photos:
+        write_photos(options.out, *options.photos)
+    else:
+        write_images(options.out, options.train, options.val)
     print(f"| labeler | seeds | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}")
     for name in options.only:
         found = np.array([run(name, seed, options.out, options.epochs) for seed in range(options.seeds)])

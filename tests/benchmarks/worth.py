@@ -4,8 +4,9 @@
 
 Trains students of the demo's images on label sets of many kinds: of labelers that differ in training, size and
 architecture (rows of `tests/benchmarks/emergence.py`, whose folder it shares), and on sets that are corrupted on
-purpose. Each seed has its own labelers and students. Prints each set's scores, which need neither students nor masks,
-and their rank correlation (Spearman) with the students' gain over a student without labels.
+purpose. Each set labels two crops of each image, and each seed has its own labelers and students. Prints the sets'
+scores, which need neither students nor masks, and their rank correlation (Spearman) with the gain over a student
+without labels.
 
 Resumable. A student takes 40 seconds on one core, a labeler one to two minutes.
 """
@@ -20,11 +21,13 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import stl_offline as stl
-from stl_offline.images.masks import read_masks
+from stl_offline.geometry import View
 from stl_offline.labels.foreground import measure_foreground
-from tests.benchmarks.emergence import ROWS, SHARED, changed, label, train, write_images
+from tests.benchmarks.emergence import ROWS, SHARED, changed, label, masks_of, train, write_images
 
 STUDENT = {"epochs": 4, "val_every": 4}
+SIDE = 32
+POINTS = (np.stack(np.meshgrid(np.arange(SIDE), np.arange(SIDE)), -1).reshape(-1, 2) + 0.5) / SIDE  # of an image
 Change = Callable[[stl.ShardArrays, np.random.Generator], dict[str, np.ndarray]]
 
 
@@ -84,11 +87,10 @@ def own_class(arrays: stl.ShardArrays, draw: np.random.Generator) -> dict[str, n
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """A label set: the labeler's row, the side of the images it labels, what else is set, and how it is corrupted."""
+    """A label set, two crops per image: the labeler's row, the side of the crops, and how the set is corrupted."""
 
     row: str
     side: int = 96
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     change: Change | None = None
     student: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -116,7 +118,7 @@ def make(labels: Labels, name: str, seed: int, out: Path) -> stl.LabelSet:
     """The label set of the training images, made where it is not there."""
     with changed(ROWS[labels.row]):
         train(labels.row, seed, out)
-        clean = label(labels.row, seed, out, "train", labels.side, **labels.settings)
+        clean = label(labels.row, seed, out, "train", labels.side, crops_per_image=2)
     if labels.change is None:
         return clean
     folder = out / "worth" / f"{slug(name)}-seed{seed}" / "labels"
@@ -149,10 +151,24 @@ def student(name: str, seed: int, out: Path, labels: str = "none", **settings: A
     return stl.train_student(config)["top1"]
 
 
+def seen_twice(label_map: stl.LabelMap) -> np.ndarray:
+    """(2, n): the own class's probability in the two views, at points of the image that both show."""
+    own = label_map.dense("uniform")[..., label_map.class_id]
+    inside, values = [], []
+    for view, probability in zip(label_map.views, own, strict=True):
+        place = View.from_array(view).inverse()(POINTS)
+        cells = np.clip((place * probability.shape[::-1]).astype(int), 0, np.array(probability.shape[::-1]) - 1)
+        inside.append(((place >= 0) & (place < 1)).all(1))
+        values.append(probability[cells[:, 1], cells[:, 0]])
+    return np.array(values)[:, inside[0] & inside[1]]
+
+
 def scores(label_set: stl.LabelSet) -> dict[str, float]:
     """What the set alone shows, mean over its maps. Higher is meant to be better."""
     rows = []
     for label_map in label_set.values():
+        twice = seen_twice(label_map)
+        between = np.cov(twice, bias=True) if twice.shape[1] > 1 else np.zeros((2, 2))
         dense, own = label_map.dense("uniform"), label_map.class_id
         best, mass = dense.argmax(-1), dense[..., own]
         mean = dense.mean((0, 1, 2))
@@ -168,6 +184,8 @@ def scores(label_set: stl.LabelSet) -> dict[str, float]:
                 "minus entropy": -float(entropy),
                 "neighbours agree": float(same.mean()),
                 "spread of the class": float(mass.std(axis=(1, 2)).mean()),
+                "views covary": float(between[0, 1]),
+                "views correlate": float(between[0, 1] / max(np.sqrt(between[0, 0] * between[1, 1]), 1e-6)),
             }
         )
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
@@ -186,8 +204,9 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=500)
     options = parser.parse_args()
     out, seeds = options.out, range(options.first, options.first + options.seeds)
-    write_images(out, options.train, options.val)
-    masks = read_masks(out / "images" / "masks-train.npz")
+    if not (out / "images" / "masks-train.json").exists():  # photos
+        write_images(out, options.train, options.val)
+    masks = masks_of(out, "train")
     none = np.array([student("none", seed, out) for seed in seeds])
     print(f"students without labels: {', '.join(f'{top1:.1%}' for top1 in none)}", flush=True)
     gains: dict[str, list[float]] = {}
