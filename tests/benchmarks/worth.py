@@ -110,7 +110,7 @@ SETS = {
 }
 SELECTED = {
     "lme, --select own": Labels("lme-w5-e8", student={"select": "own"}),
-    "lme, --select confident:0.9": Labels("lme-w5-e8", student={"select": "confident:0.9"}),
+    "lme, --select confident:0.77": Labels("lme-w5-e8", student={"select": "confident:0.77"}),
 }
 
 
@@ -163,6 +163,18 @@ def seen_twice(label_map: stl.LabelMap) -> np.ndarray:
     return np.array(values)[:, inside[0] & inside[1]]
 
 
+def kept(label_set: stl.LabelSet, select: str) -> float:
+    """The share of the tokens that ``select`` keeps; of "own", whose draws decide, on average."""
+    rule, _, least = select.partition(":")
+    shares = []
+    for label_map in label_set.values():
+        if rule == "own":
+            shares.append(label_map.dense("uniform")[..., label_map.class_id].mean())
+        else:
+            shares.append((label_map.confidence >= float(least or 0)).mean())
+    return float(np.mean(shares))
+
+
 def scores(label_set: stl.LabelSet) -> dict[str, float]:
     """What the set alone shows, mean over its maps. Higher is meant to be better."""
     rows = []
@@ -213,17 +225,19 @@ def main() -> None:
     measured: dict[str, list[dict[str, float]]] = {}
     for name in options.only:
         labels = (SETS | SELECTED)[name]
-        gains[name], measured[name], shown = [], [], []
+        gains[name], measured[name], shown, shares = [], [], [], []
         for seed, base in zip(seeds, none, strict=True):
             label_set = make(labels, name, seed, out)
             gains[name].append(student(name, seed, out, str(label_set.place), **labels.student) - base)
             measured[name].append(scores(label_set))
             shown.append(measure_foreground(label_set, masks).auroc)
+            shares.append(kept(label_set, labels.student.get("select", "all")))
         found = gains[name] + none
         means = {score: np.mean([each[score] for each in measured[name]]) for score in measured[name][0]}
         if len(measured) == 1:
-            print(f"| labels | student | AUROC | {' | '.join(means)} |\n|{'---|' * (3 + len(means))}")
-        cells = [f"{found.mean():.1%} ± {found.std(ddof=min(1, len(found) - 1)):.1%}", f"{np.mean(shown):.2f}"]
+            print(f"| labels | student | tokens used | AUROC | {' | '.join(means)} |\n|{'---|' * (4 + len(means))}")
+        cells = [f"{found.mean():.1%} ± {found.std(ddof=min(1, len(found) - 1)):.1%}", f"{np.mean(shares):.0%}"]
+        cells.append(f"{np.mean(shown):.2f}")
         cells += [f"{mean:.3f}" for mean in means.values()]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     names = [name for name in options.only if name in SETS]
