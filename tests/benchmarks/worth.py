@@ -90,7 +90,7 @@ class Labels:
     """A label set, two crops per image: the labeler's row, the side of the crops, and how the set is corrupted."""
 
     row: str
-    side: int = 96
+    side: int = 64
     change: Change | None = None
     student: dict[str, Any] = dataclasses.field(default_factory=dict)
 
