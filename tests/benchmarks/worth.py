@@ -21,13 +21,11 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import stl_offline as stl
-from stl_offline.geometry import View
 from stl_offline.labels.foreground import measure_foreground
+from stl_offline.labels.worth import measure_worth
 from tests.benchmarks.emergence import ROWS, SHARED, changed, label, masks_of, train, write_images
 
 STUDENT = {"epochs": 4, "val_every": 4}
-SIDE = 32
-POINTS = (np.stack(np.meshgrid(np.arange(SIDE), np.arange(SIDE)), -1).reshape(-1, 2) + 0.5) / SIDE  # of an image
 Change = Callable[[stl.ShardArrays, np.random.Generator], dict[str, np.ndarray]]
 
 
@@ -151,18 +149,6 @@ def student(name: str, seed: int, out: Path, labels: str = "none", **settings: A
     return stl.train_student(config)["top1"]
 
 
-def seen_twice(label_map: stl.LabelMap) -> np.ndarray:
-    """(2, n): the own class's probability in the two views, at points of the image that both show."""
-    own = label_map.dense("uniform")[..., label_map.class_id]
-    inside, values = [], []
-    for view, probability in zip(label_map.views, own, strict=True):
-        place = View.from_array(view).inverse()(POINTS)
-        cells = np.clip((place * probability.shape[::-1]).astype(int), 0, np.array(probability.shape[::-1]) - 1)
-        inside.append(((place >= 0) & (place < 1)).all(1))
-        values.append(probability[cells[:, 1], cells[:, 0]])
-    return np.array(values)[:, inside[0] & inside[1]]
-
-
 def kept(label_set: stl.LabelSet, select: str) -> float:
     """The share of the tokens that ``select`` keeps; of "own", whose draws decide, on average."""
     rule, _, least = select.partition(":")
@@ -179,8 +165,6 @@ def scores(label_set: stl.LabelSet) -> dict[str, float]:
     """What the set alone shows, mean over its maps. Higher is meant to be better."""
     rows = []
     for label_map in label_set.values():
-        twice = seen_twice(label_map)
-        between = np.cov(twice, bias=True) if twice.shape[1] > 1 else np.zeros((2, 2))
         dense, own = label_map.dense("uniform"), label_map.class_id
         best, mass = dense.argmax(-1), dense[..., own]
         mean = dense.mean((0, 1, 2))
@@ -196,11 +180,10 @@ def scores(label_set: stl.LabelSet) -> dict[str, float]:
                 "minus entropy": -float(entropy),
                 "neighbours agree": float(same.mean()),
                 "spread of the class": float(mass.std(axis=(1, 2)).mean()),
-                "views covary": float(between[0, 1]),
-                "views correlate": float(between[0, 1] / max(np.sqrt(between[0, 0] * between[1, 1]), 1e-6)),
             }
         )
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    means["labels stats --worth"] = measure_worth(label_set).score
     means["minus calibration error"] = -abs(means["confidence"] - means["tokens of the class"])
     means["class × neighbours"] = means["images of the class"] * means["neighbours agree"]
     return means

@@ -38,7 +38,7 @@ def test_commands_take_all_kinds(name, tmp_path, capsys):
     if spec.draws:
         assert stats["residual"] == pytest.approx(0, abs=1e-5)
     assert "tokens:" in run(capsys, "stats", tmp_path / "a")
-    run(capsys, "stats", tmp_path / "a", "--suspects", 3)
+    run(capsys, "stats", tmp_path / "a", "--suspects", 3, *(["--worth"] if spec.views_per_image > 1 else []))
     for container in CONTAINERS:
         run(capsys, "convert", tmp_path / "a", tmp_path / container, "--format", container, "--shards", 3)
         assert spec.format_version == open_label_set(tmp_path / container).spec.format_version
