@@ -27,9 +27,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stl-offline"
 
 
-def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys, two-space indent and a final newline: equal values give equal bytes."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def canonical_json(value: Any, *, compact: bool = False) -> bytes:
+    """JSON with sorted keys, two-space indent (unless ``compact``) and a final newline: equal values, equal bytes."""
+    form: dict[str, Any] = {"separators": (",", ":")} if compact else {"indent": 2}
+    return (json.dumps(value, **form, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -104,8 +104,9 @@ class Manifest:
         return [number - 1 for number in itertools.accumulate(shard.first == 0 for shard in self.shards)]
 
     def to_bytes(self) -> bytes:
-        """The bytes of `manifest.json`."""
-        return canonical_json({**self.spec.to_json(), "shards": [shard.to_json() for shard in self.shards]})
+        """The bytes of `manifest.json`: version 1 is indented, version 2 has no space that JSON does not need."""
+        content = {**self.spec.to_json(), "shards": [shard.to_json() for shard in self.shards]}
+        return canonical_json(content, compact=self.spec.format_version > 1)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:

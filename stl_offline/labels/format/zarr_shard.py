@@ -51,12 +51,13 @@ def encode(arrays: ShardArrays, spec: LabelSpec) -> bytes:
     group = zarr.create_group(store=MemoryStore(chunks), zarr_format=3, attributes=attributes)
     for name, array in layout(spec, len(arrays)).items():
         _create(group, name, array, stored[name].shape)[...] = stored[name]
-    return _zip({name: _settled(name, value.to_bytes()) for name, value in chunks.items()})
+    separators = (", ", ": ") if spec.format_version == 1 else (",", ":")
+    return _zip({name: _settled(name, value.to_bytes(), separators) for name, value in chunks.items()})
 
 
-def _settled(name: str, data: bytes) -> bytes:
+def _settled(name: str, data: bytes, separators: tuple[str, str]) -> bytes:
     """Metadata without line breaks. zarr's own setting for it is one for all threads, which may be encoding, too."""
-    return json.dumps(json.loads(data)).encode() if name.endswith("zarr.json") else data
+    return json.dumps(json.loads(data), separators=separators).encode() if name.endswith("zarr.json") else data
 
 
 def decode(source: bytes | str | Path, spec: LabelSpec) -> ShardArrays:

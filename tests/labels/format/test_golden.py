@@ -34,12 +34,12 @@ PINNED = {
     ("webdataset", "q8"): "c2e2e6458514a67b6ca6ee7be4a5af7455027ccb17159034175415be69df5aea",
 }
 PINNED_2 = {
-    ("zarr", "f16"): "a02756490ca3350ec82208468ae0b8ad912701010cef0c0464e410291d238697",
-    ("zarr", "q8"): "714abc0642d974516ccbe8ac2bcf7d812782c169c1699f2bf3b544c502d2abd3",
+    ("zarr", "f16"): "c27ee1feb8428ae815005fa90f6a1f4d5d049c23b9f3a7afa45f004407f54f92",
+    ("zarr", "q8"): "f03d3942cb2569b56056de328186a0365e863547f0235fe17f3e1982f69b0b8f",
     ("webdataset", "f16"): "43a44f44d3a130fd348a8dfc76a84f6c06e401ea11e32b5783cf061d2c9a3050",
     ("webdataset", "q8"): "34e938da581d7de45fb4acd53c6318ec9c12b7cbfdde7084e7a78ab42b240247",
 }
-MANIFEST_2 = "1eb79bfdcbb2cc77c77b76b1de15bd21bfdb279902ac3b7a0ac20c582228923c"
+MANIFEST_2 = "fa05bd144f10be68ea3cd94ee5f1253bc9a2dd7f26d184cdda57896a71fb81b3"
 MANIFEST = "5b36b426103bd43342db6dbd95449021dffad95361f814d94c3c11bf53eb3856"
 
 
