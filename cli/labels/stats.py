@@ -69,11 +69,11 @@ def stats(
         from stl_offline.images.masks import read_masks
 
         objects = read_masks(masks)
+    agreeing = agreement.measure_worth(label_set, shards=shards, workers=workers) if worth else None
     found = measure(label_set, shards=shards, workers=workers)
     inside = None
     if objects is not None:
         inside = foreground.measure_foreground(label_set, objects, shards=shards, workers=workers)
-    agreeing = agreement.measure_worth(label_set, shards=shards, workers=workers) if worth else None
     doubtful = disagreeing.find_suspects(label_set, suspects, shards=shards, workers=workers) if suspects else []
     if as_json:
         values = to_json(found)
