@@ -54,8 +54,8 @@ def measure_worth(label_set: LabelSet, *, shards: int | None = None, workers: in
     """
     if label_set.spec.views_per_image < 2:
         raise InputError(
-            f"{label_set.place} holds one view per image; what a set is worth is measured by whether two views agree, of "
-            "labels that were made with `crops_per_image` of at least 2"
+            f"{label_set.place} holds one view per image; what a set is worth is measured by whether two views agree, "
+            "of labels that were made with `crops_per_image` of at least 2"
         )
     check_own_classes(label_set)
     parts = each_shard(
