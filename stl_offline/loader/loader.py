@@ -70,6 +70,9 @@ class TokenLoader:
         device: where batches go.
         shuffle: a new order each epoch, from (seed, epoch) alone; otherwise the .beton's order.
         world: this process among those that share the samples.
+        repeats: crops m of each image in a batch, from one decode: repeated augmentation (Hoffer et al., "Augment your
+            batch", arXiv 1901.09335), as FKD trains (ECCV 2022). A batch holds B / m images, and an epoch shows every
+            image m times. Crop r of an epoch e draws token targets as epoch ``e · m + r`` of a loader without repeats.
 
     Raises:
         InputError: an argument that cannot be used, or a cache that belongs to another .beton.
@@ -100,15 +103,18 @@ class TokenLoader:
         device: torch.device | str = "cpu",
         shuffle: bool = True,
         world: World = World(),  # noqa: B008
+        repeats: int = 1,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"the batch size must be positive, got {batch_size}")
+        if repeats < 1 or batch_size % repeats:
+            raise InputError(f"`repeats` must divide the batch size, {batch_size}; got {repeats}")
         if not 0 <= world.rank < world.size:
             raise InputError(f"the rank must lie in 0 … {world.size - 1}, got {world.rank}")
         if labels is not None:
             _check_labels(labels, beton)
-        check_shares(len(beton), batch_size, world.size)
-        self.beton = beton
+        check_shares(len(beton), batch_size // repeats, world.size)
+        self.beton, self.repeats = beton, repeats
         self.image_size = (int(images.size[0]), int(images.size[1]))
         self.batch_size = batch_size
         self.seed = seed
@@ -122,7 +128,7 @@ class TokenLoader:
         self._warps: np.ndarray | None = None
         self._epoch = 0
         threads = Workers(workers)
-        self._crop = ViewCrop(self.image_size, threads, beton, images.interpolation)
+        self._crop = ViewCrop(self.image_size, threads, beton, images.interpolation, repeats)
         self._draw = TokenDraw(labels, threads, seed, beton.class_ids) if labels is not None else None
         self._open()
 
@@ -160,7 +166,11 @@ class TokenLoader:
 
     def __len__(self) -> int:
         """Batches of one epoch for this rank."""
-        return count_batches(len(self.beton), self.batch_size, self._world.size)
+        return count_batches(len(self.beton), self.batch_size // self.repeats, self._world.size)
+
+    def samples_of(self, ids: np.ndarray) -> np.ndarray:
+        """The samples of crops with these numbers, as `stl_offline.loader.decoder.ViewCrop` numbers them."""
+        return ids % max(1, len(self.beton))
 
     def epoch(
         self,
@@ -178,7 +188,9 @@ class TokenLoader:
 
         Args:
             epoch: its number, from 0: sets the order and what token targets draw.
-            views: float32 (n, 6): every sample's view, by sample id; axis-aligned crops inside the image.
+            views: float32 (n, 6): every sample's view, by sample id; axis-aligned crops inside the image. With
+                ``repeats`` m, (m · n, 6): first those of all samples' crop 0, and so on; so are warps, map_index and
+                cache_index.
             warps: float32 (n, 6): how each sample's pixels are moved within its crop after loading, as a view of
                 it. Targets are for the moved pixels; the batch carries its warps to whoever moves them.
             labels: of this and the next epochs, such as caches of other views; of the same kind as the loader's.
@@ -196,7 +208,8 @@ class TokenLoader:
             TrainingError: while iterating: the loading thread failed.
         """
         self.close()
-        views = check_views(views, len(self.beton))
+        samples = len(self.beton)
+        views = check_views(views, samples * self.repeats)
         shown = views
         if warps is not None:
             warps = np.ascontiguousarray(warps, dtype=np.float32)
@@ -211,7 +224,9 @@ class TokenLoader:
             order = shuffled(self.seed, epoch, len(self.beton))
         else:
             order = np.arange(len(self.beton))
-        batches = rank_batches(order, self.batch_size, self._world)
+        batches = rank_batches(order, self.batch_size // self.repeats, self._world)
+        numbers = samples * np.arange(self.repeats)
+        batches = [(ids[:, None] + numbers).ravel() for ids in batches]
         if not 0 <= start_batch <= len(batches):
             raise InputError(f"start_batch must lie in 0 … {len(batches)}, got {start_batch}")
         self._crop.set_views(views)
@@ -249,13 +264,13 @@ class TokenLoader:
             token_weights = to_device.copy(tokens[0][1].reshape(shape), torch.float32)
         return Batch(
             images=to_device.images(pixels),
-            class_ids=to_device.copy(self.beton.class_ids[ids], torch.int64),
+            class_ids=to_device.copy(self.beton.class_ids[self.samples_of(ids)], torch.int64),
             token_ids=token_ids,
             token_weights=token_weights,
             views=torch.from_numpy(self._views[ids]),
             warps=None if self._warps is None else torch.from_numpy(self._warps[ids]),
             epoch=self._epoch,
-            sample_ids=torch.from_numpy(ids.astype(np.int64)),
+            sample_ids=torch.from_numpy(self.samples_of(ids).astype(np.int64)),
         )
 
 

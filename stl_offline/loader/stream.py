@@ -37,13 +37,15 @@ class StreamLoader(TokenLoader):
         return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda").numpy()
 
     def _load(self, batches: list[np.ndarray]) -> BatchThread:
-        return _StreamThread(batches, self._check_batch, self.beton.stored_bytes, self._fill)
+        # What is read: each image once, whatever the number of its crops.
+        images = [self.samples_of(ids[:: self.repeats]) for ids in batches]
+        return _StreamThread(batches, images, self._check_batch, self.beton.stored_bytes, self._fill)
 
     def _fill(self, ids: np.ndarray, slot: int, stored: list[bytes]) -> tuple:
         """Pixels and token targets of a batch whose images' bytes are there."""
         count = len(ids)
         sizes = np.array([len(data) for data in stored], dtype=np.int64)
-        self._crop.set_pointers(ids, np.cumsum(sizes) - sizes)
+        self._crop.set_pointers(self.samples_of(ids[:: self.repeats]), np.cumsum(sizes) - sizes)
         storage = np.frombuffer(b"".join(stored), dtype=np.uint8)
         pixels = self._decode(ids, self._pixels[slot, :count], None, (storage,))
         if self._label is None:
@@ -57,12 +59,13 @@ class _StreamThread(BatchThread):
     def __init__(
         self,
         batches: list[np.ndarray],
+        images: list[np.ndarray],
         check: Callable[[np.ndarray], None],
         read: Callable[[int], bytes],
         fill: Callable[[np.ndarray, int, list[bytes]], tuple],
     ) -> None:
         super().__init__(batches, check)
-        self._read, self._fill = read, fill
+        self._images, self._read, self._fill = images, read, fill
         self._pending: list[list[Future]] = []
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="stl-offline-reader")
 
@@ -74,7 +77,7 @@ class _StreamThread(BatchThread):
                     each.cancel()
 
     def load(self, number: int, ids: np.ndarray, slot: int) -> tuple:
-        for ahead in self.batches[number + len(self._pending) : number + 1 + BATCHES_AHEAD]:
+        for ahead in self._images[number + len(self._pending) : number + 1 + BATCHES_AHEAD]:
             self._pending.append([self._pool.submit(self._read, sample) for sample in ahead.tolist()])
         stored = [each.result() for each in self._pending.pop(0)]
         return self._fill(ids, slot, stored)

@@ -21,7 +21,7 @@ from stl_offline.targets import Filler, TokenLabels, Wanted, check_index
 class _Plan(NamedTuple):
     """What each sample of an epoch is given: crops and shown, float32 (n, 6), are what is decoded of its image and
     what of it a student's tokens are shown in the end; cache_index and map_index, int64 (n,), name its map; class_ids,
-    int64 (n,), its own class."""
+    int64 (n,), its own class. With several crops of each sample n counts these, as `ViewCrop` numbers them."""
 
     crops: np.ndarray
     shown: np.ndarray
@@ -48,7 +48,7 @@ class TokenDraw(Operation):
         self._workers, self._seed = workers, seed
         self.set_labels(labels)
         self._plan: _Plan | None = None
-        self._epoch = 0
+        self._epoch, self._repeats = 0, 1
 
     def set_labels(self, labels: TokenLabels) -> None:
         """What the next epochs read; no batch may be under way. They must give as many targets per token as before."""
@@ -80,7 +80,8 @@ class TokenDraw(Operation):
         if (chosen >= counts[caches]).any():
             raise InputError(f"map_index names a map that its cache does not hold; they hold {counts.tolist()}")
         crops, shown = (read_only(array, np.float32) for array in (crops, views))
-        self._plan = _Plan(crops, shown, caches, chosen, self._class_ids)
+        self._repeats = samples // max(1, len(self._class_ids))
+        self._plan = _Plan(crops, shown, caches, chosen, np.tile(self._class_ids, self._repeats))
         self._epoch = epoch
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, AllocationQuery]]:
@@ -94,8 +95,10 @@ class TokenDraw(Operation):
             if not self._filler.is_whole:
                 out_ids.fill(-1)
                 out_weights.fill(0.0)
-            wanted = Wanted(ids, *(read_only(of_all[ids]) for of_all in self._plan))
-            self._filler.fill(wanted, self._epoch, out_ids, out_weights, self._workers.run)
+            samples = max(1, len(self._class_ids))
+            wanted = Wanted(read_only(ids % samples), *(read_only(of_all[ids]) for of_all in self._plan))
+            epochs = self._epoch * self._repeats + ids // samples
+            self._filler.fill(wanted, epochs, out_ids, out_weights, self._workers.run)
             return destinations
 
         return token_draw

@@ -293,14 +293,23 @@ class Filler:
             self._scratch = [AlignScratch.make(targets, labels.num_classes) for _ in range(threads)]
 
     def fill(
-        self, wanted: Wanted, epoch: int, out_ids: np.ndarray, out_weights: np.ndarray, run: Runner | None = None
+        self,
+        wanted: Wanted,
+        epoch: int | np.ndarray,
+        out_ids: np.ndarray,
+        out_weights: np.ndarray,
+        run: Runner | None = None,
     ) -> None:
-        """Write targets into int32 and float32 (B, h, w, T); rows of samples without labels stay as they are."""
+        """Write targets into int32 and float32 (B, h, w, T); rows of samples without labels stay as they are.
+
+        epoch: what drawn targets are a function of, beside the seed and the sample; one for all, or int64 (B,).
+        """
+        epochs = read_only(np.broadcast_to(epoch, len(wanted.samples)), np.uint64)
         for number, maps in enumerate(self.maps):
             first = (np.zeros(1, dtype=np.int64), number, maps)
             common = (wanted, *self._settings, out_ids, out_weights)
             if self._targets.is_drawn:
-                last = (self._classes, self._seed, np.uint64(epoch))
+                last = (self._classes, self._seed, epochs)
                 work, arguments = _draw, [(*first, shown, *common, *last) for shown in self._shown[number]]
             else:
                 best_only = self._targets.best_only
@@ -329,7 +338,7 @@ def _as_rows(views: np.ndarray | Sequence[View]) -> np.ndarray:
 
 @njit
 def _draw(
-    counter, number, maps, shown, wanted, ratio, residual, min_confidence, out_ids, out_weights, classes, seed, epoch
+    counter, number, maps, shown, wanted, ratio, residual, min_confidence, out_ids, out_weights, classes, seed, epochs
 ):
     """Targets that are drawn, of the places of a batch that read cache ``number``; run by every thread."""
     relative = np.empty(6, dtype=np.float64)
@@ -351,7 +360,7 @@ def _draw(
             wanted.class_ids[place],
             classes,
             seed,
-            epoch,
+            epochs[place],
             np.uint64(sample),
             out_ids[place],
             out_weights[place],

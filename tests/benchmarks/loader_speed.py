@@ -1,6 +1,7 @@
 """How many images per second the loader gives with token targets, against the same loader without.
 
     python tests/benchmarks/loader_speed.py IMAGES [--labels SET] [--workers 2] [--rounds 7]
+    python tests/benchmarks/loader_speed.py IMAGES --repeats
 
 IMAGES is anything that `stl-offline pack` takes, SET a label set of them. Beside it stand random labels of 1,000
 classes, k = 5: neighbouring cells of a real map share classes, theirs do not, so they are the most work that a map of
@@ -76,6 +77,38 @@ def run_epoch(loader: TokenLoader, beton, epoch: int, passes: int) -> tuple[floa
     return time.perf_counter() - clock, time.process_time() - processor
 
 
+def time_repeats(beton, arguments: argparse.Namespace) -> None:
+    """Crops per second with several crops of each decode, against one; no targets."""
+    loaders, rates = {}, {}
+    for repeats in (1, 2, 4, 8):
+        size = arguments.batch_size // repeats * repeats
+        loaders[repeats] = TokenLoader(
+            beton, ImageSettings((224, 224)), size, workers=arguments.workers, repeats=repeats
+        )
+        rates[repeats] = []
+    settings = CropSettings(scale=(0.25, 1.0))
+    for round_ in range(arguments.rounds + 1):
+        for repeats, loader in loaders.items():
+            samples = np.arange(len(beton))
+            views = np.concatenate(
+                [
+                    draw_views(0, round_ * 8 + crop, samples, beton.heights, beton.widths, settings)
+                    for crop in range(repeats)
+                ]
+            )
+            started = time.perf_counter(), time.process_time()
+            crops = sum(len(batch) for batch in loader.epoch(round_, views))
+            seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+            if round_:  # the first compiles, and compares each image with its hash
+                rates[repeats].append([crops / each for each in seconds])
+    base = np.median(rates[1], axis=0)
+    print("| crops per image | crops per second | of one crop's | per processor second | of one crop's |")
+    print("|---|---|---|---|---|")
+    for repeats, found in rates.items():
+        clock, processor = np.median(found, axis=0)
+        print(f"| {repeats} | {clock:.0f} | {clock / base[0]:.2f} | {processor:.0f} | {processor / base[1]:.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("images", type=Path)
@@ -84,8 +117,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--passes", type=int, default=4, help="over the images, in each timed epoch")
+    parser.add_argument("--repeats", action="store_true", help="several crops of one decode, and nothing else")
     arguments = parser.parse_args()
     beton = ensure_beton(str(arguments.images))
+    if arguments.repeats:
+        return time_repeats(beton, arguments)
 
     def make(labels=None):
         settings = ImageSettings((224, 224))

@@ -41,17 +41,25 @@ class ViewCrop(Operation):
     `take_damaged` then names its sample: compiled code must not raise. It runs once a batch, and what it calls is
     compiled by this module, so FFCV need not compile it.
 
+    With ``repeats`` m a batch holds m crops of each image, one after the other, and decodes the image once for those
+    crops that need it at the same DCT scale. Its ids are then ``sample + n · r`` for the crop with number r.
+
     Raises:
         InputError: an unknown interpolation.
     """
 
     def __init__(
-        self, image_size: tuple[int, int], workers: Workers, beton: Beton, interpolation: str = "area"
+        self,
+        image_size: tuple[int, int],
+        workers: Workers,
+        beton: Beton,
+        interpolation: str = "area",
+        repeats: int = 1,
     ) -> None:
         super().__init__()
         if interpolation not in INTERPOLATIONS:
             raise InputError(f"the interpolation is one of {', '.join(INTERPOLATIONS)}; got {interpolation!r}")
-        self.image_size = image_size
+        self.image_size, self.repeats = image_size, repeats
         self._workers = workers
         self._filters = make_filters(INTERPOLATIONS.index(interpolation), *image_size)
         columns = (beton.pointers, beton.sizes, beton.heights, beton.widths, beton.raw, np.zeros(len(beton)))
@@ -74,7 +82,7 @@ class ViewCrop(Operation):
         self._views: np.ndarray | None = None
 
     def set_views(self, views: np.ndarray) -> None:
-        """Use these views, float32 (n, 6), from now on. No batch may be under way."""
+        """Use these views, float32 (n · repeats, 6), from now on. No batch may be under way."""
         self._views = views
         self._broken[0] = 0
         self._changed = None
@@ -126,6 +134,7 @@ class ViewCrop(Operation):
             storage = np.asarray(storage_state[0])
             common = (
                 batch_indices,
+                self.repeats,
                 destination.reshape((*destination.shape[:2], -1)),  # a view: FFCV's buffers are contiguous
                 storage,
                 self._table,
@@ -135,7 +144,7 @@ class ViewCrop(Operation):
                 counter,
             )
             self._workers.run(_decode_items, [(*common, *memory) for memory in own])
-            self._check_bytes(batch_indices, storage)
+            self._check_bytes(batch_indices[:: self.repeats] % len(self._table), storage)
             return destination
 
         return view_crop
@@ -173,51 +182,84 @@ def choose_shrink(kind, box_height, box_width, height, width):
 
 
 @njit(inline=True)
-def _decode_sample(data, image, view, filters, target, scratch, decoded, lines, handle, notes):
+def _planes_shrink(image, view, kind, rows, columns):
+    """At which 1/n of its size an image is decoded to planes for a crop; 0: it is decoded whole, or is plain pixels.
+    Then the row where the crop ends."""
     height, width = image[_HEIGHT], image[_WIDTH]
-    rows, columns = target.shape[0], target.shape[1] // 3
-    size = 3 * height * width
+    top, bottom, left, right, _ = pixel_box(view, height, width)
+    if image[_RAW] or height * width < _FEW_TIMES * rows * columns:
+        return 0, bottom
+    return choose_shrink(kind, bottom - top, right - left, rows, columns), bottom
+
+
+@njit(inline=True)
+def _decode_crops(data, image, views, filters, targets, scratch, decoded, lines, handle, notes):
+    """The crops (m) of one image, views (m, 6), into targets (m, H, W · 3); those of one shrink share a decode."""
+    height, width = image[_HEIGHT], image[_WIDTH]
+    rows, columns = targets.shape[1], targets.shape[2] // 3
     kind = filters[0]
-    top, bottom, left, right, mirrored = pixel_box(view, height, width)
     pixels = decoded
     if image[_RAW]:
-        if data.size < size:
+        if data.size < 3 * height * width:
             return False
         pixels = data
-    else:
-        shrink = choose_shrink(kind, bottom - top, right - left, rows, columns)
-        if shrink > 0 and height * width >= _FEW_TIMES * rows * columns:
+    for crop in range(len(views)):
+        shrink, end = _planes_shrink(image, views[crop], kind, rows, columns)
+        first = crop
+        for other in range(len(views)):
+            its_shrink, its_end = _planes_shrink(image, views[other], kind, rows, columns)
+            if its_shrink == shrink:
+                first = min(first, other)
+                end = max(end, its_end)
+        if first < crop:
+            continue
+        whole = True
+        if shrink > 0:
             sound = image[_SOUND] != 0
-            status, planes = read_planes(handle, data, height, width, bottom, shrink, sound, scratch, notes)
-            if status == 0:
-                box = (np.float64(top), np.float64(left), np.float64(bottom - top), np.float64(right - left))
-                resize_planes(decoded, planes, box, (height, width), shrink, mirrored, kind, lines, target)
-            if status <= 0:
-                return status == 0
-        if not read_rgb(handle, data, height, width, scratch, notes):
-            return False
-    resize_pixels(pixels, 3 * width, (top, bottom, left, right), mirrored, filters, lines, target)
+            status, planes = read_planes(handle, data, height, width, end, shrink, sound, scratch, notes)
+            if status < 0:
+                return False
+            whole = status > 0
+            if not whole:
+                for other in range(crop, len(views)):
+                    if _planes_shrink(image, views[other], kind, rows, columns)[0] == shrink:
+                        top, bottom, left, right, mirrored = pixel_box(views[other], height, width)
+                        box = (np.float64(top), np.float64(left), np.float64(bottom - top), np.float64(right - left))
+                        target = targets[other]
+                        resize_planes(decoded, planes, box, (height, width), shrink, mirrored, kind, lines, target)
+        if whole:
+            if not image[_RAW] and not read_rgb(handle, data, height, width, scratch, notes):
+                return False
+            for other in range(crop, len(views)):
+                if _planes_shrink(image, views[other], kind, rows, columns)[0] == shrink:
+                    top, bottom, left, right, mirrored = pixel_box(views[other], height, width)
+                    target = targets[other]
+                    resize_pixels(pixels, 3 * width, (top, bottom, left, right), mirrored, filters, lines, target)
     return True
 
 
 @njit
 def _decode_items(
-    ids, destination, storage, table, views, filters, broken, counter, scratch, decoded, lines, notes, handle
+    ids, repeats, destination, storage, table, views, filters, broken, counter, scratch, decoded, lines, notes, handle
 ):
     """Decode images of a batch until none is left; run by every worker, with memory of its own.
 
     destination: uint8 (B, H, W · 3); decoded: the memory of ``scratch``, not writable.
     """
+    own = np.empty((repeats, 6), dtype=np.float32)
     while True:
         # Images differ in size by a hundred times, so each worker takes the next one when it is free.
-        place = next_item(counter)
-        if place >= len(ids):
+        first = next_item(counter) * repeats
+        if first >= len(ids):
             break
-        sample = ids[place]
+        sample = ids[first] % len(table)
         image = table[sample]
         # A slice never reaches past the file's end, whatever the table says.
         data = storage[image[_POINTER] : image[_POINTER] + image[_SIZE]]
-        target = destination[place]
-        if not _decode_sample(data, image, views[sample], filters, target, scratch, decoded, lines, handle, notes):
-            target[:] = 0
+        for crop in range(repeats):
+            for number in range(6):
+                own[crop, number] = views[ids[first + crop], number]
+        targets = destination[first : first + repeats]
+        if not _decode_crops(data, image, own, filters, targets, scratch, decoded, lines, handle, notes):
+            targets[:] = 0
             broken[0] = sample + 1
