@@ -108,7 +108,7 @@ class TokenLoader:
         if batch_size < 1:
             raise InputError(f"the batch size must be positive, got {batch_size}")
         if repeats < 1 or batch_size % repeats:
-            raise InputError(f"`repeats` must divide the batch size, {batch_size}; got {repeats}")
+            raise InputError(f"repeats must divide the batch size, {batch_size}; got {repeats}")
         if not 0 <= world.rank < world.size:
             raise InputError(f"the rank must lie in 0 … {world.size - 1}, got {world.rank}")
         if labels is not None:

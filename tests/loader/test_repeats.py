@@ -87,7 +87,7 @@ def test_images_that_are_not_packed(load, repeated_views, tars):  # noqa: F811
 
 
 def test_what_does_not_fit(load, views):
-    with pytest.raises(InputError, match="`repeats` must divide the batch size, 5; got 2"):
+    with pytest.raises(InputError, match="repeats must divide the batch size, 5; got 2"):
         load(repeats=2)
     with pytest.raises(InputError, match=r"\(46, 6\); got \(23, 6\)"):
         load(batch_size=6, repeats=2).epoch(0, views)
