@@ -3,9 +3,10 @@
 The workers are processes without a labeler: they claim shards, wait as long as labelling would take, and write bytes
 that were made before. So a worker costs milliseconds, and many can be killed. Each finished set is compared
 with an undisturbed one, byte for byte. With ``--s3`` the set lies in a server of the S3 protocol that cuts connections
-and answers 503, sometimes after it has done what was asked.
+and answers 503, sometimes after it has done what was asked. With ``--tars`` it is written as that of streamed tars is,
+whose sizes are not known beforehand.
 
-    python -m tests.labels.worker_kills --kills 1000 --out runs/worker-kills [--s3]
+    python -m tests.labels.worker_kills --kills 1000 --out runs/worker-kills [--s3] [--tars]
 """
 
 import argparse
@@ -25,9 +26,10 @@ import numpy as np
 from stl_offline import remote
 from stl_offline.labels.format import encode_shard
 from stl_offline.labels.store import claims, open_storage
+from stl_offline.labels.tar_writer import TarLabelWriter
 from stl_offline.labels.writer import LabelSetWriter
 from tests.labels.crash import run
-from tests.labels.synthetic import make_arrays, make_spec, write_set
+from tests.labels.synthetic import make_arrays, make_spec
 
 CROWDS = (1, 2, 4, 8, 16, 32, 64)
 CUT_SHARE, REFUSED_SHARE = 0.01, 0.01
@@ -36,11 +38,31 @@ CUT_SHARE, REFUSED_SHARE = 0.01, 0.01
 class Job:
     """A label set of ``shards`` shards at ``place``, and the processes that work on it now."""
 
-    def __init__(self, place: str, shards: int, log: Path, seconds: float) -> None:
+    def __init__(self, place: str, shards: int, log: Path, seconds: float, tars: bool) -> None:
         self.place, self.shards, self.log, self.seconds = place, shards, log, seconds
         self.spec = make_spec(samples=shards)
-        self.encoded = [encode_shard(make_arrays(self.spec, index, index + 1), self.spec) for index in range(shards)]
+        self.tars = [f"images-{index:05d}.tar" for index in range(shards)] if tars else None
+        self.arrays = [make_arrays(self.spec, index, index + 1) for index in range(shards)]
+        self.encoded = [encode_shard(each, self.spec) for each in self.arrays]
         self.running: list[int] = []
+
+    def open_writer(self) -> LabelSetWriter:
+        if self.tars:
+            return TarLabelWriter(self.place, self.spec, self.tars)
+        return LabelSetWriter(self.place, self.spec, self.shards)
+
+    def work(self) -> None:
+        """What a worker does."""
+        with self.open_writer() as writer:
+            for index in writer.claim_shards():
+                time.sleep(self.seconds)
+                with open(self.log, "a") as stream:
+                    stream.write(f"{index}\n")
+                if self.tars:
+                    writer.write_shard(index, self.arrays[index])
+                else:
+                    writer.write_encoded(index, self.encoded[index])
+            writer.finish()
 
     def start(self) -> None:
         child = os.fork()
@@ -49,13 +71,7 @@ class Job:
             return
         code = 1
         try:
-            with LabelSetWriter(self.place, self.spec, self.shards) as writer:
-                for index in writer.claim_shards():
-                    time.sleep(self.seconds)
-                    with open(self.log, "a") as stream:
-                        stream.write(f"{index}\n")
-                    writer.write_encoded(index, self.encoded[index])
-                writer.finish()
+            self.work()
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -88,7 +104,7 @@ def stored(place: str) -> dict[str, bytes]:
 def check(job: Job, expected: dict[str, bytes]) -> None:
     """Compare a finished set with an undisturbed one, once the files that the last kill left are removed."""
     # A worker that was killed at the very end leaves files of `.partial`, which the next one removes.
-    with LabelSetWriter(job.place, job.spec, job.shards) as writer:
+    with job.open_writer() as writer:
         assert writer.complete
     found = stored(job.place)
     wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
@@ -129,16 +145,17 @@ def disturb(job: Job, crowd: int, most: int, draw: np.random.Generator, counts: 
         counts[f"kills among {crowd} workers"] += 1
 
 
-def survive(out: Path, place: str, kills: int, seed: int, shards: int, seconds: float, crowds=CROWDS) -> Counter:
+def survive(out: Path, place: str, kills: int, seed: int, shards: int, seconds: float, tars: bool) -> Counter:
     """Kill so many workers, and compare every set that was finished with an undisturbed one."""
     draw = np.random.default_rng(seed)
     counts: Counter = Counter()
-    write_set(out / "undisturbed", make_spec(samples=shards), shards)
+    # Alone and without waiting; in a process of its own, as all that work.
+    assert run(Job(str(out / "undisturbed"), shards, out / "log", 0.0, tars).work) == 0
     expected = {path.name: path.read_bytes() for path in (out / "undisturbed").iterdir()}
     while counts["kills"] < kills:
-        job = Job(f"{place}/set-{counts['sets finished']}", shards, out / "log", seconds)
+        job = Job(f"{place}/set-{counts['sets finished']}", shards, out / "log", seconds, tars)
         job.log.write_text("")
-        crowd = crowds[counts["sets finished"] % len(crowds)]
+        crowd = CROWDS[counts["sets finished"] % len(CROWDS)]
         disturb(job, crowd, min(kills - counts["kills"], 1 + shards // 12), draw, counts)
         labelled = job.log.read_text().split()
         # In a process of its own: what a store's client keeps cannot be forked.
@@ -197,6 +214,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.1, help="that labelling a shard takes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--s3", action="store_true")
+    parser.add_argument("--tars", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -208,7 +226,7 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     started = time.monotonic()
-    arguments = (options.kills, options.seed, options.shards, options.seconds)
+    arguments = (options.kills, options.seed, options.shards, options.seconds, options.tars)
     if options.s3:
         line = [sys.executable, "-m", "tests.labels.worker_kills", "--serve"]
         with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
