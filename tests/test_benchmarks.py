@@ -10,6 +10,7 @@ import timm
 from stl_offline.demo.shapes import write_shapes
 from stl_offline.models import ModelDescription, save_model
 from tests.benchmarks.transfer_study import pretrained_runs
+from tests.labels.synthetic import make_spec, write_set
 from tests.source_tree import REPOSITORY
 from tests.transfer.conftest import CLASSES, IGNORE, write_tar
 
@@ -33,6 +34,13 @@ def test_the_loader_and_the_decoder_are_timed(tmp_path):
     images = write_shapes(tmp_path / "shapes", train=60, val=10) / "train"
     assert len(run("loader_speed.py", images, "--rounds", 1, "--passes", 1, "--batch-size", 20)) == 8
     assert run("decoder_speed.py", images, "--sides", 32, "--rounds", 1)
+
+
+def test_filling_a_cache_of_draws_is_timed(tmp_path):
+    write_set(tmp_path / "set", make_spec(samples=20))
+    few = ["--images", 40, "--shards", 2, "--repeats", 2, "--draws", 1, "--encoding", "f16"]
+    rows = run("-m", "tests.benchmarks.cache_fill", "--labels", tmp_path / "set", "--out", tmp_path / "out", *few)
+    assert [row.split("|")[1].strip() for row in rows] == ["the label set's", "random"]
 
 
 @pytest.mark.slow

@@ -17,11 +17,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import numpy as np
 
 from stl_offline.labels import cache as token_cache
+from stl_offline.labels import cache_file
 from tests.benchmarks.memory import PeakMemory
 from tests.benchmarks.resampled import key, make_set
 
@@ -30,8 +32,8 @@ CHECK = {"checksums": "_checksums"}
 
 
 @contextmanager
-def timed_parts(seconds: dict[str, float], parts: dict[str, str]) -> Iterator[None]:
-    """Put into ``seconds`` what each of ``parts`` of a fill takes while the context lasts."""
+def timed_parts(seconds: dict[str, float], parts: dict[str, str], module: ModuleType) -> Iterator[None]:
+    """Put into ``seconds`` what each of ``parts``, functions of a module, takes while the context lasts."""
 
     def timed(part, function):
         def call(*arguments, **named):
@@ -43,8 +45,8 @@ def timed_parts(seconds: dict[str, float], parts: dict[str, str]) -> Iterator[No
 
         return call
 
-    functions = {name: timed(part, getattr(token_cache, name)) for part, name in parts.items()}
-    with mock.patch.multiple(token_cache, **functions):
+    functions = {name: timed(part, getattr(module, name)) for part, name in parts.items()}
+    with mock.patch.multiple(module, **functions):
         yield
 
 
@@ -93,7 +95,7 @@ def main() -> None:
             parts: dict[str, float] = {}
             if options.profile and repeat:
                 profile.enable()
-            with PeakMemory() as peak, timed_parts(parts, PARTS):
+            with PeakMemory() as peak, timed_parts(parts, PARTS, token_cache):
                 started, cpu = time.perf_counter(), time.process_time()
                 cache = token_cache.build_token_cache(label_set, theirs, hashes[order], names, folder=out / "cache")
                 parts |= {"all": time.perf_counter() - started, "cpu": time.process_time() - cpu}
@@ -110,7 +112,7 @@ def main() -> None:
         print(f"| {name} | {' | '.join(cells)} | {1e6 * middle['cpu'] / n:.1f} | {middle['memory']:,.0f} |")
     size = sum(file.stat().st_size for file in (out / "cache").glob("*/*.npy"))
     parts = {}
-    with timed_parts(parts, CHECK):
+    with timed_parts(parts, CHECK, cache_file):
         started = time.perf_counter()
         token_cache.build_token_cache(label_set, theirs, hashes[order], names, folder=out / "cache")
         seconds = time.perf_counter() - started
