@@ -13,13 +13,13 @@ import io
 import shutil
 import time
 import zipfile
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from stl_offline.dump import Labelling
+from stl_offline.dump import Labelling, load_labeler
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.arrays import ShardArrays, probabilities, select
 from stl_offline.labels.format import containers, zarr_shard
@@ -32,14 +32,14 @@ from tests.benchmarks.lite0 import lite0_dump
 def true_labels(options: argparse.Namespace) -> tuple[ShardArrays, LabelSpec]:
     """What the labeler says, in float32."""
     config = lite0_dump(options.data, options.weights, "", device="cpu")
-    labelling = Labelling(config, ensure_beton(options.data), torch.device("cpu"))
+    labelling = Labelling(config, load_labeler(config), ensure_beton(config.data), torch.device("cpu"))
     kept = Path(options.out) / "float32.npz"
     if kept.exists():
         with np.load(kept) as stored:
             values = dict(stored)
         return ShardArrays(**values | {"keys": values["keys"].tolist()}), labelling.spec
     arrays = labelling.label(np.arange(len(labelling.beton)), lambda done: None)
-    values = {field.name: getattr(arrays, field.name) for field in fields(arrays)}
+    values = {name: value for name, value in vars(arrays).items() if value is not None}
     kept.parent.mkdir(parents=True, exist_ok=True)
     np.savez(kept, **values | {"keys": np.array(arrays.keys)})
     return arrays, labelling.spec
