@@ -254,4 +254,5 @@ def _loader(run: DetectRun) -> BoxLoader:
 
 
 def _scorer(run: DetectRun) -> DetectValidation | None:
-    return None if run.val is None else DetectValidation(run.val, run.device, run.amp, run.config.masks)
+    workers = pick_workers(run.config.workers)
+    return None if run.val is None else DetectValidation(run.val, run.device, run.amp, workers, run.config.masks)

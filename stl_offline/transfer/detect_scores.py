@@ -16,6 +16,7 @@ from stl_offline.device import autocast
 from stl_offline.progress import progress_bar
 from stl_offline.transfer.boxes import BoxSet
 from stl_offline.transfer.outlines import RunLengths, coco_scores, encode_masks
+from stl_offline.transfer.pair_loader import read_ahead
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,14 @@ def score_names(class_names: tuple[str, ...], masks: bool = False) -> tuple[str,
 class DetectValidation:
     """Scores a detector. Every process scores all images.
 
-    masks: compare masks, too; change: what is done to an image's pixels before, uint8 (H, W, 3) → the same.
+    workers: threads that read images; masks: compare masks, too; change: what is done to an image's pixels before,
+    uint8 (H, W, 3) → the same.
     """
 
     images: BoxSet
     device: torch.device
     amp: torch.dtype | None
+    workers: int
     masks: bool = False
     change: Callable[[str, np.ndarray], np.ndarray] | None = None
 
@@ -115,8 +118,9 @@ class DetectValidation:
         model.eval()
         pairs = []
         with progress_bar(len(self.images), "measuring") as bar:
-            for image in self.images.images:
-                pixels = np.array(image.read())
+            read = read_ahead(self._read, range(len(self.images)), self.workers)
+            for image, pixels in zip(self.images.images, read, strict=True):
+                # Here, not in the threads that read: corruptions draw from a generator that all threads share.
                 pixels = pixels if self.change is None else self.change(image.key, pixels)
                 truth = Boxes(image.boxes_n4, image.class_ids, masks=image.masks)
                 pairs.append((truth, self.detect(model, pixels)))
@@ -124,6 +128,9 @@ class DetectValidation:
                 after_batch()
         model.train(was_training)
         return average_precisions(pairs, self.images.class_names, self.masks)
+
+    def _read(self, number: int) -> np.ndarray:
+        return np.array(self.images.images[number].read())
 
     @torch.inference_mode()
     def detect(self, model: nn.Module, pixels_HW3: np.ndarray) -> Boxes:

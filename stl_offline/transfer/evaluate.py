@@ -140,4 +140,5 @@ def _prepare_detector(
     if masks and config.annotations is None:
         raise InputError(f"{config.checkpoint} predicts masks; give a COCO JSON file with masks as `annotations`")
     images = open_boxes(config.data, description.class_names, config.annotations, config.split, masks=masks)
-    return model.to(device), DetectValidation(images, device, pick_amp(config.amp, device), masks), len(images)
+    amp, workers = pick_amp(config.amp, device), pick_workers(config.workers)
+    return model.to(device), DetectValidation(images, device, amp, workers, masks), len(images)

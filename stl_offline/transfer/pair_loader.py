@@ -7,7 +7,7 @@ B: batch; H, W: crop.
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,20 @@ from stl_offline.transfer.crops import DenseCrops, cut
 from stl_offline.transfer.pairs import PairSet
 
 _BATCHES_AHEAD = 2
+_IMAGES_AHEAD = 4
+
+
+def read_ahead(read: Callable[[int], Any], numbers: Sequence[int], workers: int) -> Iterator[Any]:
+    """``read(number)`` of each number, in order, by ``workers`` threads, some images ahead."""
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            pending = deque(pool.submit(read, number) for number in numbers[:_IMAGES_AHEAD])
+            for place in range(len(numbers)):
+                if place + _IMAGES_AHEAD < len(numbers):
+                    pending.append(pool.submit(read, numbers[place + _IMAGES_AHEAD]))
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class ThreadedLoader(ABC):

@@ -3,9 +3,7 @@
 K: classes.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +15,9 @@ from stl_offline.device import autocast
 from stl_offline.distributed import World, sum_over_world
 from stl_offline.loader import ToDevice
 from stl_offline.progress import progress_bar
+from stl_offline.transfer.pair_loader import read_ahead
 from stl_offline.transfer.pairs import NO_CLASS, PairSet
 from stl_offline.transfer.segmenter import whole_logits, window_logits
-
-_IMAGES_AHEAD = 4
 
 
 def confusion_matrix(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
@@ -130,17 +127,10 @@ class SegmentValidation:
     def _images(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """This process's images with their masks, in order, read ahead by threads."""
         numbers = range(self.world.rank, len(self.pairs), self.world.size)
-        bar = progress_bar(len(numbers), "measuring", enabled=self.world.is_first)
-        with ThreadPoolExecutor(self.workers) as pool, bar:
-            try:
-                pending = deque(pool.submit(self.read, number) for number in numbers[:_IMAGES_AHEAD])
-                for place in range(len(numbers)):
-                    if place + _IMAGES_AHEAD < len(numbers):
-                        pending.append(pool.submit(self.read, numbers[place + _IMAGES_AHEAD]))
-                    yield pending.popleft().result()
-                    bar.update()
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        with progress_bar(len(numbers), "measuring", enabled=self.world.is_first) as bar:
+            for each in read_ahead(self.read, numbers, self.workers):
+                yield each
+                bar.update()
 
     def read(self, number: int) -> tuple[str, np.ndarray, np.ndarray]:
         """Key, RGB pixels (H, W, 3) and mask (H, W) of an image."""

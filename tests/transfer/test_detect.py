@@ -16,11 +16,12 @@ from stl_offline.cli.main import main
 from stl_offline.config_transfer import DetectConfig, TransferEvaluateConfig
 from stl_offline.errors import InputError
 from stl_offline.training.engine import Trainer
-from stl_offline.transfer import dry_run_detector, evaluate_transfer, load_detector, train_detector
+from stl_offline.transfer import detect_scores, dry_run_detector, evaluate_transfer, load_detector, train_detector
 from stl_offline.transfer.backbone import Backbone, BackboneSpec, make_backbone
 from stl_offline.transfer.boxes import open_boxes
 from stl_offline.transfer.detect_scores import Boxes, average_precisions
 from stl_offline.transfer.detector import Pyramid
+from stl_offline.transfer.pair_loader import read_ahead
 from tests.transfer.conftest import jpeg, scene
 
 CLASSES = ("box", "disc")
@@ -233,7 +234,7 @@ def test_levels_of_one_stride_become_a_pyramid():
     assert [tuple(each.shape) for each in maps.values()] == [(1, 8, s, 2 * s) for s in (8, 4, 2, 1)] + [(1, 8, 1, 1)]
 
 
-def test_the_command_trains_and_evaluates(quick, capsys):
+def test_the_command_trains_and_evaluates(quick, capsys, monkeypatch):
     words = [f"--{name.replace('_', '-')}={value}" for name, value in (quick | {"epochs": 1}).items()]
     assert main(["transfer", "detect", *words, "--tensorboard"]) == 0
     assert "detector: " in (out := capsys.readouterr().out) and "mAP at IoU 0.5" in out
@@ -242,6 +243,10 @@ def test_the_command_trains_and_evaluates(quick, capsys):
     scores = evaluate_transfer(config)
     assert {"map", "map_50", "map_75", "ap/disc"} <= scores.keys()
     assert scores == {"samples": 2} | {name: entry[name] for name in scores if name != "samples"}
+    threads = []
+    monkeypatch.setattr(detect_scores, "read_ahead", lambda *given: threads.append(given[2]) or read_ahead(*given))
+    assert evaluate_transfer(replace(config, workers=3, corrupt="fog:3"))["map"] == scores["map"]
+    assert threads == [3, 3]
     with pytest.raises(InputError, match="`sliding_window` is for segmenters"):
         evaluate_transfer(replace(config, sliding_window=True))
 
