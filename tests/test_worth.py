@@ -57,11 +57,14 @@ def test_the_class_everywhere():
 
 
 def test_scores_of_a_set_by_hand(tmp_path):
-    spec = make_spec(samples=2, classes=4, top_k=1, grid=(1, 3), view_count=1)
+    spec = make_spec(samples=2, classes=4, top_k=1, grid=(1, 3), view_count=2)
     arrays = make_arrays(spec)
-    ids = np.array([[0, 0, 1], [3, 2, 2]], arrays.class_ids.dtype).reshape(2, 1, 1, 3, 1)
+    # Both views show the whole image, and the same.
+    ids = np.array([[0, 0, 1], [3, 2, 2]], arrays.class_ids.dtype).reshape(2, 1, 1, 3, 1).repeat(2, axis=1)
+    views = np.broadcast_to(np.array([1, 0, 0, 0, 1, 0], arrays.views.dtype), arrays.views.shape).copy()
     own = np.array([0, 3], arrays.class_id.dtype)
-    values = {"class_id": own, "class_ids": ids, "confidence": np.full_like(arrays.confidence, 0.75)}
+    values = {"class_id": own, "class_ids": ids, "views": views}
+    values["confidence"] = np.full_like(arrays.confidence, 0.75)
     with stl.LabelSetWriter(tmp_path / "set", spec, 1) as writer:
         writer.write_shard(0, dataclasses.replace(arrays, **values))
         writer.finish()
@@ -71,6 +74,7 @@ def test_scores_of_a_set_by_hand(tmp_path):
     assert found["confidence"] == pytest.approx(13 / 16, abs=1e-3)  # with its part of the residual
     assert found["minus calibration error"] == pytest.approx(-5 / 16, abs=1e-3)
     assert found["neighbours agree"] == pytest.approx(1 / 2)
+    assert found["labels stats --worth"] == pytest.approx(1 / 2)  # views correlate by 1, and one image is right
 
 
 @pytest.mark.slow

@@ -134,7 +134,10 @@ class _Appending(LabelSetWriter):
 
     def _store(self, manifest: Manifest) -> None:
         data, before = manifest.to_bytes(), self._base.manifest
-        if self._storage.replace(MANIFEST, data, before.to_bytes()) != data:
+        # As it lies there: another writer's JSON may have other white space.
+        there = self._storage.read(MANIFEST)
+        is_before = there != data and Manifest.from_bytes(there) == before
+        if (self._storage.replace(MANIFEST, data, there) if is_before else there) != data:
             raise TargetError(f"{self.place} has changed since this began to append; run the same command again")
         # A card that its publisher has edited stays.
         if self._storage.size(CARD) is None or self._storage.read(CARD) == make_card(before):

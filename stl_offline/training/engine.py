@@ -198,8 +198,12 @@ class Trainer:
                 stop.ask(sigint=bool(notes[0]), sigterm=bool(notes[1]))
                 stop.raise_if_asked()
             clock.waits()
-        self._read_step()
+        notes = self._read_step()
         clock.tick()
+        if any(notes[: len(StopRequest.SIGNALS)]):  # before measuring, which may take long
+            self._save_state()
+            stop.ask(sigint=bool(notes[0]), sigterm=bool(notes[1]))
+            stop.raise_if_asked()
         self._end_epoch(stop)
         self._stop_if_asked(stop)
 
@@ -220,8 +224,9 @@ class Trainer:
         result = self.step(batch, self.at.step, notes)
         self.at.step += 1
         self.at.batch += 1
-        if self.config.tensorboard and self.world.is_first and self.at.batch == len(self.loader):
-            self.shown = result.inputs.first(RunWatch.IMAGES)
+        inputs, result.inputs = result.inputs, None  # a batch must not lie on the device through the next step
+        if inputs is not None and self.config.tensorboard and self.world.is_first and self.at.batch == len(self.loader):
+            self.shown = inputs.first(RunWatch.IMAGES)
         return _Taken(result, dataclasses.replace(self.at), self.step.lr, batch.sample_ids)
 
     def _read_step(self) -> list[float]:

@@ -357,9 +357,10 @@ def _tell_of_classes(
     some = labelled[is_drawn[chosen[labelled]]][:_LOOKED_AT_CLASSES]
     if not len(some):
         return
-    kept = labels.targets.m
+    kept = min(labels.targets.m, labels.num_classes)
     most = min(labels.num_classes, max(kept, _MOST_CLASSES))
-    wider = TokenLabels(replace(labels.targets, m=most, min_confidence=0.0), labels.cache)
+    # Draws leave no residual; that of other sets would need the images' classes, or a column.
+    wider = TokenLabels(replace(labels.targets, m=most, min_confidence=0.0, residual="ignore"), labels.cache)
     _, weights = wider(some, views[some], epoch, map_index=maps[some], cache_index=chosen[some])
     shares = np.cumsum(-np.sort(-weights, axis=-1), axis=-1).mean(axis=(0, 1))
     if shares[kept - 1] < _ALMOST_ALL:

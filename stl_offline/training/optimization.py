@@ -110,7 +110,7 @@ class StepResult:
     """A step that was taken, whose numbers are on their way to the host.
 
     Args:
-        inputs: this process's.
+        inputs: this process's; set to None once they are not needed, since a result outlives the next step.
         losses: this process's sums, (,) float64 each.
         told: float64, summed over all processes: the losses, how many processes have one that is not finite, the notes.
         own: float64, the same in all processes: images of all processes, the gradient's norm, the scale of the loss.
@@ -118,7 +118,7 @@ class StepResult:
     """
 
     def __init__(self, inputs: Inputs, losses: dict[str, Tensor], told: Tensor, own: Tensor, processes: int) -> None:
-        self.inputs = inputs
+        self.inputs: Inputs | None = inputs
         self._losses, self._processes = losses, processes
         self._numbers = Readback(torch.cat([told, own]))
 
