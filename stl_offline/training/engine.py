@@ -194,25 +194,20 @@ class Trainer:
                 notes = [max(pair) for pair in zip(notes, self._read_step(), strict=True)]
                 self._save_state()
                 saved = time.monotonic()
-                # Another process may have been asked, and not this one.
-                stop.ask(sigint=bool(notes[0]), sigterm=bool(notes[1]))
-                stop.raise_if_asked()
+                _stop_where_asked(stop, notes)
             clock.waits()
         notes = self._read_step()
         clock.tick()
         if any(notes[: len(StopRequest.SIGNALS)]):  # before measuring, which may take long
             self._save_state()
-            stop.ask(sigint=bool(notes[0]), sigterm=bool(notes[1]))
-            stop.raise_if_asked()
+            _stop_where_asked(stop, notes)
         self._end_epoch(stop)
         self._stop_if_asked(stop)
 
     def _stop_if_asked(self, stop: StopRequest) -> None:
         """End the program where any process of the job was asked to."""
         asked = torch.tensor(_asked(stop), dtype=torch.float64, device=self.device)
-        told = sum_over_world_blocking(asked, self.world).tolist()
-        stop.ask(sigint=bool(told[0]), sigterm=bool(told[1]))
-        stop.raise_if_asked()
+        _stop_where_asked(stop, sum_over_world_blocking(asked, self.world).tolist())
 
     def _is_planned(self) -> bool:
         """Whether all processes store the state after the next step."""
@@ -368,6 +363,12 @@ class Trainer:
             self.folder.finish(summary)
         barrier(self.world)
         return summary
+
+
+def _stop_where_asked(stop: StopRequest, notes: Sequence[float]) -> None:
+    """End the program where any process was asked to, maybe another one; notes: sums of what `_asked` gives."""
+    stop.ask(sigint=bool(notes[0]), sigterm=bool(notes[1]))
+    stop.raise_if_asked()
 
 
 def _asked(stop: StopRequest, late: bool = False) -> list[float]:

@@ -183,7 +183,8 @@ def scores(label_set: stl.LabelSet) -> dict[str, float]:
             }
         )
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    means["labels stats --worth"] = measure_worth(label_set).score
+    agreeing = measure_worth(label_set)
+    means["views correlate"], means["labels stats --worth"] = agreeing.agreement, agreeing.score
     means["minus calibration error"] = -abs(means["confidence"] - means["tokens of the class"])
     means["class × neighbours"] = means["images of the class"] * means["neighbours agree"]
     return means
@@ -218,11 +219,17 @@ def main() -> None:
         found = gains[name] + none
         means = {score: np.mean([each[score] for each in measured[name]]) for score in measured[name][0]}
         if len(measured) == 1:
-            print(f"| labels | student | tokens used | AUROC | {' | '.join(means)} |\n|{'---|' * (4 + len(means))}")
+            heads = ["labels", "student", "gain in each seed", "tokens used", "AUROC", *means]
+            print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
         cells = [f"{found.mean():.1%} ± {found.std(ddof=min(1, len(found) - 1)):.1%}", f"{np.mean(shares):.0%}"]
+        cells.insert(1, ", ".join(f"{100 * gain:.1f}" for gain in gains[name]))
         cells.append(f"{np.mean(shown):.2f}")
         cells += [f"{mean:.3f}" for mean in means.values()]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    for name in SELECTED:
+        if len(seeds) > 1 and {name, "lme"} <= gains.keys():
+            more = 100 * np.subtract(gains[name], gains["lme"])
+            print(f"{name}: {more.mean():+.1f} points over all tokens (SE {more.std(ddof=1) / len(more) ** 0.5:.1f})")
     names = [name for name in options.only if name in SETS]
     if len(names) > 2:
         heads = [f"seed {seed}" for seed in seeds]
