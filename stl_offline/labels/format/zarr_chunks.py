@@ -26,13 +26,13 @@ _STORED, _HARMLESS_FLAGS = 0b0010, 0b0001_0101
 def read_array(
     name: str, shape: tuple[int, ...], rows: int, dtype: np.dtype | None, entries: dict[str, bytes], most: int
 ) -> np.ndarray:
-    """An array from its chunks.
+    """An array from its chunks, little-endian.
 
     Args:
         name: of the array in the group.
         shape: of the array.
         rows: length of a chunk along the first axis; its other axes are the array's.
-        dtype: little-endian; None for strings.
+        dtype: of the numbers in the chunks, either byte order; None for strings.
         entries: content by path; all chunks must be there.
         most: bytes that an array of strings may unpack to.
 
@@ -44,7 +44,7 @@ def read_array(
     parts = [entries[f"{name}/c/{index}{tail}"] for index in range(math.ceil(shape[0] / rows))]
     if dtype is None:
         return _read_strings(name, parts, shape[0], rows, most)
-    return _read_numbers(name, parts, shape, rows, dtype)
+    return _read_numbers(name, parts, shape, rows, dtype).astype(dtype.newbyteorder("<"), copy=False)
 
 
 def _read_numbers(name: str, parts: list[bytes], shape: tuple[int, ...], rows: int, dtype: np.dtype) -> np.ndarray:
@@ -82,7 +82,7 @@ def _blosc_fault(part: bytes, size: int, itemsize: int) -> str:
     if (version, codec_version, flags >> 5) != (_BLOSC_VERSION, _ZSTD_VERSION, _ZSTD):
         return "is not packed by blosc's zstd"
     if flags & 0b1_1111 & ~(_HARMLESS_FLAGS | _STORED) or items != itemsize:
-        return "is packed as version 1 never does"
+        return "is packed as no label set is"
     if not 0 < block <= content:
         return f"has blocks of {block:,} bytes"
     if flags & _STORED:

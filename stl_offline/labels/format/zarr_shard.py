@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import zarr
 from zarr.buffer import cpu
-from zarr.codecs import BloscCodec, ZstdCodec
+from zarr.codecs import BloscCodec, BytesCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from stl_offline.errors import FormatError
@@ -91,15 +91,15 @@ def read_stored(
         check_claim(spec, samples, size)
         expected = layout(spec, samples)
         own = {"zarr.json"}
-        chunks: dict[str, tuple[tuple[int, ...], int]] = {}
+        chunks: dict[str, tuple[tuple[int, ...], int, np.dtype | None]] = {}
         for name, array in expected.items():
             chunks[name] = _check_array(name, array, metadata.get(f"{name}/zarr.json"), spec, samples)
-            own |= {f"{name}/zarr.json", *_chunk_paths(name, *chunks[name], paths)}
+            own |= {f"{name}/zarr.json", *_chunk_paths(name, *chunks[name][:2], paths)}
         if others := paths - own:
             raise FormatError(f"the shard holds {min(others)}, which belongs to no array of this label set")
         return {
-            name: read_array(name, *chunks[name], array.dtype, entries, most_key_bytes(size))
-            for name, array in expected.items()
+            name: read_array(name, *chunks[name], entries, most_key_bytes(size))
+            for name in expected
             if names is None or name in names
         }
     except FormatError:
@@ -121,10 +121,11 @@ def read_stored(
 def _create(group: zarr.Group, name: str, array: StoredArray, shape: tuple[int, ...]) -> zarr.Array:
     if array.dtype is None:
         item = 32
-        dtype, compressor = "string", ZstdCodec(level=array.level)
+        dtype, serializer, compressor = "string", "auto", ZstdCodec(level=array.level)
     else:
         item = array.dtype.itemsize
         dtype = array.dtype
+        serializer = BytesCodec(endian=array.endian) if item > 1 else "auto"
         compressor = BloscCodec(typesize=item, cname="zstd", clevel=array.level, shuffle=array.shuffle)
     row = item * max(1, math.prod(shape[1:]))
     return group.create_array(
@@ -132,6 +133,7 @@ def _create(group: zarr.Group, name: str, array: StoredArray, shape: tuple[int, 
         shape=shape,
         dtype=dtype,
         chunks=(min(shape[0], max(1, _CHUNK_BYTES // row)), *shape[1:]),
+        serializer=serializer,
         compressors=[compressor],
         dimension_names=array.axes,
         config={"write_empty_chunks": True},
@@ -204,10 +206,10 @@ def _check_group(metadata: dict[str, dict], spec: LabelSpec) -> None:
 
 def _check_array(
     name: str, array: StoredArray, metadata: dict | None, spec: LabelSpec, samples: int
-) -> tuple[tuple[int, ...], int]:
-    """The array's shape, and the length of its chunks along the first axis.
+) -> tuple[tuple[int, ...], int, np.dtype | None]:
+    """The array's shape, the length of its chunks along the first axis, and the dtype in them (None for strings).
 
-    Refuses every way of storing that version 1 does not use: what a general reader of zarr would carry out
+    Refuses every way of storing that no writer of label sets uses: what a general reader of zarr would carry out
     (other byte orders, other codecs, transformers of the store) has costs and lengths that nothing here checks.
     """
     if metadata is None:
@@ -227,7 +229,7 @@ def _check_array(
     if (metadata["zarr_format"], metadata["node_type"]) != (3, "array"):
         raise FormatError(f"the shard's {name} is no array of zarr version 3")
     stored = {
-        "codecs": _are_own_codecs(metadata["codecs"], array.dtype),
+        "codecs": _are_own_codecs(metadata["codecs"], array),
         "chunk_key_encoding": metadata["chunk_key_encoding"]
         == {"name": "default", "configuration": {"separator": "/"}},
         "storage_transformers": metadata.get("storage_transformers", []) == [],
@@ -237,23 +239,29 @@ def _check_array(
     }
     for part, is_own in stored.items():
         if not is_own:
-            raise FormatError(f"the shard's array {name} is stored as version 1 never does: {part} {metadata[part]}")
+            raise FormatError(f"the shard's array {name} is stored as no label set is: {part} {metadata[part]}")
     rows, *others = metadata["chunk_grid"]["configuration"]["chunk_shape"]
     if type(rows) is not int or not 1 <= rows <= shape[0] or others != list(shape[1:]):
         raise FormatError(f"the shard's array {name} has chunks of an impossible shape: {[rows, *others]}")
-    return shape, rows
+    if array.dtype is None:
+        return shape, rows, None
+    order = (metadata["codecs"][0].get("configuration") or {}).get("endian", "little")
+    return shape, rows, array.dtype.newbyteorder(order)
 
 
-def _are_own_codecs(codecs: list[dict], dtype: np.dtype | None) -> bool:
-    """Whether a chain of codecs is version 1's. How hard the packer tries is the writer's choice."""
+def _are_own_codecs(codecs: list[dict], array: StoredArray) -> bool:
+    """Whether a chain of codecs is a label set's. How hard the packer tries is the writer's choice."""
+    dtype = array.dtype
     if len(codecs) != 2 or any(codec.keys() - {"name", "configuration"} for codec in codecs):
         return False
     (first, packer), settings = codecs, [codec.get("configuration") or {} for codec in codecs]
     if dtype is None:
         return (first["name"], packer["name"]) == ("vlen-utf8", "zstd") and settings[0] == {}
+    # Single draws were little-endian at first, as all other arrays are.
+    orders = [{"endian": "little"}, {"endian": array.endian} if dtype.itemsize > 1 else {}]
     return (
         (first["name"], packer["name"]) == ("bytes", "blosc")
-        and settings[0] in ([{"endian": "little"}] if dtype.itemsize > 1 else [{"endian": "little"}, {}])
+        and settings[0] in orders
         and (settings[1].get("cname"), settings[1].get("typesize")) == ("zstd", dtype.itemsize)
     )
 

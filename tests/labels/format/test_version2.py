@@ -1,13 +1,16 @@
 """Version 2: draws, answers of the class head, augmentation records, plain .npz members; version 1 stays as it is."""
 
 import io
+import json
 import tarfile
 import zipfile
 from pathlib import Path
 
+import numcodecs
 import numpy as np
 import pytest
 import zarr
+from numcodecs import blosc
 
 from stl_offline.errors import FormatError, InputError
 from stl_offline.labels.convert import convert
@@ -119,11 +122,34 @@ def test_draws_that_cannot_be_are_refused(container, encoding):
         containers.encode_shard(arrays, spec)
 
 
-def test_plain_zarr_reads_draws(tmp_path):
-    spec = make_spec(**KINDS["hybrid"])
+@pytest.mark.parametrize("kind", ["hybrid", "one draw of crops"])
+def test_plain_zarr_reads_draws(tmp_path, kind):
+    spec = make_spec(**KINDS[kind])
     (tmp_path / "a.zarr.zip").write_bytes(containers.encode_shard(make_arrays(spec), spec))
     with zarr.storage.ZipStore(tmp_path / "a.zarr.zip", mode="r") as store:
         assert (zarr.open_group(store, mode="r")["draws"][:] == make_arrays(spec).draws).all()
+
+
+def test_a_single_draw_is_read_in_either_byte_order():
+    """Big-endian as it is written now, which packs better; little-endian in the sets written before."""
+    spec = make_spec(**KINDS["one draw of crops"])
+    arrays = make_arrays(spec)
+    assert arrays.draws.max() > 0
+    with zipfile.ZipFile(io.BytesIO(containers.encode_shard(arrays, spec))) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    metadata = json.loads(entries["draws/zarr.json"])
+    assert metadata["codecs"][0] == {"name": "bytes", "configuration": {"endian": "big"}}
+    big = np.empty(arrays.draws.size, dtype=">u2")
+    blosc.decompress(entries["draws/c/0/0/0/0/0"], big)
+    metadata["codecs"][0]["configuration"]["endian"] = "little"
+    entries["draws/zarr.json"] = json.dumps(metadata).encode()
+    entries["draws/c/0/0/0/0/0"] = numcodecs.Blosc("zstd", 9, numcodecs.Blosc.SHUFFLE).encode(big.astype("<u2"))
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    found = containers.decode_shard(stream.getvalue(), spec)
+    assert found.equals(arrays) and found.draws.dtype == np.dtype("<u2")
 
 
 def test_webdataset_and_numpy_read_a_member(tmp_path):
