@@ -170,6 +170,13 @@ class TrainConfig(RunConfig):
         "How crops are resized, with antialiasing. A labeler and its students need the same.",
         choices=INTERPOLATIONS,
     )
+    repeats: int = setting(
+        1,
+        "Crops of each image in a batch, from one decode (repeated augmentation). An epoch then shows one `repeats`-th "
+        "of the images, and as many crops as without. Epochs left over at the end show one crop of each image.",
+        bounds="[1, inf)",
+        recorded_by_default=False,
+    )
     token_weight: float = setting(1.0, "Weight of the token loss (0 disables it).", bounds="[0, inf)")
     skip_broken: bool = setting(False, SKIP_BROKEN)
     loader: str = setting("ffcv", LOADER, choices=LOADERS, affects=JOB)
@@ -184,6 +191,21 @@ class TrainConfig(RunConfig):
         self.crop_settings()
         self.mix_settings()
         self.erase_settings()
+        if self.repeats > self.epochs:
+            raise InputError(f"`repeats` must be at most `epochs`, {self.epochs}; got {self.repeats}")
+        step = self.batch_size * self.accumulate
+        if step % self.repeats:
+            raise InputError(
+                f"`repeats` must divide the images of a step in one process, `batch_size` × `accumulate` = {step}; got "
+                f"{self.repeats}"
+            )
+
+    def shown_together(self, epoch: int) -> range:
+        """The epochs whose crops of an image stand in one batch: an epoch alone, or `repeats` of them."""
+        first = epoch - epoch % self.repeats
+        if first + self.repeats > self.epochs:
+            return range(epoch, epoch + 1)
+        return range(first, first + self.repeats)
 
     @property
     def trains_tokens(self) -> bool:

@@ -77,18 +77,24 @@ def unit_interval(bits):
     return np.float64(bits) * 2.3283064365386963e-10
 
 
-def uniforms(seed: int, stream: int, epoch: int, sample_ids: np.ndarray, count: int) -> np.ndarray:
-    """``count`` numbers in [0, 1) for each sample: ids (n,) → float64 (n, count)."""
+def uniforms(seed: int, stream: int, epoch: int | np.ndarray, sample_ids: np.ndarray, count: int) -> np.ndarray:
+    """``count`` numbers in [0, 1) for each sample: ids (n,) → float64 (n, count). epoch: one for all, or int64 (n,)."""
     numbers = np.empty((len(sample_ids), -(-count // 4) * 4), dtype=np.float64)
-    _fill_uniforms(np.uint64(seed % 2**64), stream, np.uint64(epoch), np.asarray(sample_ids, dtype=np.uint64), numbers)
+    epochs = epoch_of_each(epoch, len(sample_ids))
+    _fill_uniforms(np.uint64(seed % 2**64), stream, epochs, np.asarray(sample_ids, dtype=np.uint64), numbers)
     return numbers[:, :count]
 
 
+def epoch_of_each(epoch: int | np.ndarray, samples: int) -> np.ndarray:
+    """One epoch for all samples, or int64 (n,), as compiled code takes them: uint64 (n,)."""
+    return np.array(np.broadcast_to(epoch, samples), dtype=np.uint64)
+
+
 @njit
-def _fill_uniforms(seed, stream, epoch, sample_ids, numbers):
+def _fill_uniforms(seed, stream, epochs, sample_ids, numbers):
     for index in range(len(sample_ids)):
         for draw in range(numbers.shape[1] // 4):
-            bits = random_bits(seed, stream, epoch, sample_ids[index], draw)
+            bits = random_bits(seed, stream, epochs[index], sample_ids[index], draw)
             for place in range(4):
                 numbers[index, 4 * draw + place] = unit_interval(bits[place])
 

@@ -53,6 +53,7 @@ def setting(
     choices: tuple[str, ...] | None = None,
     bounds: str | None = None,
     needs: Need | tuple[Need, ...] = (),
+    recorded_by_default: bool = True,
 ) -> Any:
     """A dataclass field with what is known about it as metadata.
 
@@ -65,9 +66,12 @@ def setting(
         bounds: the interval of its values, such as "[0, 1)" or "(0, inf)"; None takes any finite number. A None value
             passes.
         needs: the conditions under which another value than the default does something.
+        recorded_by_default: whether its default is recorded. False for a setting that came later and whose default does
+            what was done before: what earlier releases began can go on, and what they made has the same bytes.
     """
     metadata = {"help": help, "affects": affects, "in_recipes": in_recipes, "recorded_as": recorded_as}
     metadata |= {"choices": choices, "bounds": bounds, "needs": (needs,) if isinstance(needs, Need) else needs}
+    metadata |= {"recorded_by_default": recorded_by_default}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -100,6 +104,7 @@ def recorded(settings: Any, *affects: str) -> dict[str, Any]:
         field.metadata.get("recorded_as") or field.name: getattr(settings, field.name)
         for field in dataclasses.fields(settings)
         if field.metadata.get("affects") in affects
+        and (field.metadata["recorded_by_default"] or getattr(settings, field.name) != field.default)
     }
 
 

@@ -72,8 +72,13 @@ class Augmentation:
             warps[ids] = drawn_warps(self.auto.draw(self.seed, epoch, ids), self.size)
         return warps
 
-    def __call__(self, images: Tensor, warps_B6: Tensor | None, epoch: int, sample_ids: np.ndarray) -> Tensor:
-        """(B, 3, H, W) normalised → the same, augmented; ``warps_B6``: the batch's rows of `warps`."""
+    def __call__(
+        self, images: Tensor, warps_B6: Tensor | None, epoch: int | np.ndarray, sample_ids: np.ndarray
+    ) -> Tensor:
+        """(B, 3, H, W) normalised → the same, augmented.
+
+        warps_B6: the batch's rows of `warps`; epoch: whose draws are applied, one for all images or int64 (B,).
+        """
         if self.auto is not None:
             images = change_colours(images, self.auto.draw(self.seed, epoch, sample_ids), self.mean, self.std)
         if self.jitter > 0:
@@ -86,7 +91,7 @@ class Augmentation:
             images = erase_boxes(images, boxes, self.erase.mode, self.seed, epoch, sample_ids)
         return images
 
-    def kept_share(self, epoch: int, sample_ids: np.ndarray, grid: tuple[int, int]) -> Tensor | None:
+    def kept_share(self, epoch: int | np.ndarray, sample_ids: np.ndarray, grid: tuple[int, int]) -> Tensor | None:
         """The share of each token's cell that erasing leaves: float32 (B, N); None where nothing is ever erased."""
         if self.erase is None:
             return None

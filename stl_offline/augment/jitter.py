@@ -17,8 +17,10 @@ from stl_offline.random import STREAM_JITTER, uniforms
 _LUMA = (0.299, 0.587, 0.114)
 
 
-def draw_factors(strength: float, seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
+def draw_factors(strength: float, seed: int, epoch: int | np.ndarray, sample_ids: np.ndarray) -> np.ndarray:
     """Factors of brightness, contrast and saturation, each from U[max(0, 1−s), 1+s]: float32 (n, 3).
+
+    epoch: one for all, or int64 (n,).
 
     Raises:
         InputError: a strength below zero.

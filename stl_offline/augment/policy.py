@@ -99,8 +99,11 @@ class RandAugment:
             increasing=bool(whole["inc"]),
         )
 
-    def draw(self, seed: int, epoch: int, sample_ids: np.ndarray) -> "Operations":
-        """What is done to some samples: the same whatever the batch, the worker and what came before."""
+    def draw(self, seed: int, epoch: int | np.ndarray, sample_ids: np.ndarray) -> "Operations":
+        """What is done to some samples: the same whatever the batch, the worker and what came before.
+
+        epoch: one for all, or int64 (n,).
+        """
         numbers = uniforms(seed, STREAM_AUGMENT, epoch, sample_ids, self.layers * _UNIFORMS)
         pick, apply, first, second, sign = np.moveaxis(numbers.reshape(len(sample_ids), self.layers, -1), 2, 0)[:5]
         if math.isinf(self.magnitude_std):

@@ -1,8 +1,9 @@
 """The views that training is at: a token cache of some views of a label set, and the next one made meanwhile.
 
 A cache of all V views grows with V. A run needs one view in each epoch, so here a cache holds a *span*: as many
-consecutive views as fit into `SPAN_BYTES`, at least one. While training reads one span, a thread makes the next. Then
-the one before is removed. A set whose views all fit into one span has one cache, which is kept.
+consecutive views as fit into `SPAN_BYTES`, at least those that are read together. While training reads one span, a
+thread makes the next. Then the one before is removed. A set whose views all fit into one span has one cache, which is
+kept.
 
 A span is made from whole shards. Where each shard holds the views of many spans, each span reads them all:
 `stl_offline.labels.convert.convert` divides such a set into parts of as many views as a span has.
@@ -26,15 +27,16 @@ SPAN_BYTES = 1_000_000_000
 _CLOSE_SECONDS = 10.0
 
 
-def span_views(spec: LabelSpec, n: int) -> int:
-    """How many views of n images a cache holds."""
+def span_views(spec: LabelSpec, n: int, repeats: int = 1) -> int:
+    """How many views of n images a cache holds: those of whole groups of ``repeats``, which are read together."""
     each = cache_bytes(spec.of_views(range(1)), n)
-    return min(spec.views_per_image, max(1, SPAN_BYTES // each))
+    groups = max(1, SPAN_BYTES // each // repeats)
+    return min(spec.views_per_image, groups * repeats)
 
 
-def run_bytes(spec: LabelSpec, n: int) -> int:
-    """The most bytes that the caches of a run over n images take at a time."""
-    span = span_views(spec, n)
+def run_bytes(spec: LabelSpec, n: int, repeats: int = 1) -> int:
+    """The most bytes that the caches of a run over n images take at a time. repeats: as of `ViewsAhead`."""
+    span = span_views(spec, n, repeats)
     together = min(2 * span, spec.views_per_image)
     return cache_bytes(spec.of_views(range(together)), n)
 
@@ -44,16 +46,17 @@ class ViewsAhead:
 
     Args:
         maker: of the caches.
+        repeats: of how many consecutive epochs the views are read together; a span holds those of whole groups.
 
     spec: of all views; labelled: bool (n,), whether an image has labels.
 
     Raises: as `stl_offline.labels.cache.build_token_cache`; so do the methods.
     """
 
-    def __init__(self, maker: CacheMaker) -> None:
+    def __init__(self, maker: CacheMaker, repeats: int = 1) -> None:
         self._maker = maker
         self.spec = maker.spec
-        self._span = span_views(maker.spec, maker.images)
+        self._span = span_views(maker.spec, maker.images, repeats)
         self._now: tuple[range, TokenCache] | None = None
         self._next: _Making | None = None
         if self._span == len(maker.views):

@@ -20,9 +20,9 @@ class Batch:
     images: float32 (B, 3, H, W), normalised, channels last in memory. class_ids: int64 (B,). token_ids: int64
     (B, N, m), −1 for "no class": with a weight above zero that weight is spread evenly over all classes, else nothing
     is there; None without token targets. token_weights: float32 (B, N, m) or None. On the CPU: sample_ids, int64 (B,),
-    positions in the .beton; views, float32 (B, 6), the rows of the 2×3 view that each sample's targets are for; warps,
-    float32 (B, 6) or None: the last part of that view, which the pixels still lack (`stl_offline.augment` moves them).
-    epoch: the one that the batch belongs to.
+    positions in the .beton; views, float32 (B, 6), the rows of the 2×3 view that each sample's targets are for; epochs,
+    int64 (B,), those whose draws each sample is shown with; warps, float32 (B, 6) or None: the last part of the view,
+    which the pixels still lack (`stl_offline.augment` moves them).
     """
 
     images: torch.Tensor
@@ -31,8 +31,8 @@ class Batch:
     token_weights: torch.Tensor | None
     views: torch.Tensor
     sample_ids: torch.Tensor
+    epochs: torch.Tensor
     warps: torch.Tensor | None = None
-    epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.class_ids)

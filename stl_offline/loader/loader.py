@@ -71,8 +71,9 @@ class TokenLoader:
         shuffle: a new order each epoch, from (seed, epoch) alone; otherwise the .beton's order.
         world: this process among those that share the samples.
         repeats: crops m of each image in a batch, from one decode: repeated augmentation (Hoffer et al., "Augment your
-            batch", arXiv 1901.09335), as FKD trains (ECCV 2022). A batch holds B / m images, and an epoch shows every
-            image m times. Crop r of an epoch e draws token targets as epoch ``e · m + r`` of a loader without repeats.
+            batch", arXiv 1901.09335), as FKD trains (ECCV 2022). Epochs g · m … g · m + m − 1 then show their crops
+            together. Each of them shows an m-th part of the images, B / m in a batch, with m crops of each: crop r as
+            epoch g · m + r of a loader without repeats shows it. So an epoch has as many batches as without.
 
     Raises:
         InputError: an argument that cannot be used, or a cache that belongs to another .beton.
@@ -113,7 +114,7 @@ class TokenLoader:
             raise InputError(f"the rank must lie in 0 … {world.size - 1}, got {world.rank}")
         if labels is not None:
             _check_labels(labels, beton)
-        check_shares(len(beton), batch_size // repeats, world.size)
+        check_shares(len(beton), batch_size, world.size, repeats)
         self.beton, self.repeats = beton, repeats
         self.image_size = (int(images.size[0]), int(images.size[1]))
         self.batch_size = batch_size
@@ -126,9 +127,9 @@ class TokenLoader:
         self._thread: BatchThread | None = None
         self._views: np.ndarray | None = None
         self._warps: np.ndarray | None = None
-        self._epoch = 0
+        self._first_epoch = 0
         threads = Workers(workers)
-        self._crop = ViewCrop(self.image_size, threads, beton, images.interpolation, repeats)
+        self._crop = ViewCrop(self.image_size, threads, beton, images.interpolation)
         self._draw = TokenDraw(labels, threads, seed, beton.class_ids) if labels is not None else None
         self._open()
 
@@ -166,7 +167,7 @@ class TokenLoader:
 
     def __len__(self) -> int:
         """Batches of one epoch for this rank."""
-        return count_batches(len(self.beton), self.batch_size // self.repeats, self._world.size)
+        return count_batches(len(self.beton), self.batch_size, self._world.size)
 
     def samples_of(self, ids: np.ndarray) -> np.ndarray:
         """The samples of crops with these numbers, as `stl_offline.loader.decoder.ViewCrop` numbers them."""
@@ -183,21 +184,23 @@ class TokenLoader:
         cache_index: np.ndarray | None = None,
         start_batch: int = 0,
         sample_ids: np.ndarray | None = None,
+        repeats: int | None = None,
     ) -> Epoch:
         """Start one epoch; batches are loaded ahead from now on. An epoch that is still running is closed.
 
         Args:
             epoch: its number, from 0: sets the order and what token targets draw.
             views: float32 (n, 6): every sample's view, by sample id; axis-aligned crops inside the image. With
-                ``repeats`` m, (m · n, 6): first those of all samples' crop 0, and so on; so are warps, map_index and
-                cache_index.
+                ``repeats`` m, (m · n, 6): all samples' views of epoch g · m, then those of the next epoch, and so on;
+                so are warps, map_index and cache_index.
             warps: float32 (n, 6): how each sample's pixels are moved within its crop after loading, as a view of
                 it. Targets are for the moved pixels; the batch carries its warps to whoever moves them.
             labels: of this and the next epochs, such as caches of other views; of the same kind as the loader's.
             map_index: int64 (n,): which of its stored maps each sample's targets come from; the first by default.
             cache_index: int64 (n,): which of several caches; the first by default.
             start_batch: batches to leave out at the start, to go on in the middle of an epoch.
-            sample_ids: these samples in this order instead of all.
+            sample_ids: these samples in this order instead of all, or of the epoch's part of them.
+            repeats: of this epoch, if not the loader's: 1 shows one crop of each image.
 
         Returns:
             An iterator of `Batch`, with ``close()``; also a context manager.
@@ -209,7 +212,11 @@ class TokenLoader:
         """
         self.close()
         samples = len(self.beton)
-        views = check_views(views, samples * self.repeats)
+        repeats = self.repeats if repeats is None else repeats
+        if repeats not in (1, self.repeats):
+            raise InputError(f"an epoch has the {self.repeats} repeats of its loader, or 1; got {repeats}")
+        first = epoch - epoch % repeats
+        views = check_views(views, samples * repeats)
         shown = views
         if warps is not None:
             warps = np.ascontiguousarray(warps, dtype=np.float32)
@@ -220,12 +227,12 @@ class TokenLoader:
             order = np.asarray(sample_ids, dtype=np.int64)
             if order.ndim != 1 or (order.size and (order.min() < 0 or order.max() >= len(self.beton))):
                 raise InputError(f"sample_ids must be one row of numbers in 0 … {len(self.beton) - 1}")
-        elif self._shuffle:
-            order = shuffled(self.seed, epoch, len(self.beton))
+            batches = rank_batches(order, self.batch_size // repeats, self._world)
         else:
-            order = np.arange(len(self.beton))
-        batches = rank_batches(order, self.batch_size // self.repeats, self._world)
-        numbers = samples * np.arange(self.repeats)
+            order = shuffled(self.seed, first, samples) if self._shuffle else np.arange(samples)
+            part = np.array_split(order, repeats)[epoch - first]
+            batches = rank_batches(part, self.batch_size // repeats, self._world, len(self))
+        numbers = samples * np.arange(repeats)
         batches = [(ids[:, None] + numbers).ravel() for ids in batches]
         if not 0 <= start_batch <= len(batches):
             raise InputError(f"start_batch must lie in 0 … {len(batches)}, got {start_batch}")
@@ -236,10 +243,10 @@ class TokenLoader:
                 if labels.targets != self.tokens or labels.targets_per_token != self._targets_per_token:
                     raise InputError("an epoch's `labels` must give the targets of those that its loader was made with")
                 self._draw.set_labels(labels)
-            self._draw.set_epoch(epoch, views, shown, map_index, cache_index)
+            self._draw.set_epoch(first, views, shown, map_index, cache_index)
         elif not (labels is None and map_index is None and cache_index is None):
             raise InputError("labels, map_index or cache_index was given to a loader without token targets")
-        self._views, self._warps, self._epoch = shown, warps, epoch
+        self._views, self._warps, self._first_epoch = shown, warps, first
         self._thread = self._load(batches[start_batch:])
         return Epoch(self._thread, self._make_batch)
 
@@ -268,9 +275,9 @@ class TokenLoader:
             token_ids=token_ids,
             token_weights=token_weights,
             views=torch.from_numpy(self._views[ids]),
-            warps=None if self._warps is None else torch.from_numpy(self._warps[ids]),
-            epoch=self._epoch,
             sample_ids=torch.from_numpy(self.samples_of(ids).astype(np.int64)),
+            epochs=torch.from_numpy(self._first_epoch + ids // len(self.beton)),
+            warps=None if self._warps is None else torch.from_numpy(self._warps[ids]),
         )
 
 

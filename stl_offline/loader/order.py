@@ -33,21 +33,24 @@ def count_batches(samples: int, batch_size: int, world_size: int) -> int:
     return -(-samples // together)
 
 
-def check_shares(samples: int, batch_size: int, world_size: int) -> None:
+def check_shares(samples: int, batch_size: int, world_size: int, repeats: int = 1) -> None:
     """Whether every rank can have its part of every step.
+
+    repeats: crops of each image in a batch; an epoch then has 1 / repeats of the samples.
 
     Raises:
         InputError: there are fewer samples than ranks, or single-sample batches that do not come out even.
     """
     steps = count_batches(samples, batch_size, world_size)
-    if samples < steps * world_size:
+    if samples // repeats < steps * world_size:
+        size = f"{batch_size} with {repeats} crops of an image" if repeats > 1 else f"{batch_size}"
         raise InputError(
-            f"{samples} images cannot give each of {world_size} processes {steps} batches of up to {batch_size}: "
+            f"{samples} images cannot give each of {world_size} processes {steps} batches of up to {size}: "
             "use fewer processes, more images, or another batch size"
         )
 
 
-def rank_batches(order: np.ndarray, batch_size: int, world: World) -> list[np.ndarray]:
+def rank_batches(order: np.ndarray, batch_size: int, world: World, steps: int | None = None) -> list[np.ndarray]:
     """One rank's batches of an order of sample ids, each int64 (≤ B,).
 
     Step i of all ranks together takes the i-th ``batch_size · world_size`` samples of the order, so what the ranks
@@ -55,13 +58,17 @@ def rank_batches(order: np.ndarray, batch_size: int, world: World) -> list[np.nd
     them empty (ranks that step together must not wait for each other in vain), and no sample comes twice: the last,
     partial step is shared evenly.
 
+    Args:
+        steps: how many, where that may be one more than the samples fill.
+
     Raises:
         InputError: as `check_shares`.
     """
     together = batch_size * world.size
     order = np.asarray(order, dtype=np.int64)
-    check_shares(len(order), batch_size, world.size)
-    steps = count_batches(len(order), batch_size, world.size)
+    if steps is None:
+        check_shares(len(order), batch_size, world.size)
+        steps = count_batches(len(order), batch_size, world.size)
     if steps == 0:
         return []
     starts = np.arange(steps + 1) * together

@@ -38,14 +38,14 @@ class StreamLoader(TokenLoader):
 
     def _load(self, batches: list[np.ndarray]) -> BatchThread:
         # What is read: each image once, whatever the number of its crops.
-        images = [self.samples_of(ids[:: self.repeats]) for ids in batches]
+        images = [self.samples_of(ids[:: self._crop.repeats]) for ids in batches]
         return _StreamThread(batches, images, self._check_batch, self.beton.stored_bytes, self._fill)
 
     def _fill(self, ids: np.ndarray, slot: int, stored: list[bytes]) -> tuple:
         """Pixels and token targets of a batch whose images' bytes are there."""
         count = len(ids)
         sizes = np.array([len(data) for data in stored], dtype=np.int64)
-        self._crop.set_pointers(self.samples_of(ids[:: self.repeats]), np.cumsum(sizes) - sizes)
+        self._crop.set_pointers(self.samples_of(ids[:: self._crop.repeats]), np.cumsum(sizes) - sizes)
         storage = np.frombuffer(b"".join(stored), dtype=np.uint8)
         pixels = self._decode(ids, self._pixels[slot, :count], None, (storage,))
         if self._label is None:

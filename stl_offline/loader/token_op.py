@@ -48,7 +48,7 @@ class TokenDraw(Operation):
         self._workers, self._seed = workers, seed
         self.set_labels(labels)
         self._plan: _Plan | None = None
-        self._epoch, self._repeats = 0, 1
+        self._epoch = 0
 
     def set_labels(self, labels: TokenLabels) -> None:
         """What the next epochs read; no batch may be under way. They must give as many targets per token as before."""
@@ -65,6 +65,7 @@ class TokenDraw(Operation):
         """What the next batches give; none may be under way.
 
         Args:
+            epoch: that of the samples' first crops; the others are of the epochs after it.
             crops, views: float32 (n, 6): what is decoded of each image, and what of it a student's tokens are shown
                 in the end. They differ where pixels are moved after decoding.
             map_index, cache_index: int64 (n,): which map of which cache each sample reads; None: the first.
@@ -80,8 +81,8 @@ class TokenDraw(Operation):
         if (chosen >= counts[caches]).any():
             raise InputError(f"map_index names a map that its cache does not hold; they hold {counts.tolist()}")
         crops, shown = (read_only(array, np.float32) for array in (crops, views))
-        self._repeats = samples // max(1, len(self._class_ids))
-        self._plan = _Plan(crops, shown, caches, chosen, np.tile(self._class_ids, self._repeats))
+        repeats = samples // max(1, len(self._class_ids))
+        self._plan = _Plan(crops, shown, caches, chosen, np.tile(self._class_ids, repeats))
         self._epoch = epoch
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, AllocationQuery]]:
@@ -97,8 +98,7 @@ class TokenDraw(Operation):
                 out_weights.fill(0.0)
             samples = max(1, len(self._class_ids))
             wanted = Wanted(read_only(ids % samples), *(read_only(of_all[ids]) for of_all in self._plan))
-            epochs = self._epoch * self._repeats + ids // samples
-            self._filler.fill(wanted, epochs, out_ids, out_weights, self._workers.run)
+            self._filler.fill(wanted, self._epoch + ids // samples, out_ids, out_weights, self._workers.run)
             return destinations
 
         return token_draw

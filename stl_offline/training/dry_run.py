@@ -45,7 +45,7 @@ def dry_run(config: TrainConfig, stage_name: str) -> DryRun:
         if val is not None:
             match_classes(val, train.class_names, "the training images")
             check_shares(val_images, validation_batch(config), world.size)
-        check_shares(images, config.batch_size * config.accumulate, world.size)
+        check_shares(images, config.batch_size * config.accumulate, world.size, config.repeats)
         make_run_folder(stage, None).look(config.resume)
         timer = _StageTimer(stage)
         rows, columns = stage.model.grid_size(config.img_size, config.img_size)
@@ -55,7 +55,7 @@ def dry_run(config: TrainConfig, stage_name: str) -> DryRun:
             val_images,
             f"{rows}×{columns} tokens",
             {"color_jitter": stage.augmentation.jitter},
-            cache=sum(run_bytes(spec, images) for spec in timer.label_specs),
+            cache=sum(run_bytes(spec, images, config.repeats) for spec in timer.label_specs),
         )
 
 
@@ -127,5 +127,6 @@ class _StageTimer(StepTimer):
             token_weights=weights,
             views=torch.from_numpy(whole_views(count)),
             sample_ids=torch.arange(count),
+            epochs=torch.zeros(count, dtype=torch.int64),
             warps=None if warps is None else torch.from_numpy(warps),
         )

@@ -70,8 +70,14 @@ def run_stage(
         loader_labels: what the loader makes token targets from, where a plan brings no others.
     """
     folder = make_run_folder(stage, label_identity)
+    made = functools.lru_cache(maxsize=1)(plan)
+
+    def plan_once(epoch: int) -> dict[str, Any]:
+        """Epochs that are shown together have one plan."""
+        return made(stage.config.shown_together(epoch).start)
+
     return run_training(
-        stage, folder, objective, plan, lambda: (make_train_loader(stage, loader_labels), make_validation(stage))
+        stage, folder, objective, plan_once, lambda: (make_train_loader(stage, loader_labels), make_validation(stage))
     )
 
 

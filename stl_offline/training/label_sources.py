@@ -87,7 +87,8 @@ class TokenSource(LabelSource, abc.ABC):
     def tokens(self, batch: Batch, random: StepRandom) -> tuple[Tensor, Tensor]:
         ids, weights = self.targets(batch, random)
         if self.config.erased_labels == "drop":
-            kept = self.stage.augmentation.kept_share(batch.epoch, batch.sample_ids.numpy(), self.grid)
+            epochs, samples = batch.epochs.numpy(), batch.sample_ids.numpy()
+            kept = self.stage.augmentation.kept_share(epochs, samples, self.grid)
             if kept is not None:
                 weights = weights * upload(kept, weights.device)[..., None]
         return ids, weights
@@ -169,7 +170,7 @@ class DumpedLabels(TokenSource):
         self.labelled = np.stack([source.labelled for source in self.sources])
         self._tells = stage.world.is_first and config.residual == "ignore" and config.token_norm == "mass"
         self._tells_of_classes = stage.world.is_first and config.token_target == "soft"
-        self._chosen: tuple[int, tuple[TokenCache, ...], np.ndarray, np.ndarray] | None = None
+        self._chosen: tuple[range, list[TokenCache], np.ndarray, np.ndarray] | None = None
         self.target_settings = TokenTargets(
             kind=config.token_target,
             grid=self.grid,
@@ -195,38 +196,58 @@ class DumpedLabels(TokenSource):
 
     def plan(self, epoch: int) -> dict[str, Any]:
         plan = super().plan(epoch)
-        # A sample without labels has no stored crop: it keeps its fresh one.
-        views = np.array(plan["views"])
-        chosen = np.zeros(len(views), dtype=np.int64)
-        if self.choice is not None:
-            chosen = self.choice(epoch, views, self.labelled)
-        maps = np.zeros(len(views), dtype=np.int64)
-        caches, places = zip(*(source.of_epoch(epoch, self.config.epochs) for source in self.sources), strict=True)
+        epochs, samples = self.config.shown_together(epoch), len(self.stage.train)
+        views = plan["views"]
+        chosen, maps = (np.zeros(len(views), dtype=np.int64) for _ in range(2))
+        caches: list[TokenCache] = []
+        for each in epochs:
+            start = samples * (each - epochs.start)
+            rows = slice(start, start + samples)
+            chosen[rows] = self._plan_epoch(each, views[rows], maps[rows], caches)
+        labels = TokenLabels(self.target_settings, caches)
         if self._tells:
             self._tells = False
             _tell_of_weight(caches)
-        for number, replayed in enumerate(self.replays):
-            if replayed:
-                mine = np.flatnonzero((chosen == number) & self.labelled[number])
-                maps[mine] = places[number]
-                views[mine] = caches[number].views[mine, places[number]]
-        self._chosen = (epoch, caches, chosen, maps)
-        labels = TokenLabels(self.target_settings, caches)
         if self._tells_of_classes:
             self._tells_of_classes = False
-            which = np.flatnonzero(self.labelled[chosen, np.arange(len(chosen))])
-            _tell_of_classes(labels, epoch, which, views, maps, chosen)
-        return plan | {"views": views, "map_index": maps, "cache_index": chosen, "labels": labels}
+            labelled = np.stack([cache.labelled for cache in caches]) > 0
+            which = np.flatnonzero(labelled[chosen[:samples], np.arange(samples)])
+            _tell_of_classes(labels, epochs.start, which, views, maps, chosen)
+        self._chosen = (epochs, caches, chosen, maps)
+        return plan | {"map_index": maps, "cache_index": chosen, "labels": labels}
+
+    def _plan_epoch(self, epoch: int, views: np.ndarray, maps: np.ndarray, caches: list[TokenCache]) -> np.ndarray:
+        """Which of ``caches``, to which this epoch's are added, each sample reads: int64 (n,).
+
+        views, maps: (n, 6) and (n,) of the epoch, changed in place where stored crops are replayed. A sample without
+        labels has no stored crop: it keeps its fresh one.
+        """
+        chosen = np.zeros(len(views), dtype=np.int64)
+        if self.choice is not None:
+            chosen = self.choice(epoch, views, self.labelled)
+        places = np.zeros(len(self.sources), dtype=np.int64)
+        for number, (source, replayed) in enumerate(zip(self.sources, self.replays, strict=True)):
+            cache, place = source.of_epoch(epoch, self.config.epochs)
+            same = [at for at, other in enumerate(caches) if other is cache]
+            places[number] = same[0] if same else len(caches)
+            if not same:
+                caches.append(cache)
+            if replayed:
+                mine = np.flatnonzero((chosen == number) & self.labelled[number])
+                maps[mine] = place
+                views[mine] = cache.views[mine, place]
+        return places[chosen]
 
     def class_answers(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         share = class_share(self.config.class_target)
         if not share:
             return None
-        if self._chosen is None or self._chosen[0] != batch.epoch:
-            self.plan(batch.epoch)
-        samples = batch.sample_ids.numpy()
-        _, caches, chosen, maps = self._chosen
-        dense, labelled = class_answers(caches, samples, chosen[samples], maps[samples])
+        samples, epochs = batch.sample_ids.numpy(), batch.epochs.numpy()
+        if self._chosen is None or epochs[0] not in self._chosen[0]:
+            self.plan(int(epochs[0]))
+        together, caches, chosen, maps = self._chosen
+        crops = samples + len(self.stage.train) * (epochs - together.start)
+        dense, labelled = class_answers(caches, samples, chosen[crops], maps[crops])
         parts = share * labelled[:, None].astype(np.float32)
         device = batch.class_ids.device
         return upload(dense, device), upload(parts, device)
@@ -285,8 +306,16 @@ def how_read(label_sets: list[LabelSet], config: StudentConfig) -> tuple[list[bo
     check_use(specs, config.residual, config.min_confidence)
     if class_share(config.class_target):
         check_class_answers(specs)
-    firsts = [group[0] for group in _as_one(label_sets, config)]
+    groups = _as_one(label_sets, config)
+    firsts = [group[0] for group in groups]
     replays = [_is_replayed(label_set, config.crops) for label_set in firsts]
+    for group, replayed in zip(groups, replays, strict=True):
+        crops = sum(label_set.spec.views_per_image for label_set in group)
+        if replayed and crops < config.repeats:
+            raise InputError(
+                f"{group[0].place} holds {crops} crops of each image, and `repeats` {config.repeats} would show one of "
+                f"them several times in a batch; use at most {crops} `repeats`"
+            )
     return replays, choose_between(firsts, config.labels_pick, config.labels_share, config.seed)
 
 
@@ -395,7 +424,7 @@ def _join(label_sets: Sequence[LabelSet], stage: Stage, config: StudentConfig, n
     policy = {"match": config.match, "missing": config.missing, "allow_changed": config.allow_changed}
     try:
         parts = [part for label_set in label_sets for part in label_set.parts]
-        return ViewsAhead(CacheMaker(parts, *images, **policy))
+        return ViewsAhead(CacheMaker(parts, *images, **policy), config.repeats)
     except JoinError as error:
         if not named:
             raise

@@ -85,11 +85,17 @@ class Stage(TrainingRun):
 
     def augment(self, batch: Batch) -> torch.Tensor:
         """The batch's images as the model sees them, but for mixing: (B, 3, H, W)."""
-        return self.augmentation(batch.images, batch.warps, batch.epoch, batch.sample_ids.numpy())
+        return self.augmentation(batch.images, batch.warps, batch.epochs.numpy(), batch.sample_ids.numpy())
 
     def random_plan(self, epoch: int) -> dict[str, Any]:
         """An epoch of fresh random crops: arguments of `TokenLoader.epoch`."""
-        return {"views": self.random_views(epoch), "warps": self.augmentation.warps(epoch, len(self.train))}
+        epochs = self.config.shown_together(epoch)
+        warps = [self.augmentation.warps(each, len(self.train)) for each in epochs]
+        return {
+            "views": np.concatenate([self.random_views(each) for each in epochs]),
+            "warps": None if warps[0] is None else np.concatenate(warps),
+            "repeats": len(epochs),
+        }
 
     def random_views(self, epoch: int) -> np.ndarray:
         """Fresh random crops of every image: (n, 6)."""
@@ -238,6 +244,7 @@ def make_train_loader(stage: Stage, labels: TokenLabels | None) -> TokenLoader:
         seed=stage.config.seed,
         device=stage.device,
         world=stage.world,
+        repeats=stage.config.repeats,
     )
 
 

@@ -78,7 +78,7 @@ def run_epoch(loader: TokenLoader, beton, epoch: int, passes: int) -> tuple[floa
 
 
 def time_repeats(beton, arguments: argparse.Namespace) -> None:
-    """Crops per second with several crops of each decode, against one; no targets."""
+    """Crops per second with several crops of each decode, against one; no targets. A round decodes every image once."""
     loaders, rates = {}, {}
     for repeats in (1, 2, 4, 8):
         size = arguments.batch_size // repeats * repeats
@@ -89,15 +89,12 @@ def time_repeats(beton, arguments: argparse.Namespace) -> None:
     settings = CropSettings(scale=(0.25, 1.0))
     for round_ in range(arguments.rounds + 1):
         for repeats, loader in loaders.items():
-            samples = np.arange(len(beton))
+            samples, epochs = np.arange(len(beton)), range(round_ * repeats, (round_ + 1) * repeats)
             views = np.concatenate(
-                [
-                    draw_views(0, round_ * 8 + crop, samples, beton.heights, beton.widths, settings)
-                    for crop in range(repeats)
-                ]
+                [draw_views(0, epoch, samples, beton.heights, beton.widths, settings) for epoch in epochs]
             )
             started = time.perf_counter(), time.process_time()
-            crops = sum(len(batch) for batch in loader.epoch(round_, views))
+            crops = sum(len(batch) for epoch in epochs for batch in loader.epoch(epoch, views))
             seconds = time.perf_counter() - started[0], time.process_time() - started[1]
             if round_:  # the first compiles, and compares each image with its hash
                 rates[repeats].append([crops / each for each in seconds])

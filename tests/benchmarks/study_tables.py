@@ -30,6 +30,7 @@ LABELS = {
     "whole-half": "half the weight of the token loss",
     "whole-double": "twice the weight of the token loss",
     "views-draws": "dumped, as many crops as epochs, 1 draw",
+    "views-draws-repeats4": "the same, 4 crops of an image in a batch",
     "views-top5": "the same crops, k = 5, `--token-norm mass`",
     "views-top5-tokens": "the same crops, k = 5, `--token-norm tokens`",
     "whole-twice-draws": "one map at twice the size, 16 draws",

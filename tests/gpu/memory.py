@@ -65,7 +65,14 @@ class MemoryLoader:
         return count_batches(len(self.images), self.batch_size, self.world.size)
 
     def epoch(
-        self, epoch: int, views: Any = None, *, start_batch: int = 0, sample_ids: Any = None, warps: Any = None
+        self,
+        epoch: int,
+        views: Any = None,
+        *,
+        start_batch: int = 0,
+        sample_ids: Any = None,
+        warps: Any = None,
+        repeats: int = 1,
     ) -> "_Epoch":
         order = sample_ids
         if order is None:
@@ -87,8 +94,8 @@ class MemoryLoader:
             token_weights=tokens[1],
             views=torch.from_numpy(whole_views(len(ids))),
             sample_ids=torch.from_numpy(np.array(ids, dtype=np.int64)),
+            epochs=torch.full((len(ids),), epoch),
             warps=None if warps is None else torch.from_numpy(warps[ids]),
-            epoch=epoch,
         )
 
 

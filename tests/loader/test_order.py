@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stl_offline.distributed import World
 from stl_offline.errors import InputError
-from stl_offline.loader.order import count_batches, rank_batches, shuffled
+from stl_offline.loader.order import check_shares, count_batches, rank_batches, shuffled
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 1000), st.integers(0, 300))
@@ -49,6 +49,22 @@ def test_ranks_share_every_sample_and_none_twice(n, batch, world):
     together = np.sort(np.concatenate(seen)) if seen else np.array([])
     assert len(np.unique(together)) == len(together)
     np.testing.assert_array_equal(together, np.arange(n))
+
+
+@given(n=st.integers(1, 120), images=st.integers(1, 6), repeats=st.integers(2, 5), world=st.integers(1, 4))
+def test_parts_of_an_order_have_as_many_batches_as_an_epoch_without_repeats(n, images, repeats, world):
+    try:
+        check_shares(n, images * repeats, world, repeats)
+    except InputError:
+        assume(False)
+    steps = count_batches(n, images * repeats, world)
+    parts = np.array_split(shuffled(1, 0, n), repeats)
+    for part in parts:
+        ranks = [rank_batches(part, images, World(rank, world), steps) for rank in range(world)]
+        assert {len(batches) for batches in ranks} == {steps}
+        assert all(1 <= len(ids) <= images for batches in ranks for ids in batches)
+        seen = [ids for step in zip(*ranks, strict=True) for ids in step]
+        np.testing.assert_array_equal(np.concatenate(seen), part)
 
 
 @given(n=st.integers(8, 120), batch=st.integers(2, 12), world=st.integers(2, 4))

@@ -12,12 +12,18 @@ from stl_offline.targets import TokenTargets
 from tests.loader.conftest import SAMPLES, random_views
 from tests.loader.test_stream import tars  # noqa: F401
 
-REPEATS, EPOCH = 3, 2
+REPEATS = 3
+EPOCHS = range(6, 9)  # shown together
 
 
 def of_repeats(make):
-    """What ``make`` gives for the epochs that the crops of one epoch stand for, one after the other."""
-    return np.concatenate([make(EPOCH * REPEATS + number) for number in range(REPEATS)])
+    """What ``make`` gives for the epochs that are shown together, one after the other."""
+    return np.concatenate([make(epoch) for epoch in EPOCHS])
+
+
+def part_of(array, epoch):
+    start = (epoch - EPOCHS.start) * SAMPLES
+    return array[start : start + SAMPLES]
 
 
 @pytest.fixture
@@ -33,40 +39,52 @@ def test_each_crop_is_that_of_its_own_epoch(beton, load, make_labels, repeated_v
     given = {"tokens": TokenTargets(kind, (2, 3), m=3), "cache": cache, "image_size": size}
     maps = of_repeats(lambda epoch: (np.arange(SAMPLES) + epoch) % 2)
     plain = {}
-    for number in range(REPEATS):
-        part = slice(number * SAMPLES, (number + 1) * SAMPLES)
-        batches = load(**given).epoch(EPOCH * REPEATS + number, repeated_views[part], map_index=maps[part])
-        for batch in batches:
+    for epoch in EPOCHS:
+        for batch in load(**given).epoch(epoch, part_of(repeated_views, epoch), map_index=part_of(maps, epoch)):
             for place, sample in enumerate(batch.sample_ids.tolist()):
-                plain[sample, number] = [
+                plain[sample, epoch] = [
                     each[place] for each in (batch.images, batch.token_ids, batch.token_weights, batch.views)
                 ]
     loader = load(**given, batch_size=6, repeats=REPEATS, workers=2)
     samples = []
-    for batch in loader.epoch(EPOCH, repeated_views, map_index=maps):
-        for place, sample in enumerate(batch.sample_ids.tolist()):
-            found = (batch.images, batch.token_ids, batch.token_weights, batch.views)
-            for ours, theirs in zip(found, plain.pop((sample, place % REPEATS)), strict=True):
-                assert torch.equal(ours[place], theirs)
-            assert batch.class_ids[place] == beton.class_ids[sample]
-        samples += batch.sample_ids[::REPEATS].tolist()
+    for epoch in EPOCHS:
+        batches = list(loader.epoch(epoch, repeated_views, map_index=maps))
+        assert len(batches) == len(loader) == len(load(**given, batch_size=6))
+        for batch in batches:
+            assert batch.epochs.tolist() == [*EPOCHS] * (len(batch) // REPEATS)
+            for place, key in enumerate(zip(batch.sample_ids.tolist(), batch.epochs.tolist(), strict=True)):
+                found = (batch.images, batch.token_ids, batch.token_weights, batch.views)
+                for ours, theirs in zip(found, plain.pop(key), strict=True):
+                    assert torch.equal(ours[place], theirs)
+                assert batch.class_ids[place] == beton.class_ids[key[0]]
+            samples += batch.sample_ids[::REPEATS].tolist()
     assert plain == {}
-    assert samples == shuffled(3, EPOCH, SAMPLES).tolist()
-    assert len(loader) == 12
+    assert samples == shuffled(3, EPOCHS.start, SAMPLES).tolist()
+
+
+def test_an_epoch_of_one_crop_is_that_of_a_loader_without_repeats(load, repeated_views):
+    views = part_of(repeated_views, 8)
+    loader = load(batch_size=6, repeats=REPEATS)
+    list(loader.epoch(7, repeated_views))
+    pairs = zip(loader.epoch(8, views, repeats=1), load(batch_size=6).epoch(8, views), strict=True)
+    for ours, theirs in pairs:
+        for name in ("images", "sample_ids", "epochs", "views"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
 
 def test_processes_share_images_and_an_epoch_goes_on_in_the_middle(load, repeated_views):
-    def ids(**settings):
-        start = settings.pop("start_batch", 0)
+    def ids(epoch, start_batch=0, **settings):
         loader = load(batch_size=6, repeats=REPEATS, **settings)
-        return [batch.sample_ids.tolist() for batch in loader.epoch(EPOCH, repeated_views, start_batch=start)]
+        return [batch.sample_ids.tolist() for batch in loader.epoch(epoch, repeated_views, start_batch=start_batch)]
 
-    whole = ids()
-    assert ids(start_batch=5) == whole[5:]
-    ranks = [ids(world=World(rank, 2)) for rank in range(2)]
-    for number, pair in enumerate(zip(*ranks, strict=True)):
-        together = whole[2 * number] + (whole[2 * number + 1] if 2 * number + 1 < len(whole) else [])
-        assert sorted([*pair[0], *pair[1]]) == sorted(together)
+    for epoch in EPOCHS:
+        whole = ids(epoch)
+        assert ids(epoch, start_batch=2) == whole[2:]
+        ranks = [ids(epoch, world=World(rank, 2)) for rank in range(2)]
+        assert {len(each) for each in ranks} == {2}
+        for number, pair in enumerate(zip(*ranks, strict=True)):
+            together = whole[2 * number] + (whole[2 * number + 1] if 2 * number + 1 < len(whole) else [])
+            assert sorted([*pair[0], *pair[1]]) == sorted(together)
 
 
 def test_images_that_are_not_packed(load, repeated_views, tars):  # noqa: F811
@@ -74,15 +92,16 @@ def test_images_that_are_not_packed(load, repeated_views, tars):  # noqa: F811
     views = of_repeats(lambda epoch: random_views(unpacked, epoch))
     size = ImageSettings((20, 28), (0, 0, 0), (1, 1, 1))
     plain = {}
-    for number in range(REPEATS):
-        part = views[number * SAMPLES : (number + 1) * SAMPLES]
-        for batch in StreamLoader(unpacked, size, 5).epoch(0, part):
+    for epoch in EPOCHS:
+        for batch in StreamLoader(unpacked, size, 5).epoch(epoch, part_of(views, epoch)):
             plain |= {
-                (sample, number): image for sample, image in zip(batch.sample_ids.tolist(), batch.images, strict=True)
+                (sample, epoch): image for sample, image in zip(batch.sample_ids.tolist(), batch.images, strict=True)
             }
-    for batch in StreamLoader(unpacked, size, 6, repeats=REPEATS).epoch(0, views):
-        for place, sample in enumerate(batch.sample_ids.tolist()):
-            assert torch.equal(batch.images[place], plain.pop((sample, place % REPEATS)))
+    loader = StreamLoader(unpacked, size, 6, repeats=REPEATS)
+    for epoch in EPOCHS:
+        for batch in loader.epoch(epoch, views):
+            for place, key in enumerate(zip(batch.sample_ids.tolist(), batch.epochs.tolist(), strict=True)):
+                assert torch.equal(batch.images[place], plain.pop(key))
     assert plain == {}
 
 
@@ -91,3 +110,7 @@ def test_what_does_not_fit(load, views):
         load(repeats=2)
     with pytest.raises(InputError, match=r"\(46, 6\); got \(23, 6\)"):
         load(batch_size=6, repeats=2).epoch(0, views)
+    with pytest.raises(InputError, match="an epoch has the 3 repeats of its loader, or 1; got 2"):
+        load(batch_size=6, repeats=3).epoch(0, views, repeats=2)
+    with pytest.raises(InputError, match="23 images .* 6 batches of up to 4 with 4 crops of an image"):
+        load(batch_size=4, repeats=4)

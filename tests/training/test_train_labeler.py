@@ -72,6 +72,7 @@ def test_same_command_again_changes_nothing(quick):
         (4, {}),
         (2, {"amp": "fp16", "clip_grad": 1.0}),
         (5, {"batch_size": 10, "accumulate": 2}),
+        (4, {"repeats": 2, "auto_augment": "rand-m9-p1"}),
     ],
 )
 def test_stopped_anywhere_it_ends_with_the_same_weights(quick, tmp_path, monkeypatch, stop_at, more):

@@ -41,25 +41,22 @@ class ViewCrop(Operation):
     `take_damaged` then names its sample: compiled code must not raise. It runs once a batch, and what it calls is
     compiled by this module, so FFCV need not compile it.
 
-    With ``repeats`` m a batch holds m crops of each image, one after the other, and decodes the image once for those
+    With views (m · n, 6) a batch holds m crops of each image, one after the other, and decodes the image once for those
     crops that need it at the same DCT scale. Its ids are then ``sample + n · r`` for the crop with number r.
+
+    repeats: m.
 
     Raises:
         InputError: an unknown interpolation.
     """
 
     def __init__(
-        self,
-        image_size: tuple[int, int],
-        workers: Workers,
-        beton: Beton,
-        interpolation: str = "area",
-        repeats: int = 1,
+        self, image_size: tuple[int, int], workers: Workers, beton: Beton, interpolation: str = "area"
     ) -> None:
         super().__init__()
         if interpolation not in INTERPOLATIONS:
             raise InputError(f"the interpolation is one of {', '.join(INTERPOLATIONS)}; got {interpolation!r}")
-        self.image_size, self.repeats = image_size, repeats
+        self.image_size, self.repeats = image_size, 1
         self._workers = workers
         self._filters = make_filters(INTERPOLATIONS.index(interpolation), *image_size)
         columns = (beton.pointers, beton.sizes, beton.heights, beton.widths, beton.raw, np.zeros(len(beton)))
@@ -83,7 +80,7 @@ class ViewCrop(Operation):
 
     def set_views(self, views: np.ndarray) -> None:
         """Use these views, float32 (n · repeats, 6), from now on. No batch may be under way."""
-        self._views = views
+        self._views, self.repeats = views, len(views) // max(1, len(self._table))
         self._broken[0] = 0
         self._changed = None
 
