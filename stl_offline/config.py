@@ -172,8 +172,8 @@ class TrainConfig(RunConfig):
     )
     repeats: int = setting(
         1,
-        "Crops of each image in a batch, from one decode (repeated augmentation). An epoch then shows one `repeats`-th "
-        "of the images, and as many crops as without. Epochs left over at the end show one crop of each image.",
+        "Crops of each image in a batch, from one decode (repeated augmentation). An epoch keeps its number of crops, "
+        "and shows fewer images. Epochs left over at the end show one crop of each image.",
         bounds="[1, inf)",
         recorded_by_default=False,
     )
@@ -193,12 +193,8 @@ class TrainConfig(RunConfig):
         self.erase_settings()
         if self.repeats > self.epochs:
             raise InputError(f"`repeats` must be at most `epochs`, {self.epochs}; got {self.repeats}")
-        step = self.batch_size * self.accumulate
-        if step % self.repeats:
-            raise InputError(
-                f"`repeats` must divide the images of a step in one process, `batch_size` × `accumulate` = {step}; got "
-                f"{self.repeats}"
-            )
+        if (step := self.batch_size * self.accumulate) % self.repeats:
+            raise InputError(f"`repeats` must divide `batch_size` × `accumulate`, {step}; got {self.repeats}")
 
     def shown_together(self, epoch: int) -> range:
         """The epochs whose crops of an image stand in one batch: an epoch alone, or `repeats` of them."""
@@ -502,18 +498,3 @@ class DumpConfig(MachineConfig):
 def result_settings(config: Config) -> dict[str, Any]:
     """The settings that shape the result, by the names that files use for them."""
     return recorded(config, RESULT)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two dicts of settings, as ``name: old → new`` lines."""
-    names = sorted(old.keys() | new.keys())
-    return [f"{name}: {_change(old.get(name), new.get(name))}" for name in names if old.get(name) != new.get(name)]
-
-
-def _change(old: Any, new: Any) -> str:
-    """Two values, in a line's part: of long lists how they differ, of other long values their beginnings."""
-    if isinstance(old, list) and isinstance(new, list) and max(len(old), len(new)) > 4:
-        if len(old) != len(new):
-            return f"{len(old):,} → {len(new):,} of them"
-        old, new = next(pair for pair in zip(old, new, strict=True) if pair[0] != pair[1])
-    return " → ".join(text if len(text) <= 100 else f"{text[:99]}…" for text in (repr(old), repr(new)))

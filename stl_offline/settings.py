@@ -108,6 +108,21 @@ def recorded(settings: Any, *affects: str) -> dict[str, Any]:
     }
 
 
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two dicts of settings, as ``name: old → new`` lines."""
+    names = sorted(old.keys() | new.keys())
+    return [f"{name}: {_change(old.get(name), new.get(name))}" for name in names if old.get(name) != new.get(name)]
+
+
+def _change(old: Any, new: Any) -> str:
+    """Two values, in a line's part: of long lists how they differ, of other long values their beginnings."""
+    if isinstance(old, list) and isinstance(new, list) and max(len(old), len(new)) > 4:
+        if len(old) != len(new):
+            return f"{len(old):,} → {len(new):,} of them"
+        old, new = next(pair for pair in zip(old, new, strict=True) if pair[0] != pair[1])
+    return " → ".join(text if len(text) <= 100 else f"{text[:99]}…" for text in (repr(old), repr(new)))
+
+
 def is_within(value: float, bounds: str) -> bool:
     """Whether a number lies in an interval such as "[0, 1)"; NaN lies in none."""
     low, high = (float(end) for end in bounds[1:-1].split(","))

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stl_offline.config import RunConfig, differences
+from stl_offline.config import RunConfig
 from stl_offline.distributed import World, agree
 from stl_offline.errors import FormatError, InputError, TrainingError
 from stl_offline.files import (
@@ -39,6 +39,7 @@ from stl_offline.files import (
     sha256_bytes,
 )
 from stl_offline.models import WEIGHTS_NAME, Description, save_model
+from stl_offline.settings import differences
 
 BEST_NAME = "best.safetensors"
 STATE_NAME = "state.pt"

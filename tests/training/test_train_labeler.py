@@ -13,13 +13,14 @@ import safetensors.torch
 import torch
 
 from stl_offline import device
-from stl_offline.config import LabelerConfig, differences
+from stl_offline.config import LabelerConfig
 from stl_offline.distributed import World
 from stl_offline.errors import FormatError, InputError, JoinError, TargetError, TrainingError
 from stl_offline.evaluation import evaluate_model, scoring
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader.order import shuffled
 from stl_offline.models import load_model, read_description
+from stl_offline.settings import differences
 from stl_offline.training import run_folder
 from stl_offline.training.engine import run_stage
 from stl_offline.training.run_folder import RunFolder
