@@ -1,9 +1,9 @@
 """Kills dump jobs at random moments, starts them again with another number of processes, and compares the bytes.
 
 Processes are forked from one that has imported everything but computed nothing. So a try costs a second instead of ten;
-with ``torchrun``, it is the command.
+with ``torchrun``, it is the command. With ``ray``, one actor at a time of a Ray cluster on this machine is killed.
 
-    python -m tests.dump.killing --kills 20 --out runs/kills [--torchrun]
+    python -m tests.dump.killing --kills 20 --out runs/kills [--torchrun | --ray]
 """
 
 import argparse
@@ -14,14 +14,15 @@ import sys
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from stl_offline.config import DumpConfig
-from stl_offline.dump import dump_labels
-from tests.dump.dumping import content, kill_tree, make_work, start
+from stl_offline.dump import dump_labels, dump_on_ray
+from tests.dump.dumping import content, kill_tree, make_work, start, tree
 
 
 class ForkedJob:
@@ -133,6 +134,51 @@ def survive(
     return counts
 
 
+def survive_ray(
+    work: dict[str, object], folder: Path, expected: dict[str, bytes], kills: int, seed: int, nodes: int
+) -> Counter:
+    """Kill so many actors of a cluster of so many nodes; every set must be ``expected``."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    # Ray gives its workers the lowest priority but four: beside other work, actors would not even start.
+    os.environ |= {"RAY_worker_niceness": "0"}
+    draw = np.random.default_rng(seed)
+    counts: Counter = Counter()
+    out = folder / "set"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    for _ in range(nodes - 1):
+        cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        while counts["kills"] < kills:
+            with ThreadPoolExecutor(1) as pool:
+                dump = pool.submit(dump_on_ray, DumpConfig(**work, out=str(out)))
+                while not wait([dump], float(draw.uniform(0, 1.5))).done:
+                    actors = [pid for pid in tree(os.getpid()) if title(pid).startswith("ray::ShardActor")]
+                    if actors and counts["kills"] < kills:
+                        os.kill(int(draw.choice(actors)), signal.SIGKILL)
+                        counts["kills"] += 1
+                counts["images labelled"] += dump.result().labelled
+            found = content(out)
+            assert found == expected, f"not the bytes of an undisturbed dump: {differing(found, expected)}"
+            counts["sets finished, all with the same bytes"] += 1
+            print(dict(sorted(counts.items())), flush=True)
+            shutil.rmtree(out)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    return counts
+
+
+def title(process: int) -> str:
+    """What a process calls itself."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 def differing(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
     """The names of files that are not the same, or not there."""
     return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
@@ -145,19 +191,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=3, help="at most")
     parser.add_argument("--torchrun", action="store_true", help="the command itself, not forks")
+    parser.add_argument("--ray", action="store_true", help="actors of a cluster of --processes nodes, 300 images each")
     options = parser.parse_args()
     os.environ |= {"STL_OFFLINE_QUIET": "1", "OMP_NUM_THREADS": "1"}
     folder = Path(options.out)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    work = make_work(folder / "work")
+    work = make_work(folder / "work", 100) | {"shards": 100} if options.ray else make_work(folder / "work")
     alone = ForkedJob(work, folder / "alone", 1)
     assert alone.wait(280) and alone.codes == [0]
     expected = content(folder / "alone")
     assert len(expected) >= asdict(DumpConfig(**work, out=""))["shards"] + 1
     job = TorchrunJob if options.torchrun else ForkedJob
     started = time.monotonic()
-    counts = survive(work, folder, expected, options.kills, options.seed, job, options.processes)
+    if options.ray:
+        counts = survive_ray(work, folder, expected, options.kills, options.seed, options.processes)
+    else:
+        counts = survive(work, folder, expected, options.kills, options.seed, job, options.processes)
     for name, count in sorted(counts.items()):
         print(f"{name}: {count}")
     print(f"{time.monotonic() - started:,.0f} s", flush=True)

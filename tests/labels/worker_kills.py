@@ -4,9 +4,17 @@ The workers are processes without a labeler: they claim shards, wait as long as 
 that were made before. So a worker costs milliseconds, and many can be killed. Each finished set is compared
 with an undisturbed one, byte for byte. With ``--s3`` the set lies in a server of the S3 protocol that cuts connections
 and answers 503, sometimes after it has done what was asked. With ``--tars`` it is written as that of streamed tars is,
-whose sizes are not known beforehand.
+whose sizes are not known beforehand. With ``--append`` the workers add their shards to a complete set.
 
-    python -m tests.labels.worker_kills --kills 1000 --out runs/worker-kills [--s3] [--tars]
+    python -m tests.labels.worker_kills --kills 1000 --out runs/worker-kills [--s3] [--tars] [--append]
+
+A shard is counted as labelled twice if its labels were complete in the memory of two workers:
+
+- lost with a worker that was killed between its last label and its record, so that another had to label the shard;
+- late, of a worker that was suspended for longer than a claim lives, and was relieved meanwhile;
+- needless, of two workers of which neither was killed nor suspended.
+
+A shard that a killed worker had begun and not finished is counted as begun again.
 """
 
 import argparse
@@ -19,12 +27,18 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from stl_offline import remote
+from stl_offline.labels.append import AppendWriter, OldImages, TarAppendWriter, added_source
+from stl_offline.labels.arrays import ShardArrays, concatenate
 from stl_offline.labels.format import encode_shard
+from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.store import claims, open_storage
 from stl_offline.labels.tar_writer import TarLabelWriter
 from stl_offline.labels.writer import LabelSetWriter
@@ -32,37 +46,113 @@ from tests.labels.crash import run
 from tests.labels.synthetic import make_arrays, make_spec
 
 CROWDS = (1, 2, 4, 8, 16, 32, 64)
+# A worker's client of a store takes a second of a core to start.
+STORE_CROWDS = (1, 2, 4, 8)
 CUT_SHARE, REFUSED_SHARE = 0.01, 0.01
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What the workers write: ``shards`` shards, each of which takes ``seconds``, of streamed tars or not, to a new set
+    or after the shards of a complete one."""
+
+    shards: int
+    seconds: float
+    tars: bool
+    append: bool
+
+    @property
+    def before(self) -> int:
+        """The shards of the set that is appended to."""
+        return max(1, self.shards // 4) if self.append else 0
+
+
 class Job:
-    """A label set of ``shards`` shards at ``place``, and the processes that work on it now."""
+    """A label set at ``place``, and the processes that work on it now."""
 
-    def __init__(self, place: str, shards: int, log: Path, seconds: float, tars: bool) -> None:
-        self.place, self.shards, self.log, self.seconds = place, shards, log, seconds
-        self.spec = make_spec(samples=shards)
-        self.tars = [f"images-{index:05d}.tar" for index in range(shards)] if tars else None
-        self.arrays = [make_arrays(self.spec, index, index + 1) for index in range(shards)]
-        self.encoded = [encode_shard(each, self.spec) for each in self.arrays]
+    def __init__(self, plan: Plan, place: str, log: Path) -> None:
+        self.plan, self.place, self.log = plan, place, log
+        self.spec = make_spec(samples=plan.shards)
+        # Of a set that is appended to, the first are there already.
+        self.arrays, self.encoded = make_shards(plan.before + plan.shards)
         self.running: list[int] = []
+        self.killed: set[int] = set()
+        self.suspended: set[int] = set()
 
-    def open_writer(self) -> LabelSetWriter:
-        if self.tars:
-            return TarLabelWriter(self.place, self.spec, self.tars)
-        return LabelSetWriter(self.place, self.spec, self.shards)
+    def prepare(self) -> None:
+        """Write the set that is appended to."""
+        if self.plan.append:
+            with self._new_writer(self.plan.before) as writer:
+                self._write(writer, lambda index: None, range(self.plan.before))
+
+    def _new_writer(self, shards: int) -> LabelSetWriter:
+        if self.plan.tars:
+            return TarLabelWriter(self.place, self.spec, [tar_of(index) for index in range(shards)])
+        return LabelSetWriter(self.place, make_spec(samples=shards), shards)
+
+    def open_writer(self) -> LabelSetWriter | None:
+        """None where the set is complete, which it is to be appended to."""
+        plan = self.plan
+        if not plan.append:
+            return self._new_writer(plan.shards)
+        base = open_label_set(self.place)
+        if len(base.shards) > plan.before:
+            return None
+        if plan.tars:
+            return TarAppendWriter(base, [tar_of(index) for index in range(plan.before, plan.before + plan.shards)])
+        new = concatenate(self.arrays[plan.before :])
+        source = added_source(base, OldImages.of(base), new.keys, new.class_id, new.content_hash)
+        return AppendWriter(base, [1] * plan.shards, source)
 
     def work(self) -> None:
         """What a worker does."""
-        with self.open_writer() as writer:
-            for index in writer.claim_shards():
-                time.sleep(self.seconds)
-                with open(self.log, "a") as stream:
-                    stream.write(f"{index}\n")
-                if self.tars:
-                    writer.write_shard(index, self.arrays[index])
-                else:
-                    writer.write_encoded(index, self.encoded[index])
-            writer.finish()
+        writer = self.open_writer()
+        if writer is not None:
+            with writer:
+                self._write(writer, self._label, writer.claim_shards())
+
+    def _label(self, index: int) -> None:
+        self.note(index, "begun")
+        time.sleep(self.plan.seconds)
+        self.note(index, "labelled")
+
+    def _write(self, writer: LabelSetWriter, label: Callable[[int], None], shards: Iterable[int]) -> None:
+        for index in shards:
+            label(index)
+            if self.plan.tars:
+                writer.write_shard(index, self.arrays[index])
+            else:
+                writer.write_encoded(index, self.encoded[index])
+            self.note(index, "written")
+        writer.finish()
+
+    def note(self, index: int, event: str) -> None:
+        with open(self.log, "a") as stream:
+            stream.write(f"{os.getpid()} {index} {event}\n")
+
+    def counts(self) -> Counter:
+        """Of a set that was finished: what was done more than once, and why."""
+        pids: dict[tuple[int, str], list[int]] = {}
+        for line in self.log.read_text().splitlines():
+            pid, index, event = line.split()
+            pids.setdefault((int(index), event), []).append(int(pid))
+        found: Counter = Counter()
+        for index in range(self.plan.before, self.plan.before + self.plan.shards):
+            begun, labelled = pids[index, "begun"], pids[index, "labelled"]
+            lost = self.killed.intersection(labelled).difference(pids.get((index, "written"), []))
+            kept = set(labelled) - lost
+            late = self.suspended & kept
+            # A worker that was killed right after its record was written did not lose it.
+            surplus = len(labelled) - 1
+            lost_count = min(surplus, len(lost))
+            late_count = min(surplus - lost_count, len(late))
+            found["shards"] += 1
+            found["begun again"] += len(begun) - len(labelled)
+            found["labelled twice"] += surplus
+            found["labelled twice: lost with its worker"] += lost_count
+            found["labelled twice: late"] += late_count
+            found["labelled twice: needless"] += surplus - lost_count - late_count
+        return found
 
     def start(self) -> None:
         child = os.fork()
@@ -91,7 +181,20 @@ class Job:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         self.running.remove(child)
+        self.killed.add(child)
         os.waitpid(child, 0)
+
+
+@cache
+def make_shards(count: int) -> tuple[list[ShardArrays], list[bytes]]:
+    """Shards of one image each, and their bytes."""
+    spec = make_spec(samples=count)
+    arrays = [make_arrays(spec, index, index + 1) for index in range(count)]
+    return arrays, [encode_shard(each, spec) for each in arrays]
+
+
+def tar_of(index: int) -> str:
+    return f"images-{index:05d}.tar"
 
 
 def stored(place: str) -> dict[str, bytes]:
@@ -104,8 +207,10 @@ def stored(place: str) -> dict[str, bytes]:
 def check(job: Job, expected: dict[str, bytes]) -> None:
     """Compare a finished set with an undisturbed one, once the files that the last kill left are removed."""
     # A worker that was killed at the very end leaves files of `.partial`, which the next one removes.
-    with job.open_writer() as writer:
-        assert writer.complete
+    writer = job.open_writer()
+    if writer is not None:
+        with writer:
+            assert writer.complete
     found = stored(job.place)
     wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if wrong:
@@ -123,7 +228,7 @@ def disturb(job: Job, crowd: int, most: int, draw: np.random.Generator, counts: 
     while job.running:
         assert time.monotonic() < deadline, "the workers do not come to an end"
         # More often where there are more of them.
-        time.sleep(float(draw.uniform(0.2, 1.8)) * job.seconds * job.shards / (most + 1) / min(crowd, 8))
+        time.sleep(float(draw.uniform(0.2, 1.8)) * job.plan.seconds * job.plan.shards / (most + 1) / min(crowd, 8))
         for until, child in list(suspended):
             if time.monotonic() > until:
                 suspended.remove((until, child))
@@ -135,6 +240,7 @@ def disturb(job: Job, crowd: int, most: int, draw: np.random.Generator, counts: 
         child = int(draw.choice(free))
         if draw.random() < 0.05:
             os.kill(child, signal.SIGSTOP)
+            job.suspended.add(child)
             suspended.append((time.monotonic() + 1.5 * claims.LIFE_SECONDS, child))
             counts["suspended for longer than a claim lives"] += 1
             continue
@@ -145,25 +251,25 @@ def disturb(job: Job, crowd: int, most: int, draw: np.random.Generator, counts: 
         counts[f"kills among {crowd} workers"] += 1
 
 
-def survive(out: Path, place: str, kills: int, seed: int, shards: int, seconds: float, tars: bool) -> Counter:
+def survive(out: Path, place: str, kills: int, seed: int, plan: Plan) -> Counter:
     """Kill so many workers, and compare every set that was finished with an undisturbed one."""
     draw = np.random.default_rng(seed)
     counts: Counter = Counter()
     # Alone and without waiting; in a process of its own, as all that work.
-    assert run(Job(str(out / "undisturbed"), shards, out / "log", 0.0, tars).work) == 0
+    undisturbed = Job(replace(plan, seconds=0.0), str(out / "undisturbed"), out / "log")
+    assert run(undisturbed.prepare) == 0 and run(undisturbed.work) == 0
     expected = {path.name: path.read_bytes() for path in (out / "undisturbed").iterdir()}
     while counts["kills"] < kills:
-        job = Job(f"{place}/set-{counts['sets finished']}", shards, out / "log", seconds, tars)
+        job = Job(plan, f"{place}/set-{counts['sets finished']}", out / "log")
+        assert run(job.prepare) == 0
         job.log.write_text("")
-        crowd = CROWDS[counts["sets finished"] % len(CROWDS)]
-        disturb(job, crowd, min(kills - counts["kills"], 1 + shards // 12), draw, counts)
-        labelled = job.log.read_text().split()
+        crowds = STORE_CROWDS if "://" in place else CROWDS
+        crowd = crowds[counts["sets finished"] % len(crowds)]
+        disturb(job, crowd, min(kills - counts["kills"], 1 + plan.shards // 12), draw, counts)
         # In a process of its own: what a store's client keeps cannot be forked.
         assert run(lambda job=job: check(job, expected)) == 0
-        assert set(map(int, labelled)) == set(range(shards))
         counts["sets finished"] += 1
-        counts["shards"] += shards
-        counts["shards labelled twice"] += len(labelled) - shards
+        counts += job.counts()
         print(dict(counts), flush=True)
     return counts
 
@@ -215,6 +321,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--s3", action="store_true")
     parser.add_argument("--tars", action="store_true")
+    parser.add_argument("--append", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -226,7 +333,7 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     started = time.monotonic()
-    arguments = (options.kills, options.seed, options.shards, options.seconds, options.tars)
+    arguments = (options.kills, options.seed, Plan(options.shards, options.seconds, options.tars, options.append))
     if options.s3:
         line = [sys.executable, "-m", "tests.labels.worker_kills", "--serve"]
         with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
@@ -248,7 +355,7 @@ def main() -> None:
         counts = survive(out, str(out), *arguments)
     for name, count in sorted(counts.items()):
         print(f"{name}: {count}")
-    print(f"labelled twice: {100 * counts['shards labelled twice'] / counts['shards']:.2f} %")
+    print(f"labelled twice: {100 * counts['labelled twice'] / counts['shards']:.2f} %")
     print(f"{time.monotonic() - started:,.0f} s", flush=True)
 
 
