@@ -85,7 +85,7 @@ def recompute_labels(
     chosen = pick_device(device)
     model = load_labeler(config)
     beton = ensure_beton(data, skip_broken=skip_broken)
-    labelling = _Again(config, model, beton, chosen)
+    labelling = Again(config, model, beton, chosen)
     found = [
         str(each)
         for each in differences(label_set.spec, labelling.spec)
@@ -143,7 +143,7 @@ def compare(stored: ShardArrays, again: ShardArrays, bounds: dict[str, float]) -
     )
 
 
-class _Again(Labelling):
+class Again(Labelling):
     """Labels again, and compares the draws of the labels that it expects instead of drawing."""
 
     def expect(self, samples: np.ndarray, stored: ShardArrays) -> None:

@@ -1,6 +1,7 @@
-"""One of several processes that train together: what `tests.gpu.right.processes` starts under torchrun.
+"""What runs in processes of its own, where FFCV may be absent.
 
-torchrun … -m tests.gpu.process OUT BACKEND DEVICE BATCH
+torchrun … -m tests.gpu.process OUT BACKEND DEVICE BATCH    one of several that train together
+python -m tests.gpu.process study …                         the study, or a task of it (`tests.gpu.study`)
 """
 
 import sys
@@ -9,13 +10,13 @@ import torch
 
 from tests.gpu.absent import stand_in_for_ffcv
 
-if __name__ == "__main__":
-    stand_in_for_ffcv()
+
+def train_together(out: str, backend: str, device: str, batch: str) -> None:
+    """What `tests.gpu.right.processes` starts under torchrun."""
     from stl_offline.config import LabelerConfig
     from stl_offline.distributed import join_world, leaving_world
     from tests.gpu.right import train
 
-    out, backend, device, batch = sys.argv[1:]
     with leaving_world():
         world = join_world(torch.device(device), backend)
         settings = {"data": "memory", "img_size": 32, "epochs": 2, "mixup": 0.8, "cutmix": 1.0, "random_erase": 0.5}
@@ -23,3 +24,13 @@ if __name__ == "__main__":
         summary = train(LabelerConfig(out=out, **settings), torch.device(device), world)
         if world.is_first:
             print(summary["loss"])
+
+
+if __name__ == "__main__":
+    stand_in_for_ffcv()
+    if sys.argv[1] == "study":
+        from tests.gpu.study import main
+
+        main(sys.argv[2:])
+    else:
+        train_together(*sys.argv[1:])

@@ -5,7 +5,8 @@
 Sections stand in the order of their worth, each with a limit of its own. Every result is written at once to
 ``results.jsonl`` and ``results.md``, so a run that is killed keeps what it has; a section that fails is a row, and the
 next one follows. Images are made up and lie on the device, so that neither decoding nor FFCV is needed. Where FFCV is
-not installed, names of it stand for nothing (`tests.gpu.absent`), and the study, which packs images, is left out.
+not installed, names of it stand for nothing (`tests.gpu.absent`). ``--study TRAIN VAL`` adds the study of real images
+(`tests.gpu.study`), for the time that is left.
 
 ``--small`` runs every line on a CPU in seconds, with tiny models; so does `tests/gpu/test_run.py`.
 
@@ -56,14 +57,19 @@ def pack(folder: Path, python: str) -> None:
     print(f"{total / 1e6:.0f} MB of wheels in {folder}")
 
 
-def sections(has_ffcv: bool) -> list[tuple[str, object, float]]:
+def sections(tars: list[str] | None) -> list[tuple[str, object, float]]:
     """(name, function, seconds at most) in the order of their worth."""
     from tests.gpu import fast, right
+    from tests.gpu.study import Study
 
     def study(bench: Bench) -> None:
-        if not has_ffcv:
-            return bench.add("left out", reason="FFCV is not installed, and the study packs its images")
-        bench.add("left out", reason="with FFCV, tests/benchmarks/study.py is the study, on a GPU as on a CPU")
+        if not tars:
+            return bench.add("left out", reason="--study names no images")
+        small = {"epochs": 2, "seeds": 2, "batch_size": 8, "jobs": 0} if bench.size is SMALL else {}
+        found = Study(*tars, str(bench.folder / "study"), device=str(bench.device), minutes=bench.left / 60, **small)
+        found.run_all()
+        for row in found.rows():
+            bench.add(**row)
 
     return [
         ("FAN's numbers", right.fan_numbers, 100),
@@ -77,7 +83,7 @@ def sections(has_ffcv: bool) -> list[tuple[str, object, float]]:
         ("Augmentation", right.augmentation, 15),
         ("Evaluation", right.evaluating, 10),
         ("Processes", right.processes, 90),
-        ("Study", study, 5),
+        ("Study", study, float("inf")),
     ]
 
 
@@ -86,6 +92,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="for all sections together")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--small", action="store_true", help="every line in a small form, on the CPU")
+    parser.add_argument("--study", nargs=2, metavar=("TRAIN", "VAL"), help="tars of images, all of one size")
     parser.add_argument("--only", nargs="*", help="words of the names of the sections to run")
     parser.add_argument("--pack", type=Path, help="collect wheels in this folder, and do nothing else")
     parser.add_argument("--python", default="3.12", help="version of Python that --pack collects for")
@@ -103,7 +110,7 @@ def main() -> None:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
     bench.add("machine", card=card, ffcv=has_ffcv, **versions)
-    for name, section, seconds in sections(has_ffcv):
+    for name, section, seconds in sections(options.study):
         if not options.only or any(word.lower() in name.lower() for word in options.only):
             bench.run(name, section, seconds)
     print((options.out / "results.md").read_text())

@@ -1,17 +1,24 @@
 """What is to run on a GPU, in its small form on the CPU: every line that can be, is run before there is one."""
 
+import io
 import json
 import sys
+import tarfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.functional import resized_crop
 
 from tests.gpu import absent, run
+from tests.gpu.memory import MemoryImages
 from tests.gpu.report import SMALL, Bench
+from tests.gpu.study import DecodedLoader, Study
 
 
-def small(monkeypatch, tmp_path, *only):
-    words = ["run", "--small", "--out", str(tmp_path / "out"), *(["--only", *only] if only else [])]
+def small(monkeypatch, tmp_path, *only, more=()):
+    words = ["run", "--small", "--out", str(tmp_path / "out"), *(["--only", *only] if only else []), *more]
     monkeypatch.setattr(sys, "argv", words)
     run.main()
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
@@ -32,6 +39,48 @@ def test_the_quick_sections(monkeypatch, tmp_path):
 def test_all_sections(monkeypatch, tmp_path):
     rows = small(monkeypatch, tmp_path)
     assert len({row["section"] for row in rows}) == 13
+
+
+@pytest.mark.slow
+def test_the_study(monkeypatch, tmp_path):
+    """Every arm, from a tar of images; then the same again, which finds all done."""
+    draw = np.random.default_rng(0)
+    tars = []
+    for name, count in (("train", 25), ("val", 13)):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            for number in range(count):
+                stream = io.BytesIO()
+                Image.fromarray(draw.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(stream, "JPEG")
+                member = tarfile.TarInfo(f"{name}/class{number % 6}/{number}.JPEG")
+                member.size = stream.tell()
+                stream.seek(0)
+                archive.addfile(member, stream)
+        tars.append(str(tmp_path / f"{name}.tar"))
+    rows = small(monkeypatch, tmp_path, "study", more=("--study", *tars))
+    found = {row["row"] for row in rows}
+    assert found >= {"labeler", "labels draws", "labels top5", "none", "online", "draws", "top5", "draws − online"}
+    study = Study(*tars, str(tmp_path / "out" / "study"), epochs=2, seeds=2, batch_size=8, jobs=0, device="cpu")
+    monkeypatch.setattr(Study, "_train", None)
+    study.run_all()
+    assert len(study.rows()) == len([row for row in rows if row["section"] == "Study"]) - 1
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_crops_in_memory_are_torchvisions(flip):
+    images = MemoryImages(3, 40, 1)
+    images.pixels = np.random.default_rng(0).integers(0, 255, (3, 3, 40, 40), dtype=np.uint8)
+    device = torch.device("cpu")
+    loader = DecodedLoader(images, 24, 3, device, ((0.5,) * 3, (0.25,) * 3), shuffle=False)
+    left, top, width, height = 5, 8, 20, 12
+    view = np.array([width, 0, left, 0, height, top]) / 40
+    if flip:
+        view[[0, 2]] = -view[0], view[0] + view[2]
+    (batch,) = loader.epoch(0, np.tile(view.astype(np.float32), (3, 1)))
+    pixels = torch.from_numpy(images.pixels).float() / 255
+    expected = resized_crop(pixels, top, left, height, width, [24, 24], antialias=False)
+    expected = (expected.flip(-1) if flip else expected) * 4 - 2
+    # At the crop's edge the one reads on in the image, and the other repeats the edge.
+    assert torch.allclose(batch.images[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], atol=1e-5)
 
 
 def test_a_section_that_fails_is_a_row_and_time_that_is_up_leaves_out(tmp_path):

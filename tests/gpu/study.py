@@ -1,0 +1,322 @@
+"""Do offline labels give what online ones give, on a GPU? The study of drawn labels with images from memory.
+
+    python -m tests.gpu.process study --train tiny180-train.tar --val tiny180-val.tar --out gpu-study --jobs 12
+
+Images are decoded once and lie on the device, and crops are taken there (bilinear, without antialiasing), so that no
+FFCV is needed. All else is the package's own: views, labels, token caches, targets, losses, the loop. A labeler is
+trained, and its labels are dumped once for each epoch of a student. Students are trained without labels, with the
+labeler in every step, with one drawn class per token and with the 5 most probable classes, ``--jobs`` processes side by
+side. Every task's result is kept: the same command goes on where it was stopped.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from contextlib import ExitStack, closing
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from PIL import Image
+from torch.nn import functional
+
+from stl_offline.config import DumpConfig, LabelerConfig, StudentConfig
+from stl_offline.distributed import World
+from stl_offline.dump.labelling import Labelling, load_labeler
+from stl_offline.evaluation import Validation, evaluate_model
+from stl_offline.files import atomic_write, canonical_json, images_fingerprint
+from stl_offline.geometry import center_views
+from stl_offline.models import load_model
+from stl_offline.targets import TokenLabels
+from stl_offline.training.engine import run_training
+from stl_offline.training.label_sources import open_labels
+from stl_offline.training.setup import build_stage, make_run_folder
+from stl_offline.training.train_labeler import LabelerObjective
+from stl_offline.training.train_student import StudentObjective
+from tests.gpu.memory import MemoryImages, MemoryLoader
+
+KEPT = {"draws": {"top_k": 0, "draws": 1}, "top5": {"top_k": 5}}
+ARMS = ("none", "online", *KEPT)
+
+
+class TarImages(MemoryImages):
+    """Images of a tar, all of one size, decoded: uint8 ``pixels`` (n, 3, S, S). The folder of an image is its class."""
+
+    def __init__(self, path: str, folder: Path) -> None:
+        """``folder`` keeps what is decoded for other processes."""
+        kept = folder / f"{Path(path).stem}.npz"
+        if not kept.is_file():
+            stream = io.BytesIO()
+            np.savez(stream, **_decode(path))
+            atomic_write(kept, stream.getvalue())
+        with np.load(kept) as found:
+            self.pixels, hashes, names = found["pixels"], found["hashes"], found["names"].tolist()
+        folders = [name.split("/")[-2] for name in names]
+        classes = sorted(set(folders))
+        super().__init__(len(names), self.pixels.shape[-1], len(classes))
+        self.place = self.path = path
+        self.keys, self.content_hashes, self.class_names = names, hashes, tuple(classes)
+        self.class_ids = np.array([classes.index(name) for name in folders])
+        self.fingerprint = images_fingerprint(
+            self.class_names, json.dumps(names).encode(), self.class_ids.tobytes(), hashes.tobytes()
+        )
+
+
+def _decode(path: str) -> dict[str, np.ndarray]:
+    names, pixels, hashes = [], [], []
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if not member.isfile():
+                continue
+            data = archive.extractfile(member).read()
+            with Image.open(io.BytesIO(data)) as image:
+                pixels.append(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+            names.append(member.name)
+            hashes.append(xxhash.xxh3_64_intdigest(data))
+    return {"pixels": np.stack(pixels), "hashes": np.array(hashes, dtype=np.uint64), "names": np.array(names)}
+
+
+class DecodedLoader(MemoryLoader):
+    """Batches of images that lie decoded on the device, cropped there as `TokenLoader`'s views say.
+
+    side: of the crops; normalisation: mean and standard deviation; labels: as `TokenLoader`'s.
+    """
+
+    def __init__(
+        self,
+        images: "TarImages",
+        side: int,
+        batch_size: int,
+        device: torch.device,
+        normalisation: tuple[tuple[float, ...], tuple[float, ...]],
+        *,
+        shuffle: bool = True,
+        labels: TokenLabels | None = None,
+    ) -> None:
+        self.images, self.batch_size, self.device, self.shuffle = images, batch_size, device, shuffle
+        self.world, self.targets = World(), None
+        self.pixels = torch.from_numpy(images.pixels).to(device)
+        self.class_ids = torch.from_numpy(images.class_ids).to(device)
+        self.labels, self._side = labels, side
+        self._mean, self._std = (torch.tensor(each, device=device)[:, None, None] for each in normalisation)
+        self._views, self._places = np.zeros((0, 6), np.float32), {}
+
+    def epoch(self, epoch, views, *, start_batch=0, sample_ids=None, warps=None, labels=None, **places):
+        if labels is not None:
+            self.labels = labels
+        self._views, self._places = views, places
+        return super().epoch(epoch, start_batch=start_batch, sample_ids=sample_ids, warps=warps)
+
+    def _batch(self, epoch, ids, warps):
+        batch = super()._batch(epoch, ids, warps)
+        views = self._views[ids]
+        batch.views = torch.from_numpy(views)
+        batch.images = self._crop(batch.images, torch.from_numpy(views).to(self.device, torch.float32))
+        if self.labels is not None:
+            places = {name: values[ids] for name, values in self._places.items()}
+            tokens = self.labels(ids, views, epoch, **places)
+            batch.token_ids, batch.token_weights = (torch.from_numpy(each).to(self.device) for each in tokens)
+        return batch
+
+    def _crop(self, pixels: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 3, S, S) → normalised crops (B, 3, side, side). Views (B, 6) map the unit square, the sampling grid
+        maps [−1, 1]²."""
+        matrix = views.view(-1, 2, 3).clone()
+        matrix[:, :, 2] = matrix[:, :, 0] + matrix[:, :, 1] + 2 * matrix[:, :, 2] - 1
+        grid = functional.affine_grid(matrix, (len(views), 3, self._side, self._side), align_corners=False)
+        crops = functional.grid_sample(pixels.float() / 255, grid, padding_mode="border", align_corners=False)
+        return ((crops - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared; its fields are the options of the command line.
+
+    minutes: after which no task is begun; jobs: processes side by side, 0: everything in this one.
+    """
+
+    train: str
+    val: str
+    out: str
+    model: str = "fan_micro_4_p8"
+    side: int = 64
+    epochs: int = 60
+    batch_size: int = 256
+    lr: float = 1e-3
+    seeds: int = 3
+    jobs: int = 12
+    minutes: float = 10.0
+    device: str = "cuda"
+
+    @property
+    def tasks(self) -> dict[str, tuple[str, ...]]:
+        """Names of tasks, and of those that each needs."""
+        tasks: dict[str, tuple[str, ...]] = {"labeler": ()} | {f"labels-{name}": ("labeler",) for name in KEPT}
+        needs = {"none": (), "online": ("labeler",)} | {name: (f"labels-{name}",) for name in KEPT}
+        return tasks | {f"{arm}-seed{seed}": needs[arm] for seed in range(self.seeds) for arm in ARMS}
+
+    def result(self, task: str) -> dict[str, Any] | None:
+        path = Path(self.out) / "results" / f"{task}.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def run(self, task: str) -> None:
+        """Do one task, and keep its result."""
+        if self.result(task) is not None:
+            return
+        start = time.monotonic()
+        kind, _, seed = task.partition("-seed")
+        if task.startswith("labels-"):
+            found = self._dump(task.removeprefix("labels-"))
+        else:
+            found = self._train(kind, int(seed or 0))
+        path = Path(self.out) / "results" / f"{task}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, canonical_json(found | {"seconds": time.monotonic() - start}))
+
+    def _images(self, path: str) -> TarImages:
+        return TarImages(path, Path(self.out))
+
+    def _place(self, name: str) -> str:
+        return str(Path(self.out) / name)
+
+    def _loader(self, images: TarImages, batch_size: int, of: Any, **options: Any) -> DecodedLoader:
+        device = torch.device(self.device)
+        return DecodedLoader(images, self.side, batch_size, device, (of.mean, of.std), **options)
+
+    def _train(self, arm: str, seed: int) -> dict[str, Any]:
+        settings = {
+            "data": self.train,
+            "val": self.val,
+            "out": self._place(f"run-{arm}-{seed}"),
+            "seed": seed,
+            "img_size": self.side,
+        }
+        settings |= {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr, "val_every": self.epochs}
+        settings |= {"device": self.device}
+        if arm == "labeler":
+            config = LabelerConfig(**settings)
+        else:
+            labels = {"none": "none", "online": "online"}.get(arm) or (self._place(f"labels-{arm}"),)
+            labeler = {"labeler": self._place("run-labeler-0")} if arm == "online" else {}
+            config = StudentConfig(**settings, model=self.model, labels=labels, **labeler)
+        train, val = self._images(self.train), self._images(self.val)
+        stage_name = "labeler" if arm == "labeler" else "student"
+        stage = build_stage(config, stage_name, train, val, torch.device(self.device), World())
+        views, classes = center_views(val.heights, val.widths), np.arange(len(val.class_names))
+        scored = self._loader(val, 500, stage, shuffle=False)
+        validation = Validation(scored, views, classes, stage.amp, World(), config.trains_tokens)
+        with ExitStack() as stack:
+            if arm == "labeler":
+                objective, plan, identity, labels = LabelerObjective(stage), stage.random_plan, None, None
+            else:
+                source = stack.enter_context(closing(open_labels(config, stage)))
+                objective, plan, identity = StudentObjective(stage, source), source.plan, source.identity()
+                labels = source.loader_labels()
+            loader = self._loader(train, config.batch_size, stage, labels=labels)
+            run_training(stage, make_run_folder(stage, identity), objective, plan, lambda: (loader, validation))
+        model, _ = load_model(config.out)
+        scores = evaluate_model(
+            model.to(stage.device).eval(), scored, views, classes, stage.amp, score_tokens=config.trains_tokens
+        )
+        return asdict(scores)
+
+    def _dump(self, kind: str) -> dict[str, Any]:
+        images, device = self._images(self.train), torch.device(self.device)
+        config = DumpConfig(
+            data=self.train,
+            out=self._place(f"labels-{kind}"),
+            labeler=self._place("run-labeler-0"),
+            batch_size=4 * self.batch_size,
+            crops_per_image=self.epochs,
+            device=self.device,
+            **KEPT[kind],
+        )
+        labelling = Labelling(config, load_labeler(config), images, device)
+        labelling.__dict__["loader"] = self._loader(images, config.batch_size, labelling.labeler, shuffle=False)
+        with labelling.open_writer() as writer:
+            for shard in writer.claim_shards():
+                writer.write_shard(shard, labelling.label_shard(writer, shard, lambda _: None))
+            manifest = writer.finish()
+        return {"bytes": sum(shard.bytes for shard in manifest.shards)}
+
+    def run_all(self) -> None:
+        """Every task as soon as what it needs is done, until the time is up."""
+        end, running, todo = time.monotonic() + 60 * self.minutes, {}, dict(self.tasks)
+        while (todo and time.monotonic() < end) or running:
+            for task, needs in list(todo.items()):
+                if len(running) >= max(1, self.jobs) or time.monotonic() > end:
+                    break
+                if all(self.result(need) for need in needs):
+                    del todo[task]
+                    if self.jobs:
+                        running[task] = subprocess.Popen(
+                            [sys.executable, "-m", "tests.gpu.process", "study", *self._words(task)]
+                        )
+                    else:
+                        self.run(task)
+            if not running and not any(all(map(self.result, needs)) for needs in todo.values()):
+                break  # what is left needs something that failed
+            time.sleep(0.2 if running else 0)
+            running = {task: process for task, process in running.items() if process.poll() is None}
+
+    def _words(self, task: str) -> list[str]:
+        words = [word for name, value in asdict(self).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        return [*words, "--task", task]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Scores of each arm, and differences of arms by seed, each with its standard error."""
+        found = {arm: [self.result(f"{arm}-seed{seed}") for seed in range(self.seeds)] for arm in ARMS}
+        rows = []
+        if labeler := self.result("labeler"):
+            rows.append({"row": "labeler", "top1": labeler["top1"], "seconds": labeler["seconds"]})
+        rows += [
+            {"row": f"labels {kind}", "bytes": size["bytes"]}
+            for kind in KEPT
+            if (size := self.result(f"labels-{kind}"))
+        ]
+        for arm, results in found.items():
+            results = [result for result in results if result]
+            if results:
+                rows.append({"row": arm, "seeds": len(results)} | _means(results))
+        for one, other in (("online", "none"), ("draws", "none"), ("draws", "online"), ("top5", "online")):
+            pairs = [(a, b) for a, b in zip(found[one], found[other], strict=True) if a and b]
+            differences = [{name: a[name] - b[name] for name in ("top1", "ece")} for a, b in pairs]
+            if differences:
+                rows.append({"row": f"{one} − {other}", "seeds": len(differences)} | _means(differences))
+        return rows
+
+
+def _means(results: list[dict[str, Any]]) -> dict[str, str]:
+    """Means of top-1 and calibration error, with the standard error where there are several seeds."""
+    shown = {}
+    for name in ("top1", "ece"):
+        values = [result[name] for result in results]
+        error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+        shown[name] = f"{statistics.mean(values):.4f}{error}"
+    return shown
+
+
+def main(words: list[str]) -> None:
+    """The command line; ``words``: its arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for each in fields(Study):
+        is_needed = each.default is MISSING
+        option = {"required": True} if is_needed else {"default": each.default, "type": type(each.default)}
+        parser.add_argument(f"--{each.name.replace('_', '-')}", **option)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    options = vars(parser.parse_args(words))
+    task = options.pop("task")
+    study = Study(**options)
+    if task:
+        return study.run(task)
+    study.run_all()
+    for row in study.rows():
+        print("; ".join(f"{name} {value}" if name != "row" else value for name, value in row.items()))
