@@ -92,7 +92,7 @@ def upload(array: np.ndarray | Tensor, device: torch.device, dtype: torch.dtype 
 
 
 class Readback:
-    """A copy of a tensor on its way to the host. `values` waits for it, and for nothing that was started after it."""
+    """A copy of a tensor on its way to the host. `array` waits for it, and for nothing that was started after it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._host, self._copied = tensor, None
@@ -102,11 +102,11 @@ class Readback:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def values(self) -> list[float]:
-        """The elements of a tensor of one dimension."""
+    def array(self) -> np.ndarray:
+        """The tensor's values."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._host.tolist()
+        return self._host.cpu().numpy()
 
 
 def _bf16_is_fast(device: torch.device) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stl_offline.compiled import njit, read_only
+from stl_offline.device import upload
 from stl_offline.random import draw_keys, philox, philox_arrays
 
 # Logits whose noise is made at a time: on CPUs the intermediate arrays stay in the cache.
@@ -89,7 +90,7 @@ def _noisy(flat: Tensor, key: DrawKey, stored: Tensor) -> Iterator[tuple[int, sl
     classes, (_, tokens, draws) = flat.shape[1], stored.shape
     chunk = max(1, (_CHUNK if flat.device.type == "cpu" else _GPU_CHUNK) // classes)
     for draw in range(draws):
-        keys = _keys(key, tokens, draw).to(flat.device)
+        keys = upload(_keys(key, tokens, draw), flat.device)
         for first in range(0, len(flat), chunk):
             rows = slice(first, first + chunk)
             yield draw, rows, _add_noise(flat[rows], keys[rows])

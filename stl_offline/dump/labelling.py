@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stl_offline.config import DumpConfig, result_settings
-from stl_offline.device import autocast, pick_amp, pick_workers
+from stl_offline.device import Readback, autocast, pick_amp, pick_workers
 from stl_offline.dump.drawing import DrawKey, draw_classes
 from stl_offline.errors import FormatError, InputError, counted
 from stl_offline.evaluation import match_classes
@@ -176,30 +176,52 @@ class Labelling:
         )
 
     @torch.inference_mode()
-    def _label_batch(self, batch: Batch, view: int) -> dict[str, np.ndarray]:
-        """The labels of a batch under the view ``self.views[view]``; called from several threads."""
+    def _label_batch(self, batch: Batch, view: int) -> Callable[[], dict[str, np.ndarray]]:
+        """Start labelling a batch under the view ``self.views[view]``; called from several threads.
+
+        What it gives waits for the labels, as `ShardArrays` has them: (B, N, …), and (B, …) of the class head.
+        """
         with autocast(self.device, pick_amp(self.config.amp, self.device)):
             class_logits, token_logits = self.labeler(batch.images)
-        return self._labels(class_logits, token_logits, batch, self.spec.first_view + view)
+        labels = self._labels(class_logits, token_logits, batch, self.spec.first_view + view)
+        return partial(self._read, {name: Readback(values) for name, values in labels.items()}, batch.sample_ids)
+
+    def _read(self, labels: dict[str, Readback], sample_ids: Tensor) -> dict[str, np.ndarray]:
+        found = {name: values.array() for name, values in labels.items()}
+        for name, is_stored in (
+            ("confidence", self.spec.has_confidence),
+            ("head_confidence", self.spec.class_top_k > 0),
+        ):
+            if name in found and not np.isfinite(found[name]).all():
+                wrong = ~np.isfinite(found[name]).reshape(len(sample_ids), -1).all(axis=1)
+                key = self.beton.keys[int(sample_ids[int(wrong.argmax())])]
+                raise InputError(
+                    f"the labeler gives logits that are not finite for {wrong.sum()} of {len(sample_ids)} "
+                    f"images, the first is {key!r}; check its weights, and that `amp` is not fp16"
+                )
+            if not is_stored:
+                found.pop(name, None)
+        return {
+            name: values if values.dtype.kind == "f" else values.astype(self.spec.id_dtype)
+            for name, values in found.items()
+        }
 
     def _shape(self, name: str, values: np.ndarray) -> tuple[int, ...]:
         """The shape of one view's part of an array: of labels (B, N, …), or of the class head's (B, …)."""
         return values.shape[1:] if name.startswith("head_") else (*self.spec.grid, *values.shape[2:])
 
-    def _labels(self, class_logits: Tensor, token_logits: Tensor, batch: Batch, view: int) -> dict[str, np.ndarray]:
-        """The labels of a batch under its view number ``view``, as `ShardArrays` has them: (B, N, …) and (B, …)."""
+    def _labels(self, class_logits: Tensor, token_logits: Tensor, batch: Batch, view: int) -> dict[str, Tensor]:
+        """The labels of a batch under its view number ``view``; with confidence, stored or not, to check it."""
         spec = self.spec
-        found = self._answer(token_logits, spec.top_k, spec.draws, batch, view, STREAM_DRAW)
-        labels = {name: found[name] for name in ("class_ids", "logits", "draws") if name in found}
-        if spec.has_confidence:
-            labels["confidence"] = found["confidence"]
+        labels = self._answer(token_logits, spec.top_k, spec.draws, batch, view, STREAM_DRAW)
         if spec.class_top_k or spec.class_draws:
             head = self._answer(
                 class_logits[:, None], spec.class_top_k, spec.class_draws, batch, view, STREAM_CLASS_DRAW
             )
-            for name, stored in (("ids", "class_ids"), ("logits", "logits"), ("confidence", "confidence")):
+            for name, stored in (("ids", "class_ids"), ("logits", "logits")):
                 if spec.class_top_k:
                     labels[f"head_{name}"] = head[stored][:, 0]
+            labels["head_confidence"] = head["confidence"][:, 0]
             if spec.class_draws:
                 labels["head_draws"] = head["draws"][:, 0]
         return labels
@@ -210,36 +232,31 @@ class Labelling:
 
     def _answer(
         self, logits: Tensor, top_k: int, draws: int, batch: Batch, view: int, stream: int
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Tensor]:
         """Of logits (B, N, K): class_ids and logits (B, N, k), confidence (B, N) and, where S > 0, draws (B, N, S)."""
         logits = logits.float()
         ids, best, confidence = top_k_labels(logits, top_k)
-        if not bool(torch.isfinite(confidence).all()):
-            wrong = ~torch.isfinite(confidence).all(dim=1)
-            key = self.beton.keys[int(batch.sample_ids[wrong.cpu()][0])]
-            raise InputError(
-                f"the labeler gives logits that are not finite for {int(wrong.sum())} of {len(batch)} "
-                f"images, the first is {key!r}; check its weights, and that `amp` is not fp16"
-            )
         found = {"class_ids": ids, "logits": best, "confidence": confidence}
         if draws:
-            hashes = self.beton.content_hashes[batch.sample_ids.cpu().numpy()]
-            key = DrawKey(self.config.seed, stream, hashes, view)
-            found["draws"] = self._draw(logits, draws, key, ids, batch.sample_ids.cpu().numpy())
-        arrays = {name: values.cpu().numpy() for name, values in found.items()}
-        return {
-            name: values if values.dtype.kind == "f" else values.astype(self.spec.id_dtype)
-            for name, values in arrays.items()
-        }
+            samples = batch.sample_ids.numpy()
+            key = DrawKey(self.config.seed, stream, self.beton.content_hashes[samples], view)
+            found["draws"] = self._draw(logits, draws, key, ids, samples)
+        return found
 
 
 def _each(
-    work: Callable[[Batch], dict[str, np.ndarray]], batches: Iterable[Batch], at_once: int
+    work: Callable[[Batch], Callable[[], dict[str, np.ndarray]]], batches: Iterable[Batch], at_once: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """``work`` of each batch, in order; of ``at_once`` of them at the same time, each by its share of torch's
-    threads."""
+    """What ``work`` starts for each batch, in order; of ``at_once`` of them at the same time, each by its share of
+    torch's threads. A single one is waited for once the next is started, so that a GPU is never idle meanwhile."""
     if at_once == 1:
-        yield from map(work, batches)
+        started = None
+        for batch in batches:
+            before, started = started, work(batch)
+            if before is not None:
+                yield before()
+        if started is not None:
+            yield started()
         return
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(
@@ -248,7 +265,7 @@ def _each(
     pending: deque[Future[dict[str, np.ndarray]]] = deque()
     try:
         for batch in batches:
-            pending.append(pool.submit(work, batch))
+            pending.append(pool.submit(lambda batch: work(batch)(), batch))
             # One more than there are threads, so that none waits for its next batch.
             if len(pending) > at_once:
                 yield pending.popleft().result()

@@ -128,7 +128,7 @@ class StepResult:
         Raises:
             NotFiniteError: a loss is not finite, or the gradient is not, at a scale of the loss of 1.
         """
-        *told, images, norm, scale = self._numbers.values()
+        *told, images, norm, scale = self._numbers.array().tolist()
         values = {name: number / self._processes for name, number in zip(self._losses, told, strict=False)}
         spoilt, *notes = told[len(self._losses) :]
         if spoilt:

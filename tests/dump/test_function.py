@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from stl_offline.config import DumpConfig
-from stl_offline.dump import label_with
+from stl_offline.device import Readback
+from stl_offline.dump import drawing, label_with
 from stl_offline.errors import InputError
 from stl_offline.labels.label_set import open_label_set
 from tests.training.conftest import write_stripes
+from tests.training.test_waiting import OnDevice, found
 
 GRID, SIDE = (3, 4), 24
 # Of the images' three classes, and one more.
@@ -72,3 +74,33 @@ def test_what_does_not_fit(images, tmp_path):
         label_with(segments, settings(images, out, labeler_classes="names.txt"), class_names=NAMES, grid=GRID)
     with pytest.raises(InputError, match="need a function that gives class logits"):
         label_with(segments, settings(images, out, class_top_k=2), class_names=NAMES, grid=GRID)
+
+
+@pytest.mark.parametrize("kind", [{}, {"top_k": 0, "draws": 2, "confidence": False}, {"top_k": 2, "class_top_k": 2, "draws": 1}])
+def test_a_batch_is_read_once_the_next_is_started(images, tmp_path, monkeypatch, kind):
+    """So that a GPU has work while the host waits for labels, and for nothing else (`tests.training.test_waiting`)."""
+    events = []
+    found.clear()
+    read = Readback.array
+
+    def array(self):
+        if events[-1] != "read":
+            events.append("read")
+        return read(self)
+
+    def noted(batch):
+        events.append("label")
+        logits = segments(batch).as_subclass(OnDevice)
+        return logits.mean(dim=1), logits
+
+    def draw_as_on_a_gpu(flat, key, drawn):
+        for draw, rows, scores in drawing._noisy(flat, key, drawn):
+            drawn.view(-1, drawn.shape[-1])[rows, draw] = scores.argmax(dim=-1)
+
+    monkeypatch.setattr(Readback, "array", array)
+    monkeypatch.setattr(drawing, "_draw_quickly", draw_as_on_a_gpu)
+    config = settings(images, tmp_path / "set", batch_size=4, shards=1, **kind)
+    label_with(noted, config, class_names=NAMES, grid=GRID)
+    assert found == []
+    # A function that gives class logits is called once before the job.
+    assert events[-5:] == ["label", "label", "read", "label", "read"]

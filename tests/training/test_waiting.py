@@ -43,8 +43,8 @@ def note(what):
     """Note where in the package something was read. A loss looks at its factor on CPUs alone."""
     frames = [frame for frame in traceback.extract_stack() if "stl_offline" in frame.filename]
     places = [(frame.filename.rsplit("/", 1)[-1], frame.name) for frame in frames]
-    # `Readback.values` is how numbers are read; when, the order of events shows.
-    if places[-1] not in (("losses.py", "backward"), ("device.py", "values")):
+    # `Readback.array` is how numbers are read; when, the order of events shows.
+    if places[-1] not in (("losses.py", "backward"), ("device.py", "array")):
         found.append(f"{what} in {frames[-1].filename}:{frames[-1].lineno}")
 
 
