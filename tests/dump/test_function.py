@@ -76,7 +76,9 @@ def test_what_does_not_fit(images, tmp_path):
         label_with(segments, settings(images, out, class_top_k=2), class_names=NAMES, grid=GRID)
 
 
-@pytest.mark.parametrize("kind", [{}, {"top_k": 0, "draws": 2, "confidence": False}, {"top_k": 2, "class_top_k": 2, "draws": 1}])
+@pytest.mark.parametrize(
+    "kind", [{}, {"top_k": 0, "draws": 2, "confidence": False}, {"top_k": 2, "class_top_k": 2, "draws": 1}]
+)
 def test_a_batch_is_read_once_the_next_is_started(images, tmp_path, monkeypatch, kind):
     """So that a GPU has work while the host waits for labels, and for nothing else (`tests.training.test_waiting`)."""
     events = []
