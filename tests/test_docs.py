@@ -7,11 +7,9 @@ of: images/train, images/val, train.beton, val.beton, labels (a label set of ima
 
 import dataclasses
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -21,6 +19,7 @@ import yaml
 import stl_offline
 from stl_offline.cli.main import COMMANDS, group
 from tests.documentation import Block, anchors, blocks, commands, inner_names, links, named_files, pages
+from tests.forks import Fork
 from tests.labels.synthetic import make_arrays, make_spec
 from tests.source_tree import REPOSITORY
 
@@ -89,16 +88,10 @@ def test_python_blocks_run(page, documented_folder, tmp_path):
         for offset, text in enumerate(block.body.splitlines()):
             lines[block.line + offset] = text
     script.write_text("\n".join(lines))
-    done = subprocess.run(
-        [sys.executable, script],
-        cwd=documented_folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "MPLBACKEND": "agg"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = Fork(script, folder=documented_folder, env={"PYTHONPATH": str(REPOSITORY), "MPLBACKEND": "agg"})
+    _, error = done.communicate()
     # Lines of the script are lines of the page, so the traceback points there.
-    assert done.returncode == 0, f"{relative(page)} fails at the line that this names:\n{done.stderr}"
+    assert done.returncode == 0, f"{relative(page)} fails at the line that this names:\n{error}"
 
 
 def check_command(words: list[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from stl_offline.images.pack import pack
 from stl_offline.models import WEIGHTS_NAME, ModelDescription, save_model
+from tests.forks import COMMAND_LINE, Fork
 from tests.training.conftest import CLASSES, write_stripes
 
 SIDE = 32
@@ -52,12 +53,16 @@ def environment(**more: str) -> dict[str, str]:
 
 def run(work: dict[str, object], out: Path, processes: int = 1, *more: str, **env: str) -> subprocess.CompletedProcess:
     """Run a dump to its end."""
-    line = command(work, out, processes, *more)
-    return subprocess.run(line, env=environment(**env), capture_output=True, text=True, timeout=280)
+    words = command(work, out, 1, *more)[3:]
+    fork = Fork(COMMAND_LINE, *words, env=env, processes=processes)
+    texts = fork.communicate()
+    return subprocess.CompletedProcess(words, fork.returncode, *texts)
 
 
-def start(work: dict[str, object], out: Path, processes: int = 1, **env: str) -> subprocess.Popen:
-    """Start a dump in the background."""
+def start(work: dict[str, object], out: Path, processes: int = 1, **env: str) -> subprocess.Popen | Fork:
+    """Start a dump in the background; several processes as a user starts them, by torchrun's command."""
+    if processes == 1:
+        return Fork(COMMAND_LINE, *command(work, out)[3:], env=env)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command(work, out, processes), env=environment(**env), start_new_session=True, **quiet)
 

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -32,7 +30,7 @@ from stl_offline.evaluation.measures import ALEXNET_ERROR, BENCHMARK_CORRUPTIONS
 from stl_offline.evaluation.suites import subset_classes
 from stl_offline.models import ModelDescription, load_classifier, save_model
 from tests.evaluation.trees import MODEL, WNIDS, Trees, as_timm, draw, encoded, logits_of, make_model
-from tests.training.torchrun import torchrun
+from tests.forks import COMMAND_LINE, Fork
 
 ALL = ("all", "subset")
 CSV = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
@@ -405,18 +403,12 @@ def call(capsys, *arguments):
 
 def test_killed_it_goes_on_behind_what_is_done(trees, weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path))
-    words = list(map(str, command(trees, weights, "sketch", "c")))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stl_offline.cli", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = Fork(COMMAND_LINE, *command(trees, weights, "sketch", "c"))
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "scores").glob("*.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     stored = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "scores").glob("*.json")}
     assert 3 <= len(stored) < 81
     # One of them damaged: it is scored again.
@@ -437,7 +429,7 @@ def test_killed_it_goes_on_behind_what_is_done(trees, weights, tmp_path, monkeyp
 def test_processes_of_torchrun_share_the_images(trees, weights, tmp_path, monkeypatch, result):
     """Counts are the same, and sums beyond rounding; the first process alone prints."""
     monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path))
-    out = torchrun(*command(trees, weights, "imagenet", "a", "v2")).communicate(timeout=240)[0]
+    out, _ = Fork(COMMAND_LINE, *command(trees, weights, "imagenet", "a", "v2"), processes=2).communicate()
     (line,) = [line for line in out.splitlines() if line.startswith("{")]
     found = json.loads(line)["suites"]
     for suite, views in found.items():

@@ -1,13 +1,12 @@
 """Two real processes, as torchrun starts them, against one: who sees what, in which batch, under which stored view."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from stl_offline.training import setup
+from tests.forks import Fork
+from tests.loader import rank_job
 from tests.loader.conftest import SAMPLES
 from tests.loader.rank_job import EPOCHS, NotedLoader, train
 
@@ -38,11 +37,9 @@ def test_stored_views_are_shown_in_turn(one):
 
 
 def test_two_processes_share_the_samples_of_one(beton, labels, one, tmp_path):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    line = [*start, "-m", "tests.loader.rank_job", str(beton.path), labels, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "STL_OFFLINE_QUIET": "1"}
-    result = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    job = Fork(rank_job.__file__, beton.path, labels, tmp_path, processes=2)
+    _, error = job.communicate(120)
+    assert job.returncode == 0, error
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     for number, expected in enumerate(one):
         mine, others = (ranks[rank][number] for rank in (0, 1))

@@ -1,12 +1,9 @@
 """The whole way from images to a student, from the command line; and what a user's mistakes give."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 from stl_offline.cli.main import main
 from stl_offline.images.beton import open_beton
 from stl_offline.labels.label_set import open_label_set
+from tests.forks import COMMAND_LINE, Fork
 
 SMALL = ["--img-size", "32", "--epochs", "1", "--batch-size", "15", "--workers", "1", "--device", "cpu", "--seed", "1"]
 MACHINE = ["--workers", "1", "--device", "cpu"]
@@ -160,29 +158,23 @@ class TestMistakes:
         assert "--labeler" in fails(capsys, *command)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(stripes, tmp_path_factory):
+    """(a dump's words, without its ``--out``; the folder that it fills)."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    data, labeler, out = map(str, (stripes[0], folder / "labeler", folder / "whole"))
+    assert main(["train-labeler", "--data", data, "--out", labeler, *SMALL]) == 0
+    dump = ["dump-labels", "--data", data, "--labeler", labeler, "--shards", "45", "--top-k", "1", *MACHINE]
+    assert main([*dump, "--out", out]) == 0
+    return dump, Path(out)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_dump_goes_on_to_the_same_bytes(stripes, tmp_path, capsys, number):
+def test_a_killed_dump_goes_on_to_the_same_bytes(undisturbed, tmp_path, capsys, number):
     """A real process, a real signal, at a moment when some shards are there and some are not."""
-    data = stripes[0]
-    call(capsys, "train-labeler", "--data", data, "--out", tmp_path / "labeler", *SMALL)
-    dump = [
-        "dump-labels",
-        "--data",
-        data,
-        "--labeler",
-        tmp_path / "labeler",
-        "--shards",
-        "45",
-        "--top-k",
-        "1",
-        *MACHINE,
-    ]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert call(capsys, *dump, "--out", whole)[0] == 0
-    command = [sys.executable, "-c", "import sys; from stl_offline.cli.main import main; sys.exit(main(sys.argv[1:]))"]
-    process = subprocess.Popen(
-        [*command, *map(str, dump), "--out", str(killed)], stderr=subprocess.PIPE, env=os.environ
-    )
+    dump, whole = undisturbed
+    killed = tmp_path / "killed"
+    process = Fork(COMMAND_LINE, *dump, "--out", killed)
     deadline = time.monotonic() + 120
     while len(list(killed.glob("labels-*"))) < 3 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.002)

@@ -1,17 +1,14 @@
 """Real processes, real signals: the same command goes on and ends with the same weights, bit for bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import safetensors.torch
 import torch
 
-COMMAND = [sys.executable, "-m", "stl_offline.cli", "train-labeler"]
+from tests.forks import COMMAND_LINE, Fork
 
 
 @pytest.fixture
@@ -27,10 +24,7 @@ def steps_of(run):
 
 
 def start(words, out, folder, *more):
-    line = [*COMMAND, *words, "--out", str(out), "--log-every", "1", *more]
-    return subprocess.Popen(
-        line, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
-    )
+    return Fork(COMMAND_LINE, "train-labeler", *words, "--out", out, "--log-every", 1, *more, folder=folder)
 
 
 def finish(process):

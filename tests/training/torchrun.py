@@ -12,24 +12,26 @@ from stl_offline.distributed import agree
 from stl_offline.training.engine import Trainer
 from stl_offline.training.run_folder import RunFolder
 from stl_offline.training.train_student import StudentObjective
+from tests.forks import Fork
 
 FAULT = "STL_OFFLINE_TEST_FAULT"
 
 
 def torchrun(
     *arguments: object, fault: Literal["memory", "nan", "blind", "other", "settings"] | None = None
-) -> subprocess.Popen:
-    """Start ``torchrun --nproc-per-node 2 -m stl_offline.cli ARGUMENTS…``, or the same through this module's faults.
+) -> subprocess.Popen | Fork:
+    """Start ``torchrun --nproc-per-node 2 -m stl_offline.cli ARGUMENTS…``, or the same with a fault, then as a fork.
 
     fault: the second process fails for want of memory at its third step (memory), has a loss there that is not a number
         (nan), does not see the run's folder (blind), has other settings (settings), or measures another model
         than the first one (other), which the command itself must not let happen.
     """
+    if fault:
+        return Fork(__file__, *arguments, env={FAULT: fault}, processes=2, merge=True)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    module = "tests.training.torchrun" if fault else "stl_offline.cli"
     return subprocess.Popen(
-        [*start, "-m", module, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", FAULT: fault or ""},
+        [*start, "-m", "stl_offline.cli", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
