@@ -4,6 +4,7 @@ B: images of a batch.
 """
 
 import tempfile
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -81,6 +82,7 @@ class _StageTimer(StepTimer):
     """
 
     run: Stage
+    alone: ClassVar[dict[str, Any]] = StepTimer.alone | {"repeats": 1}  # whose crops they are makes no difference
 
     def __init__(self, stage: Stage) -> None:
         self.generator = torch.Generator().manual_seed(stage.config.seed)
@@ -102,7 +104,7 @@ class _StageTimer(StepTimer):
             online = OnlineLabels(self.run, labeler_of(config), config)
             self.held = parameter_bytes(online.labeler)
             return StudentObjective(self.run, online)
-        self.label_specs = [label_set.spec for label_set in check_labels(config)]
+        self.label_specs = [label_set.spec for label_set in check_labels(self.own)]
         best = max(spec.top_k for spec in self.label_specs)
         targets = TokenTargets(config.token_target, (1, 1), m=config.soft_classes, residual=config.residual)
         self.targets = targets.targets_per_token(best)

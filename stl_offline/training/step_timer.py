@@ -5,7 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -121,10 +121,11 @@ class StepTimer(ABC):
     """
 
     held = 0
+    alone: ClassVar[dict[str, Any]] = {"compile": False, "accumulate": 1}  # settings of a step that is taken alone
 
     def __init__(self, run: TrainingRun) -> None:
         self.own, self.world = run.config, run.world
-        config = dataclasses.replace(run.config, compile=False, accumulate=1)
+        config = dataclasses.replace(run.config, **self.alone)
         self.run = dataclasses.replace(run, config=config, world=World())
         self.step = TrainStep(self.run, self.objective(), 1)
         self.step.model.train()

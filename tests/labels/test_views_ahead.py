@@ -152,6 +152,13 @@ def test_disk_use_does_not_grow_with_the_views():
     assert span_views(few, 100) == 3 and run_bytes(few, 100) == cache_bytes(few, 100)
 
 
+def test_a_span_holds_whole_groups_of_views_that_are_read_together(monkeypatch):
+    spec = make_spec(view_count=30, classes=1000, grid=(14, 14))
+    monkeypatch.setattr(views_ahead, "SPAN_BYTES", 10 * cache_bytes(spec.of_views(range(1)), 100))
+    assert [span_views(spec, 100, repeats) for repeats in (1, 4, 7, 12, 40)] == [10, 8, 7, 12, 30]
+    assert run_bytes(spec, 100, 4) == cache_bytes(spec.of_views(range(16)), 100)
+
+
 @pytest.mark.parametrize("labels", ["both"], indirect=True)
 def test_killed_at_any_step_it_goes_on_from_any_view(labels, tmp_path, monkeypatch):
     label_set, whole = labels

@@ -41,11 +41,13 @@ def command(quick, labels, out, *more):
     return words
 
 
-def test_two_processes_learn_as_one_with_their_joint_batch(quick, labels, tmp_path):
-    """45 images in steps of 20, 20 and 5, so that the processes' last batches differ; 18 to measure on."""
-    one = StudentConfig(**quick | {"labels": labels, "residual": "ignore", "min_confidence": 0.3})
+@pytest.mark.parametrize("repeats", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_processes_learn_as_one_with_their_joint_batch(quick, labels, tmp_path, repeats):
+    """45 images in steps of 20, 20 and 5, so that the processes' last batches differ; 18 to measure on. With two crops
+    of an image in a batch, 23 and 22 images in steps of 10, 10 and the rest."""
+    one = StudentConfig(**quick | {"labels": labels, "residual": "ignore", "min_confidence": 0.3, "repeats": repeats})
     train_student(one)
-    more = ("--batch-size", 10, "--min-confidence", 0.3)
+    more = ("--batch-size", 10, "--min-confidence", 0.3, "--repeats", repeats)
     job = torchrun(*command(quick, labels, tmp_path / "two", *more))
     said, _ = job.communicate(timeout=200)
     assert job.returncode == 0, said

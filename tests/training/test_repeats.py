@@ -1,6 +1,7 @@
 """Several crops of each image in a batch: each is shown as its own epoch shows it, and a run sees as many crops."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +93,10 @@ def test_the_labeler_in_every_step(quick, tmp_path):
     """Stage 1, and a student with online labels."""
     train_labeler(LabelerConfig(**quick | {"repeats": 2, "out": str(tmp_path / "labeler")}))
     online = {"labels": "online", "labeler": str(tmp_path / "labeler"), "loader": "stream"}
-    summary = train_student(StudentConfig(**quick | online | {"repeats": 2, "accumulate": 2, "batch_size": 5} | STRONG))
+    config = StudentConfig(**quick | online | {"repeats": 2, "accumulate": 2, "batch_size": 5} | STRONG)
+    summary = train_student(config)
     assert summary["steps"] == 10 and np.isfinite(summary["loss"])
+    assert dry_run(replace(config, out=str(tmp_path / "new")), "student").steps == 10
 
 
 def test_what_does_not_fit(quick, make_set):
@@ -102,7 +105,8 @@ def test_what_does_not_fit(quick, make_set):
     with pytest.raises(InputError, match="`repeats` must be at most `epochs`, 2; got 4"):
         LabelerConfig(**quick | {"repeats": 4})
     config = StudentConfig(**quick | {"labels": make_set(view_count=3)[0], "repeats": 4, "epochs": 4})
-    with pytest.raises(InputError, match="holds 3 crops of each image, and `repeats` 4 would .*; use at most 3"):
-        check_labels(config)
+    for check in (check_labels, lambda config: dry_run(config, "student")):
+        with pytest.raises(InputError, match="holds 3 crops of each image, and `repeats` 4 would .*; use at most 3"):
+            check(config)
     with pytest.raises(InputError, match="45 images .* 12 batches of up to 4 with 4 crops of an image"):
         dry_run(LabelerConfig(**quick | {"batch_size": 4, "repeats": 4, "epochs": 4}), "labeler")
