@@ -56,6 +56,12 @@ def preview(labels, out, data=None, **settings):
     return preview_labels(config, None if data is None else find_images)
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """The page is written without its PNGs, which take most of the time."""
+    monkeypatch.setattr("stl_offline.reports.preview.label_figure", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def made(labels, images, tmp_path_factory):
     """(report, page) of five images."""
@@ -175,7 +181,7 @@ def test_crops(make_labels, images, tmp_path):
         preview(labels, tmp_path, images, map_index=(3,))
 
 
-def test_a_page_that_would_be_too_large_shows_less_and_says_so(labels, images, tmp_path):
+def test_a_page_that_would_be_too_large_shows_less_and_says_so(labels, images, tmp_path, no_figures):
     full = preview(labels, tmp_path, images, samples=9)
     assert full.shown == 9 and len(full.figures) == 3  # eight rows per image
     limit = 0.6 * full.bytes / 1e6
@@ -212,7 +218,7 @@ def test_images_that_are_missing(labels, images, tmp_path, label_set):
 
 
 @pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_same_images_under_other_keys(labels, images, tmp_path, packed, capsys):
+def test_the_same_images_under_other_keys(labels, images, tmp_path, packed, capsys, no_figures):
     """A tar of the same files, in another folder: its keys have no file ending."""
     source = tmp_path / "team.tar"
     with tarfile.open(source, "w") as archive:

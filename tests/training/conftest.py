@@ -48,13 +48,12 @@ def stripes(tmp_path_factory):
     return write_stripes(folder / "train", 15, 1), write_stripes(folder / "val", 6, 2)
 
 
-@pytest.fixture
-def quick(stripes, tmp_path):
+def quick_settings(stripes, out):
     """Settings of a run that takes a second; in float32, whatever the hardware is quick at."""
     return {
         "data": str(stripes[0]),
         "val": str(stripes[1]),
-        "out": str(tmp_path / "run"),
+        "out": str(out),
         "img_size": SIZE,
         "epochs": 2,
         "batch_size": 20,
@@ -63,6 +62,12 @@ def quick(stripes, tmp_path):
         "device": "cpu",
         "amp": "none",
     }
+
+
+@pytest.fixture
+def quick(stripes, tmp_path):
+    """`quick_settings` of a run in a folder of the test's own."""
+    return quick_settings(stripes, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from stl_offline.training.engine import run_stage
 from stl_offline.training.run_folder import RunFolder
 from stl_offline.training.setup import make_run_folder, prepare
 from stl_offline.training.train_labeler import LabelerObjective, train_labeler
+from tests.training.conftest import quick_settings
 
 
 def weights(run):
@@ -35,6 +37,28 @@ def weights(run):
 def same_weights(a, b):
     first, second = weights(a), weights(b)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def once(stripes, tmp_path_factory):
+    """once(name, **more settings) → (folder, summary) of a run that is trained for the first who asks, to be copied."""
+    runs = {}
+
+    def train(name, **more):
+        if name not in runs:
+            folder = tmp_path_factory.mktemp("once") / "run"
+            runs[name] = folder, train_labeler(LabelerConfig(**quick_settings(stripes, folder) | more))
+        return runs[name]
+
+    return train
+
+
+@pytest.fixture
+def done(quick, once):
+    """A finished run with the settings of `quick`, in its folder; its summary."""
+    folder, summary = once("done")
+    shutil.copytree(folder, quick["out"])
+    return summary
 
 
 def test_learns_and_describes_itself(quick):
@@ -57,10 +81,9 @@ def test_learns_and_describes_itself(quick):
     assert token_logits.shape == (1, 16, 3)
 
 
-def test_same_command_again_changes_nothing(quick):
-    first = train_labeler(LabelerConfig(**quick))
+def test_same_command_again_changes_nothing(quick, done):
     before = {path.name: path.stat().st_mtime_ns for path in Path(quick["out"]).iterdir()}
-    assert train_labeler(LabelerConfig(**quick)) == first | {"already_complete": True}
+    assert train_labeler(LabelerConfig(**quick)) == done | {"already_complete": True}
     assert {path.name: path.stat().st_mtime_ns for path in Path(quick["out"]).iterdir()} == before
 
 
@@ -76,11 +99,11 @@ def test_same_command_again_changes_nothing(quick):
         (4, {"repeats": 2, "auto_augment": "rand-m9-p1"}),
     ],
 )
-def test_stopped_anywhere_it_ends_with_the_same_weights(quick, tmp_path, monkeypatch, stop_at, more):
+def test_stopped_anywhere_it_ends_with_the_same_weights(quick, once, monkeypatch, stop_at, more):
     """SIGTERM in the middle of a step: the step ends, all is saved, and the same command takes the steps left."""
-    config = quick | {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1} | more
-    whole = tmp_path / "whole"
-    train_labeler(LabelerConfig(**config | {"out": str(whole)}))
+    more = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1} | more
+    config = quick | more
+    whole, _ = once(f"whole {more}", **more)
     steps = 0
     original = LabelerObjective.losses
 
@@ -106,10 +129,9 @@ def test_stopped_anywhere_it_ends_with_the_same_weights(quick, tmp_path, monkeyp
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
 
 
-def test_stopped_while_it_measures_it_repeats_no_step(quick, tmp_path, monkeypatch):
+def test_stopped_while_it_measures_it_repeats_no_step(quick, once, monkeypatch):
     """The state is stored before: the same command only measures again, and ends with the same weights and lines."""
-    whole = tmp_path / "whole"
-    train_labeler(LabelerConfig(**quick | {"out": str(whole)}))
+    whole, _ = once("done")
     measured = 0
     original = evaluate_model
 
@@ -144,12 +166,11 @@ def test_stopped_while_it_measures_it_repeats_no_step(quick, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("name", ["state.pt", "weights.safetensors"])
-def test_a_full_disk_is_said_in_a_line_and_the_old_files_stay(quick, name):
+def test_a_full_disk_is_said_in_a_line_and_the_old_files_stay(quick, done, name):
     """The kernel refuses in the middle of a write, as it does on a full disk."""
-    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
     run = Path(quick["out"])
     (run / "state.pt").write_bytes(b"old")
-    stage = prepare(LabelerConfig(**quick | {"epochs": 1}), "labeler")
+    stage = prepare(LabelerConfig(**quick), "labeler")
     folder = make_run_folder(stage, None)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -167,8 +188,7 @@ def test_a_full_disk_is_said_in_a_line_and_the_old_files_stay(quick, name):
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_too_few_images_for_the_processes_are_found_before_the_old_run_is_deleted(quick, monkeypatch):
-    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+def test_too_few_images_for_the_processes_are_found_before_the_old_run_is_deleted(quick, done, monkeypatch):
     before = {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()}
     stage = replace(prepare(LabelerConfig(**quick | {"resume": False}), "labeler"), world=World(0, 19))
     with pytest.raises(InputError, match="18 images cannot give each of 19 processes 1 batches of up to 128"):
@@ -176,8 +196,7 @@ def test_too_few_images_for_the_processes_are_found_before_the_old_run_is_delete
     assert {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()} == before
 
 
-def test_other_settings_are_refused_by_name(quick):
-    train_labeler(LabelerConfig(**quick))
+def test_other_settings_are_refused_by_name(quick, done):
     with pytest.raises(InputError, match="lr: 0.002 → 0.01"):
         train_labeler(LabelerConfig(**quick | {"lr": 0.01}))
     train_labeler(LabelerConfig(**quick | {"lr": 0.01, "resume": False}))
@@ -223,8 +242,7 @@ def test_a_folder_of_something_else_is_left_alone(quick):
     assert (Path(quick["out"]) / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_new_start_that_fails_leaves_the_old_run_alone(quick, make_stripes, tmp_path):
-    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+def test_a_new_start_that_fails_leaves_the_old_run_alone(quick, done, make_stripes, tmp_path):
     before = {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()}
     other = make_stripes(tmp_path / "other", 2, 3)
     (other / "vertical").rename(other / "checks")
@@ -266,7 +284,7 @@ def test_what_is_not_finite_stops_the_run_before_the_weights(quick, monkeypatch,
 
 
 def test_a_gradient_that_no_loss_scale_makes_finite_stops_the_run(quick, monkeypatch):
-    """fp16 leaves steps out and halves the scale, from 2¹⁶ to 1."""
+    """fp16 leaves steps out and halves the scale, from 2¹⁶ to 1. An epoch has 9 steps."""
     original = LabelerObjective.losses
 
     def spoil(*arguments):
@@ -274,13 +292,12 @@ def test_a_gradient_that_no_loss_scale_makes_finite_stops_the_run(quick, monkeyp
         return losses | {"loss": with_infinite_slope(losses["loss"])}
 
     monkeypatch.setattr(LabelerObjective, "losses", spoil)
-    with pytest.raises(TrainingError, match=r"the gradient's norm is nan at epoch 6, step 17; "):
-        train_labeler(LabelerConfig(**quick | {"epochs": 10, "amp": "fp16"}))
+    with pytest.raises(TrainingError, match=r"the gradient's norm is nan at epoch 2, step 17; "):
+        train_labeler(LabelerConfig(**quick | {"epochs": 10, "batch_size": 5, "amp": "fp16"}))
 
 
-def test_a_run_that_another_job_finished_meanwhile_is_not_begun_anew(quick, monkeypatch):
-    config = LabelerConfig(**quick | {"epochs": 1})
-    train_labeler(config)
+def test_a_run_that_another_job_finished_meanwhile_is_not_begun_anew(quick, done, monkeypatch):
+    config = LabelerConfig(**quick)
     before = {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "summary", lambda _: None)  # as it was when this job looked
@@ -289,16 +306,15 @@ def test_a_run_that_another_job_finished_meanwhile_is_not_begun_anew(quick, monk
     assert {path.name: path.read_bytes() for path in Path(quick["out"]).iterdir()} == before
 
 
-def test_a_state_that_does_not_fit_in_memory_is_not_called_damaged(quick, monkeypatch):
+def test_a_state_that_does_not_fit_in_memory_is_not_called_damaged(quick, done, monkeypatch):
     def load(*_, **__):
         raise MemoryError
 
-    train_labeler(LabelerConfig(**quick | {"epochs": 1}))
     (Path(quick["out"]) / "summary.json").unlink()
     (Path(quick["out"]) / "state.pt").write_bytes(b"large")
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(MemoryError):
-        train_labeler(LabelerConfig(**quick | {"epochs": 1}))
+        train_labeler(LabelerConfig(**quick))
 
 
 def test_a_folder_that_another_job_trains_in_is_refused(quick):
@@ -334,8 +350,7 @@ def test_a_start_that_was_killed_at_once_is_no_foreign_folder(quick):
         ("state.pt", None),
     ],
 )
-def test_a_damaged_run_says_so(quick, name, content):
-    train_labeler(LabelerConfig(**quick))
+def test_a_damaged_run_says_so(quick, done, name, content):
     path = Path(quick["out"]) / name
     if name == "state.pt":
         (Path(quick["out"]) / "summary.json").unlink()
@@ -360,13 +375,13 @@ def test_unknown_model_names_the_known_ones(quick):
 
 
 @pytest.fixture
-def stopped(quick, monkeypatch):
-    """The state of a run that was stopped after its first epoch, and its settings."""
-    config = LabelerConfig(**quick)
+def stopped(quick, once, monkeypatch):
+    """The state of a run that was stopped at its end, before it was finished, and its settings."""
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "finish", lambda *_: None)
-        train_labeler(config)
-    return Path(quick["out"]) / "state.pt", config
+        folder, _ = once("stopped")
+    shutil.copytree(folder, quick["out"])
+    return Path(quick["out"]) / "state.pt", LabelerConfig(**quick)
 
 
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
