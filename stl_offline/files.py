@@ -38,21 +38,31 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_parts(*parts: bytes) -> str:
-    """SHA-256 over several texts in hex, each after its length (uint64), so that none can pass into the next."""
+def sha256_parts(*parts: bytes | Sequence[bytes]) -> str:
+    """SHA-256 over several texts in hex, each after its length (uint64), so that none can pass into the next.
+
+    A text may come in pieces, which are never put together in memory.
+    """
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
+        pieces = (part,) if isinstance(part, bytes) else part
+        digest.update(sum(map(len, pieces)).to_bytes(8, "little"))
+        for piece in pieces:
+            digest.update(piece)
     return digest.hexdigest()
 
 
-def images_fingerprint(class_names: Sequence[str], keys_json: bytes, class_ids: bytes, content_hashes: bytes) -> str:
+def images_fingerprint(
+    class_names: Sequence[str],
+    keys_json: bytes | Sequence[bytes],
+    class_ids: bytes | Sequence[bytes],
+    content_hashes: bytes | Sequence[bytes],
+) -> str:
     """SHA-256 that names a list of images: their class list, keys, class ids and content hashes, all in order.
 
     Args:
         keys_json: the keys as ``json.dumps`` of a list writes them; class_ids: (n,) int64 and content_hashes: (n,)
-            uint64, little-endian.
+            uint64, little-endian; each as one text or in pieces.
     """
     return sha256_parts(json.dumps(list(class_names)).encode(), keys_json, class_ids, content_hashes)
 

@@ -94,20 +94,22 @@ def join(
     label_set.fetch()
     for index in label_set.present:
         shard = label_set.read_index(index)
-        for position, entry in enumerate(found.find(shard.keys, shard.content_hashes)):
-            key = shard.keys[position]
-            if entry < 0:
-                extra.add(key)
-                continue
-            if entry_shard[entry] >= 0:
-                if match == "content":
-                    continue
-                advice = '; use `match="key"` or `match="content"`' if match == "stem" else ""
-                raise JoinError(f"the label set {label_set.place} holds the {match} {found.name(key)} twice{advice}")
-            entry_shard[entry] = index
-            entry_row[entry] = position
-            if match != "content" and content_hashes[entry] != shard.content_hashes[position]:
-                changed.add(keys[entry])
+        entries = found.find(shard.keys, shard.content_hashes)
+        extra.add(shard.keys, np.flatnonzero(entries < 0))
+        rows = np.flatnonzero(entries >= 0)
+        # Of several labels of one entry, the first.
+        is_first = np.zeros(len(rows), dtype=bool)
+        is_first[np.unique(entries[rows], return_index=True)[1]] = True
+        is_first &= entry_shard[entries[rows]] < 0
+        if match != "content" and not is_first.all():
+            name = found.name(shard.keys[rows[~is_first][0]])
+            advice = '; use `match="key"` or `match="content"`' if match == "stem" else ""
+            raise JoinError(f"the label set {label_set.place} holds the {match} {name} twice{advice}")
+        rows = rows[is_first]
+        entries = entries[rows]
+        entry_shard[entries], entry_row[entries] = index, rows
+        if match != "content":
+            changed.add(keys, entries[content_hashes[entries] != shard.content_hashes[rows]])
     label_set.check_unique()
     shards, rows = entry_shard[found.entry_of_image], entry_row[found.entry_of_image]
     unlabelled = np.flatnonzero(shards < 0)
@@ -167,10 +169,9 @@ class _Named:
         self.count = 0
         self.keys: list[str] = []
 
-    def add(self, key: str) -> None:
-        self.count += 1
-        if len(self.keys) < _EXAMPLES:
-            self.keys.append(key)
+    def add(self, keys: Sequence[str], places: np.ndarray) -> None:
+        self.count += len(places)
+        self.keys += [keys[place] for place in places[: _EXAMPLES - len(self.keys)].tolist()]
 
 
 def _judge(report: JoinReport, label_set: LabelSet, missing: str, allow_changed: bool) -> None:

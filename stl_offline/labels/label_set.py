@@ -182,6 +182,12 @@ class LabelSet(Mapping[str, LabelMap]):
                 places[next(keys)] = (index, row)
         return places
 
+    def key_hashes(self, index: int) -> np.ndarray:
+        """`hash_keys` of the keys of shard ``index``, uint64 (n,); they are read if they were not yet."""
+        if index not in self._hashes:
+            self.read_index(index)
+        return self._hashes[index]
+
     def check_unique(self, indices: Iterable[int] = ()) -> None:
         """Raise FormatError where two shards hold the same key.
 
@@ -189,8 +195,7 @@ class LabelSet(Mapping[str, LabelMap]):
         Every command that reads labels calls this after its last shard, so that no shard is read for it twice.
         """
         for index in indices:
-            if index not in self._hashes:
-                self.read_index(index)
+            self.key_hashes(index)
         for part in range(len(self._part_specs)):
             self._check_unique(sorted(index for index in self._hashes if self._part_of[index] == part))
 

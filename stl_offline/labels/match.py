@@ -25,8 +25,8 @@ class Matcher(Protocol):
         """What labels of this key are looked up by."""
         ...
 
-    def find(self, keys: Sequence[str], content_hashes: np.ndarray) -> list[int]:
-        """The entry of each label of a shard, −1 for none."""
+    def find(self, keys: Sequence[str], content_hashes: np.ndarray) -> np.ndarray:
+        """The entry of each label of a shard, −1 for none: int64 (len(keys),)."""
         ...
 
 
@@ -51,11 +51,11 @@ class ByContent:
     def name(self, key: str) -> str:
         return key
 
-    def find(self, keys: Sequence[str], content_hashes: np.ndarray) -> list[int]:
+    def find(self, keys: Sequence[str], content_hashes: np.ndarray) -> np.ndarray:
         if not self.entries:
-            return [-1] * len(keys)
+            return np.full(len(keys), -1)
         places = np.minimum(np.searchsorted(self._known, content_hashes), self.entries - 1)
-        return np.where(self._known[places] == content_hashes, places, -1).tolist()
+        return np.where(self._known[places] == content_hashes, places, -1)
 
 
 class ByName:
@@ -79,20 +79,26 @@ class ByName:
     def name(self, key: str) -> str:
         return stem(key) if self._is_stem else key
 
-    def find(self, keys: Sequence[str], content_hashes: np.ndarray) -> list[int]:
+    def find(self, keys: Sequence[str], content_hashes: np.ndarray) -> np.ndarray:
+        if not self.entries:
+            return np.full(len(keys), -1)
         names = list(map(stem, keys)) if self._is_stem else keys
-        places = np.searchsorted(self._sorted, hash_keys(names)).tolist()
-        return [self._find(name, place) for name, place in zip(names, places, strict=True)]
+        hashes = hash_keys(names)
+        places = np.searchsorted(self._sorted, hashes)
+        at = np.minimum(places, self.entries - 1)
+        found = np.where(self._sorted[at] == hashes, self._order[at], -1)
+        for row, entry in enumerate(found.tolist()):
+            if entry >= 0 and self._names[entry] != names[row]:
+                found[row] = self._find(names[row], int(places[row]), hashes[row])
+        return found
 
-    def _find(self, name: str, place: int) -> int:
+    def _find(self, name: str, place: int, value: np.uint64) -> int:
         """Two names of one hash lie side by side."""
-        while place < self.entries:
+        while place < self.entries and self._sorted[place] == value:
             entry = int(self._order[place])
             if self._names[entry] == name:
                 return entry
             place += 1
-            if hash_keys([self._names[entry]]) != hash_keys([name]):
-                return -1
         return -1
 
     def _check_unique(self) -> None:

@@ -15,7 +15,7 @@ from stl_offline.errors import InputError, JoinError, counted
 from stl_offline.files import images_fingerprint
 from stl_offline.labels.families import in_view_order
 from stl_offline.labels.format import encode_shard
-from stl_offline.labels.keys import find_duplicates, hash_keys, some
+from stl_offline.labels.keys import find_duplicates, some
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import Manifest
 from stl_offline.labels.spec import OWN_CLASSES, PARTS, LabelSpec, differences
@@ -32,10 +32,10 @@ class _Part:
 
     label_set: LabelSet
     index: int
-    keys: bytes  # as JSON
+    keys: bytes  # as JSON, without its brackets
     hashes: np.ndarray
-    class_ids: np.ndarray
-    content_hashes: np.ndarray
+    class_ids: bytes
+    content_hashes: bytes
 
 
 def merge(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int = 0, **options: object) -> Manifest:
@@ -144,10 +144,10 @@ def _read_parts(label_sets: Sequence[LabelSet], workers: int) -> list[_Part]:
         return _Part(
             label_set,
             index,
-            keys=json.dumps(found.keys).encode(),
-            hashes=hash_keys(found.keys),
-            class_ids=found.class_ids.astype("<i8"),
-            content_hashes=found.content_hashes.astype("<u8"),
+            keys=json.dumps(found.keys).encode()[1:-1],
+            hashes=label_set.key_hashes(index),
+            class_ids=found.class_ids.astype("<i8").tobytes(),
+            content_hashes=found.content_hashes.astype("<u8").tobytes(),
         )
 
     places = [(label_set, index) for label_set in label_sets for index in label_set.present]
@@ -155,7 +155,8 @@ def _read_parts(label_sets: Sequence[LabelSet], workers: int) -> list[_Part]:
 
 
 def _check_keys(parts: list[_Part]) -> None:
-    twice = find_duplicates([part.hashes for part in parts], lambda position: json.loads(parts[position].keys))
+    hashes = [part.hashes for part in parts]
+    twice = find_duplicates(hashes, lambda position: json.loads(b"[%b]" % parts[position].keys))
     if not twice.count:
         return
     named = [f"{key} in {_name(parts[first])} and {_name(parts[second])}" for key, first, second in twice.examples]
@@ -171,12 +172,12 @@ def _name(part: _Part) -> str:
 
 def _fingerprint(spec: LabelSpec, parts: list[_Part]) -> str:
     """The fingerprint of a .beton with these images in this order and the label set's class list."""
-    keys = b"[" + b", ".join(part.keys[1:-1] for part in parts) + b"]"
+    keys = [piece for part in parts for piece in (b", ", part.keys)]
     return images_fingerprint(
         spec.class_names,
-        keys,
-        b"".join(part.class_ids.tobytes() for part in parts),
-        b"".join(part.content_hashes.tobytes() for part in parts),
+        [b"[", *keys[1:], b"]"],
+        [part.class_ids for part in parts],
+        [part.content_hashes for part in parts],
     )
 
 

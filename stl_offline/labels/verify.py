@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stl_offline.errors import FormatError, StlError, counted
-from stl_offline.labels.keys import find_duplicates, hash_keys
+from stl_offline.labels.keys import find_duplicates
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import ShardRecord
 from stl_offline.labels.store import CARD, MANIFEST, PARTIAL, SOME_SHARDS, each_shard
@@ -44,7 +44,8 @@ def verify(label_set: LabelSet, *, workers: int = 0, found: Callable[[str], None
     def read(index: int) -> str | np.ndarray:
         """What is wrong with a shard, or the hashes of its keys."""
         try:
-            return hash_keys(label_set.decode(index, label_set.read_bytes(index, fresh=True)).keys)
+            label_set.decode(index, label_set.read_bytes(index, fresh=True))
+            return label_set.key_hashes(index)
         except FormatError as error:
             return _without_place(label_set, label_set.shards[index], error)
 

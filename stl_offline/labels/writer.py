@@ -12,11 +12,11 @@ same bytes.
 """
 
 import contextlib
+import itertools
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -84,7 +84,7 @@ class LabelSetWriter:
         options: dict | None = None,
     ) -> None:
         self._sizes = _shard_sizes(shards, spec.num_samples, len(spec.parts))
-        self._firsts = [first % spec.num_samples for first in accumulate(self._sizes, initial=0)]
+        self._firsts = [first % spec.num_samples for first in itertools.accumulate(self._sizes, initial=0)]
         self._storage = open_storage(path, **(options or {}))
         self.place = self._storage.place
         self.spec = spec
@@ -161,20 +161,21 @@ class LabelSetWriter:
         self._claims = Claims(self._storage).__enter__()
         is_local, is_shared = self._storage.local is not None, False
         wait, longest = _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS if is_local else _LONGEST_STORE_WAIT_SECONDS
+        done: set[int] = set()
         while True:
             # Claims first: a shard that is committed between the two listings is in both of them, not in none. The
             # manifest last: records go once it is there.
             others = self._claims.others()
-            done = self._recorded()
+            # Records are many, and not listed while all others' shards are still claimed.
+            if self._free(done, others) or not others:
+                done = self._recorded()
             if self._is_finished():
                 return
-            taken = done | others.keys() | self._claims.held
-            free = [index for index in range(self.num_shards) if index not in taken]
+            free = self._free(done, others)
             if not free:
                 before_waiting()
-            # Where others are or were at work, each starts somewhere else, so that they seldom want the same shard.
             is_shared = is_shared or bool(others)
-            start = secrets.randbelow(len(free)) if free and is_shared else 0
+            start = _pick_start(free) if free and is_shared else 0
             is_old = False
             for index in free[start:] + free[:start] or self._left(others, done):
                 if not self._claims.take(index, others.get(index)):
@@ -330,6 +331,11 @@ class LabelSetWriter:
         self._check_content()
         return True
 
+    def _free(self, done: set[int], others: dict[int, str]) -> list[int]:
+        """The shards that are neither done nor claimed."""
+        taken = done | others.keys() | self._claims.held
+        return [index for index in range(self.num_shards) if index not in taken]
+
     def _left(self, others: dict[int, str], done: set[int]) -> list[int]:
         """What to take where no shard is free: those whose worker has stopped; the manifest (by the number after the
         last shard's) where all are done."""
@@ -403,6 +409,18 @@ class LabelSetWriter:
         if self._storage.local is not None:
             for folder in ("", PARTIAL, RECORDS, CLAIMS):
                 remove_leftovers(self._storage.path(folder), seconds=seconds)
+
+
+def _pick_start(free: Sequence[int]) -> int:
+    """Where in these shards, which are sorted, a worker begins among others: inside one of the longest runs.
+
+    Workers go on from where they are. So another one will need long to get there, and each has to look for other shards
+    less than half as often as from a random start. Chance keeps workers that look at the same moment apart.
+    """
+    ends = [place for place in range(1, len(free)) if free[place] != free[place - 1] + 1]
+    runs = sorted(itertools.pairwise([0, *ends, len(free)]), key=lambda run: run[0] - run[1])
+    first, last = secrets.choice(runs[: max(1, len(runs) // 4)])
+    return first + (last - first) // 4 + secrets.randbelow((last - first + 1) // 2)
 
 
 def check_place(place: str | Path, **options: object) -> None:

@@ -47,8 +47,9 @@ from tests.labels.synthetic import make_arrays, make_spec
 
 CROWDS = (1, 2, 4, 8, 16, 32, 64)
 # A worker's client of a store takes a second of a core to start.
-STORE_CROWDS = (1, 2, 4, 8)
-CUT_SHARE, REFUSED_SHARE = 0.01, 0.01
+STORE_CROWDS = (4, 8, 2, 1)
+# Of the server: seconds from one connection that is cut to the next, and the share of writes that it refuses.
+CUT_SECONDS, REFUSED_SHARE = 1.0, 0.01
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,16 @@ class Job:
         with open(self.log, "a") as stream:
             stream.write(f"{os.getpid()} {index} {event}\n")
 
+    def events(self) -> list[tuple[int, int, str]]:
+        """Process, shard and event of each `note`."""
+        lines = (line.split() for line in self.log.read_text().splitlines())
+        return [(int(line[0]), int(line[1]), line[2]) for line in lines if len(line) == 3]
+
     def counts(self) -> Counter:
         """Of a set that was finished: what was done more than once, and why."""
         pids: dict[tuple[int, str], list[int]] = {}
-        for line in self.log.read_text().splitlines():
-            pid, index, event = line.split()
-            pids.setdefault((int(index), event), []).append(int(pid))
+        for pid, index, event in self.events():
+            pids.setdefault((index, event), []).append(pid)
         found: Counter = Counter()
         for index in range(self.plan.before, self.plan.before + self.plan.shards):
             begun, labelled = pids[index, "begun"], pids[index, "labelled"]
@@ -223,21 +228,26 @@ def disturb(job: Job, crowd: int, most: int, draw: np.random.Generator, counts: 
     for _ in range(crowd):
         job.start()
     suspended: list[tuple[float, int]] = []
+    # Kills by progress, not by time: on a busy machine workers would be killed before they began.
+    moments = np.sort(draw.uniform(0, job.plan.shards, most))
     kills = 0
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     while job.running:
         assert time.monotonic() < deadline, "the workers do not come to an end"
-        # More often where there are more of them.
-        time.sleep(float(draw.uniform(0.2, 1.8)) * job.plan.seconds * job.plan.shards / (most + 1) / min(crowd, 8))
+        time.sleep(float(draw.uniform(0.2, 1)) * job.plan.seconds / min(crowd, 8))
         for until, child in list(suspended):
             if time.monotonic() > until:
                 suspended.remove((until, child))
                 os.kill(child, signal.SIGCONT)
         job.reap()
-        free = [child for child in job.running if child not in [each for _, each in suspended]]
-        if not free or kills >= most:
+        if kills >= most:
             continue
-        child = int(draw.choice(free))
+        events = job.events()
+        waiting = {each for _, each in suspended}
+        working = sorted({pid for pid, _, _ in events}.intersection(job.running) - waiting)
+        if not working or len({index for _, index, event in events if event == "labelled"}) < moments[kills]:
+            continue
+        child = int(draw.choice(working))
         if draw.random() < 0.05:
             os.kill(child, signal.SIGSTOP)
             job.suspended.add(child)
@@ -308,7 +318,7 @@ def serve() -> None:
     way = FlakyWay(f"http://{host}:{port}")
     print(way.address, flush=True)
     while True:
-        time.sleep(0.2)
+        time.sleep(CUT_SECONDS)
         way.break_next(1, int(draw.integers(0, 2000)))
 
 
