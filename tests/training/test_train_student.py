@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from stl_offline.cli.main import main
 from stl_offline.config import DumpConfig, EvaluateConfig, LabelerConfig, StudentConfig
-from stl_offline.dump import dump_labels, top_k_labels
+from stl_offline.dump import Labelling, dump_labels, top_k_labels
 from stl_offline.errors import InputError, JoinError, StlError, TargetError
 from stl_offline.evaluation import evaluate
 from stl_offline.images.pack import ensure_beton
@@ -276,17 +276,17 @@ def test_the_same_dump_in_two_parts_gives_the_same_bytes(labelled, tmp_path, mon
     folder, config = labelled
     config = replace(config, out=str(tmp_path / "again"))
     written = 0
-    original = torch.isfinite
+    original = Labelling._read
 
-    def fail_in_the_second_shard(values):
+    def fail_in_the_second_shard(*arguments):
         nonlocal written
         written += 1
         if written == 6:
             raise KeyboardInterrupt
-        return original(values)
+        return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("stl_offline.dump.labelling.torch.isfinite", fail_in_the_second_shard)
+        patch.setattr(Labelling, "_read", fail_in_the_second_shard)
         with pytest.raises(KeyboardInterrupt):
             dump_labels(config)
     with pytest.raises(StlError, match="1 of 3"):
