@@ -21,6 +21,7 @@ from stl_offline.dump.labelling import Labelling, load_labeler
 from stl_offline.dump.tars import TarLabelling, prepare
 from stl_offline.errors import InputError
 from stl_offline.files import cache_dir, sha256_bytes
+from stl_offline.labels.append import remove_leftovers
 from stl_offline.labels.hub import is_hub
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.store import MANIFEST, open_storage, read_manifest
@@ -72,7 +73,9 @@ def dump_labels(config: DumpConfig, *, finish: bool = False, append: bool = Fals
         labelling = prepare_append(config, labeler, device)
         if not len(labelling.rows):
             _LOGGER.info("every image of %s is labelled", labelling.place)
-            manifest = open_label_set(config.out).manifest
+            label_set = open_label_set(config.out)
+            remove_leftovers(label_set)
+            manifest = label_set.manifest
             size = sum(shard.bytes for shard in manifest.shards)
             return DumpReport(str(config.out), manifest.spec.num_samples, 0, 0.0, size, is_first)
     else:

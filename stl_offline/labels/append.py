@@ -21,7 +21,7 @@ from stl_offline.labels.keys import some
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import Manifest, ShardRecord, parse_object, shard_name
 from stl_offline.labels.spec import LabelSpec, differences
-from stl_offline.labels.store import CARD, JOB, MANIFEST, PARTIAL, read_job, read_manifest
+from stl_offline.labels.store import CARD, JOB, MANIFEST, PARTIAL, PULL, read_job, read_manifest
 from stl_offline.labels.tar_writer import TarLabelWriter
 from stl_offline.labels.writer import LabelSetWriter
 
@@ -89,6 +89,17 @@ def check_settings(base: LabelSet, spec: LabelSpec) -> None:
         raise TargetError(f"{base.place} was made with other settings (yours and its): {'; '.join(found)}")
 
 
+def remove_leftovers(base: LabelSet) -> None:
+    """Remove what a process left that was killed after it had added its shards. A job that goes on stays."""
+    storage = base.storage
+    after = None
+    with contextlib.suppress(FileNotFoundError):
+        after = parse_object(storage.read(JOB)).get("after")
+    # A job's settings are written first, so without them nothing else is in use.
+    if after != base.fingerprint and storage.size(PULL) is None and storage.names(PARTIAL):
+        storage.remove(PARTIAL)
+
+
 class _Appending(LabelSetWriter):
     """What is different where the first shards are there already. ``_base``: the set; ``_old``: its shards."""
 
@@ -106,11 +117,9 @@ class _Appending(LabelSetWriter):
     def _check_content(self) -> None:
         manifest = read_manifest(self._storage)
         if manifest == self._base.manifest:
+            remove_leftovers(self._base)
             with contextlib.suppress(FileNotFoundError):
-                if parse_object(self._storage.read(JOB)).get("after") == self._base.fingerprint:
-                    return self._check_job(*read_job(self._storage))
-                # Of a process that was killed after it had added its shards.
-                self._storage.remove(PARTIAL)
+                self._check_job(*read_job(self._storage))
         elif self._is_mine(manifest):
             self.complete = True
         else:

@@ -155,7 +155,19 @@ def test_what_a_finished_append_left_is_removed(started, tmp_path):
     job.write_bytes(text)
     new = Path(started.data).parent / "some.beton"
     assert dump_labels(replace(started, data=str(new)), append=True).labelled == 0
-    assert len(open_label_set(tmp_path / "set")) == 45
+    assert len(open_label_set(tmp_path / "set")) == 45 and not job.parent.exists()
+    # Also where the kill came while they were removed.
+    (job.parent / "records").mkdir(parents=True)
+    assert dump_labels(started, append=True).labelled == 0 and not job.parent.exists()
+
+
+def test_a_job_that_goes_on_is_no_leftover(started, tmp_path):
+    work = prepare_append(started, load_labeler(started), torch.device("cpu"))
+    with work.open_writer() as writer:
+        writer.write_shard(4, work.label_shard(writer, 4, lambda done: None))
+        some = Path(started.data).parent / "some.beton"
+        assert dump_labels(replace(started, data=str(some)), append=True).labelled == 0
+        assert writer.unrecorded() == [3]
 
 
 def test_tars_that_are_new(files, settings, tmp_path, caplog):  # noqa: F811

@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from stl_offline import remote
-from stl_offline.labels.append import AppendWriter, OldImages, TarAppendWriter, added_source
+from stl_offline.labels.append import AppendWriter, OldImages, TarAppendWriter, added_source, remove_leftovers
 from stl_offline.labels.arrays import ShardArrays, concatenate
 from stl_offline.labels.format import encode_shard
 from stl_offline.labels.label_set import open_label_set
@@ -98,6 +98,7 @@ class Job:
             return self._new_writer(plan.shards)
         base = open_label_set(self.place)
         if len(base.shards) > plan.before:
+            remove_leftovers(base)
             return None
         if plan.tars:
             return TarAppendWriter(base, [tar_of(index) for index in range(plan.before, plan.before + plan.shards)])
