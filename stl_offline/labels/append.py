@@ -92,11 +92,17 @@ def check_settings(base: LabelSet, spec: LabelSpec) -> None:
 def remove_leftovers(base: LabelSet) -> None:
     """Remove what a process left that was killed after it had added its shards. A job that goes on stays."""
     storage = base.storage
-    after = None
-    with contextlib.suppress(FileNotFoundError):
-        after = parse_object(storage.read(JOB)).get("after")
-    # A job's settings are written first, so without them nothing else is in use.
-    if after != base.fingerprint and storage.size(PULL) is None and storage.names(PARTIAL):
+
+    def settings() -> dict[str, Any] | None:
+        with contextlib.suppress(FileNotFoundError):
+            return parse_object(storage.read(JOB))
+        return None
+
+    job = settings()
+    if job is None and storage.names(PARTIAL):
+        # A job's settings are written before anything else: those of one that has begun since the first look are there.
+        job = settings() or {}
+    if job is not None and job.get("after") != base.fingerprint and storage.size(PULL) is None:
         storage.remove(PARTIAL)
 
 

@@ -14,6 +14,7 @@ from stl_offline.dump import dump_labels, load_labeler
 from stl_offline.dump.append import prepare_append
 from stl_offline.errors import InputError, JoinError, TargetError
 from stl_offline.images.pack import pack
+from stl_offline.labels.append import remove_leftovers
 from stl_offline.labels.convert import convert
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.store import open_storage
@@ -159,6 +160,23 @@ def test_what_a_finished_append_left_is_removed(started, tmp_path):
     # Also where the kill came while they were removed.
     (job.parent / "records").mkdir(parents=True)
     assert dump_labels(started, append=True).labelled == 0 and not job.parent.exists()
+
+
+def test_a_job_that_begins_meanwhile_is_no_leftover(started, tmp_path, monkeypatch):
+    """Between the look for a job's settings and the look for other files, another worker writes both."""
+    base = open_label_set(tmp_path / "set")
+    work, names = prepare_append(started, load_labeler(started), torch.device("cpu")), type(base.storage).names
+    began = []
+
+    def begin(self, folder=""):
+        if folder == ".partial" and not began:
+            began.append(folder)
+            work.open_writer().__enter__()
+        return names(self, folder)
+
+    monkeypatch.setattr(type(base.storage), "names", begin)
+    remove_leftovers(base)
+    assert began and (tmp_path / "set" / ".partial" / "job.json").exists()
 
 
 def test_a_job_that_goes_on_is_no_leftover(started, tmp_path):
