@@ -36,7 +36,7 @@ lint: $(READY)
 # Each test process has its own share of the cores: libraries that start a thread for every core would only get in the way.
 test: lint
 	@.ci/browser
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
 
 # The package's source is read, not imported, so this needs neither .venv nor FFCV.
 docs: $(DOCS_READY)
