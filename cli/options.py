@@ -109,7 +109,7 @@ training_options = together(
         type=float,
         metavar="X",
     ),
-    setting_option(TrainConfig, "--repeats", group="augmentation", metavar="N"),
+    setting_option(TrainConfig, "--repeats", group="augmentation", metavar="M"),
     setting_option(TrainConfig, "--auto-augment", group="augmentation", metavar="NAME", show_default="none"),
     setting_option(TrainConfig, "--mixup", group="augmentation", metavar="X"),
     setting_option(TrainConfig, "--cutmix", group="augmentation", metavar="X"),

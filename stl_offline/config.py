@@ -172,8 +172,8 @@ class TrainConfig(RunConfig):
     )
     repeats: int = setting(
         1,
-        "Crops of each image in a batch, from one decode (repeated augmentation). An epoch keeps its number of crops, "
-        "and shows fewer images. Epochs left over at the end show one crop of each image.",
+        "Crops of each image in a batch, from one decode (repeated augmentation). An epoch keeps its number of steps. "
+        "If `epochs` is no multiple of it, the epochs that remain at the end show one crop of each image.",
         bounds="[1, inf)",
         recorded_by_default=False,
     )

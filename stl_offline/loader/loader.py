@@ -70,8 +70,8 @@ class TokenLoader:
         device: where batches go.
         shuffle: a new order each epoch, from (seed, epoch) alone; otherwise the .beton's order.
         world: this process among those that share the samples.
-        repeats: crops m of each image in a batch, from one decode: repeated augmentation (Hoffer et al., "Augment your
-            batch", arXiv 1901.09335), as FKD trains (ECCV 2022). Epochs g · m … g · m + m − 1 then show their crops
+        repeats: crops m of each image in a batch, from one decode: repeated augmentation (Berman et al., MultiGrain,
+            arXiv 1902.05509). Epochs g · m … g · m + m − 1 then show their crops
             together. Each of them shows an m-th part of the images, B / m in a batch, with m crops of each: crop r as
             epoch g · m + r of a loader without repeats shows it. So an epoch has as many batches as without.
 
