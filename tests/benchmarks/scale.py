@@ -5,7 +5,7 @@
 Synthetic sets with a real set's statistics on a small grid (2 × 2, k = 2), so that what is measured is the keys, the
 shard table and the bookkeeping; 1,000 images per shard, so that the largest has 10,000 shards. Each size in a process
 of its own; time is processor time, and memory the most that a step takes of its own, without mapped files. The largest
-takes ten minutes of a core, 3 GB of disk and 4 GB of memory.
+takes eight minutes of a core, 3 GB of disk and 4 GB of memory.
 
     python -m tests.benchmarks.scale --bookkeeping
 

@@ -19,6 +19,7 @@ A shard that a killed worker had begun and not finished is counted as begun agai
 
 import argparse
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -231,7 +232,7 @@ def disturb(job: Job, crowd: int, most: int, draw: np.random.Generator, counts: 
     suspended: list[tuple[float, int]] = []
     # Kills by progress, not by time: on a busy machine workers would be killed before they began.
     moments = np.sort(draw.uniform(0, job.plan.shards, most))
-    kills = 0
+    kills, due = 0, math.inf
     deadline = time.monotonic() + 1200
     while job.running:
         assert time.monotonic() < deadline, "the workers do not come to an end"
@@ -246,8 +247,12 @@ def disturb(job: Job, crowd: int, most: int, draw: np.random.Generator, counts: 
         events = job.events()
         waiting = {each for _, each in suspended}
         working = sorted({pid for pid, _, _ in events}.intersection(job.running) - waiting)
-        if not working or len({index for _, index, event in events if event == "labelled"}) < moments[kills]:
+        if working and len({index for _, index, event in events if event == "labelled"}) >= moments[kills]:
+            # Not at once: that shard's worker is about to write it.
+            due = min(due, time.monotonic() + float(draw.uniform(0, 2)) * job.plan.seconds)
+        if not working or time.monotonic() < due:
             continue
+        due = math.inf
         child = int(draw.choice(working))
         if draw.random() < 0.05:
             os.kill(child, signal.SIGSTOP)
