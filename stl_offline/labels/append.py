@@ -4,7 +4,6 @@ The manifest is replaced last, and only if it is still the one that was there at
 the same images at the same time, as any number may write a new set.
 """
 
-import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from stl_offline.labels.keys import some
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import Manifest, ShardRecord, parse_object, shard_name
 from stl_offline.labels.spec import LabelSpec, differences
-from stl_offline.labels.store import CARD, JOB, MANIFEST, PARTIAL, PULL, read_job, read_manifest
+from stl_offline.labels.store import CARD, JOB, MANIFEST, PARTIAL, PULL, job_settings, read_job, read_manifest
 from stl_offline.labels.tar_writer import TarLabelWriter
 from stl_offline.labels.writer import LabelSetWriter
 
@@ -92,16 +91,10 @@ def check_settings(base: LabelSet, spec: LabelSpec) -> None:
 def remove_leftovers(base: LabelSet) -> None:
     """Remove what a process left that was killed after it had added its shards. A job that goes on stays."""
     storage = base.storage
-
-    def settings() -> dict[str, Any] | None:
-        with contextlib.suppress(FileNotFoundError):
-            return parse_object(storage.read(JOB))
-        return None
-
-    job = settings()
+    job = job_settings(storage)
     if job is None and storage.names(PARTIAL):
         # A job's settings are written before anything else: those of one that has begun since the first look are there.
-        job = settings() or {}
+        job = job_settings(storage) or {}
     if job is not None and job.get("after") != base.fingerprint and storage.size(PULL) is None:
         storage.remove(PARTIAL)
 
@@ -123,9 +116,14 @@ class _Appending(LabelSetWriter):
     def _check_content(self) -> None:
         manifest = read_manifest(self._storage)
         if manifest == self._base.manifest:
-            remove_leftovers(self._base)
-            with contextlib.suppress(FileNotFoundError):
+            if not self._is_open:
+                remove_leftovers(self._base)
+            try:
                 self._check_job(*read_job(self._storage))
+            except FileNotFoundError:
+                # Removed by a process that took it for a leftover, in the moment in which it was written.
+                if self._is_open:
+                    self._storage.create(JOB, self._job())
         elif self._is_mine(manifest):
             self.complete = True
         else:

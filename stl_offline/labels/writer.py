@@ -26,7 +26,7 @@ from stl_offline.files import canonical_json, make_folder, remove_leftovers, sha
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.card import make_card
 from stl_offline.labels.format import encode_shard
-from stl_offline.labels.manifest import Manifest, ShardRecord, shard_name, shard_range
+from stl_offline.labels.manifest import Manifest, ShardRecord, parse_object, shard_name, shard_range
 from stl_offline.labels.spec import LabelSpec, differences
 from stl_offline.labels.store import (
     CARD,
@@ -39,6 +39,7 @@ from stl_offline.labels.store import (
     TRANSFERS,
     Claims,
     Storage,
+    job_settings,
     open_storage,
     read_job,
     read_manifest,
@@ -106,7 +107,7 @@ class LabelSetWriter:
         self._clean(0.0 if self.complete else _LEFTOVER_SECONDS)
         self._is_open = not self.complete
         if self.complete:
-            self._storage.remove(PARTIAL)
+            self._remove_partial()
         return self
 
     def __exit__(
@@ -117,7 +118,7 @@ class LabelSetWriter:
             self._claims.__exit__(kind, error, trace)
         if self.complete:
             # Also what another process wrote there while this one finished.
-            self._storage.remove(PARTIAL)
+            self._remove_partial()
 
     def shard_range(self, index: int) -> tuple[int, int]:
         """The half-open range of samples of shard ``index``."""
@@ -269,8 +270,14 @@ class LabelSetWriter:
         self._store(manifest)
         self.complete = True
         self._clean(0.0)
-        self._storage.remove(PARTIAL)
+        self._remove_partial()
         return manifest
+
+    def _remove_partial(self) -> None:
+        """Remove `.partial/`, unless it is that of a job that appends to this one's shards."""
+        job = job_settings(self._storage)
+        if job is None or job.get("after") == parse_object(self._job()).get("after"):
+            self._storage.remove(PARTIAL)
 
     def _job(self) -> bytes:
         """What is written when the job begins, for other processes to compare with."""

@@ -13,6 +13,7 @@ from stl_offline.config import DumpConfig
 from stl_offline.dump import dump_labels, load_labeler
 from stl_offline.dump.append import prepare_append
 from stl_offline.errors import InputError, JoinError, TargetError
+from stl_offline.files import canonical_json
 from stl_offline.images.pack import pack
 from stl_offline.labels.append import remove_leftovers
 from stl_offline.labels.convert import convert
@@ -186,6 +187,47 @@ def test_a_job_that_goes_on_is_no_leftover(started, tmp_path):
         some = Path(started.data).parent / "some.beton"
         assert dump_labels(replace(started, data=str(some)), append=True).labelled == 0
         assert writer.unrecorded() == [3]
+
+
+def test_a_worker_that_ends_late_leaves_the_next_job_alone(started, tmp_path):
+    """It finds its own append complete when the next one has begun, whose files have the same names."""
+    late = prepare_append(started, load_labeler(started), torch.device("cpu"))
+    with late.open_writer() as writer:
+        dump_labels(started, append=True)
+        assert not writer.complete
+        base = open_label_set(tmp_path / "set")
+        job = tmp_path / "set" / ".partial" / "job.json"
+        job.parent.mkdir()
+        job.write_bytes(canonical_json({"after": base.fingerprint}))
+        assert writer._is_finished()
+    assert json.loads(job.read_bytes()) == {"after": base.fingerprint}
+
+
+def test_the_first_job_again_leaves_an_append_alone(started, tmp_path):
+    """The set is complete for it, and what lies in `.partial/` is another's."""
+    work = prepare_append(started, load_labeler(started), torch.device("cpu"))
+    some = Path(started.data).parent / "some.beton"
+    with work.open_writer() as writer:
+        writer.write_shard(4, work.label_shard(writer, 4, lambda done: None))
+        assert dump_labels(replace(started, data=str(some), shards=3)).labelled == 0
+        assert writer.unrecorded() == [3]
+
+
+def test_an_append_whose_job_is_gone_goes_on(started, tmp_path):
+    """Removed as a leftover in the moment in which it was written: it is written again, and nothing twice."""
+    work = prepare_append(started, load_labeler(started), torch.device("cpu"))
+    job = tmp_path / "set" / ".partial" / "job.json"
+    labelled = []
+    with work.open_writer() as writer:
+        text = job.read_bytes()
+        for shard in writer.claim_shards():
+            if not labelled:
+                job.unlink()
+                assert not writer._is_finished() and job.read_bytes() == text
+            labelled.append(shard)
+            writer.write_shard(shard, work.label_shard(writer, shard, lambda done: None))
+        writer.finish()
+    assert sorted(labelled) == [3, 4] and not job.parent.exists()
 
 
 def test_tars_that_are_new(files, settings, tmp_path, caplog):  # noqa: F811

@@ -52,6 +52,7 @@ class MemoryLoader:
         targets: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self.images, self.batch_size, self.device, self.world, self.shuffle = images, batch_size, device, world, shuffle
+        self.seed = 0
         pixels = torch.randn(len(images), 3, side, side, generator=torch.Generator().manual_seed(1))
         self.pixels = pixels.to(device, memory_format=torch.channels_last)
         self.class_ids = torch.from_numpy(images.class_ids).to(device)
@@ -76,7 +77,7 @@ class MemoryLoader:
     ) -> "_Epoch":
         order = sample_ids
         if order is None:
-            order = shuffled(0, epoch, len(self.images)) if self.shuffle else np.arange(len(self.images))
+            order = shuffled(self.seed, epoch, len(self.images)) if self.shuffle else np.arange(len(self.images))
         batches = rank_batches(order, self.batch_size, self.world)[start_batch:]
         return _Epoch(self._batch(epoch, ids, warps) for ids in batches)
 

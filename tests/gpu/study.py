@@ -100,8 +100,10 @@ class DecodedLoader(MemoryLoader):
         *,
         shuffle: bool = True,
         labels: TokenLabels | None = None,
+        seed: int = 0,
     ) -> None:
         self.images, self.batch_size, self.device, self.shuffle = images, batch_size, device, shuffle
+        self.seed = seed
         self.world, self.targets = World(), None
         self.pixels = torch.from_numpy(images.pixels).to(device)
         self.class_ids = torch.from_numpy(images.class_ids).to(device)
@@ -109,7 +111,7 @@ class DecodedLoader(MemoryLoader):
         self._mean, self._std = (torch.tensor(each, device=device)[:, None, None] for each in normalisation)
         self._views, self._places = np.zeros((0, 6), np.float32), {}
 
-    def epoch(self, epoch, views, *, start_batch=0, sample_ids=None, warps=None, labels=None, **places):
+    def epoch(self, epoch, views, *, start_batch=0, sample_ids=None, warps=None, repeats=1, labels=None, **places):
         if labels is not None:
             self.labels = labels
         self._views, self._places = views, places
@@ -122,7 +124,7 @@ class DecodedLoader(MemoryLoader):
         batch.images = self._crop(batch.images, torch.from_numpy(views).to(self.device, torch.float32))
         if self.labels is not None:
             places = {name: values[ids] for name, values in self._places.items()}
-            tokens = self.labels(ids, views, epoch, **places)
+            tokens = self.labels(ids, views, epoch, seed=self.seed, **places)
             batch.token_ids, batch.token_weights = (torch.from_numpy(each).to(self.device) for each in tokens)
         return batch
 
@@ -220,7 +222,7 @@ class Study:
                 source = stack.enter_context(closing(open_labels(config, stage)))
                 objective, plan, identity = StudentObjective(stage, source), source.plan, source.identity()
                 labels = source.loader_labels()
-            loader = self._loader(train, config.batch_size, stage, labels=labels)
+            loader = self._loader(train, config.batch_size, stage, labels=labels, seed=seed)
             run_training(stage, make_run_folder(stage, identity), objective, plan, lambda: (loader, validation))
         model, _ = load_model(config.out)
         scores = evaluate_model(
@@ -265,7 +267,11 @@ class Study:
             if not running and not any(all(map(self.result, needs)) for needs in todo.values()):
                 break  # what is left needs something that failed
             time.sleep(0.2 if running else 0)
-            running = {task: process for task, process in running.items() if process.poll() is None}
+            for task, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[task]
+                    if self.result(task) is None:
+                        print(f"{task} FAILED ({process.returncode})", file=sys.stderr)
 
     def _words(self, task: str) -> list[str]:
         words = [word for name, value in asdict(self).items() for word in (f"--{name.replace('_', '-')}", str(value))]

@@ -81,6 +81,16 @@ def read_job(storage: Storage) -> tuple[LabelSpec, list[int]]:
         raise FormatError(f"{storage.place}/{JOB}: {error}; remove the folder and start again") from error
 
 
+def job_settings(storage: Storage) -> dict[str, Any] | None:
+    """What a job that has not ended wrote when it began: {} where it cannot be read, None where there is no job."""
+    try:
+        return parse_object(_read_small(storage, JOB, _MANIFEST_BYTES))
+    except FileNotFoundError:
+        return None
+    except FormatError:
+        return {}
+
+
 def read_present(storage: Storage, num_shards: int) -> tuple[int, ...]:
     """Which shards are there: all of them, or those that `partial.json` lists. Raises FormatError."""
     try:
