@@ -1,8 +1,9 @@
 """Commands as processes of their own that start at once: forks of a process that has imported what they use.
 
 A new interpreter needs 5 seconds of processor time for its imports, which is most of what a small command costs. Files,
-signals, exit codes and what a command prints are the same in a fork. Not the same are imports and the streams that a
-process is born with: tests of these start an interpreter.
+signals, exit codes and what a command prints are the same in a fork. Not the same are imports, the streams that a
+process is born with, and the end of the interpreter: tests of these start one. Forks also share the order of sets of
+strings, so what they are compared with is made by the process of the tests.
 """
 
 import atexit
