@@ -22,7 +22,8 @@ from stl_offline.labels.cache import CacheMaker
 from stl_offline.labels.cache_file import TokenCache, cache_bytes
 from stl_offline.labels.spec import LabelSpec
 
-# Two spans are on disk at a time. ImageNet-1K has 350 MB of one draw for each token of a view, and 8.6 GB of top-5.
+# Two spans are on disk at a time, or more (`run_bytes`). ImageNet-1K has 350 MB of one draw for each token of a view,
+# and 8.6 GB of top-5.
 SPAN_BYTES = 1_000_000_000
 _CLOSE_SECONDS = 10.0
 
@@ -35,10 +36,19 @@ def span_views(spec: LabelSpec, n: int, repeats: int = 1) -> int:
 
 
 def run_bytes(spec: LabelSpec, n: int, repeats: int = 1) -> int:
-    """The most bytes that the caches of a run over n images take at a time. repeats: as of `ViewsAhead`."""
-    span = span_views(spec, n, repeats)
-    together = min(2 * span, spec.views_per_image)
-    return cache_bytes(spec.of_views(range(together)), n)
+    """The most bytes that the caches of a run over n images take at a time. repeats: as of `ViewsAhead`.
+
+    That is the span in use and the next one. If V is no multiple of repeats, a group of views can need the end of a
+    span, the next one and, behind a shorter last span, the first. All stay mapped while one more is made.
+    """
+    span, views = span_views(spec, n, repeats), spec.views_per_image
+    if 2 * span >= views or views % repeats == 0:
+        return cache_bytes(spec.of_views(range(min(2 * span, views))), n)
+    spans = [span] * 3
+    if views % span <= repeats - 2:
+        spans.append(views % span)
+    # Views that are made again while they are mapped count twice, so this can be more than all V.
+    return sum(cache_bytes(spec.of_views(range(each)), n) for each in spans)
 
 
 class ViewsAhead:

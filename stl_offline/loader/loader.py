@@ -73,7 +73,10 @@ class TokenLoader:
         repeats: crops m of each image in a batch, from one decode: repeated augmentation (Berman et al., MultiGrain,
             arXiv 1902.05509). Epochs g · m … g · m + m − 1 then show their crops
             together. Each of them shows an m-th part of the images, B / m in a batch, with m crops of each: crop r as
-            epoch g · m + r of a loader without repeats shows it. So an epoch has as many batches as without.
+            epoch g · m + r of a loader without repeats shows it. So an epoch has as many batches as without. Crops of
+            an image follow each other. In a batch with an odd number of images, half of the middle one's are swapped
+            with the first one's: samples i and B − 1 − i, which mixup and cutmix mix, are of different images, but for
+            the middle sample of an odd B and batches of one image.
 
     Raises:
         InputError: an argument that cannot be used, or a cache that belongs to another .beton.
@@ -265,6 +268,11 @@ class TokenLoader:
         _, ids, (pixels, *tokens) = item
         to_device = self._to_device
         token_ids = token_weights = None
+        places, swapped = _partners_apart(len(ids), self._crop.repeats)
+        if len(places):
+            ids = ids.copy()
+            for array in (ids, pixels, *(tokens[0] if tokens else ())):
+                array[places] = array[swapped]
         if tokens:
             shape = (len(ids), self.tokens.tokens, self._targets_per_token)
             token_ids = to_device.copy(tokens[0][0].reshape(shape), torch.int64)
@@ -279,6 +287,17 @@ class TokenLoader:
             epochs=torch.from_numpy(self._first_epoch + ids // len(self.beton)),
             warps=None if self._warps is None else torch.from_numpy(self._warps[ids]),
         )
+
+
+def _partners_apart(samples: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of a batch, and those whose samples they take, so that i and B − 1 − i are of different images.
+
+    Without the swap, the crops of the middle one of an odd number of images would be each other's partners.
+    """
+    images = samples // repeats
+    last = np.arange(repeats - repeats // 2, repeats if images % 2 and images > 1 else 0)
+    middle = images // 2 * repeats + last
+    return np.concatenate([last, middle]), np.concatenate([middle, last])
 
 
 def check_views(views: np.ndarray, samples: int) -> np.ndarray:

@@ -77,6 +77,18 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_per
     return CosineLRScheduler(optimizer, **settings)
 
 
+def count_parts(accumulate: int, own: int, totals: Tensor, processes: int, crops: int) -> int:
+    """In how many parts a step is taken: the same in all processes, each of which has at least one image for each part.
+
+    Args:
+        own: images of this process; totals: of all, as `Inputs.totals` has them.
+        crops: of each image in a batch. The images of two processes' batches differ by this many at most.
+    """
+    if own >= accumulate + crops:  # so no process has fewer than ``accumulate``; else the device is waited for
+        return accumulate
+    return min(accumulate, int(totals[0]) // crops // processes * crops)
+
+
 def make_average(model: nn.Module, config: RunConfig) -> ModelEmaV3 | None:
     """Exponential moving average of the weights.
 
@@ -147,12 +159,13 @@ class TrainStep:
     Args:
         run: the model, its settings, device and processes.
         objective: inputs and losses.
-        steps_per_epoch: what the schedule is made for.
+        steps_per_epoch: of the epochs that steps belong to; the schedule is made for it.
     """
 
     def __init__(self, run: TrainingRun, objective: Objective, steps_per_epoch: int) -> None:
         config, world, device = run.config, run.world, run.device
         self.config, self.world, self.device, self.objective = config, world, device, objective
+        self.steps_per_epoch = steps_per_epoch
         self.model = run.model.to(device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
@@ -198,7 +211,8 @@ class TrainStep:
         inputs = self.objective.inputs(batch, random)
         totals = sum_over_world_blocking(inputs.totals(), self.world)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._backward(inputs, totals)
+        crops = len(self.config.shown_together(step // self.steps_per_epoch))
+        losses = self._backward(inputs, totals, crops)
         finite = torch.isfinite(losses["loss"])
         told = torch.stack([*losses.values(), (~finite).double()])
         told = torch.cat([told, upload(np.array(notes(), dtype=np.float64), self.device)])
@@ -235,12 +249,11 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
-    def _backward(self, inputs: Inputs, totals: Tensor) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, totals: Tensor, crops: int) -> dict[str, Tensor]:
         """Gradients of a whole step, part by part; gives this process's sums of the losses, (,) float64 each."""
         count = self.config.accumulate
-        if self.parallel is not None and len(inputs) <= count:
-            # As many parts in every process: batches may differ by one image. The only step that waits for the device.
-            count = min(count, int(totals[0]) // self.world.size)
+        if self.parallel is not None:
+            count = count_parts(count, len(inputs), totals, self.world.size, crops)
         sums: dict[str, Tensor] = {}
         for number, part in enumerate(inputs.parts(count), 1):
             alone = self.parallel is not None and number < count

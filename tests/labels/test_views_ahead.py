@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -156,7 +158,57 @@ def test_a_span_holds_whole_groups_of_views_that_are_read_together(monkeypatch):
     spec = make_spec(view_count=30, classes=1000, grid=(14, 14))
     monkeypatch.setattr(views_ahead, "SPAN_BYTES", 10 * cache_bytes(spec.of_views(range(1)), 100))
     assert [span_views(spec, 100, repeats) for repeats in (1, 4, 7, 12, 40)] == [10, 8, 7, 12, 30]
-    assert run_bytes(spec, 100, 4) == cache_bytes(spec.of_views(range(16)), 100)
+    assert run_bytes(spec.of_views(range(28)), 100, 4) == cache_bytes(spec.of_views(range(16)), 100)
+    assert run_bytes(spec, 100, 4) == 3 * cache_bytes(spec.of_views(range(8)), 100)
+
+
+class CountedMaker:
+    """A `CacheMaker` whose caches are views alone: ``alive`` has those that are on disk, or mapped by a reader."""
+
+    class Cache:
+        def __init__(self, views):
+            self.views, self.labelled = views, np.ones(1)
+
+    def __init__(self, spec):
+        self.spec, self.images, self.views = spec, 1, range(spec.views_per_image)
+        self.disk, self.alive = {}, weakref.WeakSet()
+
+    def join(self, number):
+        return SimpleNamespace(shard=np.zeros(1))
+
+    def make(self, views, keep=(), stop=None):
+        if views not in self.disk:
+            self.disk = {each: cache for each, cache in self.disk.items() if each in keep}
+            self.disk[views] = self.Cache(views)
+            self.alive.add(self.disk[views])
+        return self.disk[views]
+
+
+@pytest.mark.parametrize(
+    ("views", "repeats", "groups", "spans"),
+    [
+        (8, 2, 1, [2, 2]),
+        (7, 2, 1, [2, 2, 2]),  # 5 | 6, 0: with the one after
+        (13, 2, 2, [4, 4, 4]),
+        (13, 4, 1, [4, 4, 4, 1]),  # 11 | 12 | 0, 1, while 4 … 7 are made
+        (9, 4, 1, [4, 4, 4, 1]),  # 4 … 7 both mapped and made again: more than all views
+        (5, 4, 1, [5]),
+    ],
+)
+def test_no_group_needs_more_disk_than_was_foretold(monkeypatch, views, repeats, groups, spans):
+    spec = make_spec(view_count=views)
+    monkeypatch.setattr(views_ahead, "SPAN_BYTES", groups * repeats * cache_bytes(spec.of_views(range(1)), 1))
+    maker = CountedMaker(spec)
+    ahead, most, epochs = ViewsAhead(maker, repeats), 0, 3 * views * repeats
+    for first in range(0, epochs, repeats):
+        group = [ahead.of_epoch(epoch, epochs) for epoch in range(first, first + repeats)]
+        assert [cache.views[place] for cache, place in group] == [(first + each) % views for each in range(repeats)]
+        if ahead._next is not None:
+            ahead._next.join()
+        most = max(most, sum(len(cache.views) for cache in maker.alive))
+    assert most == sum(spans)
+    # A cache holds a byte for each image, besides its views.
+    assert run_bytes(spec, 1, repeats) == pytest.approx(most * cache_bytes(spec.of_views(range(1)), 1), rel=0.01)
 
 
 @pytest.mark.parametrize("labels", ["both"], indirect=True)

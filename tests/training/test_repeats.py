@@ -7,12 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from stl_offline.config import LabelerConfig, StudentConfig
 from stl_offline.errors import InputError
+from stl_offline.training import optimization
 from stl_offline.training.dry_run import dry_run
 from stl_offline.training.label_sources import check_labels, open_labels
+from stl_offline.training.optimization import count_parts
 from stl_offline.training.setup import make_train_loader, prepare
+from stl_offline.training.steps import StepInputs
 from stl_offline.training.train_labeler import train_labeler
 from stl_offline.training.train_student import train_student
 
@@ -62,11 +67,43 @@ def test_crops_targets_and_augmentation_are_those_of_the_epochs_without_repeats(
         assert sorted(samples[first] + samples[other]) == sorted(2 * list(range(45)))
 
 
-def test_mixed_crops_come_from_two_images(quick):
-    stage = prepare(LabelerConfig(**quick | {"repeats": 5, "epochs": 5}), "labeler")
+@pytest.mark.parametrize(("batch_size", "repeats"), [(20, 5), (20, 4), (15, 5), (6, 2)])
+def test_mixed_crops_come_from_two_images(quick, batch_size, repeats):
+    """Of four, five and three images: only the middle crop of an odd batch is its own partner."""
+    stage = prepare(LabelerConfig(**quick | {"batch_size": batch_size, "repeats": repeats, "epochs": 5}), "labeler")
     (first, *_) = make_train_loader(stage, None).epoch(0, **stage.random_plan(0))
-    assert len(first) == 20
-    assert (first.sample_ids != first.sample_ids.flip(0)).all()
+    assert len(first) == batch_size
+    assert int((first.sample_ids == first.sample_ids.flip(0)).sum()) == batch_size % 2
+
+
+@given(
+    images=st.lists(st.integers(0, 1), min_size=1, max_size=5),
+    least=st.integers(1, 40),
+    accumulate=st.integers(1, 40),
+    crops=st.integers(1, 9),
+)
+@example(images=[1, 0], least=1, accumulate=8, crops=4)  # 8 and 4 crops
+def test_processes_take_as_many_parts_and_none_is_empty(images, least, accumulate, crops):
+    sizes = [(least + more) * crops for more in images]
+    totals = torch.tensor([sum(sizes), 0.0], dtype=torch.float64)
+    (count,) = {count_parts(accumulate, own, totals, len(sizes), crops) for own in sizes}
+    assert count == min(accumulate, min(sizes))
+    for own in sizes:
+        assert len([*StepInputs(torch.zeros(own, 1), torch.zeros(own, 1)).parts(count)]) == count
+
+
+def test_a_step_is_divided_by_the_crops_of_its_own_epoch(quick, monkeypatch):
+    """Five epochs of three steps: four of four crops of an image, and one of single crops."""
+    config = LabelerConfig(**quick | {"repeats": 4, "epochs": 5, "val": None})
+    found, original = [], optimization.TrainStep._backward
+
+    def backward(self, inputs, totals, crops):
+        found.append(crops)
+        return original(self, inputs, totals, crops)
+
+    monkeypatch.setattr(optimization.TrainStep, "_backward", backward)
+    train_labeler(config)
+    assert found == [4] * 12 + [1] * 3
 
 
 def log_of(run):
@@ -110,3 +147,7 @@ def test_what_does_not_fit(quick, make_set):
             check(config)
     with pytest.raises(InputError, match="45 images .* 12 batches of up to 4 with 4 crops of an image"):
         dry_run(LabelerConfig(**quick | {"batch_size": 4, "repeats": 4, "epochs": 4}), "labeler")
+    for mixing in ("mixup", "cutmix"):
+        with pytest.raises(InputError, match="mix different images: .* must be more than `repeats`; got 4 and 4"):
+            LabelerConfig(**quick | {"batch_size": 2, "accumulate": 2, "repeats": 4, "epochs": 4, mixing: 0.5})
+        LabelerConfig(**quick | {"batch_size": 1, mixing: 0.5})
