@@ -34,6 +34,7 @@ from stl_offline.settings import (
     MachineConfig,
     MixSettings,
     check_match,
+    check_repeats,
     check_token_targets,
     recorded,
     setting,
@@ -119,10 +120,6 @@ class RunConfig(MachineConfig):
         """Whether every parameter of the model gets a gradient in every step."""
         return True
 
-    def shown_together(self, epoch: int) -> range:
-        """The epochs whose crops of an image stand in one batch: an epoch alone."""
-        return range(epoch, epoch + 1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
@@ -193,17 +190,8 @@ class TrainConfig(RunConfig):
     def check_together(self) -> None:
         super().check_together()
         self.crop_settings()
-        self.mix_settings()
         self.erase_settings()
-        if self.repeats > self.epochs:
-            raise InputError(f"`repeats` must be at most `epochs`, {self.epochs}; got {self.repeats}")
-        if (step := self.batch_size * self.accumulate) % self.repeats:
-            raise InputError(f"`repeats` must divide `batch_size` × `accumulate`, {step}; got {self.repeats}")
-        if step == self.repeats > 1 and (self.mixup > 0 or self.cutmix > 0):
-            raise InputError(
-                "`mixup` and `cutmix` mix different images: `batch_size` × `accumulate` must be more than `repeats`; "
-                f"got {step} and {self.repeats}"
-            )
+        check_repeats(self.repeats, self.epochs, self.batch_size * self.accumulate, self.mix_settings())
 
     def shown_together(self, epoch: int) -> range:
         """The epochs whose crops of an image stand in one batch: an epoch alone, or `repeats` of them."""

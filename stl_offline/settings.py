@@ -277,3 +277,20 @@ def check_match(match: str, *, allow_changed: bool = False, key_prefix: str = ""
         raise InputError('`allow_changed` does nothing where images are found by their content; use `match="stem"`')
     if match != "key" and key_prefix:
         raise InputError(f'`key_prefix` changes keys, and `match="{match}"` does not compare them; give one of the two')
+
+
+def check_repeats(repeats: int, epochs: int, step: int, mix: MixSettings) -> None:
+    """Whether ``step`` images of a process's step can be ``repeats`` crops of each, in some of ``epochs``.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if repeats > epochs:
+        raise InputError(f"`repeats` must be at most `epochs`, {epochs}; got {repeats}")
+    if step % repeats:
+        raise InputError(f"`repeats` must divide `batch_size` × `accumulate`, {step}; got {repeats}")
+    if step == repeats > 1 and (mix.mixup > 0 or mix.cutmix > 0):
+        raise InputError(
+            "`mixup` and `cutmix` mix different images: `batch_size` × `accumulate` must be more than `repeats`; "
+            f"got {step} and {repeats}"
+        )

@@ -165,7 +165,7 @@ class TrainStep:
     def __init__(self, run: TrainingRun, objective: Objective, steps_per_epoch: int) -> None:
         config, world, device = run.config, run.world, run.device
         self.config, self.world, self.device, self.objective = config, world, device, objective
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, self._crops_of = steps_per_epoch, run.crops_of
         self.model = run.model.to(device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
@@ -211,7 +211,7 @@ class TrainStep:
         inputs = self.objective.inputs(batch, random)
         totals = sum_over_world_blocking(inputs.totals(), self.world)
         self.optimizer.zero_grad(set_to_none=True)
-        crops = len(self.config.shown_together(step // self.steps_per_epoch))
+        crops = self._crops_of(step // self.steps_per_epoch)
         losses = self._backward(inputs, totals, crops)
         finite = torch.isfinite(losses["loss"])
         told = torch.stack([*losses.values(), (~finite).double()])

@@ -57,6 +57,10 @@ class TrainingRun:
         usual two groups, with and without weight decay."""
         return None
 
+    def crops_of(self, epoch: int) -> int:
+        """Crops of each image in an epoch's batches."""
+        return 1
+
 
 @dataclass(kw_only=True)
 class Stage(TrainingRun):
@@ -86,6 +90,9 @@ class Stage(TrainingRun):
     def augment(self, batch: Batch) -> torch.Tensor:
         """The batch's images as the model sees them, but for mixing: (B, 3, H, W)."""
         return self.augmentation(batch.images, batch.warps, batch.epochs.numpy(), batch.sample_ids.numpy())
+
+    def crops_of(self, epoch: int) -> int:
+        return len(self.config.shown_together(epoch))
 
     def random_plan(self, epoch: int) -> dict[str, Any]:
         """An epoch of fresh random crops: arguments of `TokenLoader.epoch`."""
