@@ -167,7 +167,7 @@ def test_no_move_changes_nothing(load, coordinates):
         assert torch.equal(a.token_ids, b.token_ids)
         assert torch.equal(a.views, b.views)
         assert a.warps is None
-        assert b.epoch == 3
+        assert b.epochs.tolist() == [3] * len(b)
         assert warp_images(b.images, b.warps) is b.images
 
 
