@@ -39,6 +39,8 @@ class Claims:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._held: dict[int, str] = {}
+        # What is being created: an interrupt may come once it is there, before that is noted.
+        self._trying: tuple[str, bytes] | None = None
         # For each claim that was seen: its stamp, and since when it has had it.
         self._seen: dict[str, tuple[str, float]] = {}
         self._owners: dict[str, dict[str, Any]] = {}
@@ -57,6 +59,11 @@ class Claims:
             # Where the store does not answer, the claim dies by itself.
             with contextlib.suppress(StlError):
                 self.release(shard)
+        if self._trying is not None:
+            path, data = self._trying
+            with contextlib.suppress(StlError, FileNotFoundError):
+                if self._storage.read(path) == data:
+                    self._storage.remove_file(path)
 
     @property
     def held(self) -> set[int]:
@@ -89,22 +96,25 @@ class Claims:
     def take(self, shard: int, after: str | None = None) -> bool:
         """Claim a shard; ``after``: the dead claim on it. False where another worker was first."""
         name = _name(shard, 0 if after is None else _parse(after)[1] + 1)
-        data = _content()
-        if self._storage.create(f"{CLAIMS}/{name}", data) != data:
-            return False
-        with self._changing:
-            self._held[shard] = name
-        return True
+        path, data = f"{CLAIMS}/{name}", _content()
+        self._trying = (path, data)
+        is_ours = self._storage.create(path, data) == data
+        if is_ours:
+            with self._changing:
+                self._held[shard] = name
+        self._trying = None
+        return is_ours
 
     def release(self, shard: int) -> None:
         """Give a claim up, because the shard is written or will not be. Without a claim on it, do nothing."""
         with self._changing:
-            name = self._held.pop(shard, None)
-        if name is None:
-            return
-        # Those that were taken over, too.
-        for owner in range(_parse(name)[1] + 1):
-            self._storage.remove_file(f"{CLAIMS}/{_name(shard, owner)}")
+            name = self._held.get(shard)
+            if name is None:
+                return
+            # Those that were taken over, too. An interrupt leaves the claim held, to be released at the end.
+            for owner in range(_parse(name)[1] + 1):
+                self._storage.remove_file(f"{CLAIMS}/{_name(shard, owner)}")
+            del self._held[shard]
 
     def _renew(self) -> None:
         while not self._closed.wait(RENEW_SECONDS):

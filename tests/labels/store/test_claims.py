@@ -251,3 +251,45 @@ def test_requests_grow_as_shards(workers, shards, tmp_path, monkeypatch):
     assert counts["look"] <= 4 * shards + 40 * workers
     assert counts["remove"] <= shards + 25 * workers
     assert counts["list"] <= 50 * workers
+
+
+@pytest.mark.parametrize("moment", ["created", "removed"])
+def test_an_interrupt_between_a_claim_and_its_note_leaves_no_claim(tmp_path, monkeypatch, moment):
+    """A signal ends a worker at any instant: once a claim is there and not noted yet, and while one is given up."""
+    here = open_storage(str(tmp_path / "labels"))
+    create, remove = type(here).create, type(here).remove_file
+
+    def interrupted(function, after):
+        def call(self, *arguments):
+            monkeypatch.undo()
+            if after:
+                function(self, *arguments)
+            raise KeyboardInterrupt
+
+        return call
+
+    with Claims(here) as other, pytest.raises(KeyboardInterrupt), Claims(here) as ours:
+        assert other.take(0) and ours.take(1)
+        if moment == "created":
+            monkeypatch.setattr(type(here), "create", interrupted(create, after=True))
+            ours.take(2)
+        else:
+            monkeypatch.setattr(type(here), "remove_file", interrupted(remove, after=False))
+            ours.release(1)
+    assert not here.names(claims.CLAIMS)
+
+
+def test_an_interrupt_leaves_the_claims_of_others(tmp_path, monkeypatch):
+    here = open_storage(str(tmp_path / "labels"))
+    create = type(here).create
+
+    def beaten(self, name, data):
+        monkeypatch.undo()
+        create(self, name, b"another worker's")
+        create(self, name, data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(here), "create", beaten)
+    with pytest.raises(KeyboardInterrupt), Claims(here) as ours:
+        ours.take(2)
+    assert [here.read(f"{claims.CLAIMS}/{name}") for name in here.names(claims.CLAIMS)] == [b"another worker's"]
