@@ -139,7 +139,6 @@ class DetectConfig(BackboneConfig):
         False,
         "Predict a mask of each object, too (Mask R-CNN), from the masks of a COCO JSON file.",
         needs=needs.ANNOTATIONS,
-        recorded_by_default=False,
     )
     batch_size: int = setting(4, "Images per batch and process.", bounds="[1, inf)")
     epochs: int = setting(24, "Passes over the training data.", bounds="[1, inf)")

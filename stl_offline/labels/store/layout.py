@@ -84,7 +84,7 @@ def read_job(storage: Storage) -> tuple[LabelSpec, list[int]]:
 def job_settings(storage: Storage) -> dict[str, Any] | None:
     """What a job that has not ended wrote when it began: {} where it cannot be read, None where there is no job."""
     try:
-        return parse_object(_read_small(storage, JOB, _MANIFEST_BYTES))
+        return read_object(storage, JOB, _MANIFEST_BYTES)
     except FileNotFoundError:
         return None
     except FormatError:
