@@ -14,12 +14,15 @@ gradient of their mean over ``--samples`` is given, too.
 """
 
 import argparse
+import lzma
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numcodecs import Blosc, Zstd
 
 from stl_offline.config import DumpConfig
 from stl_offline.dump import Labelling, load_labeler, top_k_labels
@@ -106,6 +109,39 @@ def print_size(name: str, arrays: ShardArrays, spec: LabelSpec, out: Path) -> No
     print(f"| {' | '.join(cells)} | {cache:,.0f} |")
 
 
+# Of the frequencies of all images, in draws of one image.
+_WEIGHTS = np.array([20.0, 40.0, 120.0, 360.0])
+
+
+def print_packings(draws: np.ndarray, maps: int, name: str) -> None:
+    """Bytes per map of single draws (images, …), uint16, by other ways to pack them. The last is a model, not a codec:
+    what an ideal coder takes that knows the classes' frequencies and learns each image's, at the best of `_WEIGHTS`."""
+    flat = draws.reshape(len(draws), -1)
+    counts = np.bincount(flat.ravel())
+    numbered = np.argsort(np.argsort(-counts, kind="stable")).astype("<u2")[flat]
+    usual = np.array([np.bincount(image).argmax() for image in flat], dtype="<u2")[:, None]
+    low, high = flat.astype(np.uint8), (flat >> 8).astype(np.uint8)
+    blosc = partial(Blosc, "zstd")
+    ways = {
+        "bits shuffled, level 4": len(blosc(4, Blosc.BITSHUFFLE).encode(flat)),
+        "bytes shuffled, level 9, low bytes first": len(blosc(9, Blosc.SHUFFLE).encode(flat)),
+        "bytes shuffled, level 9, high bytes first": len(blosc(9, Blosc.SHUFFLE).encode(flat.byteswap())),
+        "low bytes first, classes numbered by frequency": len(blosc(9, Blosc.SHUFFLE).encode(numbered)),
+        "difference from the image's most frequent class": len(blosc(9, Blosc.SHUFFLE).encode(flat - usual)),
+        "low and high bytes in two arrays": sum(len(Zstd(22).encode(each)) for each in (low, high)),
+        "xz": len(lzma.compress(flat.tobytes(), preset=9 | lzma.PRESET_EXTREME)),
+    }
+    shares = (counts + 0.5) / (counts + 0.5).sum()
+    bits = np.zeros(len(_WEIGHTS))
+    for image in flat:
+        seen = np.zeros(len(counts))
+        for place, drawn_class in enumerate(image):
+            bits -= np.log2((seen[drawn_class] + _WEIGHTS * shares[drawn_class]) / (place + _WEIGHTS))
+            seen[drawn_class] += 1
+    for way, size in {**ways, "ideal adaptive coder": bits.min() / 8}.items():
+        print(f"| {name}: {way} | {size / maps:,.0f} |")
+
+
 def print_sizes(options: argparse.Namespace, out: Path) -> None:
     whole = logits_of(lite0_dump(options.data, options.weights, "", device="cpu"), out, "whole", 512)
     crops = logits_of(
@@ -127,6 +163,8 @@ def print_sizes(options: argparse.Namespace, out: Path) -> None:
         arrays = make_labels(logits, labelling, ids, base)
         for encoding in ("f16", "q8"):
             print_size(name, arrays, replace(base, encoding=encoding, bounds=None), out / "set")
+        if name in ("1 draw", "8 crops, 1 draw"):
+            print_packings(arrays.draws, len(arrays) * base.views_per_image, name)
 
 
 def targets_of(p: np.ndarray, own: int, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
