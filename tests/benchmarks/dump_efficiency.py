@@ -19,6 +19,7 @@ import resource
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -46,8 +47,9 @@ def label(labelling: Labelling, images: torch.Tensor, count: int) -> None:
     """The forward pass alone, on the same images again and again, of as many batches at a time as in a dump."""
 
     @torch.inference_mode()
-    def forward(_: int) -> None:
+    def forward(_: int) -> Callable[[], None]:
         labelling.labeler(images)
+        return lambda: None
 
     for _ in _each(forward, range(0, count, len(images)), labelling._batches_at_once):
         pass
