@@ -75,6 +75,11 @@ def top_quarter(token_logits_BNK: Any, pool: str) -> Any:
 ROWS = {
     "mean-w1-e2": Row({"epochs": 2}),
     "mean-w1-e5": Row({"epochs": 5}),
+    "mean-w1-e15": Row({"epochs": 15}),
+    "mean-w1-e15-cutmix": Row({"epochs": 15, "cutmix": 1.0}),
+    "mean-w1-e15-cutmix-erase": Row({"epochs": 15, "cutmix": 1.0, "mix_mode": "elem", "random_erase": 0.5}),
+    "mean-w5-e15-cutmix": Row({"epochs": 15, "token_weight": 5.0, "cutmix": 1.0}),
+    "mean-w5-e10-cutmix-128": Row({"epochs": 10, "token_weight": 5.0, "cutmix": 1.0, "img_size": 128}),
     "mean-w5-e8": Row({"epochs": 8, "token_weight": 5.0}),
     "mean-w5-e8-cutmix": Row({"epochs": 8, "token_weight": 5.0, "cutmix": 1.0}),
     "lme-w5-e4": Row(lme(epochs=4)),
@@ -95,6 +100,8 @@ ROWS = {
     "top-quarter": Row(lme(), pool=top_quarter),
     "mean-scenes": Row({"epochs": 8, "token_weight": 5.0}, scenes=True),
     "lme-scenes": Row(lme(), scenes=True),
+    "lme-scenes-e24": Row(lme(epochs=24), scenes=True),
+    "mean-scenes-e24": Row({"epochs": 24, "token_weight": 5.0}, scenes=True),
     "timm-vit": Row({"epochs": 10, "token_weight": 5.0, "model": "test_vit", "token_pool": "lme"}),
 }
 

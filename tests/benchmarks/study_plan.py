@@ -33,6 +33,7 @@ class Study:
     corrupted_images: int
     plan: str = "maps"
     side: int = 64
+    student: str = "fan_micro_4_p8"
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def _student(study: Study, folder: Path, task: Task) -> dict[str, Any]:
     elif labels != "none":
         labels = tuple(str(folder / "labels" / name) for name in labels)
     run = folder / "runs" / task.name
-    shared = _shared(study)
+    shared = _shared(study) | {"model": study.student}
     if options["seed"] > 0 or task.name.removesuffix("-seed0") not in PLANS[study.plan].main:
         # Curves are looked at for the first seed of the main arms; scoring takes a tenth of a run's time.
         shared["val_every"] = study.epochs
