@@ -3,10 +3,12 @@
 The workers are processes without a labeler: they claim shards, wait as long as labelling would take, and write bytes
 that were made before. So a worker costs milliseconds, and many can be killed. Each finished set is compared
 with an undisturbed one, byte for byte. With ``--s3`` the set lies in a server of the S3 protocol that cuts connections
-and answers 503, sometimes after it has done what was asked. With ``--tars`` it is written as that of streamed tars is,
-whose sizes are not known beforehand. With ``--append`` the workers add their shards to a complete set.
+and answers 503, sometimes after it has done what was asked; with ``--store`` in a bucket of any store, such as that of
+Google's testbench of Cloud Storage (github.com/googleapis/storage-testbench, STORAGE_EMULATOR_HOST). With ``--tars`` it
+is written as that of streamed tars is, whose sizes are not known beforehand. With ``--append`` the workers add their
+shards to a complete set.
 
-    python -m tests.labels.worker_kills --kills 1000 --out runs/worker-kills [--s3] [--tars] [--append]
+    python -m tests.labels.worker_kills --kills 1000 --out runs/kills [--s3 | --store ADDRESS] [--tars] [--append]
 
 A shard is counted as labelled twice if its labels were complete in the memory of two workers:
 
@@ -336,6 +338,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.1, help="that labelling a shard takes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--s3", action="store_true")
+    parser.add_argument("--store", help="address of an empty bucket")
     parser.add_argument("--tars", action="store_true")
     parser.add_argument("--append", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -368,7 +371,7 @@ def main() -> None:
             finally:
                 server.kill()
     else:
-        counts = survive(out, str(out), *arguments)
+        counts = survive(out, options.store or str(out), *arguments)
     for name, count in sorted(counts.items()):
         print(f"{name}: {count}")
     print(f"labelled twice: {100 * counts['labelled twice'] / counts['shards']:.2f} %")
