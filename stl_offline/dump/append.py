@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from stl_offline.config import DumpConfig
@@ -40,9 +41,9 @@ class AppendLabelling(Labelling):
         source = added_source(self._base, self._old, keys, classes, self.beton.content_hashes[self.rows])
         return AppendWriter(self._base, sizes, source)
 
-    def label_shard(self, writer: LabelSetWriter, shard: int, done: Callable[[int], object]) -> ShardArrays:
+    def samples_of(self, writer: LabelSetWriter, shard: int) -> np.ndarray:
         first, last = self._range(shard - len(self._base.shards))
-        return self.label(self.rows[first:last], done)
+        return self.rows[first:last]
 
     def _range(self, shard: int) -> tuple[int, int]:
         """The half-open range of ``rows`` of an added shard."""

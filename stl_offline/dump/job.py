@@ -1,10 +1,13 @@
 """The dump job: each process is a worker that claims one shard after another until none is left.
 
 Workers do not know of each other. They may run on any number of machines, start late and be killed: what they share is
-the place where the label set lies. Each shard is encoded and written while the next one is labelled.
+the place where the label set lies. Each shard is encoded and written while the next one is
+labelled. Batches of the next shard follow its last ones without a pause.
 """
 
 import concurrent.futures
+import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -120,19 +123,18 @@ def _write_shards(labelling: Labelling | TarLabelling, writer: LabelSetWriter, i
         concurrent.futures.ThreadPoolExecutor(1) as background,
     ):
         size = _Size(writer.place, len(shards), bar) if left is None else _Size(writer.place, left, bar, per_image=True)
-        pending: list[concurrent.futures.Future[Any]] = []
-
-        def end_pending() -> None:
-            # Never more than one waits.
-            while pending:
-                size.add(pending.pop().result())
-
-        for shard in writer.claim_shards(end_pending):
-            arrays = labelling.label_shard(writer, shard, bar.update)
-            labelled += len(arrays)
-            end_pending()
-            pending.append(background.submit(writer.write_shard, shard, arrays))
-        end_pending()
+        written: concurrent.futures.Future[Any] | None = None
+        shards_with_labels = labelling.label_shards(writer, writer.claim_shards(), bar.update)
+        with contextlib.closing(shards_with_labels):
+            for found in itertools.chain(shards_with_labels, [None]):
+                # Never more than one waits to be written.
+                if written is not None:
+                    size.add(written.result())
+                    written = None
+                if found is not None:
+                    labelled += len(found[1])
+                    written = background.submit(writer.write_shard, *found)
+                    del found
     return labelled
 
 

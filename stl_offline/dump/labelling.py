@@ -5,11 +5,11 @@ B: batch, N: tokens on a grid (Gh, Gw), K: classes, k: classes kept, V: views of
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,6 +69,24 @@ def load_labeler(config: DumpConfig) -> TokenLabeler:
     return labeler
 
 
+@dataclass
+class _Part:
+    """Samples (n,) that are labelled together, such as those of a shard, and their labels as far as they are made."""
+
+    number: int
+    samples: np.ndarray
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class _PartBatch(NamedTuple):
+    """A batch of a part's samples ``rows`` under its view number ``view``."""
+
+    batch: Batch
+    part: _Part
+    view: int
+    rows: slice
+
+
 class Labelling:
     """A labeler with the images that it labels, as a `DumpConfig` asks for.
 
@@ -121,9 +139,25 @@ class Labelling:
         """How many images some shards hold; None where that is not known."""
         return sum(last - first for first, last in map(writer.shard_range, shards))
 
+    def samples_of(self, writer: LabelSetWriter, shard: int) -> np.ndarray:
+        """The places, int64 (n,), of a shard's images in ``beton``."""
+        return np.arange(*writer.shard_range(shard))
+
     def label_shard(self, writer: LabelSetWriter, shard: int, done: Callable[[int], object]) -> ShardArrays:
         """The labels of a shard; raises as `label`."""
-        return self.label(np.arange(*writer.shard_range(shard)), done)
+        return self.label(self.samples_of(writer, shard), done)
+
+    def label_shards(
+        self, writer: LabelSetWriter, shards: Iterable[int | None], done: Callable[[int], object]
+    ) -> Iterator[tuple[int, ShardArrays] | None]:
+        """These shards with their labels, as `LabelSetWriter.claim_shards` gives them: None for None.
+
+        The first batches of a shard are loaded and labelled beside the last ones of the shard before, which is given
+        only then. What comes before a None or an error is given first.
+        """
+        return self._label_parts(
+            (None if shard is None else (shard, self.samples_of(writer, shard)) for shard in shards), done
+        )
 
     @cached_property
     def loader(self) -> TokenLoader:
@@ -141,7 +175,6 @@ class Labelling:
         is_shared = self.device.type == "cpu" and isinstance(self.labeler, TokenLabeler)
         return min(_CPU_BATCHES, torch.get_num_threads()) if is_shared else 1
 
-    @torch.inference_mode()
     def label(self, samples: np.ndarray, done: Callable[[int], object]) -> ShardArrays:
         """Label these samples (n,); ``done(B)`` is called after each batch.
 
@@ -150,29 +183,60 @@ class Labelling:
         Raises:
             InputError: the labeler gives NaN or infinity (names an image), or an image cannot be decoded.
         """
-        arrays: dict[str, np.ndarray] = {}
-        for view, views in enumerate(self.views):
-            first = 0
-            with (
-                self.loader.epoch(0, views, sample_ids=samples) as batches,
-                closing(_each(partial(self._label_batch, view=view), batches, self._batches_at_once)) as results,
-            ):
-                for labels in results:
-                    size = len(next(iter(labels.values())))
-                    rows = slice(first, first + size)
-                    for name, values in labels.items():
-                        if name not in arrays:
-                            shape = (len(samples), len(self.views), *self._shape(name, values))
-                            arrays[name] = np.empty(shape, values.dtype)
-                        arrays[name][rows, view] = values.reshape(size, *arrays[name].shape[2:])
-                    first = rows.stop
-                    done(size)
+        with closing(self._label_parts([(0, samples)], done)) as labelled:
+            [(_, arrays)] = list(labelled)
+        return arrays
+
+    def _label_parts(
+        self, parts: Iterable[tuple[int, np.ndarray] | None], done: Callable[[int], object]
+    ) -> Iterator[tuple[int, ShardArrays] | None]:
+        """The labels of numbered sets of samples (n,), as `label_shards` gives those of shards."""
+
+        def start(item: _PartBatch) -> Callable[[], tuple[_PartBatch, dict[str, np.ndarray]]]:
+            labels = self._label_batch(item.batch, item.view)
+            return lambda: (item, labels())
+
+        with (
+            closing(self._batches(parts)) as batches,
+            closing(_each(start, batches, self._batches_at_once)) as results,
+        ):
+            for result in results:
+                if result is None:
+                    yield None
+                    continue
+                (batch, part, view, rows), labels = result
+                for name, values in labels.items():
+                    if name not in part.arrays:
+                        shape = (len(part.samples), len(self.views), *self._shape(name, values))
+                        part.arrays[name] = np.empty(shape, values.dtype)
+                    part.arrays[name][rows, view] = values.reshape(len(batch), *part.arrays[name].shape[2:])
+                done(len(batch))
+                if view == len(self.views) - 1 and rows.stop == len(part.samples):
+                    yield part.number, self._with_labels(part)
+
+    def _batches(self, parts: Iterable[tuple[int, np.ndarray] | None]) -> Iterator["_PartBatch | None"]:
+        """The batches of each part, view by view; None for None."""
+        for each in parts:
+            if each is None:
+                yield None
+                continue
+            part = _Part(*each)
+            for view, views in enumerate(self.views):
+                first = 0
+                with self.loader.epoch(0, views, sample_ids=part.samples) as batches:
+                    for batch in batches:
+                        rows = slice(first, first + len(batch))
+                        first = rows.stop
+                        yield _PartBatch(batch, part, view, rows)
+
+    def _with_labels(self, part: "_Part") -> ShardArrays:
+        samples = part.samples
         return ShardArrays(
             keys=[self.beton.keys[sample] for sample in samples],
             content_hash=self.beton.content_hashes[samples],
             class_id=self.class_map[self.beton.class_ids[samples]],
             views=np.ascontiguousarray(self.views[:, samples].transpose(1, 0, 2)),
-            **arrays,
+            **part.arrays,
         )
 
     @torch.inference_mode()
@@ -245,36 +309,52 @@ class Labelling:
 
 
 def _each(
-    work: Callable[[Batch], Callable[[], dict[str, np.ndarray]]], batches: Iterable[Batch], at_once: int
-) -> Iterator[dict[str, np.ndarray]]:
+    work: Callable[[Any], Callable[[], Any]], batches: Iterable[Any | None], at_once: int
+) -> Iterator[Any | None]:
     """What ``work`` starts for each batch, in order; of ``at_once`` of them at the same time, each by its share of
-    torch's threads. A single one is waited for once the next is started, so that a GPU is never idle meanwhile."""
-    if at_once == 1:
-        started = None
-        for batch in batches:
-            before, started = started, work(batch)
-            if before is not None:
-                yield before()
-        if started is not None:
-            yield started()
-        return
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(
-        at_once, "labelling", initializer=torch.set_num_threads, initargs=(max(1, threads // at_once),)
-    )
-    pending: deque[Future[dict[str, np.ndarray]]] = deque()
+    torch's threads. A single one is waited for once the next is started, so that a GPU is never idle meanwhile.
+
+    What comes before a None among the batches, which is given as such, or before an error is given first.
+    """
+    threads, pool = torch.get_num_threads(), None
+    if at_once > 1:
+        pool = ThreadPoolExecutor(
+            at_once, "labelling", initializer=torch.set_num_threads, initargs=(max(1, threads // at_once),)
+        )
+    pending: deque[Callable[[], Any]] = deque()
+    try:
+        for wait in _started(work, batches, pool):
+            if wait is not None:
+                pending.append(wait)
+            # One more than there are threads, so that none waits for its next batch.
+            while len(pending) > (0 if wait is None else at_once):
+                yield pending.popleft()()
+            if wait is None:
+                yield None
+        while pending:
+            yield pending.popleft()()
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+            # The threads have set what others start with, too.
+            torch.set_num_threads(threads)
+
+
+def _started(
+    work: Callable[[Any], Callable[[], Any]], batches: Iterable[Any | None], pool: ThreadPoolExecutor | None
+) -> Iterator[Callable[[], Any] | None]:
+    """What waits for each batch that is started, here or in the pool; None for None, and before an error."""
     try:
         for batch in batches:
-            pending.append(pool.submit(lambda batch: work(batch)(), batch))
-            # One more than there are threads, so that none waits for its next batch.
-            if len(pending) > at_once:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        # The threads have set what others start with, too.
-        torch.set_num_threads(threads)
+            if batch is None:
+                yield None
+            elif pool is None:
+                yield work(batch)
+            else:
+                yield pool.submit(lambda batch: work(batch)(), batch).result
+    except Exception:
+        yield None
+        raise
 
 
 def make_views(config: DumpConfig, beton: Beton, sample_ids: np.ndarray | None = None) -> np.ndarray:
@@ -308,8 +388,8 @@ def pick_shards(samples: int, views: int) -> int:
     """Number of shards for ``samples`` images: at most 4,096 images each, and at least 8 shards while none of them gets
     smaller than 512 images.
 
-    With many crops per image a shard holds fewer images, since a process keeps the logits of two shards in memory and
-    loses the work of one when it is killed.
+    With many crops per image a shard holds fewer images, since a process keeps the labels of two shards in memory, and
+    of the next one's first batches, and loses the work of one when it is killed.
     """
     most = max(1, min(_SHARD_SAMPLES, _SHARD_MAPS // max(1, views)))
     least = min(_LEAST_SHARD_SAMPLES, most)

@@ -8,7 +8,7 @@ labelled.
 import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -77,6 +77,13 @@ class TarLabelling:
     def images_of(self, writer: LabelSetWriter, shards: Sequence[int]) -> int | None:
         """None: how many images a tar holds is not known."""
         return None
+
+    def label_shards(
+        self, writer: LabelSetWriter, shards: Iterable[int | None], done: Callable[[int], object]
+    ) -> Iterator[tuple[int, ShardArrays] | None]:
+        """These shards with their labels, one after the other; None for None, as `Labelling.label_shards`."""
+        for shard in shards:
+            yield None if shard is None else (shard, self.label_shard(writer, shard, done))
 
     def label_shard(self, writer: LabelSetWriter, shard: int, done: Callable[[int], object]) -> ShardArrays:
         """The labels of a tar's images, in its order; ``done(B)`` is called after each batch.

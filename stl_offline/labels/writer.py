@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -147,15 +147,15 @@ class LabelSetWriter:
         """The shards that are not done and belong to process ``rank``: every ``processes``-th by index."""
         return [index for index in self.missing() if index % processes == rank]
 
-    def claim_shards(self, before_waiting: Callable[[], object] = lambda: None) -> Iterator[int]:
+    def claim_shards(self) -> Iterator[int | None]:
         """The shards that this process is to write, until all are done: call `finish` then.
 
         Any number of processes may do so at the same time. Each shard goes to one of them. A shard that is being
         written by another process is waited for, and taken over when that process has stopped (`Claims`).
 
-        Args:
-            before_waiting: called when only shards of other processes are left; here a caller that writes in the
-                background has to end its own.
+        A caller may ask for more shards before it has written those that it was given. Once none is free, it is given
+        None in place of a further one, and has to write them all before it asks again, as other processes wait for
+        them. A caller that writes each shard before it asks for the next one never gets None.
         """
         if self.complete:
             return
@@ -173,8 +173,9 @@ class LabelSetWriter:
             if self._is_finished():
                 return
             free = self._free(done, others)
-            if not free:
-                before_waiting()
+            if not free and self._claims.held:
+                yield None
+                continue
             is_shared = is_shared or bool(others)
             start = _pick_start(free) if free and is_shared else 0
             is_old = False

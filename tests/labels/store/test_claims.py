@@ -204,6 +204,20 @@ def test_a_worker_that_saw_free_shards_writes_none_of_a_set_that_others_finished
     assert stored(place) == undisturbed and open_storage(place).names(".partial") == []
 
 
+def test_a_worker_that_asks_ahead_is_asked_to_write_before_it_waits(place, encoded, undisturbed):
+    with LabelSetWriter(place, SPEC, SHARDS) as ahead, LabelSetWriter(place, SPEC, SHARDS) as other:
+        given, taken = ahead.claim_shards(), other.claim_shards()
+        assert [next(given), next(taken), next(given)] == [0, 1, 2] and next(given) is None
+        ahead.write_encoded(2, encoded[2])
+        assert next(given) is None
+        ahead.write_encoded(0, encoded[0])
+        other.write_encoded(1, encoded[1])
+        assert list(given) == []
+        ahead.finish()
+        assert list(taken) == []
+    assert stored(place) == undisturbed and open_storage(place).names(".partial") == []
+
+
 def test_a_worker_with_other_settings_is_refused(place):
     with LabelSetWriter(place, SPEC, SHARDS) as writer:
         next(writer.claim_shards())
