@@ -2,8 +2,9 @@
 
 A claim is a small file that a worker creates unless there is one, and writes again every `RENEW_SECONDS`. The file
 ``00012-0`` is the first claim on shard 12. A worker that finds it no longer renewed takes the shard over by creating
-``00012-1``, so that of several workers one gets it. No clocks are compared: a claim is dead if it stayed as it is for
-`LIFE_SECONDS` of the watching worker's own clock, or at once if its owner was a process of this machine that has ended.
+``00012-1``, so that of several workers one gets it. No clocks are compared: a claim is dead if it was the same in two
+listings that are `LIFE_SECONDS` apart by the watching worker's own clock, or at once if its owner was a process of this
+machine that has ended.
 
 Claims only save double work. What keeps a label set whole is that every file of it is created by a condition
 (`Storage.create`): a worker that was suspended for hours and then goes on finds its shard written, and changes nothing.
@@ -11,6 +12,7 @@ Claims only save double work. What keeps a label set whole is that every file of
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
@@ -43,6 +45,8 @@ class Claims:
         self._trying: tuple[str, bytes] | None = None
         # For each claim that was seen: its stamp, and since when it has had it.
         self._seen: dict[str, tuple[str, float]] = {}
+        # When the last listing was asked for: what it shows is not older.
+        self._asked = -math.inf
         self._owners: dict[str, dict[str, Any]] = {}
         self._changing = threading.Lock()
         self._closed = threading.Event()
@@ -72,6 +76,7 @@ class Claims:
 
     def others(self) -> dict[int, str]:
         """The shards that other workers have claimed, each with the name of its newest claim. One listing."""
+        self._asked = time.monotonic()
         stamps = {name: stamp for name, stamp in self._storage.stamps(CLAIMS).items() if _NAME.fullmatch(name)}
         now = time.monotonic()
         before = self._seen
@@ -83,8 +88,11 @@ class Claims:
         return {shard: _name(shard, owner) for shard, owner in newest.items() if shard not in self._held}
 
     def is_dead(self, name: str) -> bool:
-        """Whether nobody renews this claim of `others` any more."""
-        if time.monotonic() - self._seen[name][1] >= LIFE_SECONDS:
+        """Whether nobody renews this claim of `others` any more, as of that listing.
+
+        Since then the claim may have been renewed, while this worker was suspended or waited for the store.
+        """
+        if self._asked - self._seen[name][1] >= LIFE_SECONDS:
             return True
         if name not in self._owners:
             try:

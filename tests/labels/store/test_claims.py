@@ -1,5 +1,6 @@
 """Workers that share a label set: one gets each shard, stopped ones are relieved, and late ones change nothing."""
 
+import math
 import os
 import signal
 import threading
@@ -111,7 +112,7 @@ def test_a_claim_that_is_renewed_lives(place, monkeypatch):
         deadline = time.monotonic() + 20
         while open_storage(place).stamps(".partial/claims") == first:
             assert time.monotonic() < deadline
-        monkeypatch.setattr(claims, "LIFE_SECONDS", 0.0)
+        monkeypatch.setattr(claims, "LIFE_SECONDS", -math.inf)  # each claim that is listed is dead
         name = theirs.others()[5]
         assert theirs.is_dead(name) and theirs.take(5, name)
         # What the first still renews is not the newest claim.
@@ -120,8 +121,31 @@ def test_a_claim_that_is_renewed_lives(place, monkeypatch):
     assert open_storage(place).names(".partial/claims") == []
 
 
+def test_a_claim_that_is_renewed_outlives_a_watcher_that_stood_still(place, monkeypatch):
+    """Suspended between two looks, or kept waiting by the store: what it listed before is no sign of a dead claim."""
+    monkeypatch.setattr(claims, "LIFE_SECONDS", 0.3)
+    here = open_storage(place)
+    stamps = here.stamps
+
+    def slow(folder):
+        found = stamps(folder)
+        time.sleep(0.4)
+        return found
+
+    with Claims(open_storage(place)) as ours, Claims(here) as theirs:
+        assert ours.take(5)
+        name = theirs.others()[5]
+        time.sleep(0.4)
+        assert not theirs.is_dead(name)
+        open_storage(place).write(f".partial/claims/{name}", b"renewed")
+        assert theirs.others() == {5: name} and not theirs.is_dead(name)
+        monkeypatch.setattr(here, "stamps", slow)
+        assert theirs.others() == {5: name} and not theirs.is_dead(name)
+        assert theirs.others() == {5: name} and theirs.is_dead(name)
+
+
 def test_of_several_that_take_over_one_does(place, monkeypatch):
-    monkeypatch.setattr(claims, "LIFE_SECONDS", 0.0)
+    monkeypatch.setattr(claims, "LIFE_SECONDS", -math.inf)  # each claim that is listed is dead
     with Claims(open_storage(place)) as dead, Claims(open_storage(place)) as one, Claims(open_storage(place)) as other:
         assert dead.take(2)
         seen = one.others()[2], other.others()[2]
