@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from stl_offline.config import DumpConfig
 from stl_offline.dump import dump_labels, dump_on_ray
@@ -194,6 +195,8 @@ def main() -> None:
     parser.add_argument("--ray", action="store_true", help="actors of a cluster of --processes nodes, 300 images each")
     options = parser.parse_args()
     os.environ |= {"STL_OFFLINE_QUIET": "1", "OMP_NUM_THREADS": "1"}
+    # OpenMP's threads, of which this process would start some, do not survive a fork: its children would hang.
+    torch.set_num_threads(1)
     folder = Path(options.out)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
