@@ -219,13 +219,6 @@ class TokenLoader:
         if repeats not in (1, self.repeats):
             raise InputError(f"an epoch has the {self.repeats} repeats of its loader, or 1; got {repeats}")
         first = epoch - epoch % repeats
-        views = check_views(views, samples * repeats)
-        shown = views
-        if warps is not None:
-            warps = np.ascontiguousarray(warps, dtype=np.float32)
-            if warps.shape != views.shape or not np.isfinite(warps).all():
-                raise InputError(f"warps must be finite numbers of the views' shape {views.shape}, got {warps.shape}")
-            shown = compose_views(views, warps)
         if sample_ids is not None:
             order = np.asarray(sample_ids, dtype=np.int64)
             if order.ndim != 1 or (order.size and (order.min() < 0 or order.max() >= len(self.beton))):
@@ -237,6 +230,15 @@ class TokenLoader:
             batches = rank_batches(part, self.batch_size // repeats, self._world, len(self))
         numbers = samples * np.arange(repeats)
         batches = [(ids[:, None] + numbers).ravel() for ids in batches]
+        # Of some samples only theirs: a dump has an epoch for each shard, which must not cost as much as the data set.
+        used = None if sample_ids is None else (order[:, None] + numbers).ravel()
+        views = check_views(views, samples * repeats, used)
+        shown = views
+        if warps is not None:
+            warps = np.ascontiguousarray(warps, dtype=np.float32)
+            if warps.shape != views.shape or not np.isfinite(warps).all():
+                raise InputError(f"warps must be finite numbers of the views' shape {views.shape}, got {warps.shape}")
+            shown = compose_views(views, warps)
         if not 0 <= start_batch <= len(batches):
             raise InputError(f"start_batch must lie in 0 … {len(batches)}, got {start_batch}")
         self._crop.set_views(views)
@@ -300,8 +302,10 @@ def _partners_apart(samples: int, repeats: int) -> tuple[np.ndarray, np.ndarray]
     return np.concatenate([last, middle]), np.concatenate([middle, last])
 
 
-def check_views(views: np.ndarray, samples: int) -> np.ndarray:
+def check_views(views: np.ndarray, samples: int, used: np.ndarray | None = None) -> np.ndarray:
     """Views as the loader takes them: float32 (n, 6), each an axis-aligned crop within its image.
+
+    used: the numbers of those to check, int64; all by default.
 
     Raises:
         InputError: another shape, or a view that rotates, shears, turns upside down, is empty or leaves the image.
@@ -309,7 +313,8 @@ def check_views(views: np.ndarray, samples: int) -> np.ndarray:
     views = np.ascontiguousarray(views, dtype=np.float32)
     if views.shape != (samples, 6):
         raise InputError(f"the loader needs a view for each of {samples:,} samples, ({samples}, 6); got {views.shape}")
-    width, across, left, down, height, top = views.T.astype(np.float64)
+    checked = views if used is None else views[used]
+    width, across, left, down, height, top = checked.T.astype(np.float64)
     aligned = (across == 0) & (down == 0) & (width != 0) & (height > 0)
     ends = left + width
     low, high = -_VIEW_TOLERANCE, 1 + _VIEW_TOLERANCE
@@ -319,8 +324,9 @@ def check_views(views: np.ndarray, samples: int) -> np.ndarray:
     if wrong.size:
         example = wrong[0]
         reason = "is not an axis-aligned crop" if not aligned[example] else "leaves the image"
+        number = example if used is None else used[example]
         raise InputError(
-            f"the view of sample {example} {reason}: {views[example].tolist()} ({wrong.size:,} such views); "
+            f"the view of sample {number} {reason}: {checked[example].tolist()} ({wrong.size:,} such views); "
             "the loader crops and mirrors, other transforms happen on the device"
         )
     return views

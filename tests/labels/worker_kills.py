@@ -133,17 +133,26 @@ class Job:
 
     def note(self, index: int, event: str) -> None:
         with open(self.log, "a") as stream:
-            stream.write(f"{os.getpid()} {index} {event}\n")
+            stream.write(f"{os.getpid()} {index} {event} {time.monotonic():.4f} .\n")
 
-    def events(self) -> list[tuple[int, int, str]]:
-        """Process, shard and event of each `note`."""
+    def events(self) -> list[tuple[int, int, str, float]]:
+        """Process, shard, event and time of each `note`."""
         lines = (line.split() for line in self.log.read_text().splitlines())
-        return [(int(line[0]), int(line[1]), line[2]) for line in lines if len(line) == 3]
+        return [(int(line[0]), int(line[1]), line[2], float(line[3])) for line in lines if len(line) == 5]
+
+    def storing(self) -> list[float]:
+        """Seconds from a shard's last label to its record, of workers that were not suspended."""
+        ended = {(pid, index): seconds for pid, index, event, seconds in self.events() if event == "labelled"}
+        return [
+            seconds - ended[pid, index]
+            for pid, index, event, seconds in self.events()
+            if event == "written" and (pid, index) in ended and pid not in self.suspended
+        ]
 
     def counts(self) -> Counter:
         """Of a set that was finished: what was done more than once, and why."""
         pids: dict[tuple[int, str], list[int]] = {}
-        for pid, index, event in self.events():
+        for pid, index, event, _ in self.events():
             pids.setdefault((index, event), []).append(pid)
         found: Counter = Counter()
         for index in range(self.plan.before, self.plan.before + self.plan.shards):
@@ -248,8 +257,8 @@ def disturb(job: Job, crowd: int, most: int, draw: np.random.Generator, counts: 
             continue
         events = job.events()
         waiting = {each for _, each in suspended}
-        working = sorted({pid for pid, _, _ in events}.intersection(job.running) - waiting)
-        if working and len({index for _, index, event in events if event == "labelled"}) >= moments[kills]:
+        working = sorted({pid for pid, *_ in events}.intersection(job.running) - waiting)
+        if working and len({index for _, index, event, _ in events if event == "labelled"}) >= moments[kills]:
             # Not at once: that shard's worker is about to write it.
             due = min(due, time.monotonic() + float(draw.uniform(0, 2)) * job.plan.seconds)
         if not working or time.monotonic() < due:
@@ -269,10 +278,14 @@ def disturb(job: Job, crowd: int, most: int, draw: np.random.Generator, counts: 
         counts[f"kills among {crowd} workers"] += 1
 
 
-def survive(out: Path, place: str, kills: int, seed: int, plan: Plan) -> Counter:
-    """Kill so many workers, and compare every set that was finished with an undisturbed one."""
+def survive(out: Path, place: str, kills: int, seed: int, plan: Plan) -> tuple[Counter, list[float]]:
+    """Kill so many workers, and compare every set that was finished with an undisturbed one.
+
+    Gives what was counted, and how long each shard took to store, in seconds.
+    """
     draw = np.random.default_rng(seed)
     counts: Counter = Counter()
+    storing: list[float] = []
     # Alone and without waiting; in a process of its own, as all that work.
     undisturbed = Job(replace(plan, seconds=0.0), str(out / "undisturbed"), out / "log")
     assert run(undisturbed.prepare) == 0 and run(undisturbed.work) == 0
@@ -288,8 +301,9 @@ def survive(out: Path, place: str, kills: int, seed: int, plan: Plan) -> Counter
         assert run(lambda job=job: check(job, expected)) == 0
         counts["sets finished"] += 1
         counts += job.counts()
+        storing += job.storing()
         print(dict(counts), flush=True)
-    return counts
+    return counts, storing
 
 
 def serve() -> None:
@@ -367,14 +381,16 @@ def main() -> None:
                 # By a process of its own: what a store's client keeps must not be forked.
                 make = "import fsspec; fsspec.filesystem('s3').mkdir('labels')"
                 subprocess.run([sys.executable, "-c", make], check=True)
-                counts = survive(out, "s3://labels", *arguments)
+                counts, storing = survive(out, "s3://labels", *arguments)
             finally:
                 server.kill()
     else:
-        counts = survive(out, options.store or str(out), *arguments)
+        counts, storing = survive(out, options.store or str(out), *arguments)
     for name, count in sorted(counts.items()):
         print(f"{name}: {count}")
     print(f"labelled twice: {100 * counts['labelled twice'] / counts['shards']:.2f} %")
+    median, most = 1e3 * np.quantile(storing, [0.5, 0.9])
+    print(f"from a shard's last label to its record: {median:.0f} ms (median), 90 % at most {most:.0f} ms")
     print(f"{time.monotonic() - started:,.0f} s", flush=True)
 
 

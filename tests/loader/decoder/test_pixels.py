@@ -151,6 +151,16 @@ def test_views_that_are_no_crop_of_the_image_are_refused_at_once(load, beton, vi
         load().epoch(0, views)
 
 
+def test_of_some_samples_only_their_views_are_checked(load, beton, views):
+    wrong = views.copy()
+    wrong[5] = np.nan
+    expected = torch.cat([batch.images for batch in load().epoch(0, views, sample_ids=np.array([7, 0, 6]))])
+    found = torch.cat([batch.images for batch in load().epoch(0, wrong, sample_ids=np.array([7, 0, 6]))])
+    assert torch.equal(found, expected)
+    with pytest.raises(InputError, match="sample 5 is"):
+        load().epoch(0, wrong, sample_ids=np.array([7, 5, 6]))
+
+
 def test_views_of_another_data_set_are_refused(load, beton):
     with pytest.raises(InputError, match=r"\(23, 6\)"):
         load().epoch(0, whole_views(len(beton) - 1))
