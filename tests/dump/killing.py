@@ -98,31 +98,39 @@ def survive(
 ) -> Counter:
     """Kill until ``kills`` jobs were killed; every set that was finished on the way must be ``expected``.
 
-    Each job is killed after a time drawn up to a little more than what an undisturbed one takes; what a job does when
-    nobody kills it in time counts as "ended".
+    One in five is killed while it starts, the others after their first claim; each at a moment drawn from the time that
+    this has taken at most so far. A job that ends before is not killed.
     """
     draw = np.random.default_rng(seed)
     counts: Counter = Counter()
     out = folder / "set"
-    longest: dict[int, float] = {}
+    longest: dict[tuple[int, str], float] = {}
     while counts["kills"] < kills:
         processes = int(draw.integers(1, most + 1))
-        started = time.monotonic()
+        phase = "starting" if draw.random() < 0.2 else "writing"
+        before = progress(out)
+        begun = time.monotonic()
         running = job(work, out, processes)
-        ended = running.wait(float(draw.uniform(0.02, 1.1)) * longest.get(processes, 120.0))
+        if phase == "writing":
+            while progress(out) == before and not running.wait(0.005):
+                pass
+            note_longest(longest, (processes, "starting"), begun)
+            begun = time.monotonic()
+        ended = running.wait(float(draw.uniform(0, 1)) * longest.get((processes, phase), 1.0))
         if not ended:
-            before = len(list((out / ".partial" / "records").glob("*"))) if out.exists() else 0
+            has_begun = progress(out) != before
             running.kill()
             counts["kills"] += 1
             counts[f"kills with {processes} processes"] += 1
-            counts["kills while shards were written" if before else "kills before the first shard"] += 1
+            counts["kills while shards were written" if has_begun else "kills before the first claim"] += 1
             half = [*out.glob(".*.tmp"), *out.glob(".partial/**/.*.tmp")]
             counts["kills that left half a file"] += bool(half)
             if not counts["kills"] % 20:
                 print(dict(sorted(counts.items())), flush=True)
             continue
+        if phase == "writing":
+            note_longest(longest, (processes, "writing"), begun)
         assert set(running.codes) == {0}, f"a job that nobody killed ended with {running.codes}"
-        longest.setdefault(processes, time.monotonic() - started)
         found = content(out)
         assert found == expected, f"not the bytes of an undisturbed dump: {differing(found, expected)}"
         counts["sets finished, all with the same bytes"] += 1
@@ -133,6 +141,15 @@ def survive(
     assert content(out) == expected
     counts["sets finished, all with the same bytes"] += 1
     return counts
+
+
+def progress(out: Path) -> set[str]:
+    """The claims and records of a set, which change once a job has begun to write."""
+    return {path.name for folder in ("claims", "records") for path in (out / ".partial" / folder).glob("[!.]*")}
+
+
+def note_longest(longest: dict[tuple[int, str], float], what: tuple[int, str], begun: float) -> None:
+    longest[what] = max(longest.get(what, 0.0), time.monotonic() - begun)
 
 
 def survive_ray(
