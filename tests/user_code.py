@@ -31,6 +31,8 @@ def write(spec: stl.LabelSpec, shards: Iterator[stl.ShardArrays]) -> None:
     with stl.LabelSetWriter("labels", spec, shards=4) as writer:
         for index in writer.todo():
             writer.write_shard(index, next(shards))
+        for index in writer.claim_shards():
+            writer.write_shard(index, next(shards))
         writer.finish()
 
 

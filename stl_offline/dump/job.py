@@ -1,13 +1,11 @@
 """The dump job: each process is a worker that claims one shard after another until none is left.
 
 Workers do not know of each other. They may run on any number of machines, start late and be killed: what they share is
-the place where the label set lies. Each shard is encoded and written while the next one is
-labelled. Batches of the next shard follow its last ones without a pause.
+the place where the label set lies. Each shard is encoded and written while the next one is labelled.
 """
 
 import concurrent.futures
 import contextlib
-import itertools
 import logging
 import os
 import shutil
@@ -124,9 +122,8 @@ def _write_shards(labelling: Labelling | TarLabelling, writer: LabelSetWriter, i
     ):
         size = _Size(writer.place, len(shards), bar) if left is None else _Size(writer.place, left, bar, per_image=True)
         written: concurrent.futures.Future[Any] | None = None
-        shards_with_labels = labelling.label_shards(writer, writer.claim_shards(), bar.update)
-        with contextlib.closing(shards_with_labels):
-            for found in itertools.chain(shards_with_labels, [None]):
+        with contextlib.closing(labelling.label_shards(writer, writer.claim_ahead(), bar.update)) as shards_with_labels:
+            for found in shards_with_labels:
                 # Never more than one waits to be written.
                 if written is not None:
                     size.add(written.result())
@@ -134,7 +131,10 @@ def _write_shards(labelling: Labelling | TarLabelling, writer: LabelSetWriter, i
                 if found is not None:
                     labelled += len(found[1])
                     written = background.submit(writer.write_shard, *found)
-                    del found
+                # Not kept beyond its writing.
+                found = None
+            if written is not None:
+                size.add(written.result())
     return labelled
 
 

@@ -31,8 +31,8 @@ from stl_offline.loader import DECODER, Batch, ImageSettings, TokenLoader
 from stl_offline.models import TokenLabeler, create_labeler
 from stl_offline.random import STREAM_CLASS_DRAW, STREAM_DRAW
 
-# Shards are read whole, and a killed job repeats the one it was writing, so they must not be too large. Nor too small:
-# each has a description of 7 kB of its own, and an image's labels take 1 to 3 kB.
+# Shards are read whole, and a killed job repeats those that it had not stored, so they must not be too large. Nor too
+# small: each has a description of 7 kB of its own, and an image's labels take 1 to 3 kB.
 _SHARD_SAMPLES, _LEAST_SHARD_SAMPLES, _SHARDS = 4096, 512, 8
 _SHARD_MAPS = 16 * _SHARD_SAMPLES
 # Batches that a CPU labels at the same time. Threads that share a batch wait for each other at every operation, and
@@ -150,10 +150,10 @@ class Labelling:
     def label_shards(
         self, writer: LabelSetWriter, shards: Iterable[int | None], done: Callable[[int], object]
     ) -> Iterator[tuple[int, ShardArrays] | None]:
-        """These shards with their labels, as `LabelSetWriter.claim_shards` gives them: None for None.
+        """These shards with their labels, in order; None for None. ``shards``: `LabelSetWriter.claim_ahead`.
 
-        The first batches of a shard are loaded and labelled beside the last ones of the shard before, which is given
-        only then. What comes before a None or an error is given first.
+        The first batch of a shard is started before the last ones of the shard before are done, and that shard is
+        given only then. What comes before a None or an error is given first.
         """
         return self._label_parts(
             (None if shard is None else (shard, self.samples_of(writer, shard)) for shard in shards), done
@@ -192,9 +192,11 @@ class Labelling:
     ) -> Iterator[tuple[int, ShardArrays] | None]:
         """The labels of numbered sets of samples (n,), as `label_shards` gives those of shards."""
 
-        def start(item: _PartBatch) -> Callable[[], tuple[_PartBatch, dict[str, np.ndarray]]]:
-            labels = self._label_batch(item.batch, item.view)
-            return lambda: (item, labels())
+        def start(item: _PartBatch) -> Callable[[], tuple[_Part, int, slice, dict[str, np.ndarray]]]:
+            # Without the batch: its images go once they are labelled.
+            part, view, rows = item.part, item.view, item.rows
+            labels = self._label_batch(item.batch, view)
+            return lambda: (part, view, rows, labels())
 
         with (
             closing(self._batches(parts)) as batches,
@@ -204,32 +206,37 @@ class Labelling:
                 if result is None:
                     yield None
                     continue
-                (batch, part, view, rows), labels = result
+                part, view, rows, labels = result
+                size = rows.stop - rows.start
                 for name, values in labels.items():
                     if name not in part.arrays:
                         shape = (len(part.samples), len(self.views), *self._shape(name, values))
                         part.arrays[name] = np.empty(shape, values.dtype)
-                    part.arrays[name][rows, view] = values.reshape(len(batch), *part.arrays[name].shape[2:])
-                done(len(batch))
+                    part.arrays[name][rows, view] = values.reshape(size, *part.arrays[name].shape[2:])
+                done(size)
                 if view == len(self.views) - 1 and rows.stop == len(part.samples):
                     yield part.number, self._with_labels(part)
+                # Whoever was given them may wait for others now, and need them no more.
+                del result, part, labels
 
-    def _batches(self, parts: Iterable[tuple[int, np.ndarray] | None]) -> Iterator["_PartBatch | None"]:
+    def _batches(self, parts: Iterable[tuple[int, np.ndarray] | None]) -> Iterator[_PartBatch | None]:
         """The batches of each part, view by view; None for None."""
         for each in parts:
             if each is None:
                 yield None
-                continue
-            part = _Part(*each)
-            for view, views in enumerate(self.views):
-                first = 0
-                with self.loader.epoch(0, views, sample_ids=part.samples) as batches:
-                    for batch in batches:
-                        rows = slice(first, first + len(batch))
-                        first = rows.stop
-                        yield _PartBatch(batch, part, view, rows)
+            else:
+                yield from self._batches_of(_Part(*each))
 
-    def _with_labels(self, part: "_Part") -> ShardArrays:
+    def _batches_of(self, part: _Part) -> Iterator[_PartBatch]:
+        for view, views in enumerate(self.views):
+            first = 0
+            with self.loader.epoch(0, views, sample_ids=part.samples) as batches:
+                for batch in batches:
+                    rows = slice(first, first + len(batch))
+                    first = rows.stop
+                    yield _PartBatch(batch, part, view, rows)
+
+    def _with_labels(self, part: _Part) -> ShardArrays:
         samples = part.samples
         return ShardArrays(
             keys=[self.beton.keys[sample] for sample in samples],
@@ -308,11 +315,9 @@ class Labelling:
         return found
 
 
-def _each(
-    work: Callable[[Any], Callable[[], Any]], batches: Iterable[Any | None], at_once: int
-) -> Iterator[Any | None]:
+def _each(work: Callable[[Any], Callable[[], Any]], batches: Iterable[Any], at_once: int) -> Iterator[Any]:
     """What ``work`` starts for each batch, in order; of ``at_once`` of them at the same time, each by its share of
-    torch's threads. A single one is waited for once the next is started, so that a GPU is never idle meanwhile.
+    torch's threads. A single one is waited for once the next is started, so that a GPU has work meanwhile.
 
     What comes before a None among the batches, which is given as such, or before an error is given first.
     """
@@ -324,13 +329,15 @@ def _each(
     pending: deque[Callable[[], Any]] = deque()
     try:
         for wait in _started(work, batches, pool):
-            if wait is not None:
-                pending.append(wait)
-            # One more than there are threads, so that none waits for its next batch.
-            while len(pending) > (0 if wait is None else at_once):
-                yield pending.popleft()()
             if wait is None:
+                while pending:
+                    yield pending.popleft()()
                 yield None
+            else:
+                pending.append(wait)
+                # One more than there are threads, so that none waits for its next batch.
+                if len(pending) > at_once:
+                    yield pending.popleft()()
         while pending:
             yield pending.popleft()()
     finally:
@@ -341,7 +348,7 @@ def _each(
 
 
 def _started(
-    work: Callable[[Any], Callable[[], Any]], batches: Iterable[Any | None], pool: ThreadPoolExecutor | None
+    work: Callable[[Any], Callable[[], Any]], batches: Iterable[Any], pool: ThreadPoolExecutor | None
 ) -> Iterator[Callable[[], Any] | None]:
     """What waits for each batch that is started, here or in the pool; None for None, and before an error."""
     try:
@@ -389,7 +396,7 @@ def pick_shards(samples: int, views: int) -> int:
     smaller than 512 images.
 
     With many crops per image a shard holds fewer images, since a process keeps the labels of two shards in memory, and
-    of the next one's first batches, and loses the work of one when it is killed.
+    of the next one's first batches, and loses them when it is killed.
     """
     most = max(1, min(_SHARD_SAMPLES, _SHARD_MAPS // max(1, views)))
     least = min(_LEAST_SHARD_SAMPLES, most)

@@ -147,15 +147,24 @@ class LabelSetWriter:
         """The shards that are not done and belong to process ``rank``: every ``processes``-th by index."""
         return [index for index in self.missing() if index % processes == rank]
 
-    def claim_shards(self) -> Iterator[int | None]:
+    def claim_shards(self) -> Iterator[int]:
         """The shards that this process is to write, until all are done: call `finish` then.
 
         Any number of processes may do so at the same time. Each shard goes to one of them. A shard that is being
-        written by another process is waited for, and taken over when that process has stopped (`Claims`).
+        written by another process, or by a thread of this one, is waited for. It is taken over when its process has
+        stopped (`Claims`).
+        """
+        for shard in self.claim_ahead():
+            if shard is None:
+                time.sleep(_FIRST_WAIT_SECONDS)
+            else:
+                yield shard
 
-        A caller may ask for more shards before it has written those that it was given. Once none is free, it is given
-        None in place of a further one, and has to write them all before it asks again, as other processes wait for
-        them. A caller that writes each shard before it asks for the next one never gets None.
+    def claim_ahead(self) -> Iterator[int | None]:
+        """`claim_shards` for a caller that asks for further shards before it has written those that it was given.
+
+        Once no shard is free, None is given in place of a further one. The caller has to write all that it was given
+        before it asks again, as other processes wait for them.
         """
         if self.complete:
             return

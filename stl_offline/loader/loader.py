@@ -230,7 +230,8 @@ class TokenLoader:
             batches = rank_batches(part, self.batch_size // repeats, self._world, len(self))
         numbers = samples * np.arange(repeats)
         batches = [(ids[:, None] + numbers).ravel() for ids in batches]
-        # Of some samples only theirs: a dump has an epoch for each shard, which must not cost as much as the data set.
+        # A dump has an epoch for each shard: checking the views of its samples only, it does not cost as much as one of
+        # the whole data set.
         used = None if sample_ids is None else (order[:, None] + numbers).ravel()
         views = check_views(views, samples * repeats, used)
         shown = views
@@ -256,9 +257,12 @@ class TokenLoader:
         return Epoch(self._thread, self._make_batch)
 
     def close(self) -> None:
-        """End the running epoch, if any."""
+        """End the running epoch, if any. Its buffers, which the next one fills, are copied to the device then."""
         if self._thread is not None:
             self._thread.close()
+            for copied in self._thread.copied:
+                if copied is not None:
+                    copied.synchronize()
             self._thread = None
 
     def _check_batch(self, ids: np.ndarray) -> None:

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.transfer_study --masks camvid.tar --out runs/transfer \
         --pretrained 'none=runs/study/runs/none-seed*' 'online=runs/study/runs/online-seed*' \
         'draws=runs/study/runs/views-draws-seed*'
-    python -m tests.benchmarks.transfer_study --boxes bccd.tar --out runs/transfer --seeds 2 --pretrained …
+    python -m tests.benchmarks.transfer_study --boxes bccd.tar --out runs/transfer --pretrained …
 
 ``--pretrained ARM=GLOB`` names run folders that end in ``seedN``. The arm `random` has no pretraining. The backbone of
 seed N is fine-tuned with seed N, so that differences are of paired seeds; their standard errors are over seeds.

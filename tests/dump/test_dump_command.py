@@ -1,6 +1,7 @@
 """``dump-labels`` in one process: what it says beforehand, and what a full disk does to it."""
 
 import errno
+import itertools
 import json
 import os
 import threading
@@ -202,12 +203,13 @@ class TestBatchesAtOnce:
         assert encode_shard(ours, labelling.spec) == encode_shard(theirs, labelling.spec)
 
     def test_a_failure_ends_them(self, labelling, monkeypatch):
-        forward, calls = labelling.labeler.forward, []
+        forward, numbers, calls = labelling.labeler.forward, itertools.count(1), []
 
         def fail(images):
-            calls.append(1)
+            number = next(numbers)  # of this call alone: another thread may call at the same time
+            calls.append(number)
             logits = forward(images)
-            return logits if len(calls) != 2 else (logits[0], logits[1] * float("nan"))
+            return logits if number != 2 else (logits[0], logits[1] * float("nan"))
 
         monkeypatch.setattr(labelling.labeler, "forward", fail)
         with pytest.raises(InputError, match="not finite"):

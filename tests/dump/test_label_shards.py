@@ -1,9 +1,10 @@
 """Labelling goes on from one shard to the next: what is stored, and what waits or fails, stays as shard by shard."""
 
+import gc
 import threading
 import time
+import weakref
 
-import numpy as np
 import pytest
 import torch
 
@@ -79,7 +80,7 @@ def run_together(*works):
 
 
 def write_as_another(work, out, wait):
-    """Hold shard 14 of 15 as another worker, and write it once ``wait()`` returns."""
+    """Hold shard 14 of 15 as another worker, and write it once ``wait(writer)`` returns."""
     labelling = make_labelling(work)
     with LabelSetWriter(out, labelling.spec, 15) as writer:
         claims = writer.claim_shards()
@@ -122,7 +123,7 @@ def test_two_workers_end(work, tmp_path, shards):
 
 def fail_at(monkeypatch, kind, sample):
     """Make labelling fail at a sample: in its labels, in the labeler, or while it is loaded."""
-    labels, label, epoch = Labelling._labels, Labelling._label_batch, TokenLoader.epoch
+    labels, label, check = Labelling._labels, Labelling._label_batch, TokenLoader._check_batch
 
     def not_finite(self, class_logits, token_logits, batch, view):
         wrong = (batch.sample_ids == sample).to(token_logits.dtype)[:, None, None]
@@ -133,13 +134,13 @@ def fail_at(monkeypatch, kind, sample):
             raise InputError("no memory left")
         return label(self, batch, view)
 
-    def damaged(self, number, views, sample_ids):
-        if sample in sample_ids:
+    def damaged(self, ids):
+        if sample in ids:
             raise FormatError("an image is damaged")
-        return epoch(self, number, views, sample_ids=sample_ids)
+        return check(self, ids)
 
     if kind == "loader":
-        monkeypatch.setattr(TokenLoader, "epoch", damaged)
+        monkeypatch.setattr(TokenLoader, "_check_batch", damaged)
     elif kind == "labeler":
         monkeypatch.setattr(Labelling, "_label_batch", failing)
     else:
@@ -161,29 +162,40 @@ def test_a_failure_costs_no_shard_that_comes_before(work, undisturbed, tmp_path,
 
 
 @pytest.mark.parametrize("batch", [2, 9])
-def test_an_interrupt_between_shards_leaves_no_claim(work, undisturbed, tmp_path, monkeypatch, batch):
-    """At each batch, one of them the last one of a shard whose next one is claimed."""
-    real, calls = Labelling._read, []
-
-    def interrupt(self, labels, samples):
-        calls.append(1)
-        return real(self, labels, samples)
+def test_an_interrupt_leaves_no_claim(work, undisturbed, tmp_path, monkeypatch, batch):
+    """After the last batch of a shard, when the next shard is claimed, and between two batches of one."""
+    calls, claimed = [], []
 
     def update(bar, count):
-        if len(calls) >= batch:
+        calls.append(count)
+        if len(calls) == batch:
+            claimed.extend(open_storage(tmp_path / "set").names(".partial/claims"))
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Labelling, "_read", interrupt)
         patch.setattr("tqdm.std.tqdm.update", update)
         dump_labels(DumpConfig(**work, out=str(tmp_path / "set")))
+    assert {2: "00001-0", 9: "00004-0"}[batch] in claimed
     assert not open_storage(tmp_path / "set").names(".partial/claims")
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("labelling", "label set claims"))]
+    ours = ("labelling", "label set claims", "stl-offline-loader")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(ours)]
     dump_labels(DumpConfig(**work, out=str(tmp_path / "set")))
     assert content(tmp_path / "set") == undisturbed
 
 
-def test_no_samples_give_no_labels(work):
+def test_a_worker_that_waits_keeps_no_labels(work, tmp_path):
+    """While others' shards are waited for, only who was given labels may hold them."""
+    labelling, arrays = make_labelling(work, batch_size=2), []
+    with LabelSetWriter(tmp_path / "set", labelling.spec, 15) as writer:
+        given = labelling.label_shards(writer, iter([0, 1, None]), lambda count: None)
+        for _ in range(2):
+            arrays.append(weakref.ref(next(given)[1].logits))
+        assert next(given) is None
+        gc.collect()
+        assert [each() for each in arrays] == [None, None]
+
+
+def test_no_shards_give_no_labels(work, tmp_path):
     labelling = make_labelling(work)
-    assert list(labelling._label_parts([], lambda count: None)) == []
-    assert len(labelling.label(np.array([44]), lambda count: None)) == 1
+    with LabelSetWriter(tmp_path / "set", labelling.spec, 15) as writer:
+        assert list(labelling.label_shards(writer, iter([]), lambda count: None)) == []

@@ -351,8 +351,9 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=240, help="of each set; a twelfth of them are killed workers")
     parser.add_argument("--seconds", type=float, default=0.1, help="that labelling a shard takes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--s3", action="store_true")
-    parser.add_argument("--store", help="address of an empty bucket")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--s3", action="store_true")
+    place.add_argument("--store", help="address of an empty bucket")
     parser.add_argument("--tars", action="store_true")
     parser.add_argument("--append", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -389,8 +390,9 @@ def main() -> None:
     for name, count in sorted(counts.items()):
         print(f"{name}: {count}")
     print(f"labelled twice: {100 * counts['labelled twice'] / counts['shards']:.2f} %")
-    median, most = 1e3 * np.quantile(storing, [0.5, 0.9])
-    print(f"from a shard's last label to its record: {median:.0f} ms (median), 90 % at most {most:.0f} ms")
+    if storing:
+        median, most = 1e3 * np.quantile(storing, [0.5, 0.9])
+        print(f"from a shard's last label to its record: {median:.0f} ms (median), 90 % at most {most:.0f} ms")
     print(f"{time.monotonic() - started:,.0f} s", flush=True)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from stl_offline.distributed import World
 from stl_offline.errors import InputError, TrainingError
+from stl_offline.loader import iterator
 
 
 def ids_of(batches):
@@ -200,3 +201,33 @@ def test_memory_stays_where_it_is(load, views):
     for epoch in range(50):
         list(loader.epoch(epoch, views))
     assert pages() - before < 2000  # 8 MB; one epoch's images are 0.15 MB
+
+
+@pytest.mark.parametrize("batches", [1, 3, 5])
+def test_an_epoch_fills_no_buffer_that_is_still_copied_to_a_gpu(load, views, batches, monkeypatch):
+    """Copies out of the last batches' buffers are only queued when an epoch ends; events tell when they are done."""
+    events = []
+
+    class Event:
+        done = False
+
+        def record(self):
+            events.append(self)
+
+        def synchronize(self):
+            self.done = True
+
+    monkeypatch.setattr(iterator, "IS_CUDA", True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    loader = load(batch_size=-(-23 // batches))
+    assert len(list(loader.epoch(0, views))) == batches and not events[-1].done
+    before, real, filled = list(events), iterator.EpochThread.load, []
+
+    def fill(self, number, ids, slot):
+        filled.append(all(event.done for event in before))
+        return real(self, number, ids, slot)
+
+    monkeypatch.setattr(iterator.EpochThread, "load", fill)
+    list(loader.epoch(1, views))
+    assert filled == [True] * batches

@@ -45,7 +45,7 @@ class Claims:
         self._trying: tuple[str, bytes] | None = None
         # For each claim that was seen: its stamp, and since when it has had it.
         self._seen: dict[str, tuple[str, float]] = {}
-        # When the last listing was asked for: what it shows is not older.
+        # When the last listing was asked for. It shows the claims as they were then, or later.
         self._asked = -math.inf
         self._owners: dict[str, dict[str, Any]] = {}
         self._changing = threading.Lock()
@@ -88,9 +88,10 @@ class Claims:
         return {shard: _name(shard, owner) for shard, owner in newest.items() if shard not in self._held}
 
     def is_dead(self, name: str) -> bool:
-        """Whether nobody renews this claim of `others` any more, as of that listing.
+        """Whether nobody renewed this claim of `others` for `LIFE_SECONDS`, or its process has ended.
 
-        Since then the claim may have been renewed, while this worker was suspended or waited for the store.
+        The time is counted from listing to listing: after the last one, the claim may have been renewed while this
+        worker was suspended.
         """
         if self._asked - self._seen[name][1] >= LIFE_SECONDS:
             return True

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,19 +124,20 @@ def test_a_claim_that_is_renewed_lives(place, monkeypatch):
 
 def test_a_claim_that_is_renewed_outlives_a_watcher_that_stood_still(place, monkeypatch):
     """Suspended between two looks, or kept waiting by the store: what it listed before is no sign of a dead claim."""
-    monkeypatch.setattr(claims, "LIFE_SECONDS", 0.3)
+    now = [0.0]
+    monkeypatch.setattr(claims, "time", SimpleNamespace(monotonic=lambda: now[0]))
     here = open_storage(place)
     stamps = here.stamps
 
     def slow(folder):
         found = stamps(folder)
-        time.sleep(0.4)
+        now[0] += claims.LIFE_SECONDS
         return found
 
     with Claims(open_storage(place)) as ours, Claims(here) as theirs:
         assert ours.take(5)
         name = theirs.others()[5]
-        time.sleep(0.4)
+        now[0] += claims.LIFE_SECONDS
         assert not theirs.is_dead(name)
         open_storage(place).write(f".partial/claims/{name}", b"renewed")
         assert theirs.others() == {5: name} and not theirs.is_dead(name)
@@ -230,7 +232,7 @@ def test_a_worker_that_saw_free_shards_writes_none_of_a_set_that_others_finished
 
 def test_a_worker_that_asks_ahead_is_asked_to_write_before_it_waits(place, encoded, undisturbed):
     with LabelSetWriter(place, SPEC, SHARDS) as ahead, LabelSetWriter(place, SPEC, SHARDS) as other:
-        given, taken = ahead.claim_shards(), other.claim_shards()
+        given, taken = ahead.claim_ahead(), other.claim_shards()
         assert [next(given), next(taken), next(given)] == [0, 1, 2] and next(given) is None
         ahead.write_encoded(2, encoded[2])
         assert next(given) is None
@@ -240,6 +242,19 @@ def test_a_worker_that_asks_ahead_is_asked_to_write_before_it_waits(place, encod
         ahead.finish()
         assert list(taken) == []
     assert stored(place) == undisturbed and open_storage(place).names(".partial") == []
+
+
+def test_shards_that_a_thread_of_the_caller_writes_are_waited_for(place, encoded, undisturbed):
+    with LabelSetWriter(place, SPEC, SHARDS) as writer, ThreadPoolExecutor(1) as background:
+        given = writer.claim_shards()
+        assert [next(given), next(given), next(given)] == [0, 1, 2]
+        rest = background.submit(list, given)
+        for index in (2, 0, 1):
+            assert not rest.done()
+            writer.write_encoded(index, encoded[index])
+        assert rest.result(60) == []
+        writer.finish()
+    assert stored(place) == undisturbed
 
 
 def test_a_worker_with_other_settings_is_refused(place):
