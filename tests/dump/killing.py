@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from stl_offline.config import DumpConfig
 from stl_offline.dump import dump_labels, dump_on_ray
@@ -42,6 +44,8 @@ class ForkedJob:
     def _dump(work: dict[str, object], out: Path, rank: int) -> None:
         code = 1
         try:
+            # Forks share the lock of progress bars, which one that is killed may hold.
+            tqdm.set_lock(threading.RLock())
             os.environ["RANK"] = str(rank)
             dump_labels(DumpConfig(**work, out=str(out)))
             code = 0
