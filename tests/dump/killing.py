@@ -112,7 +112,7 @@ def survive(
     while counts["kills"] < kills:
         processes = int(draw.integers(1, most + 1))
         phase = "starting" if draw.random() < 0.2 else "writing"
-        before = progress(out)
+        before, half = progress(out), halves(out)
         begun = time.monotonic()
         running = job(work, out, processes)
         if phase == "writing":
@@ -120,15 +120,14 @@ def survive(
                 pass
             note_longest(longest, (processes, "starting"), begun)
             begun = time.monotonic()
-        ended = running.wait(float(draw.uniform(0, 1)) * longest.get((processes, phase), 1.0))
+        ended = running.wait(float(draw.uniform(0, 1)) * longest.get((processes, phase), 120.0))
         if not ended:
             has_begun = progress(out) != before
             running.kill()
             counts["kills"] += 1
             counts[f"kills with {processes} processes"] += 1
             counts["kills while shards were written" if has_begun else "kills before the first claim"] += 1
-            half = [*out.glob(".*.tmp"), *out.glob(".partial/**/.*.tmp")]
-            counts["kills that left half a file"] += bool(half)
+            counts["kills that left half a file"] += not halves(out) <= half
             if not counts["kills"] % 20:
                 print(dict(sorted(counts.items())), flush=True)
             continue
@@ -150,6 +149,11 @@ def survive(
 def progress(out: Path) -> set[str]:
     """The claims and records of a set, which change once a job has begun to write."""
     return {path.name for folder in ("claims", "records") for path in (out / ".partial" / folder).glob("[!.]*")}
+
+
+def halves(out: Path) -> set[Path]:
+    """Temporary files, which the next jobs leave to a worker that may still write them."""
+    return {*out.glob(".*.tmp"), *out.glob(".partial/**/.*.tmp")}
 
 
 def note_longest(longest: dict[tuple[int, str], float], what: tuple[int, str], begun: float) -> None:
