@@ -30,7 +30,7 @@ import stl_offline as stl
 from stl_offline.demo.shapes import write_shapes
 from stl_offline.images.masks import read_masks
 from stl_offline.labels.foreground import measure_foreground
-from stl_offline.models import variants
+from stl_offline.models import blocks, variants
 from stl_offline.training import train_labeler as stage_1
 
 COLUMNS = (
@@ -53,13 +53,15 @@ class Row:
     """How a labeler differs from the demo's.
 
     settings: of `LabelerConfig`; model: fields of the FAN's architecture; pool: a pooling that the package does not
-    have, in place of log-mean-exp; scenes: whether half of each training image is another image (`write_scenes`).
+    have, in place of log-mean-exp; scenes: whether half of each training image is another image (`write_scenes`);
+    class_apart: whether the class head learns from the tokens without changing them.
     """
 
     settings: dict[str, Any]
     model: dict[str, Any] = field(default_factory=dict)
     pool: Any = None
     scenes: bool = False
+    class_apart: bool = False
 
 
 def lme(**changes: Any) -> dict[str, Any]:
@@ -95,6 +97,8 @@ ROWS = {
     "lme-depth-8": Row(lme(), {"depth": 8}),
     "lme-stride-16": Row(lme(), {"patch_size": 16}),
     "lme-stride-4": Row(lme(), {"patch_size": 4}),
+    "lme-class-apart": Row(lme(), class_apart=True),
+    "mean-class-apart": Row({"epochs": 8, "token_weight": 5.0}, class_apart=True),
     "lme-side-96": Row(lme(img_size=96)),
     "lme-hybrid-96": Row(lme(img_size=96), {"hybrid_depths": (1, 1)}),
     "top-quarter": Row(lme(), pool=top_quarter),
@@ -172,15 +176,19 @@ def write_scenes(images: Path, out: Path) -> Path:
 def changed(row: Row) -> Iterator[None]:
     """The micro FAN's architecture, and the pooling of stage 1, as a row has them."""
     arguments = variants._ALL[f"{MODEL}_token"]
-    before, pool = dict(arguments), stage_1.pool_tokens
+    before, pool, attend = dict(arguments), stage_1.pool_tokens, blocks.ClassAttention.forward
     arguments.update(row.model)
     stage_1.pool_tokens = row.pool or pool
+    if row.class_apart:
+        # The class token reads the tokens here alone.
+        blocks.ClassAttention.forward = lambda self, cls_B1C, tokens_BNC: attend(self, cls_B1C, tokens_BNC.detach())
     try:
         yield
     finally:
         arguments.clear()
         arguments.update(before)
         stage_1.pool_tokens = pool
+        blocks.ClassAttention.forward = attend
 
 
 def train(name: str, seed: int, out: Path, epochs: int = 0) -> dict[str, Any]:
