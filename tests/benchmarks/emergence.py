@@ -105,7 +105,6 @@ ROWS = {
     "mean-scenes": Row({"epochs": 8, "token_weight": 5.0}, scenes=True),
     "lme-scenes": Row(lme(), scenes=True),
     "lme-scenes-e24": Row(lme(epochs=24), scenes=True),
-    "mean-scenes-e24": Row({"epochs": 24, "token_weight": 5.0}, scenes=True),
     "timm-vit": Row({"epochs": 10, "token_weight": 5.0, "model": "test_vit", "token_pool": "lme"}),
 }
 
