@@ -103,7 +103,6 @@ class _Appending(LabelSetWriter):
     """What is different where the first shards are there already. ``_base``: the set; ``_old``: its shards."""
 
     _base: LabelSet
-    _old: int
 
     def shard_name(self, index: int) -> str:
         if index < self._old:
@@ -137,9 +136,6 @@ class _Appending(LabelSetWriter):
     def _is_finished(self) -> bool:
         self._check_content()
         return self.complete
-
-    def _recorded(self) -> set[int]:
-        return super()._recorded() | set(range(self._old))
 
     def _record(self, index: int, size: int | None) -> ShardRecord | None:
         # Old shards are neither looked at nor ever removed.

@@ -21,7 +21,7 @@ from stl_offline.labels.spec import PARTS, LabelSpec, of_cell
 from stl_offline.labels.store import (
     MANIFEST,
     PULL,
-    RECORDS,
+    Records,
     Storage,
     each_shard,
     format_ranges,
@@ -384,10 +384,10 @@ def open_label_set(place: str | Path, **options: object) -> LabelSet:
             f"the label set {storage.place} was not pulled completely; run the same 'stl-offline labels pull' again"
         )
     try:
-        _, sizes = read_job(storage)
+        spec, sizes = read_job(storage)
     except FileNotFoundError:
         raise FormatError(f"{storage.place} holds no label set: it has no {MANIFEST}") from None
-    done = len([name for name in storage.names(RECORDS) if name.endswith(".json")])
+    done = len(Records(storage, len(sizes), spec.container).all())
     raise FormatError(
         f"the label set {storage.place} is not finished: {done} of {len(sizes)} shards are done; "
         "run the command that makes it again, it goes on from there"

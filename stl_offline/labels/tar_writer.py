@@ -97,7 +97,7 @@ class TarLabelWriter(LabelSetWriter):
 
     def _read_record(self, index: int) -> ShardRecord | None:
         try:
-            entries = read_object(self._storage, self._record_name(index), _RECORD_BYTES)
+            entries = read_object(self._storage, self._records.path(index), _RECORD_BYTES)
             record = ShardRecord.from_json(entries)
             hashes = np.frombuffer(base64.b64decode(entries["key_hashes"], validate=True), "<u8")
             images = _Images(str(entries["fingerprint"]), hashes)

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from stl_offline.errors import FormatError, InputError, TargetError
+from stl_offline.errors import FormatError, InputError, StlError, TargetError
 from stl_offline.files import canonical_json, make_folder, remove_leftovers, sha256_bytes
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.card import make_card
@@ -38,13 +38,13 @@ from stl_offline.labels.store import (
     RECORDS,
     TRANSFERS,
     Claims,
+    Records,
     Storage,
     job_settings,
     open_storage,
     read_job,
     read_manifest,
     read_object,
-    record_name,
 )
 
 # A worker that waits for others looks again after so long, then after twice as long, up to a maximum: listings of an
@@ -76,6 +76,9 @@ class LabelSetWriter:
             written.
     """
 
+    # The first shards, where they were there before the job began (`stl_offline.labels.append`).
+    _old = 0
+
     def __init__(
         self,
         path: str | Path,
@@ -94,7 +97,7 @@ class LabelSetWriter:
         self._is_open = False
         self._claims: Claims | None = None
         self._checked: list[ShardRecord | None] = []
-        self._index_of = {self.shard_name(index): index for index in range(self.num_shards)}
+        self._records = Records(self._storage, self.num_shards, spec.container, first=self._old)
 
     def __enter__(self) -> Self:
         if self._storage.local is not None:
@@ -115,10 +118,15 @@ class LabelSetWriter:
     ) -> None:
         self._is_open = False
         if self._claims is not None:
+            given_up = self._claims.held
             self._claims.__exit__(kind, error, trace)
-        if self.complete:
-            # Also what another process wrote there while this one finished.
-            self._remove_partial()
+            if given_up and not self.complete:
+                # Where the store does not answer, these shards are found at the end.
+                with contextlib.suppress(StlError):
+                    self._records.reopen(given_up)
+        if self.complete and self._storage.size(JOB) is None:
+            # What this process wrote after another one had finished the set.
+            self._storage.remove(PARTIAL)
 
     def shard_range(self, index: int) -> tuple[int, int]:
         """The half-open range of samples of shard ``index``."""
@@ -134,14 +142,15 @@ class LabelSetWriter:
 
     def missing(self) -> list[int]:
         """The shards that are not done yet, of all processes. Call `finish` once there are none."""
-        missing = [] if self.complete else [index for index, record in enumerate(self._records()) if record is None]
+        records = [] if self.complete else self._read_records()
+        missing = [index for index, record in enumerate(records) if record is None]
         # Or another process has finished the label set meanwhile, and taken the records away.
         return [] if missing and self._is_finished() else missing
 
     def unrecorded(self) -> list[int]:
-        """`missing` from one listing: shards whose files were damaged since they were written count as done."""
-        recorded = set(range(self.num_shards)) if self.complete else self._recorded()
-        return [index for index in range(self.num_shards) if index not in recorded]
+        """About `missing`, from a few listings: shards whose files were damaged since they were written count as done,
+        and of very many shards some that others are writing."""
+        return [] if self.complete else self._records.left()
 
     def todo(self, rank: int = 0, processes: int = 1) -> list[int]:
         """The shards that are not done and belong to process ``rank``: every ``processes``-th by index."""
@@ -171,35 +180,39 @@ class LabelSetWriter:
         self._claims = Claims(self._storage).__enter__()
         is_local, is_shared = self._storage.local is not None, False
         wait, longest = _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS if is_local else _LONGEST_STORE_WAIT_SECONDS
-        done: set[int] = set()
+        others: dict[int, str] = {}
+        block, goes_on = None, False
         while True:
             # Claims first: a shard that is committed between the two listings is in both of them, not in none. The
-            # manifest last: records go once it is there.
-            others = self._claims.others()
-            # Records are many, and not listed while all others' shards are still claimed.
-            if self._free(done, others) or not others:
-                done = self._recorded()
+            # manifest last: records go once it is there. A worker that goes on in its block needs no new claims.
+            others = others if goes_on else self._claims.others()
+            is_shared = is_shared or bool(others)
+            block, free = self._find_free(block, others, is_shared=is_shared, may_leave=not goes_on)
             if self._is_finished():
                 return
-            free = self._free(done, others)
+            if not free and goes_on:
+                goes_on = False
+                continue
             if not free and self._claims.held:
                 yield None
                 continue
-            is_shared = is_shared or bool(others)
             start = _pick_start(free) if free and is_shared else 0
-            is_old = False
-            for index in free[start:] + free[:start] or self._left(others, done):
+            first = free[start] if free else None
+            goes_on = False
+            for index in free[start:] + free[:start] or self._left(others):
                 if not self._claims.take(index, others.get(index)):
                     is_shared = True
+                    # Many workers look here, if not even the first one was to be had.
+                    block = None if index == first else block
                     break
                 if index < self.num_shards:
                     # Since the listings it may have been written and its claim released, or the whole set finished.
-                    if self._is_recorded(index) or self._is_finished():
+                    if self._storage.size(self._records.path(index)) is not None or self._is_finished():
                         self._claims.release(index)
                         if self.complete:
                             return
                         # The next ones are likely written, too, and each look at one costs requests.
-                        is_old = is_shared = True
+                        goes_on = is_shared = True
                         break
                     wait = _FIRST_WAIT_SECONDS
                     yield index
@@ -208,8 +221,8 @@ class LabelSetWriter:
                 else:
                     self._claims.release(index)
             else:
-                is_old = bool(free)
-            if is_old:
+                goes_on = bool(free)
+            if goes_on:
                 continue
             time.sleep(wait)
             wait = min(2 * wait, longest)
@@ -246,11 +259,11 @@ class LabelSetWriter:
                 self._check_same(record, sha256_bytes(stored))
             # Of the recorded shard, only damaged bytes are left.
             self._storage.write(record.name, data)
-        if self._storage.create(self._record_name(index), text) != text:
+        if self._storage.create(self._records.path(index), text) != text:
             recorded = self._read_record(index)
             if recorded is not None:
                 self._check_same(record, recorded.sha256)
-            self._storage.write(self._record_name(index), text)
+            self._storage.write(self._records.path(index), text)
         if self._claims is not None:
             self._claims.release(index)
         return record
@@ -265,7 +278,7 @@ class LabelSetWriter:
         """
         if self.complete:
             return read_manifest(self._storage)
-        records = self._checked or self._records()
+        records = self._checked or self._read_records()
         if None in records:
             missing = self.missing()
             if missing:
@@ -284,10 +297,14 @@ class LabelSetWriter:
         return manifest
 
     def _remove_partial(self) -> None:
-        """Remove `.partial/`, unless it is that of a job that appends to this one's shards."""
+        """Remove `.partial/`, unless it is that of a job that appends to this one's shards.
+
+        The settings go last. Other processes leave the rest alone as long as those are there.
+        """
         job = job_settings(self._storage)
         if job is None or job.get("after") == parse_object(self._job()).get("after"):
-            self._storage.remove(PARTIAL)
+            for name in (RECORDS, CLAIMS, JOB, PARTIAL):
+                self._storage.remove(name)
 
     def _job(self) -> bytes:
         """What is written when the job begins, for other processes to compare with."""
@@ -303,13 +320,10 @@ class LabelSetWriter:
         if self._storage.create(MANIFEST, manifest.to_bytes()) != manifest.to_bytes():
             raise TargetError(f"{self.place}/{MANIFEST} is there with other content; remove it to write it again")
 
-    def _record_name(self, index: int) -> str:
-        return record_name(index, self.num_shards, self.spec.container)
-
     def _read_record(self, index: int) -> ShardRecord | None:
         """The record of a shard; None where there is none that can be used."""
         try:
-            record = ShardRecord.from_json(read_object(self._storage, self._record_name(index), RECORD_BYTES))
+            record = ShardRecord.from_json(read_object(self._storage, self._records.path(index), RECORD_BYTES))
         except (FileNotFoundError, ValueError):
             return None
         first, last = self.shard_range(index)
@@ -321,55 +335,61 @@ class LabelSetWriter:
         record = self._read_record(index)
         return record if record is not None and record.bytes == size else None
 
-    def _records(self) -> list[ShardRecord | None]:
+    def _read_records(self) -> list[ShardRecord | None]:
         """The records of all shards; None for those that are not done."""
-        sizes, recorded = self._storage.sizes(), self._recorded()
+        sizes, recorded = self._storage.sizes(), self._records.all()
 
         def read(index: int) -> ShardRecord | None:
-            return self._record(index, sizes.get(self.shard_name(index))) if index in recorded else None
+            is_there = index < self._old or index in recorded
+            return self._record(index, sizes.get(self.shard_name(index))) if is_there else None
 
         if self._storage.local is not None:
             return list(map(read, range(self.num_shards)))
         with ThreadPoolExecutor(TRANSFERS) as pool:
             return list(pool.map(read, range(self.num_shards)))
 
-    def _recorded(self) -> set[int]:
-        """The shards that have a record, from one listing."""
-        names = (name.removesuffix(".json") for name in self._storage.names(RECORDS))
-        return {self._index_of[name] for name in names if name in self._index_of}
-
-    def _is_recorded(self, index: int) -> bool:
-        return self._storage.size(self._record_name(index)) is not None
-
     def _is_finished(self) -> bool:
         """Whether another process has finished the label set."""
         if self._storage.size(MANIFEST) is None:
             return False
-        self._check_content()
+        # Its shards have just been looked at by that process.
+        self.check_manifest(read_manifest(self._storage))
+        self.complete = True
         return True
 
-    def _free(self, done: set[int], others: dict[int, str]) -> list[int]:
-        """The shards that are neither done nor claimed."""
-        taken = done | others.keys() | self._claims.held
-        return [index for index in range(self.num_shards) if index not in taken]
+    def _find_free(
+        self, block: int | None, others: dict[int, str], *, is_shared: bool, may_leave: bool
+    ) -> tuple[int | None, list[int]]:
+        """A block with shards that are neither recorded nor claimed, and these: this block or, if it may leave it,
+        another one. None and no shards where there is none."""
+        taken = others.keys() | self._claims.held
+        while block is not None or (block := self._records.pick_block(taken, is_shared=is_shared)) is not None:
+            done = self._records.there(block)
+            free = [index for index in self._records.shards(block) if index not in done and index not in taken]
+            if free or not may_leave:
+                return block, free
+            self._records.mark(block)
+            block = None
+        return None, []
 
-    def _left(self, others: dict[int, str], done: set[int]) -> list[int]:
+    def _left(self, others: dict[int, str]) -> list[int]:
         """What to take where no shard is free: those whose worker has stopped; the manifest (by the number after the
-        last shard's) where all are done."""
-        dead = [index for index, name in others.items() if index not in done and self._claims.is_dead(name)]
-        is_last = len(done) == self.num_shards
-        if is_last and self.num_shards not in others:
-            return [self.num_shards]
-        return [index for index in dead if index < self.num_shards or is_last]
+        last shard's) where nobody has a shard."""
+        dead = [index for index, name in others.items() if self._claims.is_dead(name)]
+        if others.keys() - {self.num_shards}:
+            return [index for index in dead if index < self.num_shards]
+        return dead if others else [self.num_shards]
 
     def _all_whole(self) -> bool:
         """Whether every shard is as its record names it. What is not is removed, to be written again."""
-        self._checked = self._records()
-        for index in (index for index, record in enumerate(self._checked) if record is None):
+        self._checked = self._read_records()
+        lost = [index for index, record in enumerate(self._checked) if record is None]
+        for index in lost:
             if self._read_record(index) is not None:
                 self._storage.remove_file(self.shard_name(index))
-            self._storage.remove_file(self._record_name(index))
-        return None not in self._checked
+            self._storage.remove_file(self._records.path(index))
+        self._records.reopen(lost)
+        return not lost
 
     def _check_same(self, record: ShardRecord, sha256: str) -> None:
         """Raise TargetError where a shard is there with another checksum."""
@@ -424,7 +444,7 @@ class LabelSetWriter:
     def _clean(self, seconds: float) -> None:
         """Remove the temporary files of killed processes, which have not changed for so long."""
         if self._storage.local is not None:
-            for folder in ("", PARTIAL, RECORDS, CLAIMS):
+            for folder in ("", PARTIAL, RECORDS, CLAIMS, *self._records.folders()):
                 remove_leftovers(self._storage.path(folder), seconds=seconds)
 
 

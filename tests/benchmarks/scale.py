@@ -79,7 +79,7 @@ def measure(source: str, folder: Path, images: int) -> dict[str, tuple[float, fl
 
 def counted_storage(counts: Counter) -> None:
     """Let every store count its requests."""
-    persist, listing = storage.ObjectStorage._persist, storage.ObjectStorage._list
+    persist, listing, remove = (getattr(storage.ObjectStorage, name) for name in ("_persist", "_list", "remove"))
 
     def count(self, what, *arguments):
         counts[what.partition(" ")[0]] += 1
@@ -90,6 +90,11 @@ def counted_storage(counts: Counter) -> None:
         counts["list"] += max(0, math.ceil(len(found) / LISTED) - 1)
         return found
 
+    def count_removal(self, name):
+        """Of a folder: its files are listed, and then removed 1,000 at a time."""
+        counts["list"] += max(1, math.ceil(len(self.filesystem[0].find(self._path(name))) / LISTED))
+        remove(self, name)
+
     def info(self, path, **_):
         """fsspec's own looks through all files for a folder of that name."""
         path = self._strip_protocol(path)
@@ -98,6 +103,7 @@ def counted_storage(counts: Counter) -> None:
         return {"name": path, "size": self.store[path].size, "type": "file"}
 
     storage.ObjectStorage._persist, storage.ObjectStorage._list = count, count_listing
+    storage.ObjectStorage.remove = count_removal
     MemoryFileSystem.info = info
 
 
@@ -109,9 +115,10 @@ def bookkeep(shards: int, workers: int, counts: Counter) -> dict[str, float]:
 
     def work() -> None:
         with LabelSetWriter(place, spec, shards) as writer:
+            writer.unrecorded()  # as a dump does, to show how much is left
             for index in writer.claim_shards():
                 writer.write_encoded(index, b"%d" % index)
-                time.sleep(0.005)  # in place of labelling, which takes far longer
+                time.sleep(0.005 * workers)  # in place of labelling, which takes far longer
             started = time.thread_time()
             writer.finish()
             ended.append(time.thread_time() - started)

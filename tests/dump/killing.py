@@ -148,7 +148,8 @@ def survive(
 
 def progress(out: Path) -> set[str]:
     """The claims and records of a set, which change once a job has begun to write."""
-    return {path.name for folder in ("claims", "records") for path in (out / ".partial" / folder).glob("[!.]*")}
+    partial = out / ".partial"
+    return {path.name for path in (*partial.glob("claims/[!.]*"), *partial.glob("records/*/[!.]*"))}
 
 
 def halves(out: Path) -> set[Path]:

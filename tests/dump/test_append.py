@@ -136,7 +136,7 @@ def test_a_worker_that_was_suspended_changes_nothing(started, tmp_path):
     with late.open_writer() as writer:
         arrays = late.label_shard(writer, 3, lambda done: None)
         writer.write_shard(3, arrays)
-        manifest = writer._manifest(writer._records())
+        manifest = writer._manifest(writer._read_records())
         open_storage(tmp_path / "set").remove(".partial")
         dump_labels(started, append=True)
         after = content(tmp_path / "set")

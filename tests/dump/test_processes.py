@@ -17,7 +17,7 @@ from tests.forks import Fork
 def wait_for_shards(out: Path, count: int, process: subprocess.Popen | Fork) -> None:
     """Return once so many shards are written."""
     deadline = time.monotonic() + 200
-    while len(list((out / ".partial" / "records").glob("*.json"))) < count:
+    while len(list((out / ".partial" / "records").glob("*/*.json"))) < count:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -31,7 +31,7 @@ def test_stopped_killed_and_gone_on_with_other_numbers_of_processes(long_work, l
     alone.send_signal(signal.SIGTERM)
     assert "interrupted; run the same command again to go on" in alone.communicate(timeout=60)[1]
     assert alone.returncode == 143
-    done = len(list((out / ".partial" / "records").glob("*.json")))
+    done = len(list((out / ".partial" / "records").glob("*/*.json")))
     assert 3 <= done < long_work["shards"]
     assert not list(out.rglob(".*.tmp")) and not list((out / ".partial" / "claims").iterdir())
     # Two, of which one is killed: torchrun ends the other, and the job, at once.

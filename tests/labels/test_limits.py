@@ -68,8 +68,8 @@ def test_larger_files_are_not_read(labels, name):
 
 def test_a_large_record_is_none(tmp_path):
     with LabelSetWriter(tmp_path, SPEC, 2) as writer:
-        record = tmp_path / ".partial/records" / f"{writer.shard_name(0)}.json"
-        record.parent.mkdir()
+        record = tmp_path / ".partial/records/00000" / f"{writer.shard_name(0)}.json"
+        record.parent.mkdir(parents=True)
         with open(record, "wb") as stream:
             stream.truncate(1 << 40)
         assert writer.missing() == [0, 1]

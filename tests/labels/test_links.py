@@ -52,7 +52,7 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("link", [".partial", ".partial/records", ".partial/claims"])
+@pytest.mark.parametrize("link", [".partial", ".partial/records", ".partial/records/00000", ".partial/claims"])
 @pytest.mark.parametrize("job", JOBS)
 def test_jobs_do_not_follow_a_linked_working_folder(tmp_path, labels, elsewhere, job, link):
     if (job, link) == ("pull", ".partial/claims"):

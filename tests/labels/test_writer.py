@@ -102,7 +102,7 @@ def test_a_shard_without_its_record_does_not_exist(tmp_path, encoded, undisturbe
     with LabelSetWriter(tmp_path, SPEC, SHARDS) as writer:
         for index in range(SHARDS):
             writer.write_encoded(index, encoded[index])
-        (tmp_path / ".partial" / "records" / "labels-00002-of-00003.zarr.zip.json").unlink()
+        (tmp_path / ".partial" / "records" / "00000" / "labels-00002-of-00003.zarr.zip.json").unlink()
         assert writer.todo() == [2]
     write_set(tmp_path, SPEC, SHARDS)
     assert files(tmp_path) == undisturbed
@@ -114,7 +114,7 @@ def test_a_shard_that_is_there_with_other_bytes_is_named(tmp_path, encoded, undi
     with LabelSetWriter(tmp_path, SPEC, SHARDS) as writer:
         writer.write_encoded(2, encoded[2][:-1])
     if not recorded:
-        (tmp_path / ".partial" / "records" / f"{name}.json").unlink()
+        (tmp_path / ".partial" / "records" / "00000" / f"{name}.json").unlink()
     before = files(tmp_path)
     ours, theirs = sha256_bytes(encoded[2]), sha256_bytes(encoded[2][:-1])
     with (
@@ -125,7 +125,7 @@ def test_a_shard_that_is_there_with_other_bytes_is_named(tmp_path, encoded, undi
     assert files(tmp_path) == before
     # What the message advises.
     (tmp_path / name).unlink()
-    (tmp_path / ".partial" / "records" / f"{name}.json").unlink(missing_ok=True)
+    (tmp_path / ".partial" / "records" / "00000" / f"{name}.json").unlink(missing_ok=True)
     write_set(tmp_path, SPEC, SHARDS)
     assert files(tmp_path) == undisturbed
 
@@ -135,8 +135,8 @@ def test_a_shard_that_is_there_with_other_bytes_is_named(tmp_path, encoded, undi
     [
         lambda path: (path / "labels-00001-of-00003.zarr.zip").write_bytes(b"cut"),
         lambda path: (path / "labels-00001-of-00003.zarr.zip").unlink(),
-        lambda path: (path / ".partial/records/labels-00001-of-00003.zarr.zip.json").write_bytes(b"{"),
-        lambda path: (path / ".partial/records/labels-00001-of-00003.zarr.zip.json").write_bytes(b'{"name": 3}'),
+        lambda path: (path / ".partial/records/00000/labels-00001-of-00003.zarr.zip.json").write_bytes(b"{"),
+        lambda path: (path / ".partial/records/00000/labels-00001-of-00003.zarr.zip.json").write_bytes(b'{"name": 3}'),
     ],
 )
 def test_a_shard_that_is_not_as_recorded_is_written_again(tmp_path, encoded, undisturbed, damage):

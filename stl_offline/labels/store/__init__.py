@@ -19,8 +19,8 @@ from stl_offline.labels.store.layout import (
     read_manifest,
     read_object,
     read_present,
-    record_name,
 )
+from stl_offline.labels.store.records import Records
 from stl_offline.labels.store.storage import (
     TRANSFERS,
     FolderStorage,
@@ -44,6 +44,7 @@ __all__ = [
     "Claims",
     "FolderStorage",
     "ObjectStorage",
+    "Records",
     "Storage",
     "each_shard",
     "format_ranges",
@@ -55,5 +56,4 @@ __all__ = [
     "read_manifest",
     "read_object",
     "read_present",
-    "record_name",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from stl_offline.errors import FormatError, InputError
 from stl_offline.files import canonical_json
-from stl_offline.labels.manifest import Manifest, parse_object, shard_name
+from stl_offline.labels.manifest import Manifest, parse_object
 from stl_offline.labels.spec import LabelSpec, is_count
 from stl_offline.labels.store.storage import Storage
 
@@ -29,11 +29,6 @@ CLAIMS = f"{PARTIAL}/claims"
 _MANIFEST_BYTES = 1 << 26
 _SOME_SHARDS_BYTES = 1 << 24
 RECORD_BYTES = 1 << 12
-
-
-def record_name(index: int, num_shards: int, container: str) -> str:
-    """Where the record of a finished shard lies while the job runs."""
-    return f"{RECORDS}/{shard_name(index, num_shards, container)}.json"
 
 
 def read_manifest(storage: Storage) -> Manifest:
