@@ -120,9 +120,14 @@ class _Appending(LabelSetWriter):
             try:
                 self._check_job(*read_job(self._storage))
             except FileNotFoundError:
-                # Removed by a process that took it for a leftover, in the moment in which it was written.
                 if self._is_open:
-                    self._storage.create(JOB, self._job())
+                    # Removed by a process that took it for a leftover, in the moment in which it was written; or by
+                    # one that finished this job since the manifest was read.
+                    there = self._storage.create(JOB, self._job())
+                    if read_manifest(self._storage) != manifest:
+                        if there == self._job():
+                            self._storage.remove_file(JOB)
+                        self._check_content()
         elif self._is_mine(manifest):
             self.complete = True
         else:

@@ -387,7 +387,7 @@ def open_label_set(place: str | Path, **options: object) -> LabelSet:
         spec, sizes = read_job(storage)
     except FileNotFoundError:
         raise FormatError(f"{storage.place} holds no label set: it has no {MANIFEST}") from None
-    done = len(Records(storage, len(sizes), spec.container).all())
+    done = len(Records(storage, len(sizes), spec.container).all_recorded())
     raise FormatError(
         f"the label set {storage.place} is not finished: {done} of {len(sizes)} shards are done; "
         "run the command that makes it again, it goes on from there"

@@ -13,7 +13,6 @@ same bytes.
 
 import contextlib
 import itertools
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +41,7 @@ from stl_offline.labels.store import (
     Storage,
     job_settings,
     open_storage,
+    pick_start,
     read_job,
     read_manifest,
     read_object,
@@ -51,6 +51,8 @@ from stl_offline.labels.store import (
 # object store are paid for.
 _FIRST_WAIT_SECONDS = 0.05
 _LONGEST_WAIT_SECONDS, _LONGEST_STORE_WAIT_SECONDS = 1.0, 30.0
+# So many claims are compared with the records by a worker that has nothing else to do.
+_FEW_CLAIMS = 8
 # Temporary files that have not changed for so long are those of killed processes, also where locks do not reach from
 # one machine to another.
 _LEFTOVER_SECONDS = 3600.0
@@ -118,7 +120,7 @@ class LabelSetWriter:
     ) -> None:
         self._is_open = False
         if self._claims is not None:
-            given_up = self._claims.held
+            given_up = self._claims.held - {self.num_shards}
             self._claims.__exit__(kind, error, trace)
             if given_up and not self.complete:
                 # Where the store does not answer, these shards are found at the end.
@@ -149,7 +151,7 @@ class LabelSetWriter:
 
     def unrecorded(self) -> list[int]:
         """About `missing`, from a few listings: shards whose files were damaged since they were written count as done,
-        and of very many shards some that others are writing."""
+        and of many thousand shards it is an estimate (`Records.left`)."""
         return [] if self.complete else self._records.left()
 
     def todo(self, rank: int = 0, processes: int = 1) -> list[int]:
@@ -184,10 +186,11 @@ class LabelSetWriter:
         block, goes_on = None, False
         while True:
             # Claims first: a shard that is committed between the two listings is in both of them, not in none. The
-            # manifest last: records go once it is there. A worker that goes on in its block needs no new claims.
-            others = others if goes_on else self._claims.others()
+            # manifest last: records go once it is there. To go on in its block, a worker needs no new claims.
+            others = others if goes_on else self._others()
             is_shared = is_shared or bool(others)
-            block, free = self._find_free(block, others, is_shared=is_shared, may_leave=not goes_on)
+            taken = others.keys() | self._claims.held
+            block, free = self._records.find_free(block, taken, is_shared=is_shared, are_new=not goes_on)
             if self._is_finished():
                 return
             if not free and goes_on:
@@ -196,7 +199,7 @@ class LabelSetWriter:
             if not free and self._claims.held:
                 yield None
                 continue
-            start = _pick_start(free) if free and is_shared else 0
+            start = pick_start(free) if free and is_shared else 0
             first = free[start] if free else None
             goes_on = False
             for index in free[start:] + free[:start] or self._left(others):
@@ -207,7 +210,7 @@ class LabelSetWriter:
                     break
                 if index < self.num_shards:
                     # Since the listings it may have been written and its claim released, or the whole set finished.
-                    if self._storage.size(self._records.path(index)) is not None or self._is_finished():
+                    if self._is_recorded(index) or self._is_finished():
                         self._claims.release(index)
                         if self.complete:
                             return
@@ -299,11 +302,13 @@ class LabelSetWriter:
     def _remove_partial(self) -> None:
         """Remove `.partial/`, unless it is that of a job that appends to this one's shards.
 
-        The settings go last. Other processes leave the rest alone as long as those are there.
+        The settings go last: as long as they are there, other processes leave the rest alone.
         """
-        job = job_settings(self._storage)
-        if job is None or job.get("after") == parse_object(self._job()).get("after"):
-            for name in (RECORDS, CLAIMS, JOB, PARTIAL):
+        for name in (RECORDS, CLAIMS, JOB, PARTIAL):
+            job = job_settings(self._storage)
+            if job is not None and job.get("after") != parse_object(self._job()).get("after"):
+                return
+            if job is not None or name == PARTIAL:
                 self._storage.remove(name)
 
     def _job(self) -> bytes:
@@ -335,13 +340,13 @@ class LabelSetWriter:
         record = self._read_record(index)
         return record if record is not None and record.bytes == size else None
 
-    def _read_records(self) -> list[ShardRecord | None]:
-        """The records of all shards; None for those that are not done."""
-        sizes, recorded = self._storage.sizes(), self._records.all()
+    def _read_records(self, recorded: set[int] | None = None) -> list[ShardRecord | None]:
+        """The records of all shards; None for those that are not done. ``recorded``: those that have one, if listed."""
+        recorded = self._records.all_recorded() | set(range(self._old)) if recorded is None else recorded
+        sizes = self._storage.sizes()
 
         def read(index: int) -> ShardRecord | None:
-            is_there = index < self._old or index in recorded
-            return self._record(index, sizes.get(self.shard_name(index))) if is_there else None
+            return self._record(index, sizes.get(self.shard_name(index))) if index in recorded else None
 
         if self._storage.local is not None:
             return list(map(read, range(self.num_shards)))
@@ -357,39 +362,37 @@ class LabelSetWriter:
         self.complete = True
         return True
 
-    def _find_free(
-        self, block: int | None, others: dict[int, str], *, is_shared: bool, may_leave: bool
-    ) -> tuple[int | None, list[int]]:
-        """A block with shards that are neither recorded nor claimed, and these: this block or, if it may leave it,
-        another one. None and no shards where there is none."""
-        taken = others.keys() | self._claims.held
-        while block is not None or (block := self._records.pick_block(taken, is_shared=is_shared)) is not None:
-            done = self._records.there(block)
-            free = [index for index in self._records.shards(block) if index not in done and index not in taken]
-            if free or not may_leave:
-                return block, free
-            self._records.mark(block)
-            block = None
-        return None, []
+    def _others(self) -> dict[int, str]:
+        """`Claims.others`, without what other jobs left there: numbers that this one does not write."""
+        found = self._claims.others()
+        return {index: name for index, name in found.items() if self._old <= index <= self.num_shards}
 
     def _left(self, others: dict[int, str]) -> list[int]:
         """What to take where no shard is free: those whose worker has stopped; the manifest (by the number after the
-        last shard's) where nobody has a shard."""
-        dead = [index for index, name in others.items() if self._claims.is_dead(name)]
-        if others.keys() - {self.num_shards}:
-            return [index for index in dead if index < self.num_shards]
-        return dead if others else [self.num_shards]
+        last shard's) where nobody has a shard to write."""
+        claimed = [index for index in others if index < self.num_shards]
+        # A worker can have been stopped, or be busy, between a record and the end of its claim.
+        if len(claimed) <= _FEW_CLAIMS and all(map(self._is_recorded, claimed)):
+            claimed = [self.num_shards]
+        return [index for index in claimed if index not in others or self._claims.is_dead(others[index])]
+
+    def _is_recorded(self, index: int) -> bool:
+        return self._storage.size(self._records.path(index)) is not None
 
     def _all_whole(self) -> bool:
         """Whether every shard is as its record names it. What is not is removed, to be written again."""
-        self._checked = self._read_records()
-        lost = [index for index, record in enumerate(self._checked) if record is None]
-        for index in lost:
-            if self._read_record(index) is not None:
-                self._storage.remove_file(self.shard_name(index))
-            self._storage.remove_file(self._records.path(index))
+        recorded = self._records.all_recorded() | set(range(self._old))
+        lost = [index for index in range(self.num_shards) if index not in recorded]
+        if not lost:
+            self._checked = self._read_records(recorded)
+            # As it is now: reading them all takes long, and another process may have repaired one.
+            lost = [index for index, found in enumerate(self._checked) if found is None and not self.is_done(index)]
+            for index in lost:
+                if self._read_record(index) is not None:
+                    self._storage.remove_file(self.shard_name(index))
+                self._storage.remove_file(self._records.path(index))
         self._records.reopen(lost)
-        return not lost
+        return not lost and None not in self._checked
 
     def _check_same(self, record: ShardRecord, sha256: str) -> None:
         """Raise TargetError where a shard is there with another checksum."""
@@ -446,18 +449,6 @@ class LabelSetWriter:
         if self._storage.local is not None:
             for folder in ("", PARTIAL, RECORDS, CLAIMS, *self._records.folders()):
                 remove_leftovers(self._storage.path(folder), seconds=seconds)
-
-
-def _pick_start(free: Sequence[int]) -> int:
-    """Where in these shards, which are sorted, a worker begins among others: inside one of the longest runs.
-
-    Workers go on from where they are. So another one will need long to get there, and each has to look for other shards
-    less than half as often as from a random start. Chance keeps workers that look at the same moment apart.
-    """
-    ends = [place for place in range(1, len(free)) if free[place] != free[place - 1] + 1]
-    runs = sorted(itertools.pairwise([0, *ends, len(free)]), key=lambda run: run[0] - run[1])
-    first, last = secrets.choice(runs[: max(1, len(runs) // 4)])
-    return first + (last - first) // 4 + secrets.randbelow((last - first + 1) // 2)
 
 
 def check_place(place: str | Path, **options: object) -> None:

@@ -18,7 +18,7 @@ from stl_offline.images.pack import pack
 from stl_offline.labels.append import remove_leftovers
 from stl_offline.labels.convert import convert
 from stl_offline.labels.label_set import open_label_set
-from stl_offline.labels.store import open_storage
+from stl_offline.labels.store import open_storage, records
 from stl_offline.labels.verify import verify
 from tests.dump.dumping import command, content
 from tests.dump.test_tars import assert_same, files, settings, write_tar  # noqa: F401
@@ -110,7 +110,8 @@ def test_there_must_be_a_set(started, tmp_path, capsys):
     assert main(command(work, tmp_path / "none", 1, "--append", "--estimate")[3:]) == 2
 
 
-def test_a_kill_and_several_workers(started, tmp_path):
+def test_a_kill_and_several_workers(started, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "BLOCK_SHARDS", 2)  # the old shards are 0, 1 and 2
     undisturbed = tmp_path / "undisturbed"
     for name, data in content(tmp_path / "set").items():
         (undisturbed / name).parent.mkdir(exist_ok=True)
@@ -120,6 +121,8 @@ def test_a_kill_and_several_workers(started, tmp_path):
     with work.open_writer() as writer:
         assert writer.unrecorded() == [3, 4]
         writer.write_shard(4, work.label_shard(writer, 4, lambda done: None))
+    # What a late worker of the job before wrote is not taken over.
+    open_storage(tmp_path / "set").write(".partial/claims/00001-0", b"")
     # The set is whole for readers all the time; others cannot begin to add other images.
     assert len(open_label_set(tmp_path / "set")) == 20
     with pytest.raises(TargetError, match="shards is 4 and 5"):

@@ -20,7 +20,7 @@ from stl_offline.labels.store.layout import (
     read_object,
     read_present,
 )
-from stl_offline.labels.store.records import Records
+from stl_offline.labels.store.records import Records, pick_start
 from stl_offline.labels.store.storage import (
     TRANSFERS,
     FolderStorage,
@@ -51,6 +51,7 @@ __all__ = [
     "job_settings",
     "open_storage",
     "parse_ranges",
+    "pick_start",
     "present_bytes",
     "read_job",
     "read_manifest",

@@ -71,8 +71,9 @@ class Claims:
 
     @property
     def held(self) -> set[int]:
-        """The shards that this worker has claimed."""
-        return set(self._held)
+        """The shards that this worker has claimed, or was about to when it was interrupted."""
+        trying = self._trying
+        return set(self._held) | ({_parse(trying[0].rpartition("/")[2])[0]} if trying else set())
 
     def others(self) -> dict[int, str]:
         """The shards that other workers have claimed, each with the name of its newest claim. One listing."""

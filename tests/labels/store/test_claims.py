@@ -1,5 +1,6 @@
 """Workers that share a label set: one gets each shard, stopped ones are relieved, and late ones change nothing."""
 
+import itertools
 import math
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 from stl_offline import remote
 from stl_offline.errors import TargetError
 from stl_offline.labels.format import encode_shard
-from stl_offline.labels.store import Claims, claims, open_storage, storage
+from stl_offline.labels.store import Claims, claims, open_storage, records, storage
 from stl_offline.labels.writer import LabelSetWriter
 from tests.labels.crash import files, fork, wait, write_all
 from tests.labels.synthetic import make_arrays, make_spec, write_set
@@ -275,8 +276,9 @@ def test_a_damaged_shard_is_found_at_the_end_and_written_again(tmp_path, encoded
     assert files(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize(("workers", "shards"), [(1, 60), (6, 60), (8, 400)])
-def test_requests_grow_as_shards(workers, shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("workers", "shards", "block"), [(1, 60, 1000), (6, 60, 1000), (6, 60, 7), (8, 400, 20)])
+def test_requests_grow_as_shards(workers, shards, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "BLOCK_SHARDS", block)
     spec = make_spec(samples=shards)
     data = encode_shard(make_arrays(spec, 0, 1), spec)  # of each shard: nothing here looks into them
     counts, persist = Counter(), storage.ObjectStorage._persist
@@ -290,6 +292,7 @@ def test_requests_grow_as_shards(workers, shards, tmp_path, monkeypatch):
 
     def work():
         with LabelSetWriter(place, spec, shards) as writer:
+            writer.unrecorded()
             for index in writer.claim_shards():
                 time.sleep(0.6 / shards)
                 writer.write_encoded(index, data)
@@ -303,7 +306,98 @@ def test_requests_grow_as_shards(workers, shards, tmp_path, monkeypatch):
     assert counts["read"] <= 2 * shards + 25 * workers
     assert counts["look"] <= 4 * shards + 40 * workers
     assert counts["remove"] <= shards + 25 * workers
-    assert counts["list"] <= 50 * workers
+    assert counts["list"] <= 50 * workers + 4 * shards / block
+
+
+def in_time(work):
+    """Run it in a thread that a test does not wait for if it never ends."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_what_a_worker_gives_up_is_taken_while_others_still_work(place, encoded, undisturbed):
+    """A block that has been marked as taken is open again."""
+    with LabelSetWriter(place, SPEC, SHARDS) as slow:
+        kept = slow.claim_shards()
+        assert next(kept) == 0
+        with pytest.raises(ZeroDivisionError), LabelSetWriter(place, SPEC, SHARDS) as fails:
+            given = fails.claim_shards()
+            assert {next(given), next(given)} == {1, 2}
+            other = threading.Thread(target=write_shards, args=(place, encoded, 2), daemon=True)
+            other.start()
+            deadline = time.monotonic() + 60
+            while "00000.taken" not in open_storage(place).names(".partial/records"):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            raise ZeroDivisionError
+        other.join(60)
+        assert slow.missing() == [0] and not other.is_alive()
+        slow.write_encoded(0, encoded[0])
+        assert list(kept) == []
+        slow.finish()
+    assert stored(place) == undisturbed
+
+
+def write_shards(place, encoded, count):
+    """Write so many shards as one more worker."""
+    with LabelSetWriter(place, SPEC, SHARDS) as writer:
+        for index in itertools.islice(writer.claim_shards(), count):
+            writer.write_encoded(index, encoded[index])
+
+
+@pytest.mark.parametrize("recorded", [0, 2])
+def test_a_mark_of_a_block_that_lacks_records_is_found_at_the_end(place, encoded, undisturbed, recorded):
+    """Left by a worker that listed the block just before another one gave a claim up."""
+    write_shards(place, encoded, recorded)
+    open_storage(place).write(".partial/records/00000.taken", b"")
+    in_time(lambda: write_all(place, SPEC, encoded))
+    assert stored(place) == undisturbed
+
+
+@pytest.mark.parametrize("name", ["00000-0", "00099-0", "00003-0"])
+def test_claims_of_other_machines_that_mean_nothing_hold_nobody_up(place, encoded, undisturbed, name):
+    """On a shard that is recorded (its worker was killed right after that, or is late), or of an earlier job that had
+    more shards. Only the manifest's claim, whose number is that after the last shard's, may still be worked on."""
+    write_shards(place, encoded, 1)
+    open_storage(place).write(f".partial/claims/{name}", b'{"host": "other", "machine": "other", "pid": 1}')
+    work = partial(write_all, place, SPEC, encoded)
+    if name == "00003-0":
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(1)
+        assert thread.is_alive() and not (open_storage(place).size("manifest.json"))
+        open_storage(place).remove_file(f".partial/claims/{name}")
+        thread.join(60)
+        assert not thread.is_alive()
+    else:
+        in_time(work)
+    assert stored(place) == undisturbed
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_shard_that_is_written_while_all_are_looked_at_stays(place, encoded, undisturbed, monkeypatch, damaged):
+    """A worker without claims writes it, such as Ray's, after the listing in which it was missing or damaged."""
+    write_shards(place, encoded, 2)
+    with LabelSetWriter(place, SPEC, SHARDS) as writer, LabelSetWriter(place, SPEC, SHARDS) as late:
+        if damaged:
+            late.write_encoded(2, encoded[2])
+            open_storage(place).write(late.shard_name(2), b"cut")
+        what = (writer, "_read_records") if damaged else (writer._records, "all_recorded")
+        look = getattr(*what)
+
+        def looked(*arguments):
+            found = look(*arguments)
+            late.write_encoded(2, encoded[2])
+            return found
+
+        monkeypatch.setattr(*what, looked)
+        assert not writer._all_whole()
+        monkeypatch.undo()
+        assert writer._all_whole() and writer.missing() == []
+        writer.finish()
+    assert stored(place) == undisturbed
 
 
 @pytest.mark.parametrize("moment", ["created", "removed"])
