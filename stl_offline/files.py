@@ -175,6 +175,7 @@ def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
             None,
             str(temporary),
             str(path),
+            str(path.parent),
         ):
             raise
         raise TargetError(f"cannot write {path}: {error.strerror or error}; nothing was changed there") from error

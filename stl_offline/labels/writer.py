@@ -51,8 +51,6 @@ from stl_offline.labels.store import (
 # object store are paid for.
 _FIRST_WAIT_SECONDS = 0.05
 _LONGEST_WAIT_SECONDS, _LONGEST_STORE_WAIT_SECONDS = 1.0, 30.0
-# So many claims are compared with the records by a worker that has nothing else to do.
-_FEW_CLAIMS = 8
 # Temporary files that have not changed for so long are those of killed processes, also where locks do not reach from
 # one machine to another.
 _LEFTOVER_SECONDS = 3600.0
@@ -124,7 +122,7 @@ class LabelSetWriter:
             self._claims.__exit__(kind, error, trace)
             if given_up and not self.complete:
                 # Where the store does not answer, these shards are found at the end.
-                with contextlib.suppress(StlError):
+                with contextlib.suppress(StlError, OSError):
                     self._records.reopen(given_up)
         if self.complete and self._storage.size(JOB) is None:
             # What this process wrote after another one had finished the set.
@@ -282,14 +280,17 @@ class LabelSetWriter:
         if self.complete:
             return read_manifest(self._storage)
         records = self._checked or self._read_records()
-        if None in records:
+        while None in records:
             missing = self.missing()
             if missing:
                 raise TargetError(
                     f"{len(missing)} of {self.num_shards} shards of {self.place} are not written yet, the first is "
                     f"{missing[0]}; run the same command again to go on"
                 )
-            return read_manifest(self._storage)
+            if self.complete:
+                return read_manifest(self._storage)
+            # Another process has written the last ones meanwhile.
+            records = self._read_records()
         if not self._is_open:
             raise TargetError(f"the label set {self.place} is not open for writing")
         manifest = self._manifest(records)
@@ -357,10 +358,11 @@ class LabelSetWriter:
         """Whether another process has finished the label set."""
         if self._storage.size(MANIFEST) is None:
             return False
-        # Its shards have just been looked at by that process.
-        self.check_manifest(read_manifest(self._storage))
-        self.complete = True
-        return True
+        with contextlib.suppress(FileNotFoundError):
+            # Its shards have just been looked at by that process.
+            self.check_manifest(read_manifest(self._storage))
+            self.complete = True
+        return self.complete
 
     def _others(self) -> dict[int, str]:
         """`Claims.others`, without what other jobs left there: numbers that this one does not write."""
@@ -372,7 +374,7 @@ class LabelSetWriter:
         last shard's) where nobody has a shard to write."""
         claimed = [index for index in others if index < self.num_shards]
         # A worker can have been stopped, or be busy, between a record and the end of its claim.
-        if len(claimed) <= _FEW_CLAIMS and all(map(self._is_recorded, claimed)):
+        if all(map(self._is_recorded, claimed)):
             claimed = [self.num_shards]
         return [index for index in claimed if index not in others or self._claims.is_dead(others[index])]
 
@@ -382,17 +384,24 @@ class LabelSetWriter:
     def _all_whole(self) -> bool:
         """Whether every shard is as its record names it. What is not is removed, to be written again."""
         recorded = self._records.all_recorded() | set(range(self._old))
-        lost = [index for index in range(self.num_shards) if index not in recorded]
-        if not lost:
-            self._checked = self._read_records(recorded)
-            # As it is now: reading them all takes long, and another process may have repaired one.
-            lost = [index for index, found in enumerate(self._checked) if found is None and not self.is_done(index)]
-            for index in lost:
-                if self._read_record(index) is not None:
-                    self._storage.remove_file(self.shard_name(index))
-                self._storage.remove_file(self._records.path(index))
-        self._records.reopen(lost)
-        return not lost and None not in self._checked
+        missing = [index for index in range(self.num_shards) if index not in recorded]
+        self._records.reopen(missing)
+        if missing:
+            return False
+        self._checked = self._read_records(recorded)
+        damaged = [index for index, record in enumerate(self._checked) if record is None]
+        if damaged and self._is_finished():
+            return True
+        for index in damaged:
+            # As they are now: reading all records takes long, and another process may have written this shard again.
+            record, size = self._read_record(index), self._storage.size(self.shard_name(index))
+            if record is not None and record.bytes == size:
+                continue
+            if record is not None:
+                self._storage.remove_file(self.shard_name(index))
+            self._storage.remove_file(self._records.path(index))
+        self._records.reopen(damaged)
+        return not damaged
 
     def _check_same(self, record: ShardRecord, sha256: str) -> None:
         """Raise TargetError where a shard is there with another checksum."""

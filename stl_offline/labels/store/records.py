@@ -90,8 +90,8 @@ class Records:
     ) -> tuple[int | None, list[int]]:
         """A block with shards that are neither recorded nor ``claimed``, and these: this block, or another one.
 
-        None and no shards where there is none. Unless the claims ``are_new``, no other block is looked at: with old
-        ones, this one cannot be marked.
+        None and no shards where there is none. Unless the claims ``are_new``, a block without free shards is given back
+        as it is: with old claims it must not be marked.
         """
         while block is not None or (block := self.pick_block(claimed, is_shared=is_shared)) is not None:
             taken = self.recorded(block) | claimed

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -350,10 +351,28 @@ def write_shards(place, encoded, count):
 @pytest.mark.parametrize("recorded", [0, 2])
 def test_a_mark_of_a_block_that_lacks_records_is_found_at_the_end(place, encoded, undisturbed, recorded):
     """Left by a worker that listed the block just before another one gave a claim up."""
-    write_shards(place, encoded, recorded)
+    in_time(lambda: write_shards(place, encoded, recorded))
     open_storage(place).write(".partial/records/00000.taken", b"")
     in_time(lambda: write_all(place, SPEC, encoded))
     assert stored(place) == undisturbed
+
+
+@pytest.mark.parametrize("workers", [1, 12])
+def test_claims_on_recorded_shards_do_not_delay_the_manifest(place, workers):
+    """As those of a whole machine that was suspended, relieved, and goes on."""
+    spec = make_spec(samples=workers)
+    with LabelSetWriter(place, spec, workers) as writer:
+        for index in range(workers):
+            writer.write_shard(index, make_arrays(spec, index, index + 1))
+        for index in range(workers):
+            open_storage(place).write(f".partial/claims/{index:05d}-0", b'{"machine": "other", "pid": 1}')
+
+        def end():
+            assert list(writer.claim_shards()) == []
+            writer.finish()
+
+        in_time(end)
+        assert writer.complete
 
 
 @pytest.mark.parametrize("name", ["00000-0", "00099-0", "00003-0"])
@@ -376,25 +395,32 @@ def test_claims_of_other_machines_that_mean_nothing_hold_nobody_up(place, encode
     assert stored(place) == undisturbed
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("damaged", ["record", "shard", ""])
 def test_a_shard_that_is_written_while_all_are_looked_at_stays(place, encoded, undisturbed, monkeypatch, damaged):
     """A worker without claims writes it, such as Ray's, after the listing in which it was missing or damaged."""
     write_shards(place, encoded, 2)
     with LabelSetWriter(place, SPEC, SHARDS) as writer, LabelSetWriter(place, SPEC, SHARDS) as late:
         if damaged:
             late.write_encoded(2, encoded[2])
-            open_storage(place).write(late.shard_name(2), b"cut")
-        what = (writer, "_read_records") if damaged else (writer._records, "all_recorded")
+            open_storage(place).write(late._records.path(2) if damaged == "record" else late.shard_name(2), b"cut")
+        looks = {"record": (writer, "_read_record"), "shard": (writer, "_read_records")}
+        what = looks.get(damaged, (writer._records, "all_recorded"))
         look = getattr(*what)
 
         def looked(*arguments):
             found = look(*arguments)
-            late.write_encoded(2, encoded[2])
+            # The second look at this record is that before its removal.
+            if damaged != "record" or (arguments == (2,) and next(looked_before)):
+                late.write_encoded(2, encoded[2])
             return found
 
+        looked_before = iter((False, True, False))
         monkeypatch.setattr(*what, looked)
         assert not writer._all_whole()
         monkeypatch.undo()
+        assert writer._storage.size(writer.shard_name(2)) == len(encoded[2])
+        if damaged == "record":
+            late.write_encoded(2, encoded[2])
         assert writer._all_whole() and writer.missing() == []
         writer.finish()
     assert stored(place) == undisturbed
@@ -440,3 +466,18 @@ def test_an_interrupt_leaves_the_claims_of_others(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), Claims(here) as ours:
         ours.take(2)
     assert [here.read(f"{claims.CLAIMS}/{name}") for name in here.names(claims.CLAIMS)] == [b"another worker's"]
+
+
+def test_a_folder_that_is_removed_under_a_write_is_made_again(tmp_path, monkeypatch):
+    """By a worker that found the set finished, between the file's creation and the folder's way to the disk."""
+    here = open_storage(tmp_path)
+    replace = os.replace
+
+    def replace_and_remove(*paths):
+        monkeypatch.undo()
+        replace(*paths)
+        shutil.rmtree(tmp_path / "folder")
+
+    monkeypatch.setattr(os, "replace", replace_and_remove)
+    here.write("folder/file", b"x")
+    assert here.read("folder/file") == b"x"
