@@ -15,6 +15,7 @@ from stl_offline.dump.append import prepare_append
 from stl_offline.errors import InputError, JoinError, TargetError
 from stl_offline.files import canonical_json
 from stl_offline.images.pack import pack
+from stl_offline.labels import append
 from stl_offline.labels.append import remove_leftovers
 from stl_offline.labels.convert import convert
 from stl_offline.labels.label_set import open_label_set
@@ -204,6 +205,23 @@ def test_a_worker_that_ends_late_leaves_the_next_job_alone(started, tmp_path):
         job.write_bytes(canonical_json({"after": base.fingerprint}))
         assert writer._is_finished()
     assert json.loads(job.read_bytes()) == {"after": base.fingerprint}
+
+
+def test_a_worker_that_read_the_old_manifest_leaves_no_job_behind(started, tmp_path, monkeypatch):
+    """Another one finishes the append between its look at the manifest and its look at the job."""
+    late = prepare_append(started, load_labeler(started), torch.device("cpu"))
+    with late.open_writer() as writer:
+        read = append.read_manifest
+
+        def read_and_finish(storage):
+            found = read(storage)
+            monkeypatch.undo()
+            dump_labels(started, append=True)
+            return found
+
+        monkeypatch.setattr(append, "read_manifest", read_and_finish)
+        assert list(writer.claim_shards()) == [] and writer.complete
+    assert len(open_label_set(tmp_path / "set")) == 45 and not (tmp_path / "set" / ".partial").exists()
 
 
 def test_the_first_job_again_leaves_an_append_alone(started, tmp_path):
