@@ -343,7 +343,7 @@ class LabelSetWriter:
 
     def _read_records(self, recorded: set[int] | None = None) -> list[ShardRecord | None]:
         """The records of all shards; None for those that are not done. ``recorded``: those that have one, if listed."""
-        recorded = self._records.all_recorded() | set(range(self._old)) if recorded is None else recorded
+        recorded = self._all_recorded() if recorded is None else recorded
         sizes = self._storage.sizes()
 
         def read(index: int) -> ShardRecord | None:
@@ -378,12 +378,15 @@ class LabelSetWriter:
             claimed = [self.num_shards]
         return [index for index in claimed if index not in others or self._claims.is_dead(others[index])]
 
+    def _all_recorded(self) -> set[int]:
+        return self._records.all_recorded() | set(range(self._old))
+
     def _is_recorded(self, index: int) -> bool:
         return self._storage.size(self._records.path(index)) is not None
 
     def _all_whole(self) -> bool:
         """Whether every shard is as its record names it. What is not is removed, to be written again."""
-        recorded = self._records.all_recorded() | set(range(self._old))
+        recorded = self._all_recorded()
         missing = [index for index in range(self.num_shards) if index not in recorded]
         self._records.reopen(missing)
         if missing:
