@@ -92,7 +92,7 @@ def speed(bench: Bench) -> None:
 
 
 def _speed_of(bench: Bench, name: str, kind: str, rate: float, *, compiled: bool) -> None:
-    """Rows of one model; every way that fails is a row of its own."""
+    """Rows of one model; every way that fails is a row of its own. Where memory is short, fewer images are taken."""
     size, device = bench.size, bench.device
     if bench.over:
         return bench.add("left out", model=f"{name}, {kind}, {'compiled' if compiled else 'eager'}")
@@ -103,13 +103,20 @@ def _speed_of(bench: Bench, name: str, kind: str, rate: float, *, compiled: bool
     work = operations(model.eval(), images[:1])
 
     def add(way, make, factor):
-        if bench.over:
-            return
-        try:
-            each = bench.seconds(make()) / len(images)
-            values = {"images/s": 1 / each, "MFU": factor * work / each / rate}
-        except Exception as error:  # memory, or a compiler
-            values = {"FAILED": f"{type(error).__name__}: {error}"[:200]}
+        values = {}
+        for count in (size.batch, size.batch // 2, size.batch // 4):
+            if bench.over or not count:
+                return
+            try:
+                each = bench.seconds(make(count)) / count
+                values = {"images/s": 1 / each, "MFU": factor * work / each / rate, "batch": count}
+            except torch.OutOfMemoryError:
+                values = {"FAILED": "memory", "batch": count}
+            except Exception as error:  # a compiler's
+                values = {"FAILED": f"{type(error).__name__}: {error}"[:200]}
+            if values.get("FAILED") != "memory":
+                break
+            torch.cuda.empty_cache()
         bench.add(f"{name}, {kind}, {way}", **values)
 
     def compile_it(what):
@@ -121,13 +128,14 @@ def _speed_of(bench: Bench, name: str, kind: str, rate: float, *, compiled: bool
     with torch.inference_mode():
         if compiled:
             made = compile_it(half)
-            add("inference, compiled", lambda: lambda: made(half_images), 1)
+            add("inference, compiled", lambda count: lambda: made(half_images[:count]), 1)
         else:
-            add("inference, eager", lambda: lambda: half(half_images), 1)
+            add("inference, eager", lambda count: lambda: half(half_images[:count]), 1)
             if kind == "model" and device.type == "cuda":
-                add("inference, CUDA graph", lambda: graphed(half, half_images), 1)
+                add("inference, CUDA graph", lambda count: graphed(half, half_images[:count]), 1)
     way = "training, compiled" if compiled else "training, eager"
-    add(way, lambda: training_step(compile_it(model) if compiled else model, images, size.classes), 3)
+    taught = compile_it(model) if compiled else model
+    add(way, lambda count: training_step(taught, images[:count], size.classes), 3)
 
 
 def profile_step(bench: Bench) -> None:

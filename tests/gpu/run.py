@@ -30,7 +30,8 @@ import torch
 from tests.gpu.absent import stand_in_for_ffcv
 from tests.gpu.report import FULL, SMALL, Bench
 
-# What the package needs beside torch, torchvision, numpy and pillow; none of it is compiled against CUDA.
+# What the package needs beside torch, torchvision, numpy, pillow, numba, fsspec and OpenCV's Python package; none of it
+# is compiled against CUDA.
 WHEELS = (
     "timm",
     "zarr",
@@ -40,8 +41,6 @@ WHEELS = (
     "webdataset",
     "braceexpand",
     "xxhash",
-    "numba",
-    "llvmlite",
 )
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
@@ -65,7 +64,7 @@ def sections(tars: list[str] | None) -> list[tuple[str, object, float]]:
     def study(bench: Bench) -> None:
         if not tars:
             return bench.add("left out", reason="--study names no images")
-        small = {"epochs": 2, "seeds": 2, "batch_size": 8, "jobs": 0} if bench.size is SMALL else {}
+        small = {"epochs": 2, "larger_epochs": 2, "seeds": 2, "batch_size": 8, "jobs": 0} if bench.size is SMALL else {}
         found = Study(*tars, str(bench.folder / "study"), device=str(bench.device), minutes=bench.left / 60, **small)
         found.run_all()
         for row in found.rows():

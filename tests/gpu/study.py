@@ -6,7 +6,9 @@ Images are decoded once and lie on the device, and crops are taken there (biline
 FFCV is needed. All else is the package's own: views, labels, token caches, targets, losses, the loop. A labeler is
 trained, and its labels are dumped once for each epoch of a student. Students are trained without labels, with the
 labeler in every step, with one drawn class per token and with the 5 most probable classes, ``--jobs`` processes side by
-side. Every task's result is kept: the same command goes on where it was stopped.
+side. A larger student and labeler are trained for fewer epochs, without the arm of 5 classes. Every task's result is
+kept: the same command goes on where it was stopped. Run folders have names that `tests.benchmarks.transfer_study`
+takes.
 """
 
 import argparse
@@ -45,6 +47,8 @@ from tests.gpu.memory import MemoryImages, MemoryLoader
 
 KEPT = {"draws": {"top_k": 0, "draws": 1}, "top5": {"top_k": 5}}
 ARMS = ("none", "online", *KEPT)
+LARGER = "larger-"  # begins the names of what has the larger model
+LARGER_ARMS = tuple(LARGER + arm for arm in ("none", "online", "draws"))
 
 
 class TarImages(MemoryImages):
@@ -142,6 +146,7 @@ class DecodedLoader(MemoryLoader):
 class Study:
     """What is compared; its fields are the options of the command line.
 
+    larger: a second student, also as a labeler, since the labeler of every step must have the student's grid; "": none.
     minutes: after which no task is begun; jobs: processes side by side, 0: everything in this one.
     """
 
@@ -153,6 +158,9 @@ class Study:
     epochs: int = 60
     batch_size: int = 256
     lr: float = 1e-3
+    larger: str = "fan_tiny_8_p4_hybrid"
+    larger_epochs: int = 20
+    larger_lr: float = 5e-4
     seeds: int = 3
     jobs: int = 12
     minutes: float = 10.0
@@ -161,9 +169,20 @@ class Study:
     @property
     def tasks(self) -> dict[str, tuple[str, ...]]:
         """Names of tasks, and of those that each needs."""
-        tasks: dict[str, tuple[str, ...]] = {"labeler": ()} | {f"labels-{name}": ("labeler",) for name in KEPT}
-        needs = {"none": (), "online": ("labeler",)} | {name: (f"labels-{name}",) for name in KEPT}
-        return tasks | {f"{arm}-seed{seed}": needs[arm] for seed in range(self.seeds) for arm in ARMS}
+        arms = {"none": (), "online": ("labeler",)} | {kind: (f"labels-{kind}",) for kind in KEPT}
+        tasks: dict[str, tuple[str, ...]] = {}
+        for begin in ("", LARGER) if self.larger else ("",):
+            tasks[f"{begin}labeler"] = ()
+            tasks |= {f"{begin}labels-{kind}": (f"{begin}labeler",) for kind in KEPT if begin + kind in self.arms}
+        for seed in range(self.seeds):
+            for arm in self.arms:
+                begin = LARGER if arm.startswith(LARGER) else ""
+                tasks[f"{arm}-seed{seed}"] = tuple(begin + need for need in arms[arm.removeprefix(begin)])
+        return tasks
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return ARMS + (LARGER_ARMS if self.larger else ())
 
     def result(self, task: str) -> dict[str, Any] | None:
         path = Path(self.out) / "results" / f"{task}.json"
@@ -174,11 +193,13 @@ class Study:
         if self.result(task) is not None:
             return
         start = time.monotonic()
-        kind, _, seed = task.partition("-seed")
-        if task.startswith("labels-"):
-            found = self._dump(task.removeprefix("labels-"))
+        arm, _, seed = task.partition("-seed")
+        begin = LARGER if arm.startswith(LARGER) else ""
+        kind = arm.removeprefix(begin)
+        if kind.startswith("labels-"):
+            found = self._dump(begin, kind.removeprefix("labels-"))
         else:
-            found = self._train(kind, int(seed or 0))
+            found = self._train(begin, kind, int(seed or 0))
         path = Path(self.out) / "results" / f"{task}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, canonical_json(found | {"seconds": time.monotonic() - start}))
@@ -193,22 +214,27 @@ class Study:
         device = torch.device(self.device)
         return DecodedLoader(images, self.side, batch_size, device, (of.mean, of.std), **options)
 
-    def _train(self, arm: str, seed: int) -> dict[str, Any]:
+    def _train(self, begin: str, arm: str, seed: int) -> dict[str, Any]:
+        """``begin``: `LARGER` or nothing; ``arm``: labeler, or one of `ARMS`."""
         settings = {
             "data": self.train,
             "val": self.val,
-            "out": self._place(f"run-{arm}-{seed}"),
+            "out": self._place(f"run-{begin}{arm}-seed{seed}"),
             "seed": seed,
             "img_size": self.side,
+            "batch_size": self.batch_size,
+            "device": self.device,
         }
-        settings |= {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr, "val_every": self.epochs}
-        settings |= {"device": self.device}
+        model, lr, epochs = (
+            (self.larger, self.larger_lr, self.larger_epochs) if begin else (self.model, self.lr, self.epochs)
+        )
+        settings |= {"lr": lr, "epochs": epochs, "val_every": max(1, epochs // 6)}
         if arm == "labeler":
-            config = LabelerConfig(**settings)
+            config = LabelerConfig(**settings, model=f"{model}_token")
         else:
-            labels = {"none": "none", "online": "online"}.get(arm) or (self._place(f"labels-{arm}"),)
-            labeler = {"labeler": self._place("run-labeler-0")} if arm == "online" else {}
-            config = StudentConfig(**settings, model=self.model, labels=labels, **labeler)
+            labels = {"none": "none", "online": "online"}.get(arm) or (self._place(f"{begin}labels-{arm}"),)
+            labeler = {"labeler": self._place(f"run-{begin}labeler-seed0")} if arm == "online" else {}
+            config = StudentConfig(**settings, model=model, labels=labels, **labeler)
         train, val = self._images(self.train), self._images(self.val)
         stage_name = "labeler" if arm == "labeler" else "student"
         stage = build_stage(config, stage_name, train, val, torch.device(self.device), World())
@@ -228,16 +254,18 @@ class Study:
         scores = evaluate_model(
             model.to(stage.device).eval(), scored, views, classes, stage.amp, score_tokens=config.trains_tokens
         )
-        return asdict(scores)
+        log = (Path(config.out) / "log.jsonl").read_text().splitlines()
+        curve = {row["epoch"]: row["top1"] for row in map(json.loads, log) if row.get("top1") is not None}
+        return asdict(scores) | {"curve": curve}
 
-    def _dump(self, kind: str) -> dict[str, Any]:
+    def _dump(self, begin: str, kind: str) -> dict[str, Any]:
         images, device = self._images(self.train), torch.device(self.device)
         config = DumpConfig(
             data=self.train,
-            out=self._place(f"labels-{kind}"),
-            labeler=self._place("run-labeler-0"),
+            out=self._place(f"{begin}labels-{kind}"),
+            labeler=self._place(f"run-{begin}labeler-seed0"),
             batch_size=4 * self.batch_size,
-            crops_per_image=self.epochs,
+            crops_per_image=self.larger_epochs if begin else self.epochs,
             device=self.device,
             **KEPT[kind],
         )
@@ -279,22 +307,24 @@ class Study:
 
     def rows(self) -> list[dict[str, Any]]:
         """Scores of each arm, and differences of arms by seed, each with its standard error."""
-        found = {arm: [self.result(f"{arm}-seed{seed}") for seed in range(self.seeds)] for arm in ARMS}
+        found = {arm: [self.result(f"{arm}-seed{seed}") for seed in range(self.seeds)] for arm in self.arms}
         rows = []
-        if labeler := self.result("labeler"):
-            rows.append({"row": "labeler", "top1": labeler["top1"], "seconds": labeler["seconds"]})
-        rows += [
-            {"row": f"labels {kind}", "bytes": size["bytes"]}
-            for kind in KEPT
-            if (size := self.result(f"labels-{kind}"))
-        ]
+        for task in self.tasks:
+            result = self.result(task)
+            if result and task.endswith("labeler"):
+                rows.append({"row": task, "top1": result["top1"], "seconds": result["seconds"]})
+            elif result and "labels-" in task:
+                rows.append({"row": task, "bytes": result["bytes"], "seconds": result["seconds"]})
         for arm, results in found.items():
             results = [result for result in results if result]
             if results:
-                rows.append({"row": arm, "seeds": len(results)} | _means(results))
-        for one, other in (("online", "none"), ("draws", "none"), ("draws", "online"), ("top5", "online")):
-            pairs = [(a, b) for a, b in zip(found[one], found[other], strict=True) if a and b]
-            differences = [{name: a[name] - b[name] for name in ("top1", "ece")} for a, b in pairs]
+                curves = [" ".join(f"{100 * top1:.0f}" for top1 in result["curve"].values()) for result in results]
+                rows.append({"row": arm, "seeds": len(results)} | _means(results) | {"curve": curves[0]})
+        pairs = [("online", "none"), ("draws", "none"), ("top5", "none"), ("draws", "online"), ("top5", "online")]
+        pairs += [(LARGER + one, LARGER + other) for one, other in pairs if self.larger and one != "top5"]
+        for one, other in pairs:
+            both = [(a, b) for a, b in zip(found[one], found[other], strict=True) if a and b]
+            differences = [{name: a[name] - b[name] for name in ("top1", "ece")} for a, b in both]
             if differences:
                 rows.append({"row": f"{one} − {other}", "seeds": len(differences)} | _means(differences))
         return rows

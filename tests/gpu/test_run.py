@@ -58,8 +58,10 @@ def test_the_study(monkeypatch, tmp_path):
         tars.append(str(tmp_path / f"{name}.tar"))
     rows = small(monkeypatch, tmp_path, "study", more=("--study", *tars))
     found = {row["row"] for row in rows}
-    assert found >= {"labeler", "labels draws", "labels top5", "none", "online", "draws", "top5", "draws − online"}
-    study = Study(*tars, str(tmp_path / "out" / "study"), epochs=2, seeds=2, batch_size=8, jobs=0, device="cpu")
+    assert found >= {"labeler", "labels-draws", "labels-top5", "none", "online", "draws", "top5", "draws − online"}
+    assert found >= {"larger-labeler", "larger-labels-draws", "larger-online", "larger-draws − larger-none"}
+    settings = {"epochs": 2, "larger_epochs": 2, "seeds": 2, "batch_size": 8, "jobs": 0, "device": "cpu"}
+    study = Study(*tars, str(tmp_path / "out" / "study"), **settings)
     monkeypatch.setattr(Study, "_train", None)
     study.run_all()
     assert len(study.rows()) == len([row for row in rows if row["section"] == "Study"]) - 1
