@@ -113,9 +113,10 @@ class PositionEmbed(nn.Module):
         self.token_projection = nn.Conv2d(64, dim, 1)
 
     def forward(self, height: int, width: int):
-        y = torch.arange(1, height + 1, dtype=torch.float32)[:, None].expand(height, width) / (height + 1e-6)
-        x = torch.arange(1, width + 1, dtype=torch.float32)[None, :].expand(height, width) / (width + 1e-6)
-        i = torch.arange(32, dtype=torch.float32)
+        dd = {"dtype": torch.float32, "device": self.token_projection.weight.device}
+        y = torch.arange(1, height + 1, **dd)[:, None].expand(height, width) / (height + 1e-6)
+        x = torch.arange(1, width + 1, **dd)[None, :].expand(height, width) / (width + 1e-6)
+        i = torch.arange(32, **dd)
         divisor = 10000 ** (2 * torch.floor(i / 2) / 32)
         channels = []
         for position in (y, x):

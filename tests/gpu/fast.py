@@ -141,7 +141,7 @@ def _speed_of(bench: Bench, name: str, kind: str, rate: float, *, compiled: bool
 def profile_step(bench: Bench) -> None:
     """Where a student's step spends the device's time, what is largest beside products, and how long it is idle."""
     step, loader = student_step(bench, bench.size.models[0] + "_token", "soft", amp="bf16", mixup=0.8)
-    batches = list(loader.epoch(0)) * (1 if bench.size is SMALL else 3)
+    batches = list(loader.epoch(0)) * (1 if bench.size is SMALL else 5)
     for number, batch in enumerate(batches):
         step(batch, number).numbers()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.device.type == "cuda" else [])]

@@ -90,7 +90,10 @@ def fan_numbers(bench: Bench) -> None:
             compare("inference form", flat, None, 1e-4)
         if name in names[:1] or name.startswith("fan_small_12_p4"):
             compiled = torch.compile(model.to(bench.device), backend=bench.size.compiler)
-            compare("compiled", *outputs_and_gradient(compiled, images.to(bench.device)), bound=1e-4)
+            try:
+                compare("compiled", *outputs_and_gradient(compiled, images.to(bench.device)), bound=1e-4)
+            except Exception as error:  # of the compiler: the other models are still to be seen
+                bench.add(f"{name}, compiled", FAILED=f"{type(error).__name__}: {error}"[:300])
 
 
 def losses_and_targets(bench: Bench) -> None:
@@ -254,7 +257,9 @@ def synchronisations(bench: Bench) -> None:
         finally:
             if on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
-    waits = [f"{Path(each.filename).name}:{each.lineno}" for each in found if "synchroniz" in str(each.message)]
+    waits = [
+        f"{Path(each.filename).name}:{each.lineno}" for each in found if "called a synchronizing" in str(each.message)
+    ]
     bench.check("synchronisations of two steps", not waits, count=len(waits), where=", ".join(sorted(set(waits))))
 
 

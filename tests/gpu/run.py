@@ -64,7 +64,11 @@ def sections(tars: list[str] | None) -> list[tuple[str, object, float]]:
     def study(bench: Bench) -> None:
         if not tars:
             return bench.add("left out", reason="--study names no images")
-        small = {"epochs": 2, "larger_epochs": 2, "seeds": 2, "batch_size": 8, "jobs": 0} if bench.size is SMALL else {}
+        small = (
+            {"epochs": 2, "larger_epochs": 2, "seeds": 2, "batch_size": 8, "student_batch": 8, "views": 1, "jobs": 0}
+            if bench.size is SMALL
+            else {}
+        )
         found = Study(*tars, str(bench.folder / "study"), device=str(bench.device), minutes=bench.left / 60, **small)
         found.run_all()
         for row in found.rows():
@@ -92,7 +96,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--small", action="store_true", help="every line in a small form, on the CPU")
     parser.add_argument("--study", nargs=2, metavar=("TRAIN", "VAL"), help="tars of images, all of one size")
-    parser.add_argument("--only", nargs="*", help="words of the names of the sections to run")
+    # torch's compiler writes what follows a word "--only" of any command line into its code, so that is not the name.
+    parser.add_argument("--sections", nargs="*", help="words of the names of the sections to run")
     parser.add_argument("--pack", type=Path, help="collect wheels in this folder, and do nothing else")
     parser.add_argument("--python", default="3.12", help="version of Python that --pack collects for")
     options = parser.parse_args()
@@ -110,7 +115,7 @@ def main() -> None:
     versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
     bench.add("machine", card=card, ffcv=has_ffcv, **versions)
     for name, section, seconds in sections(options.study):
-        if not options.only or any(word.lower() in name.lower() for word in options.only):
+        if not options.sections or any(word.lower() in name.lower() for word in options.sections):
             bench.run(name, section, seconds)
     print((options.out / "results.md").read_text())
 

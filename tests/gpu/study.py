@@ -146,6 +146,8 @@ class DecodedLoader(MemoryLoader):
 class Study:
     """What is compared; its fields are the options of the command line.
 
+    batch_size: of the labelers and the larger student; lr: of the labeler; student_batch, student_lr: of the small
+    student; views: crops of an image in a label set, at most one for each epoch.
     larger: a second student, also as a labeler, since the labeler of every step must have the student's grid; "": none.
     minutes: after which no task is begun; jobs: processes side by side, 0: everything in this one.
     """
@@ -158,6 +160,9 @@ class Study:
     epochs: int = 60
     batch_size: int = 256
     lr: float = 1e-3
+    student_batch: int = 512
+    student_lr: float = 2e-3
+    views: int = 60
     larger: str = "fan_tiny_8_p4_hybrid"
     larger_epochs: int = 20
     larger_lr: float = 5e-4
@@ -182,7 +187,7 @@ class Study:
 
     @property
     def arms(self) -> tuple[str, ...]:
-        return ARMS + (LARGER_ARMS if self.larger else ())
+        return (LARGER_ARMS if self.larger else ()) + ARMS
 
     def result(self, task: str) -> dict[str, Any] | None:
         path = Path(self.out) / "results" / f"{task}.json"
@@ -222,13 +227,15 @@ class Study:
             "out": self._place(f"run-{begin}{arm}-seed{seed}"),
             "seed": seed,
             "img_size": self.side,
-            "batch_size": self.batch_size,
             "device": self.device,
         }
         model, lr, epochs = (
             (self.larger, self.larger_lr, self.larger_epochs) if begin else (self.model, self.lr, self.epochs)
         )
-        settings |= {"lr": lr, "epochs": epochs, "val_every": max(1, epochs // 6)}
+        batch_size = self.batch_size
+        if arm != "labeler" and not begin:
+            lr, batch_size = self.student_lr, self.student_batch
+        settings |= {"lr": lr, "batch_size": batch_size, "epochs": epochs, "val_every": max(1, epochs // 6)}
         if arm == "labeler":
             config = LabelerConfig(**settings, model=f"{model}_token")
         else:
@@ -265,7 +272,7 @@ class Study:
             out=self._place(f"{begin}labels-{kind}"),
             labeler=self._place(f"run-{begin}labeler-seed0"),
             batch_size=4 * self.batch_size,
-            crops_per_image=self.larger_epochs if begin else self.epochs,
+            crops_per_image=min(self.views, self.larger_epochs if begin else self.epochs),
             device=self.device,
             **KEPT[kind],
         )

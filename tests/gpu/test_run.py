@@ -18,7 +18,7 @@ from tests.gpu.study import DecodedLoader, Study
 
 
 def small(monkeypatch, tmp_path, *only, more=()):
-    words = ["run", "--small", "--out", str(tmp_path / "out"), *(["--only", *only] if only else []), *more]
+    words = ["run", "--small", "--out", str(tmp_path / "out"), *(["--sections", *only] if only else []), *more]
     monkeypatch.setattr(sys, "argv", words)
     run.main()
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
@@ -60,7 +60,16 @@ def test_the_study(monkeypatch, tmp_path):
     found = {row["row"] for row in rows}
     assert found >= {"labeler", "labels-draws", "labels-top5", "none", "online", "draws", "top5", "draws − online"}
     assert found >= {"larger-labeler", "larger-labels-draws", "larger-online", "larger-draws − larger-none"}
-    settings = {"epochs": 2, "larger_epochs": 2, "seeds": 2, "batch_size": 8, "jobs": 0, "device": "cpu"}
+    settings = {
+        "epochs": 2,
+        "larger_epochs": 2,
+        "seeds": 2,
+        "batch_size": 8,
+        "student_batch": 8,
+        "views": 1,
+        "jobs": 0,
+        "device": "cpu",
+    }
     study = Study(*tars, str(tmp_path / "out" / "study"), **settings)
     monkeypatch.setattr(Study, "_train", None)
     study.run_all()
