@@ -119,9 +119,11 @@ class PointwiseConv(nn.Conv2d):
 
 
 def _is_autocast(x: torch.Tensor) -> bool:
-    # Symbolic tracing has stand-ins for tensors; the meta device knows no autocast.
+    # Symbolic tracing has stand-ins for tensors; the meta device knows no autocast. torch 2.11's compiler cannot trace
+    # the question.
     device = x.device.type if isinstance(x, torch.Tensor) else "meta"
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    knows = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return knows and torch.is_autocast_enabled(device)
 
 
 class FullPrecisionLinear(nn.Linear):

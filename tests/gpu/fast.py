@@ -208,8 +208,8 @@ def labels_for_free(bench: Bench) -> None:
 
 
 def dumping(bench: Bench) -> None:
-    """Images labelled per second, in memory already, against the forward pass alone; labels against the CPU's, by the
-    measure and the bounds of ``labels verify --recompute``."""
+    """Images labelled per second, in memory already, against the forward pass alone, with the best classes and with
+    draws; labels against the CPU's, by the measure and the bounds of ``labels verify --recompute``."""
     size = bench.size
     torch.manual_seed(0)
     count = 4 * size.batch
@@ -217,16 +217,15 @@ def dumping(bench: Bench) -> None:
     name = size.models[0] + "_token"
     model = timm.create_model(name, num_classes=size.classes)
     stored = None
-    for device, amp, number in (
-        (torch.device("cpu"), "none", 4),
-        (bench.device, "none", 4),
-        (bench.device, "bf16", count),
+    for device, amp, number, kept in (
+        (torch.device("cpu"), "none", 4, {"top_k": 5, "draws": 2}),
+        (bench.device, "none", 4, {"top_k": 5, "draws": 2}),
+        (bench.device, "bf16", count, {"top_k": 5}),
+        (bench.device, "bf16", count, {"top_k": 0, "draws": 1}),
     ):
         labeler = TokenLabeler(model, img_size=size.side, class_names=images.class_names)
-        config = DumpConfig(data="memory", out="unused", labeler="memory", batch_size=size.batch, amp=amp, top_k=5)
-        if amp == "none":
-            config = replace(config, draws=2)
-        labelling = (Labelling if stored is None else Again)(config, labeler, images, device)
+        config = DumpConfig(data="memory", out="unused", labeler="memory", batch_size=size.batch, amp=amp, **kept)
+        labelling = (Labelling if stored is None or amp == "bf16" else Again)(config, labeler, images, device)
         labelling.__dict__["loader"] = MemoryLoader(images, size.side, size.batch, device, shuffle=False)
         samples = np.arange(number)
         if stored is None:
@@ -249,4 +248,5 @@ def dumping(bench: Bench) -> None:
             return labelling.label(samples, lambda _: None)
 
         alone, whole = size.batch / bench.seconds(forward), count / bench.seconds(whole, rounds=3)
-        bench.add("dump", **{"images/s": whole, "forward alone": alone, "share": whole / alone})
+        row = "dump, 5 best classes" if config.top_k else "dump, 1 draw"
+        bench.add(row, **{"images/s": whole, "forward alone": alone, "share": whole / alone})

@@ -46,13 +46,16 @@ FORMS = {
 
 
 def outputs_and_gradient(model, images, amp=None):
-    """A model's outputs, one after the other, and the gradient of a fixed sum of them; float64, on the CPU."""
+    """A model's outputs, one after the other, and the gradient of a fixed sum of them; float64, on the CPU.
+
+    The sum is scaled so that fp16 keeps its gradient: a mean's would be lost, as a loss without scaling is.
+    """
     model.zero_grad()
     with torch.autocast(images.device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
         found = model(images)
     flat = torch.cat([each.flatten().double() for each in (found if isinstance(found, tuple) else (found,))])
     weights = torch.randn(len(flat), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    (flat * weights.to(flat.device)).mean().backward()
+    ((flat * weights.to(flat.device)).sum() / len(flat) ** 0.5).backward()
     gradient = torch.cat([each.grad.flatten().double() for each in model.parameters() if each.grad is not None])
     return flat.detach().cpu(), gradient.cpu()
 
@@ -83,13 +86,15 @@ def fan_numbers(bench: Bench) -> None:
             if last:
                 own, inputs = (each.to(memory_format=torch.channels_last) for each in (own, inputs))
             compare(form, *outputs_and_gradient(own, inputs, amp), bound=None if amp else 1e-4)
+        # Moved outside of inference mode, in which the weights would be tensors that take no gradient.
+        model.to(bench.device)
         if name.startswith("fan"):
             with torch.inference_mode():
-                found = inference_form(model.to(bench.device))(images.to(bench.device))
+                found = inference_form(model)(images.to(bench.device))
             flat = torch.cat([each.flatten().double().cpu() for each in found])
             compare("inference form", flat, None, 1e-4)
         if name in names[:1] or name.startswith("fan_small_12_p4"):
-            compiled = torch.compile(model.to(bench.device), backend=bench.size.compiler)
+            compiled = torch.compile(model, backend=bench.size.compiler)
             try:
                 compare("compiled", *outputs_and_gradient(compiled, images.to(bench.device)), bound=1e-4)
             except Exception as error:  # of the compiler: the other models are still to be seen

@@ -1,6 +1,6 @@
 """Do offline labels give what online ones give, on a GPU? The study of drawn labels with images from memory.
 
-    python -m tests.gpu.process study --train tiny180-train.tar --val tiny180-val.tar --out gpu-study --jobs 12
+    python -m tests.gpu.process study --train tiny180-train.tar --val tiny180-val.tar --out gpu-study
 
 Images are decoded once and lie on the device, and crops are taken there (bilinear, without antialiasing), so that no
 FFCV is needed. All else is the package's own: views, labels, token caches, targets, losses, the loop. A labeler is
@@ -149,7 +149,8 @@ class Study:
     batch_size: of the labelers and the larger student; lr: of the labeler; student_batch, student_lr: of the small
     student; views: crops of an image in a label set, at most one for each epoch.
     larger: a second student, also as a labeler, since the labeler of every step must have the student's grid; "": none.
-    minutes: after which no task is begun; jobs: processes side by side, 0: everything in this one.
+    minutes: after which no task is begun; jobs: processes side by side, 0: everything in this one. A GPU gives them
+    turns, so that more than fill it only wait for each other.
     """
 
     train: str
@@ -167,8 +168,8 @@ class Study:
     larger_epochs: int = 20
     larger_lr: float = 5e-4
     seeds: int = 3
-    jobs: int = 12
-    minutes: float = 10.0
+    jobs: int = 4
+    minutes: float = 60.0
     device: str = "cuda"
 
     @property
