@@ -34,6 +34,7 @@ class Study:
     plan: str = "maps"
     side: int = 64
     student: str = "fan_micro_4_p8"
+    student_lr: float = 2e-3
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _student(study: Study, folder: Path, task: Task) -> dict[str, Any]:
     elif labels != "none":
         labels = tuple(str(folder / "labels" / name) for name in labels)
     run = folder / "runs" / task.name
-    shared = _shared(study) | {"model": study.student}
+    shared = _shared(study) | {"model": study.student, "lr": study.student_lr}
     if options["seed"] > 0 or task.name.removesuffix("-seed0") not in PLANS[study.plan].main:
         # Curves are looked at for the first seed of the main arms; scoring takes a tenth of a run's time.
         shared["val_every"] = study.epochs
