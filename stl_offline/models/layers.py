@@ -120,8 +120,10 @@ class PointwiseConv(nn.Conv2d):
 
 def _is_autocast(x: torch.Tensor) -> bool:
     # Symbolic tracing has stand-ins for tensors; the meta device knows no autocast. torch 2.11's compiler cannot trace
-    # the question.
+    # the question whether a device does.
     device = x.device.type if isinstance(x, torch.Tensor) else "meta"
+    if device == "meta":
+        return False
     knows = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     return knows and torch.is_autocast_enabled(device)
 

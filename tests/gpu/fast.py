@@ -106,7 +106,8 @@ def _speed_of(bench: Bench, name: str, kind: str, rate: float, *, compiled: bool
         values = {}
         for count in (size.batch, size.batch // 2, size.batch // 4):
             if bench.over or not count:
-                return
+                values = values or {"left out": "time is up"}
+                break
             try:
                 each = bench.seconds(make(count)) / count
                 values = {"images/s": 1 / each, "MFU": factor * work / each / rate, "batch": count}

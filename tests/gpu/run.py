@@ -10,7 +10,8 @@ not installed, names of it stand for nothing (`tests.gpu.absent`). ``--study TRA
 
 ``--small`` runs every line on a CPU in seconds, with tiny models; so does `tests/gpu/test_run.py`.
 
-On a machine that has CUDA's torch and torchvision but no package index, the rest travels as wheels:
+On a machine that has torch for CUDA, torchvision, numba, fsspec and OpenCV's Python package, but no package index, the
+rest travels as wheels:
 
     python -m tests.gpu.run --pack wheels --python 3.12        # here
     pip install --no-index --no-deps --target site wheels/*    # there
@@ -107,6 +108,10 @@ def main() -> None:
         parser.error("torch finds no GPU here; --small runs every line on the CPU")
     has_ffcv = stand_in_for_ffcv()
     device = torch.device("cpu" if options.small else "cuda:0")
+    names = [name.lower() for name, _, _ in sections(None)]
+    unknown = [word for word in options.sections or () if not any(word.lower() in name for name in names)]
+    if unknown:
+        parser.error(f"--sections {' '.join(unknown)}: no section has such a name; there are: {', '.join(names)}")
     bench = Bench(options.out, device, SMALL if options.small else FULL, 60 * options.minutes)
     # Numbers are compared in float32 proper.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

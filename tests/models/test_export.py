@@ -35,6 +35,16 @@ def test_compile_without_graph_breaks(name, form):
         compare(torch.compile(model, backend="aot_eager", fullgraph=True)(images), expected)
 
 
+def test_a_head_on_the_meta_device_is_exported_and_compiled():
+    """Autocast does not know that device, and says so with an error."""
+    from stl_offline.models.layers import FullPrecisionLinear
+
+    with torch.device("meta"):
+        head, tokens = FullPrecisionLinear(3, 2), torch.empty(1, 4, 3)
+    for traced in (torch.export.export(head, (tokens,)).module(), torch.compile(head, backend="eager", fullgraph=True)):
+        assert traced(tokens).shape == (1, 4, 2)
+
+
 def test_compile_without_graph_breaks_under_autocast():
     """As a step does: the trunk in bf16, heads in float32, with gradients."""
     torch.compiler.reset()
