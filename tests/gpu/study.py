@@ -149,8 +149,7 @@ class Study:
     batch_size: of the labelers and the larger student; lr: of the labeler; student_batch, student_lr: of the small
     student; views: crops of an image in a label set, at most one for each epoch.
     larger: a second student, also as a labeler, since the labeler of every step must have the student's grid; "": none.
-    minutes: after which no task is begun; jobs: processes side by side, 0: everything in this one. A GPU gives them
-    turns, so that more than fill it only wait for each other.
+    minutes: after which no task is begun; jobs: processes side by side, 0: everything in this one.
     """
 
     train: str
