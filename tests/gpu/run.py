@@ -1,6 +1,6 @@
 """All that is to be known of a GPU, in one call of some minutes: is it right, is it fast, what does the study give.
 
-    python -m tests.gpu.run --minutes 8 --out results
+    python -m tests.gpu.run --minutes 10 --out results
 
 Sections stand in the order of their worth, each with a limit of its own. Every result is written at once to
 ``results.jsonl`` and ``results.md``, so a run that is killed keeps what it has; a section that fails is a row, and the
@@ -15,7 +15,7 @@ rest travels as wheels:
 
     python -m tests.gpu.run --pack wheels --python 3.12        # here
     pip install --no-index --no-deps --target site wheels/*    # there
-    PYTHONPATH=site python -m tests.gpu.run --minutes 8 --out results
+    PYTHONPATH=site python -m tests.gpu.run --minutes 10 --out results
 """
 
 import argparse
@@ -108,7 +108,8 @@ def main() -> None:
         parser.error("torch finds no GPU here; --small runs every line on the CPU")
     has_ffcv = stand_in_for_ffcv()
     device = torch.device("cpu" if options.small else "cuda:0")
-    names = [name.lower() for name, _, _ in sections(None)]
+    todo = sections(options.study)
+    names = [name.lower() for name, _, _ in todo]
     unknown = [word for word in options.sections or () if not any(word.lower() in name for name in names)]
     if unknown:
         parser.error(f"--sections {' '.join(unknown)}: no section has such a name; there are: {', '.join(names)}")
@@ -119,7 +120,7 @@ def main() -> None:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
     bench.add("machine", card=card, ffcv=has_ffcv, **versions)
-    for name, section, seconds in sections(options.study):
+    for name, section, seconds in todo:
         if not options.sections or any(word.lower() in name.lower() for word in options.sections):
             bench.run(name, section, seconds)
     print((options.out / "results.md").read_text())

@@ -5,6 +5,7 @@ import timm
 import torch
 
 from stl_offline.models import inference_form
+from stl_offline.models.layers import FullPrecisionLinear
 from tests.models.fan_fill import random_image
 from tests.models.test_fan_numbers import randomise
 
@@ -37,8 +38,6 @@ def test_compile_without_graph_breaks(name, form):
 
 def test_a_head_on_the_meta_device_is_exported_and_compiled():
     """Autocast does not know that device, and says so with an error."""
-    from stl_offline.models.layers import FullPrecisionLinear
-
     with torch.device("meta"):
         head, tokens = FullPrecisionLinear(3, 2), torch.empty(1, 4, 3)
     for traced in (torch.export.export(head, (tokens,)).module(), torch.compile(head, backend="eager", fullgraph=True)):
