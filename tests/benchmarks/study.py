@@ -6,11 +6,11 @@
     python tests/benchmarks/study.py --plan draws --train tiny180-train.tar --val tiny180-val.tar --out runs/draws \
         --side 48
 
-It trains a labeler (fan_micro_4_p8), dumps its labels in several ways, trains a student from each (``--student``,
-``--student-lr``) and scores them on clean and on corrupted validation images. ``--jobs`` tasks run side by side, each a
-process with one thread. Every task's result is kept; stopped in any way, the same command goes on where it stopped.
-``--only`` runs the tasks whose names match, and what these need. The second form writes the tables and plots of what is
-there, and its raw results.
+It trains a labeler (fan_micro_4_p8, or the student's model with ``--labeler student``), dumps its labels in several
+ways, trains a student from each (``--student``, ``--student-lr``) and scores them on clean and on corrupted validation
+images. ``--jobs`` tasks run side by side, each a process with one thread. Every task's result is kept; stopped in any
+way, the same command goes on where it stopped. ``--only`` runs the tasks whose names match, and what these need. The
+second form writes the tables and plots of what is there, and its raw results.
 """
 
 import argparse
@@ -58,6 +58,7 @@ def main() -> int:
         side=options.side,
         student=options.student,
         student_lr=options.student_lr,
+        labeler=options.labeler,
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results").mkdir(exist_ok=True)
@@ -153,6 +154,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=64, help="pixels of a training image's side")
     parser.add_argument("--student", default="fan_micro_4_p8", help="model of the students")
     parser.add_argument("--student-lr", type=float, default=2e-3, help="learning rate of the students")
+    parser.add_argument(
+        "--labeler", choices=("micro", "student"), default="micro", help="its model: fan_micro_4_p8, or the student's"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--corrupted-images", type=int, default=500, help="of the validation images")
     parser.add_argument("--plan", choices=PLANS, default="maps", help="what is compared")

@@ -35,6 +35,7 @@ class Study:
     side: int = 64
     student: str = "fan_micro_4_p8"
     student_lr: float = 2e-3
+    labeler: str = "micro"
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,9 @@ def _corrupted(study: Study, folder: Path, task: Task) -> dict[str, Any]:
 
 def _labeler(study: Study, folder: Path, task: Task) -> dict[str, Any]:
     run = folder / "runs" / "labeler"
-    summary = train_labeler(LabelerConfig(out=str(run), seed=0, **_shared(study)))
+    # Labels of every step need the student's grid of tokens.
+    own = {"model": study.student, "lr": study.student_lr} if study.labeler == "student" else {}
+    summary = train_labeler(LabelerConfig(out=str(run), seed=0, **_shared(study), **own))
     return summary | _scores(study, folder, run)
 
 

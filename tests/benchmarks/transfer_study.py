@@ -12,16 +12,19 @@ Masks: images and masks are made half as large first (CamVid's: 240×180), so th
 core; mIoU is measured at that size, on clean images and on eight kinds of ImageNet-C's corruptions at severity 3.
 Boxes: mAP likewise. Scored images are not used during fine-tuning, not even to select weights. ``--test`` and
 ``--test-split`` score other images with the same fine-tuned runs. Interrupted runs are continued by the same command,
-and complete ones are not repeated. Everything runs in one process with one computing thread. One fine-tuning with its
-scores takes about 5 minutes on one core for CamVid and 6 for BCCD.
+and complete ones are not repeated. ``--jobs`` processes run side by side, each with one computing thread; ``--device``
+is where models are. One fine-tuning with its scores takes about 5 minutes on one core for CamVid and 6 for BCCD.
 """
 
 import argparse
 import glob
 import io
 import json
+import multiprocessing
 import re
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ from stl_offline.files import atomic_write, sha256_bytes
 from stl_offline.transfer import evaluate_transfer, train_detector, train_segmenter
 from stl_offline.transfer.pairs import find_pairs
 
-MACHINE = {"workers": 1, "device": "cpu", "amp": "none"}
+MACHINE = {"workers": 1}
 CAMVID = "sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist"
 BCCD = "RBC,WBC,Platelets"
 # Two of each category of ImageNet-C, at the middle severity: all 15 would take as long as fine-tuning.
@@ -100,9 +103,18 @@ def half_size(source: str, split: str, out: Path) -> str:
     return str(folder)
 
 
+def make_halves(options: argparse.Namespace) -> None:
+    """The images and masks of both splits at half their size."""
+    half_size(options.masks, options.split, options.out)
+    half_size(options.test or options.masks, options.test_split, options.out)
+
+
 def fine_tune(backbone: str, seed: int, run: Path, options: argparse.Namespace) -> None:
     """Train a segmenter or detector, or continue one."""
     shared = MACHINE | {
+        "device": options.device,
+        "amp": options.amp,
+        "channels_last": True,
         "split": options.split,
         "classes": options.classes,
         "backbone": backbone,
@@ -133,30 +145,46 @@ def measure(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     if not stored.is_file():
         data = half_size(source, options.test_split, options.out) if options.masks else source
         config = TransferEvaluateConfig(
-            data=data, split=options.test_split, checkpoint=str(run), corrupt=options.corrupt, **MACHINE
+            data=data,
+            split=options.test_split,
+            checkpoint=str(run),
+            corrupt=options.corrupt,
+            device=options.device,
+            amp=options.amp,
+            **MACHINE,
         )
         atomic_write(stored, json.dumps(evaluate_transfer(config), indent=1).encode())
     return json.loads(stored.read_text())
 
 
 def main() -> None:
-    options = _parse()
+    options = parse()
     torch.set_num_threads(1)
     kind, score = ("masks", "miou") if options.masks else ("boxes", "map")
     arms = {"random": [f"timm:{options.model}"] * options.seeds} | pretrained_runs(options.pretrained, options.seeds)
+    if options.masks:
+        make_halves(options)  # before several processes want them
     values: dict[str, dict[str, list[float]]] = {arm: {each: [] for each in SCORES} for arm in arms}
-    for seed in range(options.seeds):  # one seed of all arms first: a study cut short still compares them
-        for arm, backbones in arms.items():
-            begun = time.process_time()
-            run = options.out / kind / f"{arm}{'-frozen' if options.freeze else ''}-seed{seed}"
-            fine_tune(backbones[seed], seed, run, options)
-            found = measure(run, options)
+    # One seed of all arms first: a study cut short still compares them.
+    each_run = [(arm, backbones[seed], seed) for seed in range(options.seeds) for arm, backbones in arms.items()]
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
+        for (arm, _, seed), found in zip(each_run, pool.map(partial(score_of_run, options), each_run), strict=True):
             row = (found[score], found[f"corrupted_{score}"], found["retention"] or 0.0)
             for name, value in zip(SCORES, row, strict=True):
                 values[arm][name].append(value)
             shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in zip(SCORES, row, strict=True))
-            print(f"{kind} {arm} seed {seed}: {shown}; {time.process_time() - begun:,.0f} s of CPU", flush=True)
+            print(f"{kind} {arm} seed {seed}: {shown}; {found['cpu_seconds']:,.0f} s of CPU", flush=True)
     print("\n".join(table(values, score, options.base)))
+
+
+def score_of_run(options: argparse.Namespace, each: tuple[str, str, int]) -> dict[str, Any]:
+    """Fine-tune and score (arm, backbone, seed); gives the scores, and the processor's time that this call took."""
+    arm, backbone, seed = each
+    begun = time.process_time()
+    kind = "masks" if options.masks else "boxes"
+    run = options.out / kind / f"{arm}{'-frozen' if options.freeze else ''}-seed{seed}"
+    fine_tune(backbone, seed, run, options)
+    return measure(run, options) | {"cpu_seconds": time.process_time() - begun}
 
 
 def table(values: dict[str, dict[str, list[float]]], score: str, base: str) -> list[str]:
@@ -181,7 +209,8 @@ def difference(ours: list[float], base: list[float]) -> str:
     return f"{points.mean():+.1f} (SE {error})"
 
 
-def _parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The options of a command line: ``words``, or the program's own."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--masks", help="images with masks")
@@ -196,6 +225,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--model", default="fan_micro_4_p8", help="model of the arm that starts from random weights")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="fine-tunings side by side")
+    parser.add_argument("--device", default="cpu", help="of the models")
+    parser.add_argument("--amp", default="none", help="mixed precision of fine-tuning and scoring: none, bf16, …")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float)
@@ -205,7 +237,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=160, help="shorter side of the images, for boxes")
     parser.add_argument("--freeze", action="store_true", help="train the head alone")
     parser.add_argument("--corrupt", default=",".join(f"{name}:3" for name in CORRUPTIONS))
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     for name, value in DEFAULTS["masks" if options.masks else "boxes"].items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -2,6 +2,7 @@
 
 torchrun … -m tests.gpu.process OUT BACKEND DEVICE BATCH    one of several that train together
 python -m tests.gpu.process study …                         the study, or a task of it (`tests.gpu.study`)
+python -m tests.gpu.process transfer …                      its students, fine-tuned (`tests.benchmarks.transfer_study`)
 """
 
 import sys
@@ -26,11 +27,17 @@ def train_together(out: str, backend: str, device: str, batch: str) -> None:
             print(summary["loss"])
 
 
+stand_in_for_ffcv()
+
 if __name__ == "__main__":
-    stand_in_for_ffcv()
     if sys.argv[1] == "study":
         from tests.gpu.study import main
 
         main(sys.argv[2:])
+    elif sys.argv[1] == "transfer":
+        del sys.argv[1]
+        from tests.benchmarks import transfer_study
+
+        transfer_study.main()
     else:
         train_together(*sys.argv[1:])

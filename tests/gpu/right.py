@@ -63,42 +63,60 @@ def outputs_and_gradient(model, images, amp=None):
 def fan_numbers(bench: Bench) -> None:
     """Every variant, forward and backward, against float64 on the CPU; ConvNeXt beside the half-precision ones."""
     small = bench.size is SMALL
-    names = ["fan_micro_4_p8_token"] if small else [f"{name}_token" for name in VARIANTS]
-    for name in [*names, *([] if small else ["convnext_small"])]:
+    # Hybrids first, then ConvNeXt, which theirs are judged by.
+    names = ["fan_micro_4_p8_token"] if small else sorted((f"{name}_token" for name in VARIANTS), key=_comes_late)
+    for name in names if small else [names[0], "convnext_small", *names[1:]]:
         if bench.over:
             return bench.add("left out", model=name)
-        torch.manual_seed(0)
-        model = timm.create_model(name, num_classes=bench.size.classes).eval()
-        side = model.pretrained_cfg["input_size"][-1]
-        images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
-        expected, slope = outputs_and_gradient(copy.deepcopy(model).double(), images.double())
-
-        def compare(form, found, gradient, bound, name=name, expected=expected, slope=slope):
-            error = (found - expected).abs().max().item()
-            values = {"largest output error": error, "outputs up to": expected.abs().max().item()}
-            if gradient is not None:
-                values["gradient's error"] = ((gradient - slope).norm() / slope.norm()).item()
-            bench.check(f"{name}, {form}", bound is None or error < bound, **values)
-
+        model, images, expected, slope = _in_float64(bench, name)
         for form, (amp, last) in FORMS.items():
-            own = copy.deepcopy(model).to(bench.device)
-            inputs = images.to(bench.device)
+            own, inputs = model, images
             if last:
                 own, inputs = (each.to(memory_format=torch.channels_last) for each in (own, inputs))
-            compare(form, *outputs_and_gradient(own, inputs, amp), bound=None if amp else 1e-4)
-        # Moved outside of inference mode, in which the weights would be tensors that take no gradient.
-        model.to(bench.device)
+            _compare(bench, f"{name}, {form}", outputs_and_gradient(own, inputs, amp), expected, slope, half=bool(amp))
         if name.startswith("fan"):
             with torch.inference_mode():
-                found = inference_form(model)(images.to(bench.device))
+                found = inference_form(model)(images)
             flat = torch.cat([each.flatten().double().cpu() for each in found])
-            compare("inference form", flat, None, 1e-4)
-        if name in names[:1] or name.startswith("fan_small_12_p4"):
-            compiled = torch.compile(model, backend=bench.size.compiler)
-            try:
-                compare("compiled", *outputs_and_gradient(compiled, images.to(bench.device)), bound=1e-4)
-            except Exception as error:  # of the compiler: the other models are still to be seen
-                bench.add(f"{name}, compiled", FAILED=f"{type(error).__name__}: {error}"[:300])
+            _compare(bench, f"{name}, inference form", (flat, None), expected, slope)
+
+
+def compiled_numbers(bench: Bench) -> None:
+    """FAN's numbers again, compiled."""
+    for name in (f"{each}_token" for each in bench.size.models[:2]):
+        if bench.over:
+            return bench.add("left out", model=name)
+        model, images, expected, slope = _in_float64(bench, name)
+        compiled = torch.compile(model, backend=bench.size.compiler, dynamic=False)
+        _compare(bench, f"{name}, compiled", outputs_and_gradient(compiled, images), expected, slope)
+
+
+def _comes_late(name: str) -> bool:
+    return "hybrid" not in name
+
+
+def _in_float64(bench: Bench, name: str):
+    """A model on the device, two images, and the CPU's outputs and gradient in float64."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=bench.size.classes).eval()
+    side = model.pretrained_cfg["input_size"][-1]
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    expected, slope = outputs_and_gradient(copy.deepcopy(model).double(), images.double())
+    return model.to(bench.device), images.to(bench.device), expected, slope
+
+
+def _compare(bench: Bench, row: str, found, expected, slope, *, half: bool = False) -> None:
+    """Outputs and gradient against float64's. In float32 both must agree to 1e-4, in half precision to 5 % of the
+    largest output and 10 % of the gradient's norm."""
+    outputs, gradient = found
+    largest = expected.abs().max().item()
+    error = (outputs - expected).abs().max().item()
+    values = {"largest output error": error, "outputs up to": largest}
+    passed = error < (0.05 * largest if half else 1e-4)
+    if gradient is not None:
+        values["gradient's error"] = difference = ((gradient - slope).norm() / slope.norm()).item()
+        passed &= difference < (0.1 if half else 1e-4)
+    bench.check(row, passed, **values)
 
 
 def losses_and_targets(bench: Bench) -> None:

@@ -42,6 +42,7 @@ WHEELS = (
     "webdataset",
     "braceexpand",
     "xxhash",
+    "imagecorruptions-imaug",
 )
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
@@ -76,7 +77,7 @@ def sections(tars: list[str] | None) -> list[tuple[str, object, float]]:
             bench.add(**row)
 
     return [
-        ("FAN's numbers", right.fan_numbers, 100),
+        ("FAN's numbers", right.fan_numbers, 120),
         ("What a step waits for", right.synchronisations, 40),
         ("Speed of models", fast.speed, 170),
         ("Profile of a student's step", fast.profile_step, 30),
@@ -87,6 +88,7 @@ def sections(tars: list[str] | None) -> list[tuple[str, object, float]]:
         ("Augmentation", right.augmentation, 15),
         ("Evaluation", right.evaluating, 10),
         ("Processes", right.processes, 90),
+        ("Compiled numbers", right.compiled_numbers, 120),
         ("Study", study, float("inf")),
     ]
 

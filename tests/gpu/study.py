@@ -14,11 +14,14 @@ takes.
 import argparse
 import io
 import json
+import math
+import multiprocessing
+import os
 import statistics
-import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -43,11 +46,15 @@ from stl_offline.training.label_sources import open_labels
 from stl_offline.training.setup import build_stage, make_run_folder
 from stl_offline.training.train_labeler import LabelerObjective
 from stl_offline.training.train_student import StudentObjective
+from tests.benchmarks import transfer_study
 from tests.gpu.memory import MemoryImages, MemoryLoader
 
 KEPT = {"draws": {"top_k": 0, "draws": 1}, "top5": {"top_k": 5}}
 ARMS = ("none", "online", *KEPT)
 LARGER = "larger-"  # begins the names of what has the larger model
+MASKS = "masks-"  # begins the names of fine-tunings
+OF_A_CALL = ("out", "names", "jobs", "minutes", "seeds", "device", "masks")  # what the same study may be continued with
+SCORED = {"clean": "miou", "corrupted": "corrupted_miou", "retention": "retention"}
 LARGER_ARMS = tuple(LARGER + arm for arm in ("none", "online", "draws"))
 
 
@@ -75,17 +82,17 @@ class TarImages(MemoryImages):
 
 
 def _decode(path: str) -> dict[str, np.ndarray]:
-    names, pixels, hashes = [], [], []
     with tarfile.open(path) as archive:
-        for member in archive:
-            if not member.isfile():
-                continue
-            data = archive.extractfile(member).read()
-            with Image.open(io.BytesIO(data)) as image:
-                pixels.append(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
-            names.append(member.name)
-            hashes.append(xxhash.xxh3_64_intdigest(data))
-    return {"pixels": np.stack(pixels), "hashes": np.array(hashes, dtype=np.uint64), "names": np.array(names)}
+        files = [(member.name, archive.extractfile(member).read()) for member in archive if member.isfile()]
+
+    def decode(file: tuple[str, bytes]) -> np.ndarray:
+        with Image.open(io.BytesIO(file[1])) as image:
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        pixels = np.stack(list(pool.map(decode, files)))
+    hashes = np.array([xxhash.xxh3_64_intdigest(data) for _, data in files], dtype=np.uint64)
+    return {"pixels": pixels, "hashes": hashes, "names": np.array([name for name, _ in files])}
 
 
 class DecodedLoader(MemoryLoader):
@@ -146,9 +153,13 @@ class DecodedLoader(MemoryLoader):
 class Study:
     """What is compared; its fields are the options of the command line.
 
-    batch_size: of the labelers and the larger student; lr: of the labeler; student_batch, student_lr: of the small
+    model: the small student, and its labeler; batch_size, lr: of that labeler; student_batch, student_lr: of that
     student; views: crops of an image in a label set, at most one for each epoch.
     larger: a second student, also as a labeler, since the labeler of every step must have the student's grid; "": none.
+    larger_epochs, larger_batch, larger_lr: of both.
+    names: parts of tasks' names, between commas: tasks that have one of them are run, and what these need; "": all.
+    masks: images with masks; every student, and random weights, are fine-tuned on them then; "": none. fine_tuning:
+    options of `tests.benchmarks.transfer_study` for that.
     minutes: after which no task is begun; jobs: processes side by side, 0: everything in this one.
     """
 
@@ -165,8 +176,12 @@ class Study:
     views: int = 60
     larger: str = "fan_tiny_8_p4_hybrid"
     larger_epochs: int = 20
+    larger_batch: int = 256
     larger_lr: float = 5e-4
+    masks: str = ""
+    fine_tuning: str = ""
     seeds: int = 3
+    names: str = ""
     jobs: int = 4
     minutes: float = 60.0
     device: str = "cuda"
@@ -183,7 +198,24 @@ class Study:
             for arm in self.arms:
                 begin = LARGER if arm.startswith(LARGER) else ""
                 tasks[f"{arm}-seed{seed}"] = tuple(begin + need for need in arms[arm.removeprefix(begin)])
+        if self.masks:
+            tasks["halves"] = ()
+            for seed in range(self.seeds):
+                for arm in self.arms:
+                    tasks[f"{MASKS}{arm}-seed{seed}"] = ("halves", f"{arm}-seed{seed}")
+                for begin in (LARGER, "") if self.larger else ("",):
+                    tasks[f"{MASKS}{begin}random-seed{seed}"] = ("halves",)
         return tasks
+
+    @property
+    def wanted(self) -> dict[str, tuple[str, ...]]:
+        """The tasks that are to be run."""
+        todo = [task for task in self.tasks if any(name in task for name in self.names.split(","))]
+        found: set[str] = set()
+        while todo:
+            found.add(task := todo.pop())
+            todo += self.tasks[task]
+        return {task: needs for task, needs in self.tasks.items() if task in found}
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -198,16 +230,37 @@ class Study:
         if self.result(task) is not None:
             return
         start = time.monotonic()
-        arm, _, seed = task.partition("-seed")
+        arm, _, seed = task.removeprefix(MASKS).partition("-seed")
         begin = LARGER if arm.startswith(LARGER) else ""
         kind = arm.removeprefix(begin)
-        if kind.startswith("labels-"):
+        if task == "halves":
+            found = {}
+            transfer_study.make_halves(self._transfer)
+        elif task.startswith(MASKS):
+            run = self._place(f"run-{arm}-seed{seed}")
+            backbone = run if kind != "random" else f"timm:{self.larger if begin else self.model}"
+            found = transfer_study.score_of_run(self._transfer, (arm, backbone, int(seed)))
+        elif kind.startswith("labels-"):
             found = self._dump(begin, kind.removeprefix("labels-"))
         else:
             found = self._train(begin, kind, int(seed or 0))
         path = Path(self.out) / "results" / f"{task}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, canonical_json(found | {"seconds": time.monotonic() - start}))
+
+    @property
+    def _transfer(self) -> argparse.Namespace:
+        return transfer_study.parse(
+            [
+                "--masks",
+                self.masks,
+                "--out",
+                self._place("transfer"),
+                "--device",
+                self.device,
+                *self.fine_tuning.split(),
+            ]
+        )
 
     def _images(self, path: str) -> TarImages:
         return TarImages(path, Path(self.out))
@@ -229,13 +282,14 @@ class Study:
             "img_size": self.side,
             "device": self.device,
         }
-        model, lr, epochs = (
-            (self.larger, self.larger_lr, self.larger_epochs) if begin else (self.model, self.lr, self.epochs)
-        )
-        batch_size = self.batch_size
-        if arm != "labeler" and not begin:
+        model, epochs = (self.larger, self.larger_epochs) if begin else (self.model, self.epochs)
+        if begin:
+            lr, batch_size = self.larger_lr, self.larger_batch
+        elif arm == "labeler":
+            lr, batch_size = self.lr, self.batch_size
+        else:
             lr, batch_size = self.student_lr, self.student_batch
-        settings |= {"lr": lr, "batch_size": batch_size, "epochs": epochs, "val_every": max(1, epochs // 6)}
+        settings |= {"lr": lr, "batch_size": batch_size, "epochs": epochs, "val_every": math.ceil(epochs / 6)}
         if arm == "labeler":
             config = LabelerConfig(**settings, model=f"{model}_token")
         else:
@@ -284,9 +338,23 @@ class Study:
             manifest = writer.finish()
         return {"bytes": sum(shard.bytes for shard in manifest.shards)}
 
+    def keep_settings(self) -> None:
+        """Write what the results belong to; ends the program where the folder has results of other settings."""
+        own = {name: value for name, value in asdict(self).items() if name not in OF_A_CALL}
+        path = Path(self.out) / "study.json"
+        if path.is_file() and (kept := json.loads(path.read_text())) != own:
+            different = ", ".join(f"{name} {kept.get(name)}" for name in own if kept.get(name) != own[name])
+            raise SystemExit(f"{self.out} holds a study with other settings: {different}; choose another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, canonical_json(own))
+
     def run_all(self) -> None:
         """Every task as soon as what it needs is done, until the time is up."""
-        end, running, todo = time.monotonic() + 60 * self.minutes, {}, dict(self.tasks)
+        self.keep_settings()
+        # Processes that begin with all that is imported, and without this one's use of the GPU.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.gpu.process", "tests.gpu.study"])
+        end, running, todo = time.monotonic() + 60 * self.minutes, {}, dict(self.wanted)
         while (todo and time.monotonic() < end) or running:
             for task, needs in list(todo.items()):
                 if len(running) >= max(1, self.jobs) or time.monotonic() > end:
@@ -294,23 +362,18 @@ class Study:
                 if all(self.result(need) for need in needs):
                     del todo[task]
                     if self.jobs:
-                        running[task] = subprocess.Popen(
-                            [sys.executable, "-m", "tests.gpu.process", "study", *self._words(task)]
-                        )
+                        running[task] = context.Process(target=self.run, args=(task,))
+                        running[task].start()
                     else:
                         self.run(task)
             if not running and not any(all(map(self.result, needs)) for needs in todo.values()):
                 break  # what is left needs something that failed
             time.sleep(0.2 if running else 0)
             for task, process in list(running.items()):
-                if process.poll() is not None:
+                if not process.is_alive():
                     del running[task]
                     if self.result(task) is None:
-                        print(f"{task} FAILED ({process.returncode})", file=sys.stderr)
-
-    def _words(self, task: str) -> list[str]:
-        words = [word for name, value in asdict(self).items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        return [*words, "--task", task]
+                        print(f"{task} FAILED ({process.exitcode})", file=sys.stderr)
 
     def rows(self) -> list[dict[str, Any]]:
         """Scores of each arm, and differences of arms by seed, each with its standard error."""
@@ -336,6 +399,20 @@ class Study:
                 rows.append({"row": f"{one} − {other}", "seeds": len(differences)} | _means(differences))
         return rows
 
+    def tables(self) -> list[str]:
+        """Markdown: what fine-tuning came to, with the students' top-1; of the seeds that all arms have."""
+        lines = []
+        for begin in ("", LARGER) if self.larger else ("",):
+            arms = [begin + "random", *(arm for arm in self.arms if arm.startswith(LARGER) == bool(begin))]
+            found = {arm: [self.result(f"{MASKS}{arm}-seed{seed}") for seed in range(self.seeds)] for arm in arms}
+            whole = [seed for seed in range(self.seeds) if all(results[seed] for results in found.values())]
+            values = {
+                arm: {name: [results[seed][key] or 0.0 for seed in whole] for name, key in SCORED.items()}
+                for arm, results in found.items()
+            }
+            lines += transfer_study.table(values, "miou", f"{begin}none") if whole else []
+        return lines
+
 
 def _means(results: list[dict[str, Any]]) -> dict[str, str]:
     """Means of top-1 and calibration error, with the standard error where there are several seeds."""
@@ -354,12 +431,8 @@ def main(words: list[str]) -> None:
         is_needed = each.default is MISSING
         option = {"required": True} if is_needed else {"default": each.default, "type": type(each.default)}
         parser.add_argument(f"--{each.name.replace('_', '-')}", **option)
-    parser.add_argument("--task", help=argparse.SUPPRESS)
-    options = vars(parser.parse_args(words))
-    task = options.pop("task")
-    study = Study(**options)
-    if task:
-        return study.run(task)
+    study = Study(**vars(parser.parse_args(words)))
     study.run_all()
     for row in study.rows():
         print("; ".join(f"{name} {value}" if name != "row" else value for name, value in row.items()))
+    print("\n".join(study.tables()))

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,24 +39,34 @@ def test_the_quick_sections(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore:Grad strides do not match")
 def test_all_sections(monkeypatch, tmp_path):
     rows = small(monkeypatch, tmp_path)
-    assert len({row["section"] for row in rows}) == 13
+    assert len({row["section"] for row in rows}) == 14
+
+
+def image_tars(folder):
+    """Tars of 25 and 13 images of 6 classes."""
+    draw = np.random.default_rng(0)
+    tars = []
+    for name, count in (("train", 25), ("val", 13)):
+        with tarfile.open(folder / f"{name}.tar", "w") as archive:
+            for number in range(count):
+                add_image(archive, f"{name}/class{number % 6}/{number}.JPEG", draw.integers(0, 255, (64, 64, 3)))
+        tars.append(str(folder / f"{name}.tar"))
+    return tars
+
+
+def add_image(archive, name, pixels):
+    stream = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(stream, "PNG" if name.endswith("png") else "JPEG")
+    member = tarfile.TarInfo(name)
+    member.size = stream.tell()
+    stream.seek(0)
+    archive.addfile(member, stream)
 
 
 @pytest.mark.slow
 def test_the_study(monkeypatch, tmp_path):
     """Every arm, from a tar of images; then the same again, which finds all done."""
-    draw = np.random.default_rng(0)
-    tars = []
-    for name, count in (("train", 25), ("val", 13)):
-        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
-            for number in range(count):
-                stream = io.BytesIO()
-                Image.fromarray(draw.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(stream, "JPEG")
-                member = tarfile.TarInfo(f"{name}/class{number % 6}/{number}.JPEG")
-                member.size = stream.tell()
-                stream.seek(0)
-                archive.addfile(member, stream)
-        tars.append(str(tmp_path / f"{name}.tar"))
+    tars = image_tars(tmp_path)
     rows = small(monkeypatch, tmp_path, "study", more=("--study", *tars))
     found = {row["row"] for row in rows}
     assert found >= {"labeler", "labels-draws", "labels-top5", "none", "online", "draws", "top5", "draws − online"}
@@ -74,6 +85,42 @@ def test_the_study(monkeypatch, tmp_path):
     monkeypatch.setattr(Study, "_train", None)
     study.run_all()
     assert len(study.rows()) == len([row for row in rows if row["section"] == "Study"]) - 1
+
+
+@pytest.mark.slow
+def test_students_of_the_study_are_fine_tuned_on_masks(tmp_path):
+    draw, tars, masks = np.random.default_rng(0), image_tars(tmp_path), str(tmp_path / "masks.tar")
+    with tarfile.open(masks, "w") as archive:
+        for name in ("train/a", "train/b", "val/c"):
+            add_image(archive, f"{name}.jpg", draw.integers(0, 255, (72, 80, 3)))
+            add_image(archive, f"{name}.png", draw.integers(0, 11, (72, 80)))
+    settings = {"larger": "", "epochs": 1, "batch_size": 8, "student_batch": 8, "jobs": 2, "seeds": 1, "device": "cpu"}
+    settings |= {"masks": masks, "fine_tuning": "--epochs 1 --crop 32 --corrupt fog:3", "names": "masks-none,masks-r"}
+    study = Study(*tars, str(tmp_path / "out"), **settings)
+    study.run_all()
+    assert {path.stem for path in (tmp_path / "out" / "results").iterdir()} == set(study.wanted)
+    scores = study.result("masks-none-seed0")
+    assert 0 < scores["miou"] < 0.2 and "corrupted_miou" in scores
+    assert study.tables() == []  # the other arms are missing
+
+
+def test_the_study_keeps_its_settings_and_runs_what_is_named(tmp_path):
+    study = Study("train.tar", "val.tar", str(tmp_path), seeds=2)
+    study.keep_settings()
+    replace(study, seeds=3, jobs=1, minutes=1.0, names="none").keep_settings()
+    with pytest.raises(SystemExit, match="other settings: larger_epochs 20; choose another --out"):
+        replace(study, larger_epochs=9).keep_settings()
+    assert list(study.wanted) == list(study.tasks)
+    wanted = replace(study, names="larger-draws,top5-seed1").wanted
+    assert list(wanted) == [
+        "labeler",
+        "labels-top5",
+        "larger-labeler",
+        "larger-labels-draws",
+        "larger-draws-seed0",
+        "larger-draws-seed1",
+        "top5-seed1",
+    ]
 
 
 @pytest.mark.parametrize("flip", [False, True])
