@@ -6,6 +6,7 @@ MFU: model FLOP utilisation, the model's own matrix products and convolutions ov
 import copy
 import itertools
 import json
+import time
 from collections import defaultdict
 from dataclasses import asdict, replace
 
@@ -81,14 +82,23 @@ def training_step(model, images, classes):
 
 
 def speed(bench: Bench) -> None:
-    """Inference and training of each model; FAN against its formulas, and others beside it. Compiling comes last."""
-    size = bench.size
+    """Inference and training of each model; FAN against its formulas, and others beside it."""
     rate = floors(bench)["bf16 FLOP/s"]
-    for compiled in (False, True):
-        for name in (size.models[0], *size.others, *size.models[1:]):
-            _speed_of(bench, name, "model", rate, compiled=compiled)
-            if name in size.models and not compiled:
-                _speed_of(bench, name, "formulas", rate, compiled=False)
+    for name in _by_worth(bench):
+        _speed_of(bench, name, "model", rate, compiled=False)
+        if name in bench.size.models:
+            _speed_of(bench, name, "formulas", rate, compiled=False)
+
+
+def speed_compiled(bench: Bench) -> None:
+    """Training and inference of each model, compiled. Compiling one takes a minute or more."""
+    rate = floors(bench)["bf16 FLOP/s"]
+    for name in _by_worth(bench):
+        _speed_of(bench, name, "model", rate, compiled=True)
+
+
+def _by_worth(bench: Bench) -> tuple[str, ...]:
+    return (bench.size.models[0], *bench.size.others, *bench.size.models[1:])
 
 
 def _speed_of(bench: Bench, name: str, kind: str, rate: float, *, compiled: bool) -> None:
@@ -109,8 +119,12 @@ def _speed_of(bench: Bench, name: str, kind: str, rate: float, *, compiled: bool
                 values = values or {"left out": "time is up"}
                 break
             try:
-                each = bench.seconds(make(count)) / count
-                values = {"images/s": 1 / each, "MFU": factor * work / each / rate, "batch": count}
+                run, start = make(count), time.perf_counter()
+                run()
+                bench.wait()
+                first = time.perf_counter() - start  # which compiles
+                each = bench.seconds(run) / count
+                values = {"images/s": 1 / each, "MFU": factor * work / each / rate, "batch": count, "first": first}
             except torch.OutOfMemoryError:
                 values = {"FAILED": "memory", "batch": count}
             except Exception as error:  # a compiler's
@@ -126,17 +140,23 @@ def _speed_of(bench: Bench, name: str, kind: str, rate: float, *, compiled: bool
     half_images = images.bfloat16()
     folded = kind == "model" and name in size.models
     half = inference_form(model, dtype=torch.bfloat16) if folded else copy.deepcopy(model).bfloat16()
-    with torch.inference_mode():
-        if compiled:
-            made = compile_it(half)
-            add("inference, compiled", lambda count: lambda: made(half_images[:count]), 1)
-        else:
+
+    def infer():
+        with torch.inference_mode():
+            if compiled:
+                made = compile_it(half)
+                return add("inference, compiled", lambda count: lambda: made(half_images[:count]), 1)
             add("inference, eager", lambda count: lambda: half(half_images[:count]), 1)
             if kind == "model" and device.type == "cuda":
                 add("inference, CUDA graph", lambda count: graphed(half, half_images[:count]), 1)
-    way = "training, compiled" if compiled else "training, eager"
-    taught = compile_it(model) if compiled else model
-    add(way, lambda count: training_step(taught, images[:count], size.classes), 3)
+
+    def train():
+        way = "training, compiled" if compiled else "training, eager"
+        taught = compile_it(model) if compiled else model
+        add(way, lambda count: training_step(taught, images[:count], size.classes), 3)
+
+    for measure in (train, infer) if compiled else (infer, train):
+        measure()
 
 
 def profile_step(bench: Bench) -> None:
@@ -166,8 +186,8 @@ def profile_step(bench: Bench) -> None:
     total = sum(by_name.values())
     rest = {n: t for n, t in by_name.items() if not any(word in n.lower() for word in MATMUL)}
     bench.add("products", share=1 - sum(rest.values()) / total)
-    for name, time in sorted(rest.items(), key=lambda pair: -pair[1])[:12]:
-        bench.add(name[:120], share=time / total)
+    for name, duration in sorted(rest.items(), key=lambda pair: -pair[1])[:12]:
+        bench.add(name[:120], share=duration / total)
 
 
 def covered(events) -> float:

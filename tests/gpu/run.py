@@ -79,7 +79,7 @@ def sections(tars: list[str] | None) -> list[tuple[str, object, float]]:
     return [
         ("FAN's numbers", right.fan_numbers, 120),
         ("What a step waits for", right.synchronisations, 40),
-        ("Speed of models", fast.speed, 170),
+        ("Speed of models", fast.speed, 110),
         ("Profile of a student's step", fast.profile_step, 30),
         ("Labels for free", fast.labels_for_free, 40),
         ("Dump", fast.dumping, 40),
@@ -88,6 +88,7 @@ def sections(tars: list[str] | None) -> list[tuple[str, object, float]]:
         ("Augmentation", right.augmentation, 15),
         ("Evaluation", right.evaluating, 10),
         ("Processes", right.processes, 90),
+        ("Speed of compiled models", fast.speed_compiled, 240),
         ("Compiled numbers", right.compiled_numbers, 120),
         ("Study", study, float("inf")),
     ]

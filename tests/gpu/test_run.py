@@ -39,7 +39,7 @@ def test_the_quick_sections(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore:Grad strides do not match")
 def test_all_sections(monkeypatch, tmp_path):
     rows = small(monkeypatch, tmp_path)
-    assert len({row["section"] for row in rows}) == 14
+    assert len({row["section"] for row in rows}) == 15
 
 
 def image_tars(folder):
