@@ -153,7 +153,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each main arm")
     parser.add_argument("--side", type=int, default=64, help="pixels of a training image's side")
     parser.add_argument("--student", default="fan_micro_4_p8", help="model of the students")
-    parser.add_argument("--student-lr", type=float, default=2e-3, help="learning rate of the students")
+    parser.add_argument("--student-lr", type=float, default=2e-3, help="learning rate of models of --student")
     parser.add_argument(
         "--labeler", choices=("micro", "student"), default="micro", help="its model: fan_micro_4_p8, or the student's"
     )

@@ -244,7 +244,7 @@ def _agreement(study: Study, folder: Path, task: Task) -> dict[str, Any]:
     sets = tuple(str(folder / "labels" / name) for name in task.options["sets"])
     pick = {"labels_pick": "zoom"} if len(sets) > 1 else {}
     options = {"color_jitter": 0.0, "token_target": "soft", "soft_classes": 20, "residual": "uniform"} | pick
-    run = {"out": str(folder / "unused"), "seed": 1}
+    run = {"out": str(folder / "unused"), "seed": 1, "model": study.student}
     student = StudentConfig(labels=sets, **_shared(study), **options, **run)
     online = StudentConfig(labels="online", labeler=str(folder / "runs" / "labeler"), **_shared(study), **run)
     return measure_agreement(student, online)

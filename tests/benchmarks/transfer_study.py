@@ -21,6 +21,7 @@ import glob
 import io
 import json
 import multiprocessing
+import os
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -114,7 +115,6 @@ def fine_tune(backbone: str, seed: int, run: Path, options: argparse.Namespace) 
     shared = MACHINE | {
         "device": options.device,
         "amp": options.amp,
-        "channels_last": True,
         "split": options.split,
         "classes": options.classes,
         "backbone": backbone,
@@ -168,13 +168,20 @@ def main() -> None:
     # One seed of all arms first: a study cut short still compares them.
     each_run = [(arm, backbones[seed], seed) for seed in range(options.seeds) for arm, backbones in arms.items()]
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
-        for (arm, _, seed), found in zip(each_run, pool.map(partial(score_of_run, options), each_run), strict=True):
+        for (arm, _, seed), found in zip(each_run, pool.map(partial(_in_worker, options), each_run), strict=True):
             row = (found[score], found[f"corrupted_{score}"], found["retention"] or 0.0)
             for name, value in zip(SCORES, row, strict=True):
                 values[arm][name].append(value)
             shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in zip(SCORES, row, strict=True))
             print(f"{kind} {arm} seed {seed}: {shown}; {found['cpu_seconds']:,.0f} s of CPU", flush=True)
     print("\n".join(table(values, score, options.base)))
+
+
+def _in_worker(options: argparse.Namespace, each: tuple[str, str, int]) -> dict[str, Any]:
+    try:
+        return score_of_run(options, each)
+    except KeyboardInterrupt:
+        os._exit(130)  # else this worker would begin what is queued
 
 
 def score_of_run(options: argparse.Namespace, each: tuple[str, str, int]) -> dict[str, Any]:
@@ -227,7 +234,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="fine-tunings side by side")
     parser.add_argument("--device", default="cpu", help="of the models")
-    parser.add_argument("--amp", default="none", help="mixed precision of fine-tuning and scoring: none, bf16, …")
+    parser.add_argument("--amp", default="none", help="mixed precision: none, bf16, fp16 or auto")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float)

@@ -124,7 +124,8 @@ def _speed_of(bench: Bench, name: str, kind: str, rate: float, *, compiled: bool
                 bench.wait()
                 first = time.perf_counter() - start  # which compiles
                 each = bench.seconds(run) / count
-                values = {"images/s": 1 / each, "MFU": factor * work / each / rate, "batch": count, "first": first}
+                values = {"images/s": 1 / each, "MFU": factor * work / each / rate, "batch": count}
+                values["seconds of the first call"] = first
             except torch.OutOfMemoryError:
                 values = {"FAILED": "memory", "batch": count}
             except Exception as error:  # a compiler's

@@ -1,7 +1,7 @@
 """What runs in processes of its own, where FFCV may be absent.
 
 torchrun … -m tests.gpu.process OUT BACKEND DEVICE BATCH    one of several that train together
-python -m tests.gpu.process study …                         the study, or a task of it (`tests.gpu.study`)
+python -m tests.gpu.process study …                         the study (`tests.gpu.study`)
 python -m tests.gpu.process transfer …                      its students, fine-tuned (`tests.benchmarks.transfer_study`)
 """
 

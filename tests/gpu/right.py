@@ -63,32 +63,37 @@ def outputs_and_gradient(model, images, amp=None):
 def fan_numbers(bench: Bench) -> None:
     """Every variant, forward and backward, against float64 on the CPU; ConvNeXt beside the half-precision ones."""
     small = bench.size is SMALL
-    # Hybrids first, then ConvNeXt, which theirs are judged by.
+    # Hybrids first; ConvNeXt early, since theirs are read beside it.
     names = ["fan_micro_4_p8_token"] if small else sorted((f"{name}_token" for name in VARIANTS), key=_comes_late)
     for name in names if small else [names[0], "convnext_small", *names[1:]]:
         if bench.over:
-            return bench.add("left out", model=name)
+            bench.add("left out", model=name)
+            continue
         model, images, expected, slope = _in_float64(bench, name)
-        for form, (amp, last) in FORMS.items():
-            own, inputs = model, images
-            if last:
-                own, inputs = (each.to(memory_format=torch.channels_last) for each in (own, inputs))
-            _compare(bench, f"{name}, {form}", outputs_and_gradient(own, inputs, amp), expected, slope, half=bool(amp))
         if name.startswith("fan"):
             with torch.inference_mode():
                 found = inference_form(model)(images)
             flat = torch.cat([each.flatten().double().cpu() for each in found])
             _compare(bench, f"{name}, inference form", (flat, None), expected, slope)
+        for form, (amp, last) in FORMS.items():
+            own, inputs = model, images
+            if last:
+                own, inputs = (each.to(memory_format=torch.channels_last) for each in (own, inputs))
+            _compare(bench, f"{name}, {form}", outputs_and_gradient(own, inputs, amp), expected, slope, half=bool(amp))
 
 
 def compiled_numbers(bench: Bench) -> None:
     """FAN's numbers again, compiled."""
     for name in (f"{each}_token" for each in bench.size.models[:2]):
         if bench.over:
-            return bench.add("left out", model=name)
+            bench.add("left out", model=name)
+            continue
         model, images, expected, slope = _in_float64(bench, name)
         compiled = torch.compile(model, backend=bench.size.compiler, dynamic=False)
-        _compare(bench, f"{name}, compiled", outputs_and_gradient(compiled, images), expected, slope)
+        try:
+            _compare(bench, f"{name}, compiled", outputs_and_gradient(compiled, images), expected, slope)
+        except Exception as error:  # of the compiler: the other model is still to be seen
+            bench.add(f"{name}, compiled", FAILED=f"{type(error).__name__}: {error}"[:300])
 
 
 def _comes_late(name: str) -> bool:
@@ -106,13 +111,13 @@ def _in_float64(bench: Bench, name: str):
 
 
 def _compare(bench: Bench, row: str, found, expected, slope, *, half: bool = False) -> None:
-    """Outputs and gradient against float64's. In float32 both must agree to 1e-4, in half precision to 5 % of the
-    largest output and 10 % of the gradient's norm."""
+    """Outputs and gradient against float64's: errors are shares of the largest output, and of the gradient's norm. In
+    float32 both must be below 1e-4, in half precision below 5 % and 10 %."""
     outputs, gradient = found
     largest = expected.abs().max().item()
     error = (outputs - expected).abs().max().item()
     values = {"largest output error": error, "outputs up to": largest}
-    passed = error < (0.05 * largest if half else 1e-4)
+    passed = error < (0.05 if half else 1e-4) * largest
     if gradient is not None:
         values["gradient's error"] = difference = ((gradient - slope).norm() / slope.norm()).item()
         passed &= difference < (0.1 if half else 1e-4)

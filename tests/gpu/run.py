@@ -10,8 +10,8 @@ not installed, names of it stand for nothing (`tests.gpu.absent`). ``--study TRA
 
 ``--small`` runs every line on a CPU in seconds, with tiny models; so does `tests/gpu/test_run.py`.
 
-On a machine that has torch for CUDA, torchvision, numba, fsspec and OpenCV's Python package, but no package index, the
-rest travels as wheels:
+On a machine that has torch for CUDA, torchvision, numba, fsspec and OpenCV's Python package (for masks scipy and
+scikit-image, too), but no package index, the rest travels as wheels:
 
     python -m tests.gpu.run --pack wheels --python 3.12        # here
     pip install --no-index --no-deps --target site wheels/*    # there
@@ -31,8 +31,8 @@ import torch
 from tests.gpu.absent import stand_in_for_ffcv
 from tests.gpu.report import FULL, SMALL, Bench
 
-# What the package needs beside torch, torchvision, numpy, pillow, numba, fsspec and OpenCV's Python package; none of it
-# is compiled against CUDA.
+# What the package needs beside torch, torchvision, numpy, pillow, numba, fsspec and OpenCV's Python package, and its
+# corruptions beside scipy and scikit-image; none of it is compiled against CUDA.
 WHEELS = (
     "timm",
     "zarr",
@@ -44,11 +44,15 @@ WHEELS = (
     "xxhash",
     "imagecorruptions-imaug",
 )
+MODULES = {"imagecorruptions-imaug": "imagecorruptions"}
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
 def pack(folder: Path, python: str) -> None:
     """Collect wheels of the versions that are installed here, for another Python."""
+    missing = [name for name in WHEELS if importlib.util.find_spec(MODULES.get(name, name.replace("-", "_"))) is None]
+    if missing:
+        raise SystemExit(f"not installed here: {', '.join(missing)}; run this in the environment of the tests")
     versions = [f"{name}=={importlib.metadata.version(name)}" for name in WHEELS]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--python-version", python]
     for name in PLATFORMS:

@@ -6,9 +6,11 @@ Images are decoded once and lie on the device, and crops are taken there (biline
 FFCV is needed. All else is the package's own: views, labels, token caches, targets, losses, the loop. A labeler is
 trained, and its labels are dumped once for each epoch of a student. Students are trained without labels, with the
 labeler in every step, with one drawn class per token and with the 5 most probable classes, ``--jobs`` processes side by
-side. A larger student and labeler are trained for fewer epochs, without the arm of 5 classes. Every task's result is
-kept: the same command goes on where it was stopped. Run folders have names that `tests.benchmarks.transfer_study`
-takes.
+side. A larger student and labeler are trained for fewer epochs, without the arm of 5 classes. With ``--masks``, every
+student and random weights are fine-tuned on masks, too, as `tests.benchmarks.transfer_study` does. Every task's result
+is kept: the same command goes on where it was stopped.
+
+Processes share a GPU best with NVIDIA's MPS: ``nvidia-cuda-mps-control -d`` beforehand. Otherwise they take turns.
 """
 
 import argparse
@@ -37,7 +39,7 @@ from stl_offline.config import DumpConfig, LabelerConfig, StudentConfig
 from stl_offline.distributed import World
 from stl_offline.dump.labelling import Labelling, load_labeler
 from stl_offline.evaluation import Validation, evaluate_model
-from stl_offline.files import atomic_write, canonical_json, images_fingerprint
+from stl_offline.files import atomic_write, canonical_json, images_fingerprint, sha256_bytes
 from stl_offline.geometry import center_views
 from stl_offline.models import load_model
 from stl_offline.targets import TokenLabels
@@ -53,7 +55,9 @@ KEPT = {"draws": {"top_k": 0, "draws": 1}, "top5": {"top_k": 5}}
 ARMS = ("none", "online", *KEPT)
 LARGER = "larger-"  # begins the names of what has the larger model
 MASKS = "masks-"  # begins the names of fine-tunings
-OF_A_CALL = ("out", "names", "jobs", "minutes", "seeds", "device", "masks")  # what the same study may be continued with
+OF_A_CALL = ("out", "names", "jobs", "minutes", "seeds", "device")  # what the same study may be continued with
+OF_MASKS = ("masks", "masks_epochs")  # what fine-tunings alone belong to
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 SCORED = {"clean": "miou", "corrupted": "corrupted_miou", "retention": "retention"}
 LARGER_ARMS = tuple(LARGER + arm for arm in ("none", "online", "draws"))
 
@@ -63,7 +67,7 @@ class TarImages(MemoryImages):
 
     def __init__(self, path: str, folder: Path) -> None:
         """``folder`` keeps what is decoded for other processes."""
-        kept = folder / f"{Path(path).stem}.npz"
+        kept = folder / f"{Path(path).stem}-{sha256_bytes(os.path.abspath(path).encode())[:8]}.npz"
         if not kept.is_file():
             stream = io.BytesIO()
             np.savez(stream, **_decode(path))
@@ -158,8 +162,8 @@ class Study:
     larger: a second student, also as a labeler, since the labeler of every step must have the student's grid; "": none.
     larger_epochs, larger_batch, larger_lr: of both.
     names: parts of tasks' names, between commas: tasks that have one of them are run, and what these need; "": all.
-    masks: images with masks; every student, and random weights, are fine-tuned on them then; "": none. fine_tuning:
-    options of `tests.benchmarks.transfer_study` for that.
+    ValueError where no task has such a name.
+    masks: images with masks, on which every student and random weights are fine-tuned for masks_epochs; "": none.
     minutes: after which no task is begun; jobs: processes side by side, 0: everything in this one.
     """
 
@@ -179,7 +183,7 @@ class Study:
     larger_batch: int = 256
     larger_lr: float = 5e-4
     masks: str = ""
-    fine_tuning: str = ""
+    masks_epochs: int = 18
     seeds: int = 3
     names: str = ""
     jobs: int = 4
@@ -210,7 +214,11 @@ class Study:
     @property
     def wanted(self) -> dict[str, tuple[str, ...]]:
         """The tasks that are to be run."""
-        todo = [task for task in self.tasks if any(name in task for name in self.names.split(","))]
+        names = self.names.split(",") if self.names else [""]
+        unknown = [name for name in names if (not name and self.names) or not any(name in task for task in self.tasks)]
+        if unknown:
+            raise ValueError(f"no task has a name with {unknown}; there are: {', '.join(self.tasks)}")
+        todo = [task for task in self.tasks if any(name in task for name in names)]
         found: set[str] = set()
         while todo:
             found.add(task := todo.pop())
@@ -250,17 +258,8 @@ class Study:
 
     @property
     def _transfer(self) -> argparse.Namespace:
-        return transfer_study.parse(
-            [
-                "--masks",
-                self.masks,
-                "--out",
-                self._place("transfer"),
-                "--device",
-                self.device,
-                *self.fine_tuning.split(),
-            ]
-        )
+        words = ["--masks", self.masks, "--epochs", str(self.masks_epochs), "--out", self._place("transfer")]
+        return transfer_study.parse([*words, "--device", self.device])
 
     def _images(self, path: str) -> TarImages:
         return TarImages(path, Path(self.out))
@@ -339,22 +338,34 @@ class Study:
         return {"bytes": sum(shard.bytes for shard in manifest.shards)}
 
     def keep_settings(self) -> None:
-        """Write what the results belong to; ends the program where the folder has results of other settings."""
+        """Write what the results belong to. ValueError: the folder has results of other settings."""
         own = {name: value for name, value in asdict(self).items() if name not in OF_A_CALL}
-        path = Path(self.out) / "study.json"
-        if path.is_file() and (kept := json.loads(path.read_text())) != own:
-            different = ", ".join(f"{name} {kept.get(name)}" for name in own if kept.get(name) != own[name])
-            raise SystemExit(f"{self.out} holds a study with other settings: {different}; choose another --out")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, canonical_json(own))
+        own |= {name: os.path.abspath(own[name]) for name in ("train", "val", "masks") if own[name]}
+        of_masks = {name: own.pop(name) for name in OF_MASKS}
+        for file, settings in (("study.json", own), ("masks.json", of_masks if self.masks else None)):
+            path = Path(self.out) / file
+            if settings is None:
+                continue
+            if path.is_file() and (kept := json.loads(path.read_text())) != settings:
+                different = ", ".join(
+                    f"{name} {kept.get(name)}" for name in settings if kept.get(name) != settings[name]
+                )
+                raise ValueError(f"{self.out} holds a study with other settings: {different}; choose another --out")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, canonical_json(settings))
 
     def run_all(self) -> None:
-        """Every task as soon as what it needs is done, until the time is up."""
+        """Every task as soon as what it needs is done, until the time is up. ValueError: settings are wrong."""
+        todo = dict(self.wanted)
         self.keep_settings()
+        for path in (self.train, self.val):
+            self._images(path)  # decoded before several processes want them
+        if self.jobs:
+            os.environ |= {name: os.environ.get(name, "1") for name in THREAD_VARIABLES}
         # Processes that begin with all that is imported, and without this one's use of the GPU.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.gpu.process", "tests.gpu.study"])
-        end, running, todo = time.monotonic() + 60 * self.minutes, {}, dict(self.wanted)
+        end, running = time.monotonic() + 60 * self.minutes, {}
         while (todo and time.monotonic() < end) or running:
             for task, needs in list(todo.items()):
                 if len(running) >= max(1, self.jobs) or time.monotonic() > end:
@@ -400,17 +411,17 @@ class Study:
         return rows
 
     def tables(self) -> list[str]:
-        """Markdown: what fine-tuning came to, with the students' top-1; of the seeds that all arms have."""
+        """Markdown: scores of fine-tuned models, of the arms that have all seeds, for each size of student."""
         lines = []
         for begin in ("", LARGER) if self.larger else ("",):
-            arms = [begin + "random", *(arm for arm in self.arms if arm.startswith(LARGER) == bool(begin))]
+            arms = [f"{begin}random", *(arm for arm in self.arms if arm.startswith(LARGER) == bool(begin))]
             found = {arm: [self.result(f"{MASKS}{arm}-seed{seed}") for seed in range(self.seeds)] for arm in arms}
-            whole = [seed for seed in range(self.seeds) if all(results[seed] for results in found.values())]
             values = {
-                arm: {name: [results[seed][key] or 0.0 for seed in whole] for name, key in SCORED.items()}
+                arm: {name: [result[key] or 0.0 for result in results] for name, key in SCORED.items()}
                 for arm, results in found.items()
+                if all(results)
             }
-            lines += transfer_study.table(values, "miou", f"{begin}none") if whole else []
+            lines += transfer_study.table(values, "miou", f"{begin}none") if values else []
         return lines
 
 
@@ -432,7 +443,10 @@ def main(words: list[str]) -> None:
         option = {"required": True} if is_needed else {"default": each.default, "type": type(each.default)}
         parser.add_argument(f"--{each.name.replace('_', '-')}", **option)
     study = Study(**vars(parser.parse_args(words)))
-    study.run_all()
+    try:
+        study.run_all()
+    except ValueError as error:
+        parser.error(str(error))
     for row in study.rows():
         print("; ".join(f"{name} {value}" if name != "row" else value for name, value in row.items()))
     print("\n".join(study.tables()))

@@ -95,22 +95,28 @@ def test_students_of_the_study_are_fine_tuned_on_masks(tmp_path):
             add_image(archive, f"{name}.jpg", draw.integers(0, 255, (72, 80, 3)))
             add_image(archive, f"{name}.png", draw.integers(0, 11, (72, 80)))
     settings = {"larger": "", "epochs": 1, "batch_size": 8, "student_batch": 8, "jobs": 2, "seeds": 1, "device": "cpu"}
-    settings |= {"masks": masks, "fine_tuning": "--epochs 1 --crop 32 --corrupt fog:3", "names": "masks-none,masks-r"}
+    settings |= {"masks": masks, "masks_epochs": 1, "names": "masks-none,masks-r"}
     study = Study(*tars, str(tmp_path / "out"), **settings)
     study.run_all()
     assert {path.stem for path in (tmp_path / "out" / "results").iterdir()} == set(study.wanted)
     scores = study.result("masks-none-seed0")
     assert 0 < scores["miou"] < 0.2 and "corrupted_miou" in scores
-    assert study.tables() == []  # the other arms are missing
+    assert [line.split(" | ")[0] for line in study.tables()[2:]] == ["| random", "| none"]
 
 
 def test_the_study_keeps_its_settings_and_runs_what_is_named(tmp_path):
     study = Study("train.tar", "val.tar", str(tmp_path), seeds=2)
     study.keep_settings()
     replace(study, seeds=3, jobs=1, minutes=1.0, names="none").keep_settings()
-    with pytest.raises(SystemExit, match="other settings: larger_epochs 20; choose another --out"):
+    with pytest.raises(ValueError, match="other settings: larger_epochs 20; choose another --out"):
         replace(study, larger_epochs=9).keep_settings()
+    replace(study, masks="masks.tar").keep_settings()
+    with pytest.raises(ValueError, match="other settings: masks_epochs 18; choose another --out"):
+        replace(study, masks="masks.tar", masks_epochs=9).keep_settings()
     assert list(study.wanted) == list(study.tasks)
+    for names in ("none,", "larger-top5", "masks-none"):
+        with pytest.raises(ValueError, match="no task has a name with"):
+            replace(study, names=names).run_all()
     wanted = replace(study, names="larger-draws,top5-seed1").wanted
     assert list(wanted) == [
         "labeler",
