@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -43,6 +44,17 @@ def test_every_need_comes_before_what_needs_it(study, settings):
     for arm in ("none", "online", "whole", "views"):
         assert {f"{arm}-seed{seed}" for seed in range(3)} <= set(names)
     assert sum(task.kind == "student" for task in tasks) == 12 + len(study[1].MAPS.other)
+
+
+@pytest.mark.parametrize(("labeler", "expected"), [("micro", "fan_micro_4_p8"), ("student", "vit_tiny")])
+def test_a_labeler_can_have_the_students_model(study, settings, monkeypatch, tmp_path, labeler, expected):
+    made = []
+    monkeypatch.setattr(study[1], "train_labeler", lambda config: made.append(config) or {})
+    monkeypatch.setattr(study[1], "_scores", lambda *_: {})
+    settings = replace(settings, student="vit_tiny", student_lr=0.25, labeler=labeler)
+    study[1]._labeler(settings, tmp_path, None)
+    assert made[0].model == expected
+    assert (made[0].lr == 0.25) == (labeler == "student")
 
 
 @pytest.mark.parametrize("plan", ["maps", "draws"])
