@@ -80,14 +80,14 @@ def pretrained_runs(given: list[str], seeds: int) -> dict[str, list[str]]:
     return arms
 
 
-def _mark(source: str) -> str:
+def mark(source: str) -> str:
     """A name for a source, which two of the same base name do not share."""
     return f"{Path(source).name}-{sha256_bytes(str(Path(source).absolute()).encode())[:8]}"
 
 
 def half_size(source: str, split: str, out: Path) -> str:
     """A folder with the images and masks of a split at half their size, made once."""
-    folder = out / f"{_mark(source)}-half"
+    folder = out / f"{mark(source)}-half"
     done = folder / f"{split}.complete"
     if not done.is_file():
         for pair in find_pairs(source, split):
@@ -141,7 +141,7 @@ def measure(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All scores of a fine-tuned run on the test images, measured once."""
     source = options.test or options.masks or options.boxes
     mark = sha256_bytes(f"{options.corrupt} {options.test_split}".encode())[:8]
-    stored = run / f"scores-{_mark(source)}-{mark}.json"
+    stored = run / f"scores-{mark(source)}-{mark}.json"
     if not stored.is_file():
         data = half_size(source, options.test_split, options.out) if options.masks else source
         config = TransferEvaluateConfig(

@@ -39,7 +39,7 @@ from stl_offline.config import DumpConfig, LabelerConfig, StudentConfig
 from stl_offline.distributed import World
 from stl_offline.dump.labelling import Labelling, load_labeler
 from stl_offline.evaluation import Validation, evaluate_model
-from stl_offline.files import atomic_write, canonical_json, images_fingerprint, sha256_bytes
+from stl_offline.files import atomic_write, canonical_json, images_fingerprint
 from stl_offline.geometry import center_views
 from stl_offline.models import load_model
 from stl_offline.targets import TokenLabels
@@ -67,7 +67,7 @@ class TarImages(MemoryImages):
 
     def __init__(self, path: str, folder: Path) -> None:
         """``folder`` keeps what is decoded for other processes."""
-        kept = folder / f"{Path(path).stem}-{sha256_bytes(os.path.abspath(path).encode())[:8]}.npz"
+        kept = folder / f"{transfer_study.mark(path)}.npz"
         if not kept.is_file():
             stream = io.BytesIO()
             np.savez(stream, **_decode(path))
