@@ -58,7 +58,8 @@ class ValueMlp(nn.Module):
     def forward(self, x_BNC: torch.Tensor, height: int, width: int) -> torch.Tensor:
         y = self.fc1(x_BNC)
         local = to_tokens(self.dwconv(to_map(y, height, width)))
-        return self.fc2(torch.addcmul(y, local, self.gamma))
+        # In autocast's precision: a float32 gamma would make float32 maps of this width, for fc2 to cast back.
+        return self.fc2(torch.addcmul(y, local, self.gamma.to(y.dtype)))
 
 
 class ChannelAttention(nn.Module):

@@ -62,6 +62,18 @@ def test_every_variant_agrees_with_its_formulas(name):
             torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
 
 
+def test_wide_maps_stay_in_autocasts_precision():
+    """A wide map in float32 is written, and cast back for the next layer."""
+    model = randomise(timm.create_model("fan_micro_4_p8", num_classes=3), seed=5)
+    given = []
+    for block in model.blocks:
+        block.mlp.mlp_v.fc2.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].dtype))
+    images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(6))
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(images)
+    assert given == [torch.bfloat16] * len(model.blocks)
+
+
 @pytest.mark.parametrize("name", ["fan_micro_4_p8_token", "fan_tiny_8_p4_hybrid_token"])
 def test_gradients_agree_with_the_formulas(name):
     model = randomise(timm.create_model(name, num_classes=3), seed=5).double().train()
