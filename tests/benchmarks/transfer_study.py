@@ -140,8 +140,8 @@ def fine_tune(backbone: str, seed: int, run: Path, options: argparse.Namespace) 
 def measure(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All scores of a fine-tuned run on the test images, measured once."""
     source = options.test or options.masks or options.boxes
-    mark = sha256_bytes(f"{options.corrupt} {options.test_split}".encode())[:8]
-    stored = run / f"scores-{mark(source)}-{mark}.json"
+    settings = sha256_bytes(f"{options.corrupt} {options.test_split}".encode())[:8]
+    stored = run / f"scores-{mark(source)}-{settings}.json"
     if not stored.is_file():
         data = half_size(source, options.test_split, options.out) if options.masks else source
         config = TransferEvaluateConfig(
