@@ -9,6 +9,7 @@ import timm
 
 from stl_offline.demo.shapes import write_shapes
 from stl_offline.models import ModelDescription, save_model
+from tests.benchmarks import transfer_study
 from tests.benchmarks.transfer_study import pretrained_runs
 from tests.labels.synthetic import make_spec, write_set
 from tests.source_tree import REPOSITORY
@@ -41,6 +42,17 @@ def test_filling_a_cache_of_draws_is_timed(tmp_path):
     few = ["--images", 40, "--shards", 2, "--repeats", 2, "--draws", 1, "--encoding", "f16"]
     rows = run("-m", "tests.benchmarks.cache_fill", "--labels", tmp_path / "set", "--out", tmp_path / "out", *few)
     assert [row.split("|")[1].strip() for row in rows] == ["the label set's", "random"]
+
+
+def test_the_transfer_study_scores_a_run_once(tmp_path):
+    data = write_tar(tmp_path / "scenes.tar", {"train": range(4), "val": range(4, 6)}, (88, 112))
+    words = ["--masks", data, "--classes", ",".join(CLASSES), "--ignore-id", IGNORE, "--out", tmp_path / "out"]
+    words += ["--crop", 32, "--epochs", 1, "--head-width", 8, "--corrupt", "fog:3"]
+    options = transfer_study.parse([str(word) for word in words])
+    first, again = (transfer_study.score_of_run(options, ("random", f"timm:{options.model}", 0)) for _ in range(2))
+    assert 0 <= first["corrupted_miou"] <= 1
+    assert first | {"cpu_seconds": 0} == again | {"cpu_seconds": 0}
+    assert len(list((tmp_path / "out").glob("masks/random-seed0/scores-*.json"))) == 1
 
 
 @pytest.mark.slow
