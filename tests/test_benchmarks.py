@@ -10,7 +10,6 @@ import timm
 from stl_offline.demo.shapes import write_shapes
 from stl_offline.models import ModelDescription, save_model
 from tests.benchmarks import transfer_study
-from tests.benchmarks.transfer_study import pretrained_runs
 from tests.labels.synthetic import make_spec, write_set
 from tests.source_tree import REPOSITORY
 from tests.transfer.conftest import CLASSES, IGNORE, write_tar
@@ -66,7 +65,7 @@ def test_the_transfer_study_compares_paired_seeds(tmp_path):
     quick = ["--crop", 32, "--epochs", 1, "--seeds", 2, "--head-width", 8, "--corrupt", "fog:3"]
     arms = ["--base", "plain", "--pretrained", f"plain={tmp_path}/plain-seed*"]
     with pytest.raises(SystemExit, match="not complete, without summary.json: .*plain-seed0"):
-        pretrained_runs(arms[-1:], 2)
+        transfer_study.pretrained_runs(arms[-1:], 2)
     for seed in range(2):
         (tmp_path / f"plain-seed{seed}" / "summary.json").write_text("{}")
     rows = run("transfer_study.py", *data_options, *quick, *arms)
