@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn
 
-from stl_offline.models.layers import depthwise, to_map, to_tokens
+from stl_offline.models.layers import attention, depthwise, to_map, to_tokens
 
 
 class TokenMixing(nn.Module):
@@ -26,7 +26,7 @@ class TokenMixing(nn.Module):
     def forward(self, x_BNC: torch.Tensor) -> torch.Tensor:
         q = self.q(x_BNC).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(x_BNC).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed_BhNd = F.scaled_dot_product_attention(q, k, v)
+        mixed_BhNd = attention(q, k, v)
         return self.proj(mixed_BhNd.transpose(1, 2).flatten(2))
 
 
@@ -123,7 +123,7 @@ class ClassAttention(nn.Module):
             layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for layer, x in ((self.q, cls_B1C), (self.k, x_BMC), (self.v, x_BMC))
         )
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class _Mlp(nn.Module):

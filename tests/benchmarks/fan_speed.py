@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.fan_speed --what eager --model fan_tiny_8_p4_hybrid_token
 
-``--what``: eager, compiled, bf16 (float32 forms against bf16 ones), training (a whole AdamW step), parts (each kind of
+``--what``: eager, compiled, bf16 (float32 forms against bf16 ones), training (a whole AdamW step),
+amp (that step in float32, in bf16, and in bf16 with torch's fused attention), parts (each kind of
 work's share of the time), memory (held beside the logits, for two numbers of classes).
 All ways take turns, so that whatever else slows the machine slows all of them. The C library's memory settings are its
 own for everybody; with ``--kept`` everybody keeps freed memory, as the package's commands do.
@@ -13,6 +14,7 @@ import copy
 import resource
 import statistics
 import time
+import unittest.mock
 from collections.abc import Callable
 
 import timm
@@ -21,8 +23,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from stl_offline.device import keep_freed_memory
-from stl_offline.models import inference_form
+from stl_offline.device import autocast, keep_freed_memory
+from stl_offline.models import blocks, inference_form
 from tests.benchmarks.fan_reference import reference
 
 Ways = dict[str, Callable[[], object]]
@@ -150,30 +152,44 @@ def bf16(options: argparse.Namespace) -> None:
     print(f"bf16 / float32: {rates[torch.bfloat16] / rates[torch.float32]:.2f}")
 
 
-def training(options: argparse.Namespace) -> None:
+def steps(network: torch.nn.Module, options: argparse.Namespace, amp: torch.dtype | None = None) -> Callable:
+    """AdamW steps of a network on one batch of noise. Each returns its loss."""
     images = random_images(options)
     generator = torch.Generator().manual_seed(1)
     class_ids = torch.randint(options.classes, (options.batch,), generator=generator)
+    optimizer = torch.optim.AdamW(network.train().parameters(), lr=1e-6)
 
-    def steps(network: torch.nn.Module) -> Callable[[], list[torch.Tensor]]:
-        optimizer = torch.optim.AdamW(network.train().parameters(), lr=1e-6)
-
-        def step():
+    def step():
+        with autocast(images.device, amp):
             class_logits, token_logits = network(images)
-            token_ids = class_ids[:, None].expand(-1, token_logits.shape[1]).flatten()
-            loss = F.cross_entropy(class_logits, class_ids) + F.cross_entropy(token_logits.flatten(0, 1), token_ids)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return [loss.detach()]
+        token_ids = class_ids[:, None].expand(-1, token_logits.shape[1]).flatten()
+        loss = F.cross_entropy(class_logits, class_ids) + F.cross_entropy(token_logits.flatten(0, 1), token_ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return [loss.detach()]
 
-        return step
+    return step
 
+
+def training(options: argparse.Namespace) -> None:
     formulas, model = models(options)
-    first = [steps(copy.deepcopy(network))()[0].item() for network in (formulas, model)]
+    first = [steps(copy.deepcopy(network), options)()[0].item() for network in (formulas, model)]
     print("loss of the first step: " + ", ".join(f"{loss:.6f}" for loss in first))
-    ways = {FORMULAS: steps(formulas), "model": steps(model)}
+    ways = {FORMULAS: steps(formulas, options), "model": steps(model, options)}
     print_table(ways, FORMULAS, options, None)
+
+
+def amp(options: argparse.Namespace) -> None:
+    _, model = models(options)
+    half = steps(copy.deepcopy(model), options, torch.bfloat16)
+
+    def fused():
+        with unittest.mock.patch.object(blocks, "attention", F.scaled_dot_product_attention):
+            return half()
+
+    ways = {"float32": steps(model, options), "bf16": half, "bf16, fused attention": fused}
+    print_table(ways, "float32", options, None)
 
 
 def part_of(event) -> str:
@@ -232,7 +248,7 @@ def memory(options: argparse.Namespace) -> None:
         print(f"| {classes:,} | {logits:,.0f} | {held[0]:,.0f} | {held[1]:,.0f} |")
 
 
-WHAT = {function.__name__: function for function in (eager, compiled, bf16, training, parts, memory)}
+WHAT = {function.__name__: function for function in (eager, compiled, bf16, training, amp, parts, memory)}
 
 
 def main() -> None:
