@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stl_offline.errors import InputError
 
@@ -77,6 +77,18 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def avoid_slow_attention(model: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
+    """Turn off torch's fused attention in a model to be trained on a CPU in half precision.
+
+    Its gradient is slow there: with few tokens a step in bf16 takes longer than in float32 (docs/benchmarks.md).
+    timm's `fused_attn`, which FAN's blocks have too, chooses between it and the same in three operations.
+    """
+    if device.type == "cpu" and amp is not None:
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
 
 
 def upload(array: np.ndarray | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -6,7 +6,7 @@ released ones; the arithmetic is the paper's, with sums in the order that needs 
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, use_fused_attn
 from torch import nn
 
 from stl_offline.models.layers import attention, depthwise, to_map, to_tokens
@@ -19,6 +19,7 @@ class TokenMixing(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.heads = heads
+        self.fused_attn = use_fused_attn()
         self.q = nn.Linear(dim, dim, **dd)
         self.kv = nn.Linear(dim, 2 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -26,7 +27,7 @@ class TokenMixing(nn.Module):
     def forward(self, x_BNC: torch.Tensor) -> torch.Tensor:
         q = self.q(x_BNC).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(x_BNC).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed_BhNd = attention(q, k, v)
+        mixed_BhNd = attention(q, k, v, self.fused_attn)
         return self.proj(mixed_BhNd.transpose(1, 2).flatten(2))
 
 
@@ -111,6 +112,7 @@ class ClassAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.heads = heads
+        self.fused_attn = use_fused_attn()
         self.q = nn.Linear(dim, dim, **dd)
         self.k = nn.Linear(dim, dim, **dd)
         self.v = nn.Linear(dim, dim, **dd)
@@ -123,7 +125,7 @@ class ClassAttention(nn.Module):
             layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for layer, x in ((self.q, cls_B1C), (self.k, x_BMC), (self.v, x_BMC))
         )
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v, self.fused_attn).transpose(1, 2).flatten(2))
 
 
 class _Mlp(nn.Module):

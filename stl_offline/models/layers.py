@@ -138,21 +138,12 @@ class FullPrecisionLinear(nn.Linear):
             return super().forward(x.to(self.weight.dtype))
 
 
-def attention(q_BhNd: torch.Tensor, k_BhMd: torch.Tensor, v_BhMd: torch.Tensor) -> torch.Tensor:
-    """softmax(q·kᵀ/√d)·v, (B, h, N, d): torch's fused kernel, except where its gradient is slow.
-
-    On a CPU in half precision the fused kernel with its gradient takes longer than three operations; few tokens
-    make the difference large (docs/benchmarks.md).
-    """
-    if _is_half_on_cpu(q_BhNd) and q_BhNd.requires_grad:
-        score_BhNM = (q_BhNd * q_BhNd.shape[-1] ** -0.5) @ k_BhMd.transpose(-2, -1)
-        return score_BhNM.softmax(dim=-1) @ v_BhMd
-    return F.scaled_dot_product_attention(q_BhNd, k_BhMd, v_BhMd)
-
-
-def _is_half_on_cpu(x: torch.Tensor) -> bool:
-    # Symbolic tracing has stand-ins for tensors.
-    return isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+def attention(q_BhNd: torch.Tensor, k_BhMd: torch.Tensor, v_BhMd: torch.Tensor, fused: bool) -> torch.Tensor:
+    """softmax(q·kᵀ/√d)·v: (B, h, N, d). ``fused``: by torch's kernel, not in three operations (timm's `fused_attn`)."""
+    if fused:
+        return F.scaled_dot_product_attention(q_BhNd, k_BhMd, v_BhMd)
+    score_BhNM = (q_BhNd * q_BhNd.shape[-1] ** -0.5) @ k_BhMd.transpose(-2, -1)
+    return score_BhNM.softmax(dim=-1) @ v_BhMd
 
 
 def depthwise(channels: int, kernel: int, device=None, dtype=None) -> nn.Conv2d:

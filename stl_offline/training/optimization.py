@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stl_offline.config import RunConfig
-from stl_offline.device import Readback, upload
+from stl_offline.device import Readback, avoid_slow_attention, upload
 from stl_offline.distributed import share_batch_statistics, sum_over_world_blocking
 from stl_offline.errors import TrainingError
 from stl_offline.training.setup import TrainingRun
@@ -167,6 +167,7 @@ class TrainStep:
         self.config, self.world, self.device, self.objective = config, world, device, objective
         self.steps_per_epoch, self._crops_of = steps_per_epoch, run.crops_of
         self.model = run.model.to(device)
+        avoid_slow_attention(self.model, device, run.amp)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         if config.sync_bn and world.size > 1:

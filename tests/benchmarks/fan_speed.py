@@ -14,7 +14,6 @@ import copy
 import resource
 import statistics
 import time
-import unittest.mock
 from collections.abc import Callable
 
 import timm
@@ -23,8 +22,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from stl_offline.device import autocast, keep_freed_memory
-from stl_offline.models import blocks, inference_form
+from stl_offline.device import autocast, avoid_slow_attention, keep_freed_memory
+from stl_offline.models import inference_form
 from tests.benchmarks.fan_reference import reference
 
 Ways = dict[str, Callable[[], object]]
@@ -182,13 +181,13 @@ def training(options: argparse.Namespace) -> None:
 
 def amp(options: argparse.Namespace) -> None:
     _, model = models(options)
-    half = steps(copy.deepcopy(model), options, torch.bfloat16)
-
-    def fused():
-        with unittest.mock.patch.object(blocks, "attention", F.scaled_dot_product_attention):
-            return half()
-
-    ways = {"float32": steps(model, options), "bf16": half, "bf16, fused attention": fused}
+    fused, apart = copy.deepcopy(model), copy.deepcopy(model)
+    avoid_slow_attention(apart, torch.device("cpu"), torch.bfloat16)
+    ways = {
+        "float32": steps(model, options),
+        "bf16": steps(apart, options, torch.bfloat16),
+        "bf16, fused attention": steps(fused, options, torch.bfloat16),
+    }
     print_table(ways, "float32", options, None)
 
 

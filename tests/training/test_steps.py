@@ -107,6 +107,22 @@ def test_half_precision_learns_as_float32_does(quick, loss_in_float32, amp):
     assert log(half.out)[-1]["gradient_norm"] > 0
 
 
+@pytest.mark.parametrize("model", ["fan_micro_4_p8_token", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(("amp", "fused"), [("none", True), ("bf16", False)])
+def test_half_precision_on_a_cpu_trains_without_the_fused_attention(quick, monkeypatch, model, amp, fused):
+    """Its gradient takes longer there than that of the operations that it stands for."""
+    learned = []
+
+    def attention(*tensors, **more):
+        learned.append(torch.is_grad_enabled())
+        return original(*tensors, **more)
+
+    original = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attention)
+    train_labeler(LabelerConfig(**quick | {"model": model, "amp": amp, "epochs": 1}))
+    assert any(learned) is fused
+
+
 def test_no_step_is_longer_than_the_limit(quick, monkeypatch):
     """What reaches the optimiser, and what is said of it."""
     norms = []
