@@ -54,9 +54,10 @@ def join_labels(
     Args:
         pipeline: a webdataset pipeline (the labels become one more stage of it), or any iterable of sample dicts. Of
             a pipeline that decodes, ``decode()`` comes first: webdataset's takes nothing but bytes.
-        labels: `TokenLabels.of` a label set, for samples in any order; or a label set, whose shards are read one at a
-            time as the samples ask for them. That is quick where the tars hold the images in the label set's order, and
-            the stream is shuffled after the join; each worker then reads about as much of the labels as its tars' part.
+        labels: `TokenLabels.of` a label set, for samples in any order; or a label set, whose labels are read one shard
+            at a time as the samples ask for them (the keys of all shards first, which fetches a set in a store). That
+            is quick where the tars hold the images in the label set's order, and the stream is shuffled after the join;
+            each worker then reads about as much of the labels as its tars' part.
         field: of the sample, where its `JoinedLabels` are put, or, from a label set, its `LabelMap`.
         key: sample → its key in the label set; default: ``__key__``, the member's path up to the first dot. For labels
             of an image folder, whose keys have endings: ``lambda sample: sample["__key__"] + ".jpg"``.

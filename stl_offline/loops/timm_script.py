@@ -6,6 +6,7 @@ ids and N·T weights. float32 holds ids up to 2²⁴ exactly.
 B: batch; K: classes; N: tokens; T: targets per token.
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ from stl_offline.losses import soft_cross_entropy, token_cross_entropy
 from stl_offline.models import TokenModel
 from stl_offline.random import step_generator
 from stl_offline.targets import TokenLabels
+
+_MIX_INSTEAD = "leave it off, and give TimmTokenDataset mixing of its own: MixSettings(mixup=0.8, cutmix=1.0)"
+# Options of timm's script that act in what is replaced here, and what to do instead.
+_WITHOUT_EFFECT = {
+    "mixup": _MIX_INSTEAD,
+    "cutmix": _MIX_INSTEAD,
+    "cutmix_minmax": _MIX_INSTEAD,
+    "bce_loss": "leave it off: the classes' loss is cross-entropy",
+    "jsd_loss": "leave it off: the classes' loss is cross-entropy",
+}
 
 # What timm's training transform may hold behind its crop and flip: nothing of these moves pixels.
 _STILL = (
@@ -124,12 +135,21 @@ class TimmTokenDataset(TokenLabelDataset):
             images = mixed.images
         return images, torch.cat([mixed.class_targets, mixed.token_ids.flatten(1), mixed.token_weights.flatten(1)], 1)
 
-    def loss(self, loader: Any, weight: float = 1.0) -> "TokenLoss":
+    def loss(self, loader: Any, args: argparse.Namespace | None = None, weight: float = 1.0) -> "TokenLoss":
         """The loss for batches of a loader; checks that the loader changes no pixels that the labels are for.
 
+        Args:
+            args: the script's options, of which those are refused that this dataset and loss take the place of.
+            weight: of the token loss.
+
         Raises:
-            InputError: the loader erases boxes, or mixes images itself.
+            InputError: the loader erases boxes, or mixes images itself; or an option would have no effect.
         """
+        for name, instead in _WITHOUT_EFFECT.items():
+            value = getattr(args, name, None)
+            if value:
+                option = "--" + name.replace("_", "-") + ("" if value is True else f" {value}")
+                raise InputError(f"{option} of timm's script does not go with token labels; {instead}")
         if getattr(loader, "random_erasing", None) is not None:
             raise InputError("timm's loader erases boxes of images, which token labels do not follow; use --reprob 0")
         inner = getattr(loader, "loader", loader)

@@ -3,6 +3,7 @@
 timm's wheel has no train.py. STL_OFFLINE_TIMM_TRAIN names one, of timm's repository at the installed version.
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -116,6 +117,25 @@ def test_what_moves_pixels_is_refused(images, whole, model):
     loader.collate_fn = None
     with pytest.raises(InputError, match="the dataset's collate method"):
         dataset.loss(loader)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"mixup": 0.8}, "--mixup 0.8 of timm's script .*MixSettings"),
+        ({"cutmix": 1.0}, "--cutmix 1.0 of .*MixSettings"),
+        ({"cutmix_minmax": [0.2, 0.8]}, r"--cutmix-minmax \[0.2, 0.8\] of .*MixSettings"),
+        ({"bce_loss": True}, "--bce-loss of .*cross-entropy"),
+        ({"jsd_loss": True}, "--jsd-loss of .*cross-entropy"),
+    ],
+)
+def test_options_without_effect_are_refused(given, reason, images, whole, model):
+    """The collate function and the loss that these options choose are replaced."""
+    dataset, loader = make_loader(images, whole, model)
+    off = {"mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None, "bce_loss": False, "jsd_loss": False}
+    dataset.loss(loader, argparse.Namespace(**off))
+    with pytest.raises(InputError, match=reason):
+        dataset.loss(loader, argparse.Namespace(**off | given))
 
 
 def documented_diff() -> list[tuple[str, str]]:
