@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from stl_offline.errors import NO_TEXT, InputError
@@ -28,6 +29,9 @@ _OTHER = (
     "svg ai eps beton zarr safetensors ini cfg toml sha256 md5 dvc"
 )
 _OTHER_SUFFIXES = frozenset("." + suffix for suffix in _OTHER.split())
+
+# The folders that one lies in: device and inode of each.
+Place = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +135,51 @@ def _text_fault(text: str) -> str:
 
 def _start(text: str) -> str:
     return repr(text) if len(text) <= 100 else f"{text[:40]!r}…"
+
+
+def files_below(root: Path) -> Iterator[tuple[str, Path]]:
+    """Every file below a folder but those of the system: its path from there with "/" between, and where it is; sorted
+    within each folder. Links to files and folders are followed.
+
+    Raises:
+        InputError: a folder cannot be read, or is a link to one that it lies in.
+    """
+    yield from _files_below(root, "", ())
+
+
+def _files_below(folder: Path, prefix: str, above: Place) -> Iterator[tuple[str, Path]]:
+    above = enter(folder, above)
+    for entry in sorted(entries(folder), key=lambda entry: entry.name):
+        if entry.is_dir():
+            yield from _files_below(folder / entry.name, f"{prefix}{entry.name}/", above)
+        elif entry.is_file():
+            yield prefix + entry.name, folder / entry.name
+
+
+def enter(folder: Path, above: Place) -> Place:
+    """The place of what lies in a folder that lies in those ``above``.
+
+    Raises:
+        InputError: it cannot be read, or is a link to one of them.
+    """
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        raise InputError(f"{folder} is a link to a folder that it lies in; remove the link")
+    return (*above, identity)
+
+
+def entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, but for the system's files, in no order.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with os.scandir(folder) as found:
+            return [entry for entry in found if not is_system_name(entry.name)]
+    except OSError as error:
+        raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error

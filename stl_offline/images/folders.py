@@ -11,10 +11,12 @@ from stl_offline.errors import InputError, counted
 from stl_offline.images.classes import UNLABELLED, ClassChoice, is_split_name, refuse_splits
 from stl_offline.images.common import (
     PassedOver,
+    Place,
     SourceImage,
     check_keys,
+    enter,
+    entries,
     is_image_name,
-    is_system_name,
     may_hold_image,
 )
 from stl_offline.images.encode import IMAGE_HEAD, ImageError, is_image_head
@@ -72,7 +74,7 @@ def folder_files(root: Path) -> tuple[list[FolderFile], PassedOver]:
     """
     passed_over = PassedOver()
     classes, loose = [], []
-    for entry in _entries(root):
+    for entry in entries(root):
         if entry.is_dir():
             classes.append(entry.name)
         elif (file := _image_file(entry, entry.name, passed_over)) is not None:
@@ -92,7 +94,7 @@ def folder_files(root: Path) -> tuple[list[FolderFile], PassedOver]:
     empty = []
     for name in sorted(classes):
         before = len(found)
-        found += _walk(root / name, name, frozenset(), passed_over)
+        found += _walk(root / name, name, (), passed_over)
         if len(found) == before:
             empty.append(name)
     if not found:
@@ -123,33 +125,17 @@ def read_regular(path: str | Path, size: int = -1) -> bytes:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
 
 
-def _walk(
-    folder: Path, prefix: str, above: frozenset[tuple[int, int]], passed_over: PassedOver
-) -> Iterator[FolderFile]:
-    try:
-        status = os.stat(folder)
-    except OSError as error:
-        raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        raise InputError(f"{folder} is a link to a folder that it lies in; remove the link")
-    for entry in _entries(folder):
+def _walk(folder: Path, prefix: str, above: Place, passed_over: PassedOver) -> Iterator[FolderFile]:
+    above = enter(folder, above)
+    for entry in entries(folder):
         key = f"{prefix}/{entry.name}"
         if entry.is_dir():
-            inner = list(_walk(folder / entry.name, key, above | {identity}, passed_over))
+            inner = list(_walk(folder / entry.name, key, above, passed_over))
             yield from inner
             if not inner and is_image_name(entry.name):
                 yield FolderFile(key, entry, "is a folder, not an image file")
         elif (file := _image_file(entry, key, passed_over)) is not None:
             yield file
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not is_system_name(entry.name)]
-    except OSError as error:
-        raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
 
 
 def _image_file(entry: os.DirEntry[str], key: str, passed_over: PassedOver) -> FolderFile | None:

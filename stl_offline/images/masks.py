@@ -13,6 +13,7 @@ from PIL import Image
 
 from stl_offline.errors import InputError
 from stl_offline.files import read_file
+from stl_offline.images.common import files_below
 from stl_offline.images.voc import MOST_BYTES, read_voc
 
 _BOX_SIDE = 256  # pixels per side of the mask that a box becomes; boxes are exact to half a pixel of it
@@ -71,16 +72,12 @@ class _Folder(_ByStem):
     def __init__(self, root: Path) -> None:
         found: dict[str, object] = {}
         stems: set[str] = set()
-        for folder, folders, files in os.walk(root, followlinks=False):
-            folders.sort()
-            for name in sorted(files):
-                if name.lower().endswith((".png", ".xml")):
-                    place = Path(folder, name)
-                    key = place.relative_to(root).as_posix()
-                    if _stem(key) in stems:
-                        raise InputError(f"{root} holds two masks for {_stem(key)}; keep one of them")
-                    stems.add(_stem(key))
-                    found[key] = place
+        for key, place in files_below(root):
+            if key.lower().endswith((".png", ".xml")):
+                if _stem(key) in stems:
+                    raise InputError(f"{root} holds two masks for {_stem(key)}; keep one of them")
+                stems.add(_stem(key))
+                found[key] = place
         if not found:
             raise InputError(f"{root} holds no masks: no file in it ends in .png or .xml")
         super().__init__(found)

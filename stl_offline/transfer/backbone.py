@@ -4,6 +4,7 @@ Four maps where the model has four or more: a hybrid FAN's stages and blocks (st
 stages of a network with stages, four blocks evenly spread over a plain transformer.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,9 @@ def load_backbone(
             _copy_weights(_create(name, img_size, pretrained=True), backbone, source)
             backbone.weights = "timm"
         elif checkpoint is not None:
-            full = _create(name, img_size)
+            # At the model's own size where it can change: that is the file's.
+            full = timm.create_model(name)
+            full = full if hasattr(full, "set_input_size") else _create(name, img_size)
             load_checkpoint(full, checkpoint, adapt_head=True)
             _copy_weights(full, backbone, str(checkpoint))
             backbone.weights = sha256_file(checkpoint)
@@ -151,6 +154,27 @@ def load_backbone(
     _copy_weights(full, backbone, source)
     backbone.weights = weights_sha256(source)
     return backbone
+
+
+def unfit_size(backbone: Backbone, sizes: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
+    """The first of some sizes (H, W) that the backbone cannot take; models of a fixed input size take one alone.
+
+    Found without computing. A model whose shapes cannot be followed so is taken to fit.
+    """
+    with torch.device("meta"):
+        twin = Backbone(backbone.spec).eval()
+
+    @torch.no_grad()
+    def takes(size: tuple[int, int]) -> bool:
+        try:
+            twin(torch.empty(1, 3, *size, device="meta"))
+        except Exception:  # each model checks its input in its own way
+            return False
+        return True
+
+    if not takes(backbone.spec.img_size):
+        return None
+    return next((size for size in sizes if not takes(size)), None)
 
 
 def level_indices(name: str, img_size: tuple[int, int]) -> tuple[int, ...]:
@@ -181,7 +205,12 @@ def _create(name: str, img_size: tuple[int, int], *, drop_path: float = 0.0, **m
         raise InputError(f"timm has no model {name!r}; timm.list_models() lists them")
     options = {"drop_path_rate": drop_path} if drop_path else {}
     error: Exception | None = None
-    for sized in ({"img_size": img_size, "dynamic_img_size": True}, {"img_size": img_size}, {}):
+    for sized in (
+        {"img_size": img_size, "dynamic_img_size": True},
+        {"img_size": img_size, "strict_img_size": False},
+        {"img_size": img_size},
+        {},
+    ):
         try:
             return timm.create_model(name, **options, **sized, **more)
         except TypeError as found:  # the model takes no such argument
@@ -194,7 +223,9 @@ def _create(name: str, img_size: tuple[int, int], *, drop_path: float = 0.0, **m
 
 
 def _copy_weights(full: nn.Module, backbone: Backbone, source: str) -> None:
-    """The weights of a whole model for the part of it that the backbone keeps."""
+    """The weights of a whole model for the part of it that the backbone keeps; those of positions are resampled."""
+    if hasattr(full, "set_input_size"):
+        full.set_input_size(img_size=backbone.spec.img_size)
     own, weights = backbone.net.model.state_dict(), full.state_dict()
     wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
     if wrong:

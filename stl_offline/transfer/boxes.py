@@ -1,7 +1,10 @@
 """Images with boxes of objects, from Pascal VOC's XML files or a COCO JSON file, which may have masks, too.
 
 Boxes are (left, top, right, bottom) in pixels from the image's upper left corner; COCO's are a corner and a size. What
-a file marks as difficult or as a crowd is left out. All is checked before training.
+a file marks as difficult or as a crowd is not trained on, and in the scores it is neither missed nor a false detection.
+Boxes without an area are left out. All is checked before training.
+
+n: objects of an image.
 """
 
 import json
@@ -10,7 +13,7 @@ import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,18 +29,34 @@ from stl_offline.transfer.pairs import decode_image, list_files, open_image
 _LOGGER = logging.getLogger(__name__)
 
 _JSON_BYTES = 1 << 30
+_VOC_IMAGES = {"images", "jpegimages"}  # folders, in any case
+
+
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """boxes_n4: float32; class_ids: int64 (n,); masks: n of them, or None where they were not asked for."""
+
+    boxes_n4: np.ndarray
+    class_ids: np.ndarray
+    masks: tuple[RunLengths, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+    def marks(self) -> list[Any]:
+        """What stands for them in a fingerprint."""
+        marks = [self.boxes_n4.tolist(), self.class_ids.tolist()]
+        return marks if self.masks is None else [*marks, [each["counts"].decode() for each in self.masks]]
 
 
 @dataclass(frozen=True, slots=True)
 class BoxedImage:
-    """An image and its objects. image: reads its bytes; boxes_n4: float32; class_ids: int64 (n,); masks: n of them, or
-    None where they were not asked for."""
+    """An image. image: reads its bytes; objects: what to find in it; ignored: crowds and difficult objects."""
 
     key: str
     image: Callable[[], bytes]
-    boxes_n4: np.ndarray
-    class_ids: np.ndarray
-    masks: tuple[RunLengths, ...] | None = None
+    objects: Objects
+    ignored: Objects
 
     def read(self) -> Image.Image:
         """The image in 8-bit RGB."""
@@ -78,98 +97,114 @@ def open_boxes(
         masks: read the objects' masks, too, which a COCO JSON file has.
 
     Raises:
-        InputError: nothing is there, an image lacks its file, a file cannot be read, has other classes or is for images
-            of another size, or an object has no mask.
+        InputError: nothing is there, an image lacks its file or shares it with another, a file cannot be read, has
+            other classes or is for images of another size, a box leaves its image, or an object has no mask.
     """
     files = list_files(source)
-    if split is not None:
-        files = {name: load for name, load in files.items() if split in name.split("/")[:-1]}
-    images = {name: load for name, load in files.items() if is_image_name(posixpath.basename(name))}
+    images = {
+        name: load
+        for name, load in files.items()
+        if is_image_name(posixpath.basename(name)) and split in (None, *name.split("/")[:-1])
+    }
     if not images:
         raise InputError(f"{source} holds no images" + ("" if split is None else f" below a folder {split!r}"))
     ids = {name: number for number, name in enumerate(class_names)}
     read = _voc(source, files, images, ids) if annotations is None else _coco(Path(annotations), images, ids)
-    found, marks = [], []
-    for name, load in sorted(images.items()):
-        if name not in read:
-            continue
-        data = load()
+    found, marks, empty = [], [], []
+    for name, (rows, size) in sorted(read.items()):
+        data = images[name]()
         image = open_image(name, data)
-        boxes_n4, class_ids, segmentations, size = read[name]
         if size not in (None, (0, 0), image.size):  # some tools write zeros
             raise InputError(
                 f"{name} has {image.width}×{image.height} pixels, and its annotations are for {size[0]:g}×{size[1]:g}"
             )
-        if boxes_n4.size and not (
-            (boxes_n4[:, :2] < boxes_n4[:, 2:]).all()
-            and boxes_n4.min() >= -1
-            and (boxes_n4[:, 2:] <= np.array(image.size) + 1).all()
-        ):
-            raise InputError(f"{name} has a box that is empty or leaves its {image.width}×{image.height} pixels")
-        boxes_n4 = boxes_n4.astype(np.float32)
-        outlines = _outlines(name, segmentations, image) if masks else None
-        found.append(BoxedImage(posixpath.splitext(name)[0], load, boxes_n4, class_ids, outlines))
-        marks.append([name, content_hash(data), boxes_n4.tolist(), class_ids.tolist()])
-        if outlines is not None:
-            marks[-1].append([each["counts"].decode() for each in outlines])
-    if not any(len(image.class_ids) for image in found):
+        kept = [row for row in rows if _has_area(row, name, image)]
+        empty += [name] * (len(rows) - len(kept))
+        objects, ignored = (
+            _objects(name, [row for row in kept if row.is_ignored is each], image, masks) for each in (False, True)
+        )
+        found.append(BoxedImage(posixpath.splitext(name)[0], images[name], objects, ignored))
+        marks.append([name, content_hash(data), *objects.marks(), *(ignored.marks() if len(ignored) else ())])
+    if not any(len(image.objects) for image in found):
         raise InputError(f"the {len(found):,} images of {source} have no boxes")
+    if empty:
+        _LOGGER.warning("boxes of %s without an area are left out: %s, for example in %s", source, len(empty), empty[0])
     return BoxSet(tuple(found), tuple(class_names), sha256_bytes(canonical_json([marks, list(class_names)])))
 
 
-# Boxes, ids and what a COCO file has as masks, of an image; its width and height where they are given.
-_Objects = tuple[np.ndarray, np.ndarray, list, tuple[float, float] | None]
-_Boxes = dict[str, _Objects]
+class _Row(NamedTuple):
+    """An object. box: its sides in pixels; segmentation: what a COCO file has as its mask."""
+
+    box: tuple[float, float, float, float]
+    class_id: int
+    is_ignored: bool
+    segmentation: Any = None
 
 
-def _arrays(
-    size: tuple[float, float] | None,
-    boxes: Sequence[Sequence[float]],
-    ids: list[int],
-    segmentations: Sequence[Any] = (),
-) -> _Objects:
-    return np.array(boxes, np.float64).reshape(-1, 4), np.array(ids, np.int64), list(segmentations), size
+# An image's objects, and its width and height where they are given.
+_Rows = tuple[list[_Row], tuple[float, float] | None]
 
 
-def _outlines(name: str, segmentations: list, image: Image.Image) -> tuple[RunLengths, ...]:
-    try:
-        return tuple(run_lengths(each, image.height, image.width) for each in segmentations)
-    except ValueError as error:
-        raise InputError(f"the masks of {name} cannot be used: {error}") from error
+def _has_area(row: _Row, name: str, image: Image.Image) -> bool:
+    """Whether a box has one, to float32's precision; COCO's own files have a few that do not."""
+    left, top, right, bottom = row.box
+    if not (-1 <= left <= right <= image.width + 1 and -1 <= top <= bottom <= image.height + 1):
+        sides = ", ".join(f"{side:g}" for side in row.box)
+        raise InputError(
+            f"{name} has a box of the sides {sides} (left, top, right, bottom), which is not within its "
+            f"{image.width}×{image.height} pixels"
+        )
+    return bool(np.float32(left) < np.float32(right) and np.float32(top) < np.float32(bottom))
 
 
-def _voc(source: object, files: dict, images: dict, ids: dict[str, int]) -> _Boxes:
+def _objects(name: str, rows: list[_Row], image: Image.Image, with_masks: bool) -> Objects:
+    masks = None
+    if with_masks:
+        try:
+            masks = tuple(run_lengths(row.segmentation, image.height, image.width) for row in rows)
+        except ValueError as error:
+            raise InputError(f"the masks of {name} cannot be used: {error}") from error
+    boxes_n4 = np.array([row.box for row in rows], np.float32).reshape(-1, 4)
+    return Objects(boxes_n4, np.array([row.class_id for row in rows], np.int64), masks)
+
+
+def _voc(source: object, files: dict, images: dict, ids: dict[str, int]) -> dict[str, _Rows]:
+    """Of the images in folders "images" or "JPEGImages" where there are such, else of all: others are masks."""
+
     def stem(name: str) -> str:
-        folders = {"images", "jpegimages", "annotations"}
         *path, base = posixpath.splitext(name)[0].split("/")
-        return "/".join([*(each for each in path if each.lower() not in folders), base])
+        return "/".join([*(each for each in path if each.lower() not in {*_VOC_IMAGES, "annotations"}), base])
 
+    placed = [name for name in images if _VOC_IMAGES & set(name.lower().split("/")[:-1])] or list(images)
     by_stem = {stem(name): name for name in files if name.lower().endswith(".xml")}
-    without = [name for name in images if stem(name) not in by_stem]
+    owner: dict[str, str] = {}
+    for name in placed:
+        other = owner.setdefault(stem(name), name)
+        if other != name:
+            raise InputError(f"{source} holds two images for one XML: {other} and {name}; keep one")
+    without = [name for each, name in owner.items() if each not in by_stem]
     if without:
         raise InputError(
-            f"{len(without):,} of {len(images):,} images of {source} have no XML, for example {without[0]}"
+            f"{len(without):,} of {len(placed):,} images of {source} have no XML, for example {without[0]}"
         )
-    return {name: _read_voc(by_stem[stem(name)], files[by_stem[stem(name)]](), ids) for name in images}
+    return {name: _read_voc(by_stem[each], files[by_stem[each]](), ids) for each, name in owner.items()}
 
 
-def _read_voc(name: str, data: bytes, ids: dict[str, int]) -> _Objects:
-    boxes, class_ids = [], []
+def _read_voc(name: str, data: bytes, ids: dict[str, int]) -> _Rows:
+    rows = []
     try:
         size, found = read_voc(data)
         for box in found:
-            if box.is_difficult:
-                continue
-            if box.class_name not in ids:
+            if box.class_name in ids:
+                rows.append(_Row(box.sides, ids[box.class_name], box.is_difficult))
+            elif not box.is_difficult:
                 raise ValueError(f"the class {box.class_name!r} is not among `classes`: {', '.join(ids)}")
-            boxes.append(box.sides)
-            class_ids.append(ids[box.class_name])
     except ValueError as error:
         raise InputError(f"the annotations {name} cannot be used: {error}") from error
-    return _arrays(size, boxes, class_ids)
+    return rows, size
 
 
-def _coco(path: Path, images: dict, ids: dict[str, int]) -> _Boxes:
+def _coco(path: Path, images: dict, ids: dict[str, int]) -> dict[str, _Rows]:
     try:
         if path.stat().st_size > _JSON_BYTES:
             raise ValueError(f"it has more than {_JSON_BYTES:,} bytes")
@@ -177,12 +212,10 @@ def _coco(path: Path, images: dict, ids: dict[str, int]) -> _Boxes:
         listed = _by_id(content, "images", "file_name")
         classes = _by_id(content, "categories", "name")
         names = {number: each["file_name"] for number, each in listed.items()}
-        found: dict[str, tuple[list, list, list]] = {name: ([], [], []) for name in names.values()}
+        found: dict[str, list[_Row]] = {name: [] for name in names.values()}
         if len(found) < len(names):
             raise ValueError("it lists an image twice")
         for each in content["annotations"]:
-            if each.get("iscrowd"):
-                continue
             for part, known in (("image_id", names), ("category_id", classes)):
                 if each[part] not in known:
                     raise ValueError(f"an annotation has the {part} {each[part]!r:.40}, which it does not list")
@@ -190,12 +223,13 @@ def _coco(path: Path, images: dict, ids: dict[str, int]) -> _Boxes:
                 raise ValueError(f"a bbox must be a list of four numbers, got {each['bbox']!r:.40}")
             left, top, width, height = map(float, each["bbox"])
             class_name = classes[each["category_id"]]["name"]
-            if class_name not in ids:
+            is_crowd = bool(each.get("iscrowd"))
+            if class_name in ids:
+                box = (left, top, left + width, top + height)
+                row = _Row(box, ids[class_name], is_crowd, each.get("segmentation"))
+                found[names[each["image_id"]]].append(row)
+            elif not is_crowd:
                 raise ValueError(f"the class {class_name!r} is not among `classes`: {', '.join(ids)}")
-            boxes, class_ids, segmentations = found[names[each["image_id"]]]
-            boxes.append([left, top, left + width, top + height])
-            class_ids.append(ids[class_name])
-            segmentations.append(each.get("segmentation"))
         sizes = {
             each["file_name"]: (float(each["width"]), float(each["height"]))
             for each in listed.values()
@@ -205,7 +239,7 @@ def _coco(path: Path, images: dict, ids: dict[str, int]) -> _Boxes:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise InputError(f"the annotations {path} cannot be used as COCO's: {kind}{error}") from error
     # File names are relative to the folder of images, which may lie anywhere within the source.
-    placed: _Boxes = {}
+    placed: dict[str, _Rows] = {}
     owner: dict[str, str] = {}
     for name in images:
         parts = name.split("/")
@@ -217,7 +251,7 @@ def _coco(path: Path, images: dict, ids: dict[str, int]) -> _Boxes:
                 f"{entry} of {path} may be {owner[entry]} or {name}; choose with `split`, or give the folder"
             )
         owner[entry] = name
-        placed[name] = _arrays(sizes.get(entry), *found[entry])
+        placed[name] = found[entry], sizes.get(entry)
     if len(placed) < len(found):
         raise InputError(f"{len(found) - len(placed):,} of the {len(found):,} images of {path} are not in the data")
     if len(placed) < len(images):

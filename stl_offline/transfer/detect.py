@@ -16,6 +16,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from stl_offline.config_transfer import DetectConfig
 from stl_offline.device import autocast, pick_amp, pick_device, pick_workers, upload
 from stl_offline.distributed import join_world, leaving_world
+from stl_offline.errors import InputError
 from stl_offline.random import STREAM_DENSE, uniforms
 from stl_offline.training.engine import run_training
 from stl_offline.training.run_folder import RunFolder
@@ -23,7 +24,7 @@ from stl_offline.training.setup import TrainingRun, run_settings, seed_weights
 from stl_offline.training.step_timer import DryRun
 from stl_offline.training.steps import Share, StepRandom
 from stl_offline.training.watch import summary_writer
-from stl_offline.transfer.backbone import make_backbone
+from stl_offline.transfer.backbone import make_backbone, unfit_size
 from stl_offline.transfer.boxes import BoxSet, open_boxes
 from stl_offline.transfer.detect_scores import DetectValidation, as_tensor
 from stl_offline.transfer.detector import Detector, DetectorDescription
@@ -180,15 +181,15 @@ class BoxLoader(ThreadedLoader):
 
     def load(self, number: int, drawn: bool) -> tuple[Tensor, dict[str, Tensor]]:
         image = self.images.images[number]
-        pixels, boxes = np.array(image.read()), image.boxes_n4
-        masks = None if image.masks is None else masks_of(image.masks, *pixels.shape[:2])
+        pixels, boxes = np.array(image.read()), image.objects.boxes_n4
+        masks = None if image.objects.masks is None else masks_of(image.objects.masks, *pixels.shape[:2])
         if drawn:
             masks = None if masks is None else np.ascontiguousarray(masks[:, :, ::-1])
             pixels = np.ascontiguousarray(pixels[:, ::-1])
             boxes = np.stack(
                 [pixels.shape[1] - boxes[:, 2], boxes[:, 1], pixels.shape[1] - boxes[:, 0], boxes[:, 3]], 1
             )
-        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(image.class_ids + 1)}
+        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(image.objects.class_ids + 1)}
         if masks is not None:
             target["masks"] = torch.from_numpy(masks)
         return as_tensor(pixels), target
@@ -213,6 +214,13 @@ def _prepare(config: DetectConfig) -> DetectRun:
     classes = class_list(config.classes)
     seed_weights(config.seed)
     backbone = make_backbone(config, (config.side, config.side))
+    stride = max(32, backbone.multiple)
+    short, long = (side + -side % stride for side in (config.side, config.longest))
+    if (size := unfit_size(backbone, ((short, long), (long, short)))) is not None:
+        raise InputError(
+            f"{backbone.spec.model} cannot take images of {size[0]}×{size[1]} pixels (height × width): its input size "
+            "is fixed, and images of a detector are of many sizes; choose another backbone"
+        )
     sides = tuple(range(config.side_min, config.side + 1, 32)) if config.side_min else ()
     model = Detector(backbone, len(classes), (*sides, config.side), config.longest, config.head_width, config.masks)
     world = join_world(device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stl_offline.device import autocast
 from stl_offline.progress import progress_bar
-from stl_offline.transfer.boxes import BoxSet
+from stl_offline.transfer.boxes import BoxedImage, BoxSet
 from stl_offline.transfer.outlines import RunLengths, coco_scores, encode_masks
 from stl_offline.transfer.pair_loader import read_ahead
 
@@ -22,12 +22,22 @@ from stl_offline.transfer.pair_loader import read_ahead
 @dataclass(frozen=True)
 class Boxes:
     """Boxes of an image. boxes_n4: (left, top, right, bottom) in pixels; class_ids: (n,); scores: (n,), or None for
-    the truth; masks: n of them, or None."""
+    the truth; masks: n of them, or None; crowds: how many of the last ones are COCO's crowds, which are neither missed
+    nor, for what lies in them, false detections."""
 
     boxes_n4: np.ndarray
     class_ids: np.ndarray
     scores: np.ndarray | None = None
     masks: Sequence[RunLengths] | None = None
+    crowds: int = 0
+
+    @classmethod
+    def to_find(cls, image: BoxedImage) -> "Boxes":
+        """The truth of an image."""
+        parts = image.objects, image.ignored
+        masks = None if image.objects.masks is None else [each for part in parts for each in part.masks]
+        boxes_n4, class_ids = np.concatenate([each.boxes_n4 for each in parts]), [each.class_ids for each in parts]
+        return cls(boxes_n4, np.concatenate(class_ids), masks=masks, crowds=len(image.ignored))
 
 
 def average_precisions(
@@ -49,7 +59,7 @@ def average_precisions(
                     "category_id": int(boxes.class_ids[row]),
                     "bbox": [left, top, right - left, bottom - top],
                     "area": (right - left) * (bottom - top),
-                    "iscrowd": 0,
+                    "iscrowd": int(row >= len(boxes.class_ids) - boxes.crowds),
                 }
                 if boxes.scores is not None:
                     entry["score"] = float(boxes.scores[row])
@@ -58,8 +68,8 @@ def average_precisions(
                 target.append(entry)
     names = score_names(class_names, masks)
     if not truth or not found:
-        present = {entry["category_id"] for entry in truth}
-        values = [0.0 if truth else None] * 3
+        present = {entry["category_id"] for entry in truth if not entry["iscrowd"]}
+        values = [0.0 if present else None] * 3
         values += [0.0 if number in present else None for number in range(len(class_names))]
         return dict(zip(names, values * (2 if masks else 1), strict=True))
     dataset = {
@@ -122,8 +132,7 @@ class DetectValidation:
             for image, pixels in zip(self.images.images, read, strict=True):
                 # Here, not in the threads that read: corruptions draw from a generator that all threads share.
                 pixels = pixels if self.change is None else self.change(image.key, pixels)
-                truth = Boxes(image.boxes_n4, image.class_ids, masks=image.masks)
-                pairs.append((truth, self.detect(model, pixels)))
+                pairs.append((Boxes.to_find(image), self.detect(model, pixels)))
                 bar.update()
                 after_batch()
         model.train(was_training)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
@@ -87,11 +88,26 @@ class Detector(FasterRCNN):
             ),
             size_divisible=max(32, backbone.multiple),
         )
+        self.roi_heads.box_roi_pool = _roi_pool(pyramid.strides, 7)
         if masks:  # as torchvision's MaskRCNN
-            names = [str(number) for number in range(len(pyramid.strides))]
-            self.roi_heads.mask_roi_pool = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
+            self.roi_heads.mask_roi_pool = _roi_pool(pyramid.strides, 14)
             self.roi_heads.mask_head = MaskRCNNHeads(width, (_MASK_CHANNELS,) * 4, 1)
             self.roi_heads.mask_predictor = MaskRCNNPredictor(_MASK_CHANNELS, _MASK_CHANNELS, classes + 1)
+
+
+def _roi_pool(strides: list[int], output_size: int) -> MultiScaleRoIAlign:
+    """torchvision's pooling of boxes from maps of these strides.
+
+    It takes the strides from the first images that it sees, as powers of two, and keeps them: those of flat ones, which
+    are padded, come out wrong, and so does a stride of 14.
+    """
+    pool = MultiScaleRoIAlign([str(number) for number in range(len(strides))], output_size, sampling_ratio=2)
+    side = 32 * strides[-1]
+    maps = [torch.zeros(1, 1, side // stride, side // stride, device="cpu") for stride in strides]
+    # With these it sets up which map a box of some size is taken from.
+    pool(dict(zip(pool.featmap_names, maps, strict=True)), [torch.zeros(0, 4, device="cpu")], [(side, side)])
+    pool.scales = [1 / stride for stride in strides]
+    return pool
 
 
 @dataclass(frozen=True)

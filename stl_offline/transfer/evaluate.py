@@ -22,7 +22,7 @@ from stl_offline.transfer.detect_scores import DetectValidation
 from stl_offline.transfer.outlines import check_coco_can_run
 from stl_offline.transfer.pairs import open_pairs
 from stl_offline.transfer.segment import make_validation
-from stl_offline.transfer.segment_scores import SegmentValidation, save_ids
+from stl_offline.transfer.segment_scores import SegmentValidation, check_sizes, save_ids
 from stl_offline.transfer.segmenter import load_segmenter
 
 
@@ -114,6 +114,8 @@ def _prepare_segmenter(
     model, description = load_segmenter(config.checkpoint)
     pairs = open_pairs(config.data, description.class_names, description.ignore_id, config.split)
     window = description.crop if config.sliding_window else None
+    if window is None:
+        check_sizes(model.backbone, pairs)
     amp, workers = pick_amp(config.amp, device), pick_workers(config.workers)
     validation = make_validation(model, pairs, device, amp, workers, World(), window)
     if config.out is not None:

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from stl_offline.errors import InputError
 from stl_offline.files import canonical_json, sha256_bytes
 from stl_offline.images.archive import TAR_SUFFIXES, tar_members
-from stl_offline.images.common import is_image_name, is_system_name
+from stl_offline.images.common import files_below, is_image_name
 from stl_offline.images.encode import ImageError, content_hash, to_rgb
 from stl_offline.labels.class_names import read_class_names
 from stl_offline.progress import progress_bar
@@ -106,7 +106,7 @@ def class_list(classes: str) -> tuple[str, ...]:
     Raises:
         InputError: no such file, no names, or one of them twice.
     """
-    if classes and Path(classes).exists():
+    if classes and os.path.exists(classes):  # Path's raises where the names are longer than a file's
         return read_class_names(classes, "`classes`")
     if "," not in classes:
         raise InputError(
@@ -162,11 +162,7 @@ def list_files(source: str | Path) -> dict[str, Callable[[], bytes]]:
     """
     path = Path(source)
     if path.is_dir():
-        return {
-            name: place.read_bytes
-            for place in sorted(path.rglob("*"))
-            if place.is_file() and not any(map(is_system_name, (name := place.relative_to(path).as_posix()).split("/")))
-        }
+        return {name: place.read_bytes for name, place in files_below(path)}
     if path.is_file() and path.name.endswith(TAR_SUFFIXES):
         found: dict[str, Callable[[], bytes]] = {}
         for member in tar_members(path):

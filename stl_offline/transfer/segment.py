@@ -29,7 +29,7 @@ from stl_offline.transfer.crops import DenseCrops
 from stl_offline.transfer.dry_run import DenseTimer, measure_dense
 from stl_offline.transfer.pair_loader import PairBatch, PairLoader
 from stl_offline.transfer.pairs import NO_CLASS, PairSet, class_list, open_pairs
-from stl_offline.transfer.segment_scores import SegmentValidation
+from stl_offline.transfer.segment_scores import SegmentValidation, check_sizes
 from stl_offline.transfer.segmenter import Segmenter, SegmenterDescription
 
 STAGE = "segmenter"
@@ -188,6 +188,8 @@ def _prepare(config: SegmentConfig) -> SegmentRun:
     world = join_world(device)
     train = open_pairs(config.data, classes, config.ignore_id, config.split)
     val = open_pairs(config.val, classes, config.ignore_id, config.val_split) if config.val else None
+    if val is not None and not config.sliding_window:
+        check_sizes(backbone, val)
     spec = backbone.spec
     description = SegmenterDescription(
         spec.model, spec.indices, classes, config.crop, config.head_width, config.ignore_id

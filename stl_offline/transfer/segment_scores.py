@@ -3,6 +3,7 @@
 K: classes.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,11 +14,15 @@ from torch import Tensor, nn
 
 from stl_offline.device import autocast
 from stl_offline.distributed import World, sum_over_world
+from stl_offline.errors import InputError
 from stl_offline.loader import ToDevice
 from stl_offline.progress import progress_bar
+from stl_offline.transfer.backbone import Backbone, unfit_size
 from stl_offline.transfer.pair_loader import read_ahead
 from stl_offline.transfer.pairs import NO_CLASS, PairSet
 from stl_offline.transfer.segmenter import whole_logits, window_logits
+
+_SIZES = 32  # of images, that are looked at
 
 
 def confusion_matrix(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
@@ -136,6 +141,19 @@ class SegmentValidation:
         """Key, RGB pixels (H, W, 3) and mask (H, W) of an image."""
         image, mask = self.pairs.read(number)
         return self.pairs.pairs[number].key, np.array(image), mask
+
+
+def check_sizes(backbone: Backbone, pairs: PairSet) -> None:
+    """Raise `InputError` where images that are not cut into windows have a size that the backbone cannot take."""
+    padded = {
+        (pair.height + -pair.height % backbone.multiple, pair.width + -pair.width % backbone.multiple): pair.key
+        for pair in pairs.pairs
+    }
+    if (size := unfit_size(backbone, itertools.islice(padded, _SIZES))) is not None:
+        raise InputError(
+            f"{backbone.spec.model} cannot take the whole image {padded[size]} ({size[0]}×{size[1]} pixels, height × "
+            "width, with padding); measure in windows of the crop's size, with `sliding_window`"
+        )
 
 
 def save_ids(path: str, ids: np.ndarray) -> None:

@@ -97,3 +97,11 @@ def test_masks_that_cannot_be_read(tmp_path):
     (tmp_path / "a.xml").write_text("<annotation/>")
     with pytest.raises(InputError, match="two masks for a"):
         read_masks(tmp_path)
+
+
+def test_masks_in_linked_folders_are_found(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "a.xml").write_text("<annotation/>")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "n01").symlink_to(tmp_path / "far")
+    assert list(read_masks(tmp_path / "masks")) == ["n01/a.xml"]

@@ -100,9 +100,9 @@ def test_voc_and_coco_give_the_same_boxes(boxed):
     assert first.keys == ["train/0", "train/1", "train/2", "train/3", "val/4", "val/5"]
     for ours, theirs, seed in zip(first.images, second.images, range(6), strict=True):
         expected = boxes_of(scene(seed, 64, 96)[1])
-        np.testing.assert_array_equal(ours.boxes_n4, np.array([box for _, box in expected]))
-        np.testing.assert_array_equal(ours.boxes_n4, theirs.boxes_n4)
-        assert ours.class_ids.tolist() == theirs.class_ids.tolist() == [0, 1]
+        np.testing.assert_array_equal(ours.objects.boxes_n4, np.array([box for _, box in expected]))
+        np.testing.assert_array_equal(ours.objects.boxes_n4, theirs.objects.boxes_n4)
+        assert ours.objects.class_ids.tolist() == theirs.objects.class_ids.tolist() == [0, 1]
     assert len(open_boxes(tar, CLASSES, split="val")) == 2
 
 
@@ -117,8 +117,12 @@ ENTITIES = b'<!DOCTYPE l [<!ENTITY a "aaaaaaaa">' + TENFOLD + b"]><annotation>&j
     [
         (None, "1 of 1 images .* have no XML, for example a.jpg"),
         (voc([("cat", [0, 0, 3, 4])]), "the class 'cat' is not among `classes`: box, disc"),
-        (voc([("box", [5, 0, 5, 4])]), "has a box that is empty"),
-        (voc([("box", [0, 0, 99, 4])]), "leaves its 56×40 pixels"),
+        (voc([("box", [5, 0, 5, 4])]), "have no boxes"),
+        (
+            voc([("box", [5, 0, 3, 4])]),
+            r"a.jpg has a box of the sides 5, 0, 3, 4 \(left, .* not within its 56×40",
+        ),
+        (voc([("box", [0, 0, 99, 4])]), "of the sides 0, 0, 99, 4 .* not within its 56×40 pixels"),
         (
             voc([("box", [0, 0, 9, 4])]).replace(
                 b"<object>", b"<size><width>28</width><height>20</height></size><object>"
@@ -157,9 +161,10 @@ def one_image(**parts) -> dict:
         (one_image(box={"image_id": 7}), "an annotation has the image_id 7, which it does not list"),
         (one_image(box={"category_id": 7}), "an annotation has the category_id 7, which it does not list"),
         (one_image(box={"bbox": "1234"}), "a bbox must be a list of four numbers, got '1234'"),
-        (one_image(box={"bbox": [1, 2, -5, 6]}), "a.jpg has a box that is empty"),
-        (one_image(box={"bbox": [1e300, 2, 1e300, 6]}), "a.jpg has a box that is empty"),
-        (one_image(annotations=[None]), "cannot be used as COCO's: AttributeError"),
+        (one_image(box={"bbox": [1, 2, -5, 6]}), "a.jpg has a box of the sides 1, 2, -4, 8 .* not within its 56×40"),
+        (one_image(box={"bbox": [1e300, 2, 1e300, 6]}), r"a.jpg has a box of the sides 1e\+300, 2, 2e\+300, 8"),
+        (one_image(box={"bbox": [float("nan"), 2, 3, 6]}), "a.jpg has a box of the sides nan, 2, nan, 8"),
+        (one_image(annotations=[None]), "cannot be used as COCO's: TypeError"),
         (one_image(images=[{"id": 1, "file_name": "a.jpg"}] * 2), "two of its images have the id 1"),
         (one_image(images=[{"id": n, "file_name": "a.jpg"} for n in (1, 2)]), "lists an image twice"),
         (one_image(images=[{"id": 1, "file_name": 5}]), "a file_name must be text, got 5"),
@@ -174,7 +179,7 @@ def test_coco_files_that_cannot_be_used(tmp_path, content, message):
     (tmp_path / "a.jpg").write_bytes(jpeg(scene(1)[0]))
     file = tmp_path / "coco.json"
     file.write_text(json.dumps(one_image()))
-    assert open_boxes(tmp_path, CLASSES, str(file)).images[0].boxes_n4.tolist() == [[1, 2, 6, 8]]
+    assert open_boxes(tmp_path, CLASSES, str(file)).images[0].objects.boxes_n4.tolist() == [[1, 2, 6, 8]]
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
         open_boxes(tmp_path, CLASSES, str(file))

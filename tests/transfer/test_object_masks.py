@@ -85,9 +85,9 @@ def test_masks_are_read_as_pycocotools_reads_them(masked):
     for number, image in enumerate(images):
         expected = [theirs.annToMask(each) for each in theirs.loadAnns(theirs.getAnnIds(imgIds=[number]))]
         assert expected[0].any() and expected[1].any()
-        np.testing.assert_array_equal(masks_of(image.masks, 64, 96), expected)
+        np.testing.assert_array_equal(masks_of(image.objects.masks, 64, 96), expected)
     plain = open_boxes(masked[0], CLASSES, str(masked[1]))
-    assert plain.images[0].masks is None
+    assert plain.images[0].objects.masks is None
     assert plain.fingerprint != open_boxes(masked[0], CLASSES, str(masked[1]), masks=True).fingerprint
 
 

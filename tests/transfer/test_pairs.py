@@ -80,6 +80,8 @@ def _void(root):
 
 
 def test_class_lists(tmp_path):
+    many = tuple(f"class number {number}" for number in range(80))  # longer than a file's name may be
+    assert class_list(",".join(many)) == many
     (tmp_path / "names.txt").write_text("a\nb c\n")
     assert class_list(str(tmp_path / "names.txt")) == ("a", "b c")
     assert class_list("a, b c,d") == ("a", "b c", "d")
@@ -130,3 +132,15 @@ def test_a_view_of_the_whole_image_and_its_mirror_are_exact():
     mirrored = cut(Image.fromarray(image), ids.astype(np.int32), np.array([-1, 0, 1, 0, 1, 0.0]), ids.shape, (0, 0, 0))
     np.testing.assert_array_equal(mirrored[0], image[:, ::-1])
     np.testing.assert_array_equal(mirrored[1], ids[:, ::-1])
+
+
+def test_linked_folders_are_followed_and_loops_refused(tmp_path):
+    write_folders(tmp_path / "far", (1, 2))
+    root = tmp_path / "data"
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True)
+        (root / name / "b").symlink_to(tmp_path / "far" / name / "a")
+    assert [pair.key for pair in find_pairs(root)] == ["images/b/1", "images/b/2"]
+    (root / "images" / "c").symlink_to(root)
+    with pytest.raises(InputError, match="images/c is a link to a folder that it lies in; remove the link"):
+        find_pairs(root)
