@@ -3,7 +3,6 @@
 B: batch; K: classes.
 """
 
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,9 +22,10 @@ from stl_offline.distributed import World
 from stl_offline.errors import InputError, JoinError, StlError
 from stl_offline.evaluation.corruptions import corrupt
 from stl_offline.evaluation.suites import imagenet_wnids
+from stl_offline.files import sha256_parts
 from stl_offline.images.beton import open_beton
-from stl_offline.images.common import SourceImage
-from stl_offline.images.sources import open_source, source_state
+from stl_offline.images.encode import decode
+from stl_offline.images.sources import listed, open_source, source_state
 from stl_offline.models import Classifier
 
 # What Pillow raises on files that it cannot decode.
@@ -81,7 +81,7 @@ class Images(Protocol):
 
 class OwnImages:
     """Images of any source. labels: each image's column in the classifier's logits; columns: those of the data's
-    classes, ascending.
+    classes, ascending; fingerprint: of the images and labels.
 
     Raises:
         InputError: a source that cannot be read, or a model without class names.
@@ -93,14 +93,14 @@ class OwnImages:
             beton = open_beton(place)
             self.names, class_ids, class_names = list(beton.keys), beton.class_ids, beton.class_names
             self._load = lambda index: Image.fromarray(beton.read_image(index))
-            self.fingerprint = beton.fingerprint
+            fingerprint = beton.fingerprint
         else:
             source = open_source(place)
-            images: list[SourceImage] = list(source)
+            images = listed(source)
             self.names, class_names = [image.key for image in images], source.class_names
             class_ids = np.array([image.class_id for image in images], dtype=np.int64)
-            self._load = lambda index: Image.open(io.BytesIO(images[index].data))
-            self.fingerprint = source_state(place)
+            self._load = lambda index: decode(images[index].data)
+            fingerprint = source_state(place)
         if classifier.class_names is None:
             raise InputError(f"{classifier.name} has classes without names; give `class_names`, one name per line")
         column = {name: number for number, name in enumerate(classifier.class_names)}
@@ -114,6 +114,8 @@ class OwnImages:
             )
         self.columns = sorted(column[name] for name in class_names)
         self.labels = np.array([column[name] for name in class_names], dtype=np.int64)[class_ids]
+        # The labels come from the classifier's class names, too.
+        self.fingerprint = sha256_parts(fingerprint.encode(), self.labels.tobytes())
 
     def __len__(self) -> int:
         return len(self.names)

@@ -11,6 +11,7 @@ A part is what gets scores of its own: a whole set, or one corruption at one sev
 
 import io
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,10 @@ from stl_offline.evaluation.measures import BENCHMARK_CORRUPTIONS, EXTRA_CORRUPT
 from stl_offline.files import read_file, sha256_parts
 from stl_offline.images.archive import TAR_SUFFIXES, Member, tar_members
 from stl_offline.images.common import is_image_name, is_system_name
+from stl_offline.images.encode import IMAGE_FORMATS
 from stl_offline.images.folders import read_regular
+
+_LOG = logging.getLogger(__name__)
 
 _WNID = re.compile(r"n\d{8}")
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+", re.IGNORECASE)
@@ -54,7 +58,8 @@ class Files:
     def load(self, index: int) -> Image.Image:
         """Image ``index``, its pixels not decoded yet. Raises `ImageError` and what Pillow raises."""
         place = self.places[index]
-        return Image.open(io.BytesIO(place.read() if isinstance(place, Member) else read_regular(place)))
+        data = place.read() if isinstance(place, Member) else read_regular(place)
+        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -236,8 +241,18 @@ def _open_source(place: Path) -> "_Folder | _Tars":
         raise InputError(f"there is no folder and no tar at {place}")
     entries = sorted(place.iterdir())
     tars = tuple(path for path in entries if path.name.endswith(TAR_SUFFIXES) and path.is_file())
-    if tars and not any(path.is_dir() for path in entries):
+    if not tars:
+        return _Folder(place)
+    folder = next((path.name for path in entries if path.is_dir() and not is_system_name(path.name)), None)
+    if folder is None:
         return _Tars(place, tars)
+    _LOG.warning(
+        "of %s the folders are read (such as %s), and not the tars (such as %s); unpack all of them, or give a folder "
+        "that holds tars alone",
+        place,
+        folder,
+        tars[0].name,
+    )
     return _Folder(place)
 
 

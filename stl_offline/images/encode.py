@@ -130,6 +130,17 @@ def decode_jpeg(data: bytes, width: int, height: int) -> tuple[np.ndarray, str]:
     return pixels, (message or b"").decode(errors="replace") or "unknown error"
 
 
+def decode(data: bytes) -> Image.Image:
+    """The image of a file's bytes as 8-bit RGB, by Pillow.
+
+    Raises:
+        ImageError: as `encode_image`.
+    """
+    if not data:
+        raise ImageError("the file is empty")
+    return to_rgb(_open(data, None))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """A decoded image of any kind as 8-bit RGB; 16-bit grey is scaled, not clipped.
 

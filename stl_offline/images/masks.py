@@ -122,8 +122,11 @@ def _read_png(place: Path) -> np.ndarray:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             values = np.asarray(image)
+            has_alpha = image.mode in ("LA", "RGBA")
         except Image.DecompressionBombWarning as warning:
             raise ValueError(str(warning)) from warning
+    if has_alpha:  # mostly opaque everywhere, so it says nothing of objects; what cannot be seen is none
+        return values[..., :-1].any(-1) & (values[..., -1] > 0)
     return values.reshape(*values.shape[:2], -1).any(-1)
 
 

@@ -18,7 +18,7 @@ from webdataset.shardlists import expand_urls
 from stl_offline.errors import InputError
 from stl_offline.images.archive import TAR_SUFFIXES
 from stl_offline.images.classes import ClassChoice
-from stl_offline.images.common import Source
+from stl_offline.images.common import Source, SourceImage
 from stl_offline.images.folders import FolderSource, folder_files
 from stl_offline.images.tar_stream import TarStreams
 from stl_offline.images.tars import TarSource
@@ -58,6 +58,15 @@ def open_source(
             "first: stl-offline pack SRC DEST.beton"
         )
     return found
+
+
+def listed(source: Source) -> list[SourceImage]:
+    """The images of a source, whose bytes are read when asked for.
+
+    Raises:
+        InputError: a timm reader that gives images one after the other only.
+    """
+    return source.listed() if isinstance(source, TimmSource) else list(source)
 
 
 def open_any(

@@ -8,13 +8,16 @@ import io
 import logging
 import os
 import posixpath
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
 
 import xxhash
 from PIL import Image
 from timm.data import create_dataset, create_reader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from stl_offline.errors import InputError
 from stl_offline.images.classes import ClassChoice, check_class_names
@@ -38,6 +41,7 @@ class TimmSource:
         self._words = words
         self.passed_over = PassedOver()
         self._reader = _open_reader(words)
+        self._process, self._reading = os.getpid(), threading.Lock()
         self._keys = self._file_names()
         found = [choice.rename(name, words) for name in self._reader_class_names()]
         # The reader's numbers, as places in the class list that is used.
@@ -48,10 +52,40 @@ class TimmSource:
         return len(self._reader)
 
     def __iter__(self) -> Iterator[SourceImage]:
+        """The images in order, with their bytes: each reader is read once."""
         for number, (image, target) in enumerate(_samples(self._reader)):
-            key = self._keys[number] if self._keys else f"{number:08d}"
             data = _bytes_of(image)
-            yield SourceImage(key, self._class_ids[self._target(target, key)], lambda data=data: data)
+            yield self._image(number, target, lambda data=data: data)
+
+    def listed(self) -> list[SourceImage]:
+        """The images without their bytes, which are read from the reader when asked for, in any order.
+
+        Raises:
+            InputError: the reader gives images one after the other only.
+        """
+        if not hasattr(self._reader, "__getitem__"):
+            raise InputError(
+                f"{self._words} can only be read from first to last, and here images are read in any order; pack them "
+                "first: stl-offline pack"
+            )
+        if isinstance(self._reader, ReaderImageFolder):
+            targets = (target for _, target in self._reader.samples)
+        else:
+            targets = (target for _, target in _samples(self._reader))
+        return [self._image(number, target, partial(self._read, number)) for number, target in enumerate(targets)]
+
+    def _image(self, number: int, target: Any, load: Callable[[], bytes]) -> SourceImage:
+        key = self._keys[number] if self._keys else f"{number:08d}"
+        return SourceImage(key, self._class_ids[self._target(target, key)], load)
+
+    def _read(self, number: int) -> bytes:
+        if self._process != os.getpid():  # a fork shares the place in files that are open, and a lock as it was
+            self._reader, self._process, self._reading = _open_reader(self._words), os.getpid(), threading.Lock()
+        try:
+            with self._reading:
+                return _bytes_of(self._reader[number][0])
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from error
 
     def _target(self, target: Any, key: str) -> int:
         try:

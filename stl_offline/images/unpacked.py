@@ -20,7 +20,7 @@ from stl_offline.images.beton import INDEX_VERSION, Beton
 from stl_offline.images.common import Source, SourceImage
 from stl_offline.images.encode import ImageError, encode_image, key_hash
 from stl_offline.images.pack import broken_image, encode_all, locked, tell_of_source
-from stl_offline.images.sources import open_source, source_state
+from stl_offline.images.sources import listed, open_source, source_state
 from stl_offline.progress import progress_bar
 
 _log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def open_unpacked(spec: str | Path, *, skip_broken: bool = False) -> UnpackedIma
             np.savez(stream, **index)
             atomic_write(path, stream.getvalue())
             _log.info("indexed %s where they are", counted(len(index["rows"]), "image"))
-    every = list(source)
+    every = listed(source)
     images = tuple(every[row] for row in index.pop("rows").tolist())
     keys = [image.key for image in images]
     if len(set(keys)) != len(keys):

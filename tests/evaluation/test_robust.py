@@ -255,6 +255,35 @@ class TestOwnData:
         agrees(found["clean"], logits[:, columns], torch.searchsorted(columns, labels))
         assert found["classes"] == "subset"
 
+    def test_scores_that_are_stored_are_of_the_same_labels(self, data, trees, weights, tmp_path):
+        """The class list that is given makes the labels of the images, so another one has other scores."""
+        names = [f"class {number}" for number in range(1000)]
+        own = sorted({path.parent.name for path, _, _ in trees.parts["a"]})
+        found = []
+        for first in (0, 500):
+            listed = list(names)
+            listed[first : first + len(own)] = own
+            (tmp_path / "names.txt").write_text("\n".join(listed))
+            given = {"class_names": str(tmp_path / "names.txt")}
+            found.append(self.run(data, weights, **given)["suites"]["data"]["clean"])
+            assert found[-1] == self.run(data, weights, resume=False, **given)["suites"]["data"]["clean"]
+        assert found[0]["nll"] != found[1]["nll"]
+
+    def test_images_of_16_bits_are_scaled_and_floats_refused(self, trees, weights, tmp_path):
+        """As packing does it. Pillow would clip the first to white and read the second as black."""
+        folder = tmp_path / "data" / trees.parts["a"][0][0].parent.name
+        folder.mkdir(parents=True)
+        grey = np.asarray(Image.open(trees.parts["a"][0][0]).convert("L"))
+        found = {}
+        for kind, pixels in (("8", grey), ("16", grey.astype(np.uint16) * 257)):
+            Image.fromarray(pixels).save(folder / "x.png")
+            found[kind] = self.run(str(tmp_path / "data"), weights, classes="subset")["suites"]["data"]["clean"]
+        assert found["16"]["nll"] == found["8"]["nll"]
+        Image.fromarray(grey / np.float32(255)).save(folder / "x.tiff")
+        (folder / "x.png").unlink()
+        with pytest.raises(InputError, match="x.tiff cannot be decoded .pixels are floating-point numbers"):
+            self.run(str(tmp_path / "data"), weights)
+
     def test_generated_corruptions(self, data, trees, weights, model):
         """The clean images at the model's input size, corrupted by (seed, key, kind, severity)."""
         found = self.run(data, weights, corrupt="gaussian_noise:2-3,contrast:5", seed=7)["suites"]["data"]

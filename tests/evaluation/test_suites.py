@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -187,6 +188,20 @@ def test_a_changed_file_is_another_part(corrupted, tmp_path):
     (root / "fog/2" / WNIDS[0] / "x.jpg").write_bytes(jpeg(99))
     after = [part.fingerprint()[0] for part in open_suite("c", root, partial=True).parts]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True, True, True]
+
+
+def test_tars_beside_folders_are_told_of_and_hidden_folders_are_none(corrupted, tmp_path, caplog):
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    tar_of(corrupted, tars / "all.tar")
+    (tars / ".cache").mkdir()
+    (tars / "lost+found").mkdir()
+    found = [part.name for part in open_suite("c", tars, partial=True).parts]
+    assert found == [part.name for part in open_suite("c", corrupted, partial=True).parts] and not caplog.text
+    name = found[0].split("/")[0]
+    shutil.copytree(corrupted / name, tars / name)
+    assert {part.name.split("/")[0] for part in open_suite("c", tars, partial=True).parts} == {name}
+    assert f"folders are read (such as {name}), and not the tars (such as all.tar)" in caplog.text
 
 
 def test_a_tar_that_is_cut_off_or_packed(corrupted, tmp_path):

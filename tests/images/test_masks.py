@@ -105,3 +105,16 @@ def test_masks_in_linked_folders_are_found(tmp_path):
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "n01").symlink_to(tmp_path / "far")
     assert list(read_masks(tmp_path / "masks")) == ["n01/a.xml"]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L"])
+def test_an_alpha_channel_is_no_object(mode, tmp_path):
+    pixels = np.zeros((6, 8), np.uint8)
+    pixels[1:3, 4:7] = 255
+    image = Image.fromarray(pixels).convert(mode)
+    image.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_masks(tmp_path)["a.jpg"], pixels > 0)
+    if mode in ("RGBA", "LA"):  # what is not seen is no object, whatever its colour
+        image.putalpha(Image.fromarray(np.where(np.arange(8) == 5, 0, 255).astype(np.uint8)[None].repeat(6, 0)))
+        image.save(tmp_path / "a.png")
+        np.testing.assert_array_equal(read_masks(tmp_path)["a.jpg"], (pixels > 0) & (np.arange(8) != 5))

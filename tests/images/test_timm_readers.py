@@ -1,6 +1,8 @@
 """timm's readers: its folders and tars, torchvision's, and fakes of those that would need a network."""
 
+import gc
 import io
+import multiprocessing
 import tarfile
 
 import numpy as np
@@ -9,7 +11,8 @@ from PIL import Image
 
 from stl_offline.errors import InputError
 from stl_offline.images import timm_readers
-from stl_offline.images.encode import encode_image
+from stl_offline.images.encode import ImageError, encode_image
+from stl_offline.images.sources import listed as every
 from stl_offline.images.sources import open_source
 
 
@@ -163,3 +166,42 @@ def test_a_reader_whose_library_is_missing(monkeypatch):
     monkeypatch.setattr(timm_readers, "create_reader", missing)
     with pytest.raises(InputError, match="timm cannot open 'hfds/x': No module named 'datasets'"):
         open_source("hfds/x")
+
+
+@pytest.mark.filterwarnings("ignore:.*x.tar", "ignore:.*x.tar:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from Python 3.12 on
+@pytest.mark.parametrize("kind", ["folder", "tar", "torch"])
+def test_listed_images_are_read_when_asked_for(kind, cats_and_dogs, tmp_path):
+    """In any order, also in a process that was forked; a data set would not fit into memory."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(cats_and_dogs, "pets")
+    spec = {"folder": f"timm:folder?root={cats_and_dogs}", "tar": f"timm:tar?root={tmp_path / 'x.tar'}"}
+    source = open_source(spec.get(kind, f"torch/image_folder?root={cats_and_dogs}"))
+    expected = [(image.key, image.class_id, image.data) for image in source]
+    images = every(source)
+    assert [(image.key, image.class_id) for image in images] == [(key, number) for key, number, _ in expected]
+    for image, (_, _, data) in reversed(list(zip(images, expected, strict=True))):
+        assert image.data == data
+    _FORKED[:] = images
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(_data, range(len(images))) == [data for _, _, data in expected]
+    if kind == "folder":
+        (cats_and_dogs / expected[2][0]).unlink()
+        with pytest.raises(ImageError, match="cannot be read: No such file"):
+            images[2].load()
+    _FORKED.clear()
+    del source, images, image
+    gc.collect()  # here, where timm's warnings are ignored
+
+
+_FORKED = []
+
+
+def _data(number):
+    return _FORKED[number].data
+
+
+def test_readers_of_one_order_are_not_listed(fake):
+    source = fake([0, 1], class_to_idx={"a": 0, "b": 1})
+    with pytest.raises(InputError, match="can only be read from first to last.*pack them first: stl-offline pack"):
+        every(source)
