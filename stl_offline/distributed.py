@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from stl_offline.errors import InputError, TrainingError
@@ -189,29 +190,70 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(input)
-        values = input.float()
-        count = torch.tensor([values.numel() / values.shape[1]], device=values.device)
-        # The mean first, the variance around it second: one pass would lose digits.
-        sums = _SumOverProcesses.apply(torch.cat([values.sum(dim=(0, 2, 3)), count]))
-        total = sums[-1].detach()
-        mean = sums[:-1] / total
-        centred = values - mean[:, None, None]
-        variance = _SumOverProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / total
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (total / (total - 1)), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+        return _normalised(self, input) if _is_shared(self) else super().forward(input)
+
+
+class SyncBatchNorm1d(nn.BatchNorm1d):
+    """The same for (B, C) and (B, C, N)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _normalised(self, input) if _is_shared(self) else super().forward(input)
+
+
+class SyncBatchNormAct2d(BatchNormAct2d):
+    """The same with timm's activation behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(_normalised(self, x))) if _is_shared(self) else super().forward(x)
+
+
+_SHARED = {nn.BatchNorm2d: SyncBatchNorm2d, nn.BatchNorm1d: SyncBatchNorm1d, BatchNormAct2d: SyncBatchNormAct2d}
+
+
+def _is_shared(norm: nn.Module) -> bool:
+    return norm.training and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _normalised(norm: Any, input: Tensor) -> Tensor:
+    """(B, C, …) by mean and variance over all axes but C, and over all processes."""
+    values = input.float()
+    count = torch.tensor([values.numel() / values.shape[1]], device=values.device)
+    axes = [axis for axis in range(values.ndim) if axis != 1]
+    channels = (slice(None), *[None] * (values.ndim - 2))
+    # The mean first, the variance around it second: one pass would lose digits.
+    sums = _SumOverProcesses.apply(torch.cat([values.sum(dim=axes), count]))
+    total = sums[-1].detach()
+    mean = sums[:-1] / total
+    centred = values - mean[channels]
+    variance = _SumOverProcesses.apply(centred.square().sum(dim=axes)) / total
+    with torch.no_grad():
+        if norm.num_batches_tracked is not None:  # None while a checkpointed part is computed again
+            norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * (total / (total - 1)), norm.momentum)
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    return (centred * scale[channels] + norm.bias[channels]).to(input.dtype)
 
 
 def share_batch_statistics(model: nn.Module) -> int:
-    """Turn a model's batch norms into `SyncBatchNorm2d`, in place, with their names and values; gives their number."""
-    found = [module for module in model.modules() if type(module) is nn.BatchNorm2d]
+    """Let a model's batch norms take statistics over all processes, in place, with their names and values.
+
+    Returns:
+        Their number.
+
+    Raises:
+        InputError: one of them is of another kind than torch's 1-D and 2-D ones with weights, and timm's with an
+            activation.
+    """
+    found = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for module in found:
-        module.__class__ = SyncBatchNorm2d
+        values = module.weight, module.running_mean, module.momentum
+        if type(module) not in _SHARED or any(each is None for each in values):
+            raise InputError(
+                f"`sync_bn` cannot share the statistics of this model's {type(module).__name__}; set `sync_bn` to False"
+            )
+    for module in found:
+        module.__class__ = _SHARED[type(module)]
     return len(found)
 
 

@@ -102,7 +102,7 @@ ANY_DRAW = Need(
     "`crops_per_image`, `draws` or `class_draws` of at least 1",
     lambda config: max(config.crops_per_image, config.draws, config.class_draws) > 0,
 )
-UNFROZEN = Need("a backbone that is trained, without `freeze`", lambda config: not config.freeze)
+UNFROZEN = Need("layers below the heads that are trained, without `freeze`", lambda config: not config.freeze)
 CORRUPTIONS = Need("`corrupt`", lambda config: config.corrupt is not None)
 PAGE = Need("`page`", lambda config: config.page is not None)
 ANNOTATIONS = Need("a COCO JSON file as `annotations`", lambda config: config.annotations is not None)

@@ -198,6 +198,18 @@ NEEDS = [
     (SegmentConfig, SEGMENT, {"val_split": "val"}, [{"val": "images"}], [{}]),
     (SegmentConfig, SEGMENT, {"val_every": 2}, [{"val": "images"}], [{}]),
     (SegmentConfig, SEGMENT, {"drop_path": 0.3}, [{}], [{"freeze": True}]),
+    (LabelerConfig, PLACES, {"layer_decay": 0.8}, [{}], [{"freeze": True}]),
+    (StudentConfig, PLACES, {"token_norm": "tokens"}, [{"labels": "a"}], [{}, {"labels": "a", "token_weight": 0}]),
+    *(
+        (StudentConfig, PLACES, setting, [{"labels": "a"}], [{"labels": "a", "token_weight": 0}])
+        for setting in (
+            {"token_target": "argmax"},
+            {"residual": "class"},
+            {"sampling_ratio": 3},
+            {"min_confidence": 0.2},
+            {"select": "own"},
+        )
+    ),
     (SegmentConfig, SEGMENT, {"layer_decay": 0.8}, [{}], [{"freeze": True}]),
 ]
 

@@ -78,9 +78,12 @@ class TokenLabelDataset(Dataset):
     ) -> None:
         self.dataset, self.labels, self.crop = dataset, labels, crop
         self.transform = to_floats if transform is None else transform
-        if getattr(dataset, "transform", None) is not None:
+        innermost = dataset
+        while isinstance(innermost, Subset):
+            innermost = innermost.dataset
+        if getattr(innermost, "transform", None) is not None:
             raise InputError(
-                f"this {type(dataset).__name__} has a transform of its own, which token labels cannot follow; give "
+                f"this {type(innermost).__name__} has a transform of its own, which token labels cannot follow; give "
                 "it to TokenLabelDataset, without crops and flips"
             )
         names = class_names_of(dataset) if class_names is None else tuple(class_names)

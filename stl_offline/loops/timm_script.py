@@ -34,6 +34,8 @@ _WITHOUT_EFFECT = {
     "mixup": _MIX_INSTEAD,
     "cutmix": _MIX_INSTEAD,
     "cutmix_minmax": _MIX_INSTEAD,
+    "mixup_off_epoch": "leave it off: TimmTokenDataset mixes in every epoch",
+    "aug_repeats": "leave it off: an image has one crop in an epoch, so its repeats would be the same",
     "bce_loss": "leave it off: the classes' loss is cross-entropy",
     "jsd_loss": "leave it off: the classes' loss is cross-entropy",
 }

@@ -50,9 +50,29 @@ def recomputed(module: nn.Module, *inputs):
     return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: contexts)
 
 
+def fix_statistics_in_recomputation(model: nn.Module) -> None:
+    """Let batch norms count a batch once where another package recomputes them in the backward pass, as timm does."""
+
+    def before(norm: nn.Module, _: object) -> None:
+        # Within the backward pass, as torch's own checkpointing asks for it.
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            norm.kept_statistics = norm.momentum, norm.num_batches_tracked
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def after(norm: nn.Module, *_: object) -> None:
+        kept = norm.__dict__.pop("kept_statistics", None)
+        if kept is not None:
+            norm.momentum, norm.num_batches_tracked = kept
+
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm._forward_pre_hooks:
+            norm.register_forward_pre_hook(before)
+            norm.register_forward_hook(after, always_call=True)
+
+
 @contextlib.contextmanager
 def _fixed_statistics(module: nn.Module) -> Iterator[None]:
-    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

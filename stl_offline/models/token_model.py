@@ -17,7 +17,7 @@ from torch import nn
 from stl_offline.errors import InputError
 from stl_offline.models.feature_map import FeatureMap
 from stl_offline.models.input_size import InputSizeError, cell_size, uncovered, unseen_sides, with_open_branches
-from stl_offline.models.layers import FullPrecisionLinear
+from stl_offline.models.layers import FullPrecisionLinear, fix_statistics_in_recomputation
 from stl_offline.models.position_head import PositionHead
 
 TRUNK, TOKEN_HEAD = "trunk.", "token_head."
@@ -162,6 +162,7 @@ class TokenModel(nn.Module):
             self.trunk.set_grad_checkpointing(enable)
         except (AssertionError, AttributeError) as error:
             raise InputError(f"{self.name} has no gradient checkpointing; set `grad_checkpointing` to False") from error
+        fix_statistics_in_recomputation(self.trunk)
 
     @torch.jit.ignore
     def get_classifier(self) -> tuple[nn.Module, ...]:

@@ -22,7 +22,14 @@ from stl_offline.loader import Batch, check_shares
 from stl_offline.settings import OUTSIDE
 from stl_offline.targets import TokenTargets
 from stl_offline.training.label_sources import LabelSource, OnlineLabels, TokenSource, check_labels, labeler_of
-from stl_offline.training.setup import Stage, build_stage, check_early, make_run_folder, validation_batch
+from stl_offline.training.setup import (
+    Stage,
+    build_stage,
+    check_early,
+    check_single_images,
+    make_run_folder,
+    validation_batch,
+)
 from stl_offline.training.step_timer import DryRun, StepTimer, measure, parameter_bytes
 from stl_offline.training.steps import Objective, StepRandom
 from stl_offline.training.train_labeler import LabelerObjective
@@ -47,6 +54,7 @@ def dry_run(config: TrainConfig, stage_name: str) -> DryRun:
             match_classes(val, train.class_names, "the training images")
             check_shares(val_images, validation_batch(config), world.size)
         check_shares(images, config.batch_size * config.accumulate, world.size, config.repeats)
+        check_single_images(stage, images)
         make_run_folder(stage, None).look(config.resume)
         timer = _StageTimer(stage)
         rows, columns = stage.model.grid_size(config.img_size, config.img_size)

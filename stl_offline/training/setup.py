@@ -4,6 +4,7 @@
 it from settings.
 """
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,31 @@ def prepare(config: TrainConfig, stage: str) -> Stage:
     train = open_images(config.data, config)
     train.require_classes()
     val = open_images(config.val, config) if config.val else None
-    return build_stage(config, stage, train, val, device, world)
+    found = build_stage(config, stage, train, val, device, world)
+    check_single_images(found, len(train))
+    return found
+
+
+def check_single_images(stage: Stage, count: int) -> None:
+    """Raise `InputError` where one of ``count`` images is a step, or a part of one, and the model's norms need more."""
+    config, processes = stage.config, stage.world.size
+    images = {config.repeats * share for share in (count // processes, -(-count // processes))}
+    last = [each % (config.batch_size * config.accumulate) for each in images]
+    if config.batch_size > 1 and all(each == 0 or each // config.accumulate > 1 for each in last):
+        return
+    if config.sync_bn and processes > 1:
+        return
+    # Without computing; a model whose shapes cannot be followed so is taken to fit.
+    twin = copy.deepcopy(stage.model).to("meta").train()
+    try:
+        twin(torch.empty(1, 3, config.img_size, config.img_size, device="meta"))
+    except Exception as error:
+        if "more than 1 value per channel" in str(error):
+            raise InputError(
+                f"of {count:,} images, with `batch_size`={config.batch_size}, one is a step or a part of one of "
+                f"its own, on which the batch norms of {stage.description.model} cannot be trained; choose another "
+                "`batch_size`"
+            ) from error
 
 
 def open_images(spec: str, config: TrainConfig) -> Beton:

@@ -146,8 +146,9 @@ class StepTimer(ABC):
 
     def choose_batch(self) -> tuple[int, float]:
         """The largest batch whose step takes no longer than it should, up to the run's own; and its seconds."""
-        batch, seconds = 1, self.take(1)
-        seconds = self.take(1)
+        batch = min(2, self.own.batch_size)  # batch norms may need more than one image
+        self.take(batch)
+        seconds = self.take(batch)
         while batch < self.own.batch_size and seconds < _SECONDS / 4:
             batch = min(batch * 2, self.own.batch_size)
             seconds = self.take(batch)

@@ -126,6 +126,10 @@ def test_datasets_that_do_not_fit(images, folder, whole):
     labels, crop = TokenLabels.of(whole, GRID), RandomResizedCrop(16)
     with pytest.raises(InputError, match="ImageFolder has a transform of its own"):
         TokenLabelDataset(ImageFolder(images, transform=transforms.PILToTensor()), labels, crop)
+    # Within a subset, too, where its crop would move pixels from under their labels.
+    cropped = ImageFolder(images, transform=transforms.RandomResizedCrop(16))
+    with pytest.raises(InputError, match="ImageFolder has a transform of its own"):
+        TokenLabelDataset(Subset(Subset(cropped, range(9)), range(4)), labels, crop)
     with pytest.raises(JoinError, match="different class lists"):
         TokenLabelDataset(folder, labels, crop, class_names=("vertical", "horizontal", "diagonal"))
     with pytest.raises(InputError, match="15 samples, but 2 keys"):

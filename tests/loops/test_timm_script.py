@@ -125,6 +125,8 @@ def test_what_moves_pixels_is_refused(images, whole, model):
         ({"mixup": 0.8}, "--mixup 0.8 of timm's script .*MixSettings"),
         ({"cutmix": 1.0}, "--cutmix 1.0 of .*MixSettings"),
         ({"cutmix_minmax": [0.2, 0.8]}, r"--cutmix-minmax \[0.2, 0.8\] of .*MixSettings"),
+        ({"mixup_off_epoch": 5}, "--mixup-off-epoch 5 of .*mixes in every epoch"),
+        ({"aug_repeats": 3}, "--aug-repeats 3 of .*repeats would be the same"),
         ({"bce_loss": True}, "--bce-loss of .*cross-entropy"),
         ({"jsd_loss": True}, "--jsd-loss of .*cross-entropy"),
     ],
@@ -133,6 +135,7 @@ def test_options_without_effect_are_refused(given, reason, images, whole, model)
     """The collate function and the loss that these options choose are replaced."""
     dataset, loader = make_loader(images, whole, model)
     off = {"mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None, "bce_loss": False, "jsd_loss": False}
+    off |= {"mixup_off_epoch": 0, "aug_repeats": 0}
     dataset.loss(loader, argparse.Namespace(**off))
     with pytest.raises(InputError, match=reason):
         dataset.loss(loader, argparse.Namespace(**off | given))

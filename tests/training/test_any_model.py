@@ -1,7 +1,10 @@
 """Training of models that are no FANs: both stages, their labels, scores, reports, initial weights and resuming."""
 
+import copy
 import dataclasses
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from stl_offline.dump import dump_labels
 from stl_offline.errors import InputError
 from stl_offline.evaluation import evaluate
 from stl_offline.labels.label_set import open_label_set
-from stl_offline.models import load_model
+from stl_offline.models import build_model, load_model
 from stl_offline.reports.find import find_images
 from stl_offline.reports.preview import preview_labels
 from stl_offline.reports.report import report_runs
@@ -51,7 +54,9 @@ def test_both_stages_labels_scores_and_a_report(quick, tmp_path):
     assert preview.shown == 2 and "test_efficientnet" in preview.page.read_text()
 
     # Another run from these weights, with the trunk left alone; with other settings it is another run.
-    frozen = dataclasses.replace(config, init=quick["out"], freeze=True, out=str(tmp_path / "frozen"), labels=("none",))
+    frozen = dataclasses.replace(
+        config, init=quick["out"], freeze=True, out=str(tmp_path / "frozen"), labels=("none",), layer_decay=1.0
+    )
     assert dry_run(frozen, "student").outputs == "2×2 tokens"
     train_student(frozen)
     again = load_model(frozen.out)[0].state_dict()
@@ -76,6 +81,36 @@ def test_a_shared_head_and_checkpointed_activations_resume(quick):
     assert train_student(config)["already_complete"]
     with pytest.raises(InputError, match="token_head"):
         train_student(dataclasses.replace(config, token_head="own"))
+
+
+def test_checkpointed_activations_of_timms_models_count_their_batch_once():
+    """timm's own recomputation would count it twice, and the averages of batch norms would differ."""
+    torch.manual_seed(0)
+    model = build_model("test_resnet", 3, 32, token_head="own")
+    recomputing = copy.deepcopy(model)
+    recomputing.set_grad_checkpointing()
+    recomputing.set_grad_checkpointing()
+    images = torch.rand(4, 3, 32, 32)
+    for each in (model, recomputing):
+        for _ in range(2):
+            class_logits, token_logits = each.train()(images)
+            (class_logits.square().sum() + token_logits.square().sum()).backward()
+    for (key, one), other in zip(model.named_buffers(), recomputing.buffers(), strict=True):
+        torch.testing.assert_close(one, other, msg=lambda text, key=key: f"{key}: {text}")
+    for one, other in zip(model.parameters(), recomputing.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("batch_size", [1, 11, 44])
+def test_a_step_of_one_image_is_refused_where_batch_norms_need_more(quick, batch_size):
+    """45 images: the last step of an epoch has one. At 32 px the last map of this model is a single pixel."""
+    config = StudentConfig(**quick | {"model": "test_resnet", "token_head": "shared", "batch_size": batch_size})
+    for run in (train_student, partial(dry_run, stage_name="student")):
+        with pytest.raises(InputError, match="of 45 images, with `batch_size`=.* batch norms of test_resnet cannot be"):
+            run(config)
+    assert not Path(config.out).exists()
+    config = dataclasses.replace(config, batch_size=15)
+    assert dry_run(config, "student").steps == 6
 
 
 def test_models_are_checked_before_images_are_packed(quick):
