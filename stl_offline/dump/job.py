@@ -26,7 +26,7 @@ from stl_offline.labels.append import remove_leftovers
 from stl_offline.labels.hub import is_hub
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.store import MANIFEST, open_storage, read_manifest
-from stl_offline.labels.transfer import push
+from stl_offline.labels.transfer import check_free, push
 from stl_offline.labels.writer import LabelSetWriter, check_place
 from stl_offline.progress import progress_bar
 
@@ -100,6 +100,8 @@ def _dump_to_hub(config: DumpConfig, labeler: Any, finish: bool) -> DumpReport:
         prepare(config, labeler, device).open_writer().check_manifest(manifest)
         size = sum(shard.bytes for shard in manifest.shards)
         return DumpReport(config.out, manifest.spec.num_samples, 0, 0.0, size, os.environ.get("RANK", "0") == "0")
+    if not spool.exists():
+        check_free(config.out)
     report = dump_labels(replace(config, out=str(spool)), finish=finish, labeler=labeler)
     # One of the processes of this machine pushes; the others wait until it has.
     with filelock.FileLock(spool.with_suffix(".lock")):

@@ -6,6 +6,7 @@ that is labelled twice does no harm, and plain workers may run beside.
 """
 
 import importlib
+import logging
 import time
 from collections.abc import Iterator
 from types import ModuleType
@@ -23,6 +24,7 @@ from stl_offline.labels.hub import is_hub
 from stl_offline.labels.writer import check_place
 from stl_offline.progress import progress_bar
 
+_LOGGER = logging.getLogger(__name__)
 # How often the driver looks for ended shards, and for resources that have come.
 _POLL_SECONDS = 1.0
 # A shard that was lost with its actor so many times is not bad luck.
@@ -93,13 +95,16 @@ def _run(ray: ModuleType, config: DumpConfig, shards: list[int]) -> Iterator[int
     resource = "GPU" if config.device != "cpu" and has_gpu else "CPU"
     share = {"num_cpus": 1} if resource == "CPU" else {"num_gpus": 1}
     actor_class = ray.remote(max_restarts=0, **share)(ShardActor)
+    if not ray.cluster_resources().get(resource):
+        _LOGGER.warning("the cluster has no %s now; waiting for one", resource)
     waiting = list(reversed(shards))
     tries = dict.fromkeys(shards, 0)
     idle: list[Any] = []
     running: dict[Any, tuple[Any, int]] = {}
     while waiting or running:
         # As many actors as the cluster has places for now; those of nodes that are gone have ended with an error.
-        places = int(ray.cluster_resources().get(resource, 0))
+        # One is always asked for: a cluster that starts nodes on demand sees none otherwise.
+        places = max(1, int(ray.cluster_resources().get(resource, 0)))
         wanted = min(places, len(waiting) + len(running)) - len(idle) - len(running)
         idle += [actor_class.remote(config) for _ in range(wanted)]
         while idle and waiting:

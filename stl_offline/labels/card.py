@@ -158,11 +158,17 @@ def _plain_snippet(manifest: Manifest) -> str:
         ("q8", True): "class_ranks",
         ("q8", False): "draw_ranks",
     }[spec.encoding, spec.top_k > 0]
-    first = manifest.shards[0].name
     if manifest.spec.container == "zarr":
-        return _ZARR.format(name=first, array=array)
-    last = len(manifest.shards) - 1
-    names = first if not last else first.replace("labels-00000", f"labels-{{00000..{last:05d}}}")
+        return _ZARR.format(name=manifest.shards[0].name, array=array)
+    # Shards that were appended have another total in their names.
+    runs: dict[str, list[str]] = {}
+    for shard in manifest.shards:
+        _, number, rest = shard.name.split("-", 2)
+        runs.setdefault(rest, []).append(number)
+    names = "::".join(
+        f"labels-{numbers[0]}-{rest}" if len(numbers) == 1 else f"labels-{{{numbers[0]}..{numbers[-1]}}}-{rest}"
+        for rest, numbers in runs.items()
+    )
     return _WEBDATASET.format(names=names, member=MEMBER_SUFFIX[spec.format_version], array=array)
 
 

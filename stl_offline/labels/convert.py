@@ -69,19 +69,21 @@ def convert(
             """The shards of all parts that hold the same images, so that their source is read once."""
             first, last = writer.shard_range(number)
             sources = [list(_overlaps(part, first, last)) for part in label_set.parts]
+            whole = _whole(label_set, sources[0])
+            images = None if whole is None else label_set.shards[whole].images
             arrays: ShardArrays | None = None
             for part, views in enumerate(spec.parts):
                 index = number + part * len(sizes)
                 if index not in todo:
                     continue
                 if is_copy and (source := _whole(label_set, sources[part])) is not None:
-                    writer.write_encoded(index, label_set.read_whole(source))
+                    writer.write_encoded(index, label_set.read_whole(source), images)
                     continue
                 if arrays is None:
                     arrays = join_parts(
                         [concatenate([select(read(source), rows) for source, rows in each]) for each in sources]
                     )
-                writer.write_encoded(index, encode_shard(select_views(arrays, views), spec.of_views(views)))
+                writer.write_encoded(index, encode_shard(select_views(arrays, views), spec.of_views(views)), images)
 
         for _ in each_shard(write, sorted({index % len(sizes) for index in todo}), f"→ {out}", workers=workers):
             pass

@@ -36,6 +36,23 @@ from stl_offline.labels.store import (
 _FETCHES = 3
 
 
+def check_same_images(place: str, manifest: Manifest, present: Iterable[int]) -> None:
+    """Raise `InputError` where, of a set whose views lie in parts, the shards that are here are of different images."""
+    part_of = manifest.part_of_shards()
+    found: dict[int, list[tuple[int, int]]] = {}  # first and last image of neighbouring shards, by part
+    for index in sorted(present):
+        first, last = manifest.shards[index].first, manifest.shards[index].first + manifest.shards[index].samples
+        ranges = found.setdefault(part_of[index], [])
+        if ranges and ranges[-1][1] == first:
+            first = ranges.pop()[0]
+        ranges.append((first, last))
+    if any(ranges != next(iter(found.values())) for ranges in found.values()):
+        raise InputError(
+            f"of {place}, the shards {format_ranges(sorted(present))} hold views of different images; pull the shards "
+            "of the same images for all of these views, or all images with `pull(views=…)`"
+        )
+
+
 class LabelSet(Mapping[str, LabelMap]):
     """A read-only mapping from an image's key to its `LabelMap`, in stored order. Made by `open_label_set`.
 
@@ -88,6 +105,7 @@ class LabelSet(Mapping[str, LabelMap]):
             return
         spec = self.spec.of_views(range(views[0].start, views[-1].stop))
         self.spec = replace(spec, views=spec.views | {PARTS: [len(each) for each in views]})
+        check_same_images(self.place, self.manifest, self.present)
         of_part = [tuple(index for index in self.present if self._part_of[index] == number) for number in here]
         self.parts = tuple(LabelSet(self.storage, self.manifest, each) for each in of_part)
 

@@ -69,7 +69,8 @@ def merge(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int = 0, 
 
         def copy(position: int) -> None:
             part = parts[position]
-            writer.write_encoded(position, part.label_set.read_whole(part.index))
+            images = part.label_set.shards[part.index].images
+            writer.write_encoded(position, part.label_set.read_whole(part.index), images)
 
         for _ in each_shard(copy, todo, f"→ {out}", workers=workers):
             pass
@@ -110,9 +111,10 @@ def merge_views(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int
             number, index = places[position]
             part = parts[number]
             if part.spec.format_version == spec.format_version:
-                writer.write_encoded(position, part.read_whole(index))
+                data = part.read_whole(index)
             else:
-                writer.write_encoded(position, encode_shard(part.read_shard(index), spec.of_views(spec.parts[number])))
+                data = encode_shard(part.read_shard(index), spec.of_views(spec.parts[number]))
+            writer.write_encoded(position, data, part.shards[index].images)
 
         for _ in each_shard(copy, writer.todo(), f"→ {out}", workers=workers):
             pass

@@ -166,6 +166,10 @@ class LabelSpec:
                 raise InputError(f"{name} must lie between 0 and {most:,}, got {value!r}")
         if self.draws and self.top_k == classes:
             raise InputError(f"the top {self.top_k} are all classes: nothing is left to draw from")
+        if self.class_draws and self.class_top_k == classes:
+            raise InputError(
+                f"the top {self.class_top_k} of the class head are all classes: nothing is left to draw from"
+            )
         if self.draw_seed is not None and (type(self.draw_seed) is not int or not 0 <= self.draw_seed < 1 << 63):
             raise InputError(f"draw_seed must be a whole number from 0 on, got {self.draw_seed!r}")
         for name in ("has_confidence", "has_augmentation"):

@@ -15,7 +15,7 @@ from stl_offline.errors import FormatError, InputError, TargetError
 from stl_offline.files import make_folder, remove_leftovers, sha256_bytes
 from stl_offline.labels.card import make_card
 from stl_offline.labels.hub import HubFolder, is_hub, push_to_hub
-from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.label_set import LabelSet, check_same_images
 from stl_offline.labels.manifest import Manifest, ShardRecord
 from stl_offline.labels.spec import differences
 from stl_offline.labels.store import (
@@ -78,7 +78,17 @@ def push(label_set: LabelSet, place: str | Path, *, workers: int = 0, **options:
     if not is_there:
         _write(target, CARD, _card(label_set))
         _write(target, MANIFEST, label_set.manifest.to_bytes())
+    if target.size(SOME_SHARDS) is not None:  # of a folder that was pulled in part, and is whole now
+        target.remove_file(SOME_SHARDS)
     return _transfer(sent, label_set, label_set.present)
+
+
+def check_free(place: str) -> None:
+    """Raise TargetError where things lie that no `push` would put there. Hidden files and a card may lie there."""
+    target = open_storage(place)
+    others = (name for name in target.names() if not name.startswith((".", "labels-")) and name not in (CARD, MANIFEST))
+    if (first := next(others, None)) is not None:
+        raise TargetError(f"{place} is not empty and holds something else ({first} lies there); choose another place")
 
 
 def pull(
@@ -96,7 +106,8 @@ def pull(
     A folder that holds some of the set's shards keeps them; those that are damaged are fetched again.
 
     Raises:
-        InputError: shards or views that the set does not have, or both given; a set whose shards hold all views.
+        InputError: shards or views that the set does not have, or both given; shards of several views that are of
+            different images; a set whose shards hold all views.
         FormatError: a shard is damaged at the source; the others are pulled.
         TargetError: the folder holds another label set or something else, or cannot be written.
     """
@@ -122,6 +133,7 @@ def pull(
             return _copy_shard(label_set, index, target, target.write)
 
         todo = sorted(wanted | here)
+        check_same_images(label_set.place, manifest, todo)
         sent = _collect(each_shard(fetch, todo, f"{label_set.place} → {folder}", workers=workers, transfer=True))
         if len(todo) == len(manifest.shards):
             target.remove(SOME_SHARDS)

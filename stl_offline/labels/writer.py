@@ -241,10 +241,13 @@ class LabelSetWriter:
             raise FormatError(f"shard {index} holds samples {first} to {last}, got {len(arrays)} samples")
         return self.write_encoded(index, encode_shard(arrays, self.spec))
 
-    def write_encoded(self, index: int, data: bytes) -> ShardRecord:
-        """`write_shard` for bytes that `stl_offline.labels.format.encode_shard` gave (perhaps in another thread)."""
+    def write_encoded(self, index: int, data: bytes, images: str | None = None) -> ShardRecord:
+        """`write_shard` for bytes that `stl_offline.labels.format.encode_shard` gave (perhaps in another thread).
+
+        images: the tar that the shard is of, as `ShardRecord` has it.
+        """
         first, last = self.shard_range(index)
-        record = ShardRecord(self.shard_name(index), first, last - first, len(data), sha256_bytes(data))
+        record = ShardRecord(self.shard_name(index), first, last - first, len(data), sha256_bytes(data), images)
         return self._commit(index, record, data, canonical_json(record.to_json()))
 
     def _commit(self, index: int, record: ShardRecord, data: bytes, text: bytes) -> ShardRecord:

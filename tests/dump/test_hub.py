@@ -41,3 +41,10 @@ def test_what_the_hub_cannot_do(work):
         dump_labels(config, append=True)
     with pytest.raises(InputError, match="several machines cannot share hf://"):
         dump_on_ray(config)
+
+
+def test_other_files_of_a_repository_are_refused_before_labelling(hub, work, monkeypatch):
+    hub.files["data.parquet"] = b"x"
+    monkeypatch.setattr("stl_offline.dump.job.prepare", lambda *_: pytest.fail("it labels"))
+    with pytest.raises(TargetError, match="is not empty and holds something else .data.parquet lies there"):
+        dump_labels(DumpConfig(**work, out="hf://datasets/user/labels"))

@@ -82,11 +82,11 @@ def test_the_same_form_is_a_copy(sets, tmp_path):
 def test_an_interrupted_conversion_goes_on(sets, tmp_path, monkeypatch):
     real, written = LabelSetWriter.write_encoded, []
 
-    def write(self, index, data):
+    def write(self, *given):
         if len(written) == 2:
             raise KeyboardInterrupt
-        written.append(index)
-        return real(self, index, data)
+        written.append(given[0])
+        return real(self, *given)
 
     source = open_label_set(sets / "zarr" / "f16")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -13,6 +13,7 @@ from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.cache import CacheMaker, build_token_cache
 from stl_offline.labels.convert import convert
 from stl_offline.labels.families import group_families, in_view_order
+from stl_offline.labels.format import encode_shard
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.merge import merge, merge_views
 from stl_offline.labels.stats import measure
@@ -248,3 +249,45 @@ def test_sets_that_are_no_parts_of_one_set(tmp_path):
             work(two)
     with pytest.raises(JoinError, match="no label for the key 'none'"):
         two["none"]
+
+
+def test_parts_of_different_images_are_refused(tmp_path):
+    """An image would have labels for some of its views, and made-up ones for the others."""
+    write_set(tmp_path / "one", make_spec(samples=12, view_count=4, grid=(3, 2)), 2)
+    convert(open_label_set(tmp_path / "one"), tmp_path / "parts", views_per_part=2)
+    parts = open_label_set(tmp_path / "parts")
+    assert len(parts.shards) == 4
+    for shards in ("0-2", "0,3", "1-3"):
+        with pytest.raises(InputError, match="hold views of different images; pull the shards of the same images"):
+            pull(parts, tmp_path / "some", shards=shards)
+        with pytest.raises(InputError, match="hold views of different images"):
+            LabelSet(parts.storage, parts.manifest, tuple(int(each) for each in (0, 1, 2)))
+    pull(parts, tmp_path / "some", shards="1,3")
+    some = open_label_set(tmp_path / "some")
+    assert len(some) == 6 == len(list(some.values())) and some.spec.views_per_image == 4
+    with pytest.raises(InputError, match="hold views of different images"):
+        pull(parts, tmp_path / "some", shards="0")
+    pull(parts, tmp_path / "first", shards="0")
+    assert len(open_label_set(tmp_path / "first")) == 6
+
+
+@pytest.mark.parametrize("container", ["zarr", "webdataset"])
+def test_tars_that_shards_were_made_of_stay_known(container, tmp_path):
+    """In another container, in parts, and merged: appending looks for the tars by these names."""
+    spec = make_spec(samples=10, view_count=2, grid=(3, 2))
+    with LabelSetWriter(tmp_path / "set", spec, [4, 6]) as writer:
+        for index, name in enumerate(("a.tar", "b.tar")):
+            first, last = writer.shard_range(index)
+            arrays = make_arrays(spec, first, last)
+            writer.write_encoded(index, encode_shard(arrays, spec), images=name)
+        writer.finish()
+    base = open_label_set(tmp_path / "set")
+
+    def tars(place):
+        return [shard.images for shard in open_label_set(tmp_path / place).shards]
+
+    assert tars("set") == ["a.tar", "b.tar"]
+    convert(base, tmp_path / "same", container=container)
+    convert(base, tmp_path / "parts", views_per_part=1)
+    convert(base, tmp_path / "cut", shards=3)
+    assert tars("same") == ["a.tar", "b.tar"] and tars("parts") == ["a.tar", "b.tar"] * 2 and tars("cut") == [None] * 3

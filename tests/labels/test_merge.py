@@ -78,11 +78,11 @@ def test_an_interrupted_merge_goes_on(parts, tmp_path, monkeypatch):
     merge(parts, tmp_path / "undisturbed")
     real, written = LabelSetWriter.write_encoded, []
 
-    def write(self, index, data):
+    def write(self, *given):
         if len(written) == 4:
             raise KeyboardInterrupt
-        written.append(index)
-        return real(self, index, data)
+        written.append(given[0])
+        return real(self, *given)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LabelSetWriter, "write_encoded", write)

@@ -334,3 +334,11 @@ def test_large_shards_come_in_parts(local, s3, monkeypatch):
     labels = open_label_set(s3 + "/labels")
     assert all(labels.read_bytes(index) == open_label_set(local).read_bytes(index) for index in range(SHARDS))
     assert Path(local).is_dir()
+
+
+def test_a_folder_that_was_pulled_in_part_is_whole_after_a_push(local, tmp_path):
+    pull(open_label_set(local), tmp_path / "some", shards="0")
+    assert open_label_set(tmp_path / "some").is_partial
+    push(open_label_set(local), tmp_path / "some")
+    assert not open_label_set(tmp_path / "some").is_partial and len(open_label_set(tmp_path / "some")) == 19
+    assert files(tmp_path / "some") == files(local)

@@ -68,6 +68,7 @@ def test_what_version_1_can_hold_is_version_1(container, encoding):
         ({"top_k": 0}, "top-k must lie between 1"),
         ({"draws": -1}, "draws must lie between 0 and 4,096"),
         ({"draws": 2, "top_k": 7}, "nothing is left to draw from"),
+        ({"class_draws": 1, "class_top_k": 7}, "class head are all classes: nothing is left to draw from"),
         ({"has_confidence": False}, "top-k labels have a confidence"),
         ({"class_top_k": 8}, "class_top_k must lie between 0 and 7"),
         ({"draws": 1, "draw_seed": -1}, "draw_seed must be"),
