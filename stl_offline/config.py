@@ -81,7 +81,7 @@ class RunConfig(MachineConfig):
     weight_decay: float = setting(0.05, "Weight decay of AdamW.", bounds="[0, inf)")
     layer_decay: float = setting(
         1.0,
-        "Factor of the learning rate from each layer to the one before it (1 disables it).",
+        "Factor of the rate from a layer to the one before it (1 disables it).",
         bounds="(0, 1]",
         needs=needs.UNFROZEN,
     )
@@ -273,20 +273,20 @@ class StudentConfig(TrainConfig):
         "gumbel",
         "Target of a token: one class drawn whenever the image is shown (gumbel), the distribution (soft), or the best "
         "class (argmax).",
-        needs=(needs.TOKEN_LABELS, needs.TOKEN_LOSS),
+        needs=needs.TARGETS,
     )
     residual: str = setting(
         "ignore",
         "What happens to probability outside the stored classes: left unlabelled (ignore), spread over all classes "
         "(uniform), given to the image's own class (class), or to an outcome of its own, none of these (ghost).",
-        needs=(needs.TOKEN_LABELS, needs.TOKEN_LOSS, needs.LEFT_MASS),
+        needs=(*needs.TARGETS, needs.LEFT_MASS),
     )
     token_norm: str = setting(
         "mass",
         "What the token loss is divided by: the labelled probability (mass), or the number of tokens (tokens), so that "
         "its weight does not grow where labels hold little of the probability.",
         choices=TOKEN_NORMS,
-        needs=(needs.TOKEN_LABELS, needs.TOKEN_LOSS),
+        needs=needs.TARGETS,
     )
     class_target: str = setting(
         "own",
@@ -304,27 +304,23 @@ class StudentConfig(TrainConfig):
         8,
         "Classes kept per token of a soft target.",
         recorded_as="columns",
-        needs=(needs.TOKEN_LABELS, needs.TOKEN_LOSS, needs.SOFT_TARGET),
+        needs=(*needs.TARGETS, needs.SOFT_TARGET),
     )
     sampling_ratio: int = setting(
-        2,
-        "RoIAlign's sampling points per cell, along each side.",
-        needs=(needs.TOKEN_LABELS, needs.TOKEN_LOSS, needs.SAMPLED_MAPS),
+        2, "RoIAlign's sampling points per cell, along each side.", needs=(*needs.TARGETS, needs.SAMPLED_MAPS)
     )
-    min_confidence: float = setting(
-        0.0, "Confidence below which a token is left unlabelled.", needs=(needs.TOKEN_LABELS, needs.TOKEN_LOSS)
-    )
+    min_confidence: float = setting(0.0, "Confidence below which a token is left unlabelled.", needs=needs.TARGETS)
     select: str = setting(
         "all",
         "Tokens to train on: all, those whose (best) target is the image's own class (own), or those with at least the "
         "confidence X (confident:X, the same as a minimum confidence of X).",
-        needs=(needs.TOKEN_LABELS, needs.TOKEN_LOSS),
+        needs=needs.TARGETS,
     )
     erased_labels: str = setting(
         "drop",
         "Whether labels of cells hidden by `random_erase` are weighted down (drop) or kept.",
         choices=ERASED_LABELS,
-        needs=(needs.TOKEN_LABELS, needs.TOKEN_LOSS, needs.ERASING),
+        needs=(*needs.TARGETS, needs.ERASING),
     )
     match: str = setting(
         "key",

@@ -85,6 +85,7 @@ TOKEN_LOSS = Need("`token_weight` above 0", lambda config: config.token_weight >
 TOKEN_LABELS = Need(
     "token labels (a label set, or online, as `labels`)", lambda config: _is_online(config) or _label_sets(config) > 0
 )
+TARGETS = (TOKEN_LABELS, TOKEN_LOSS)  # what the settings of token targets need
 LABEL_SET = Need("a label set in `labels`", lambda config: _label_sets(config) > 0)
 SEVERAL_SETS = Need("several label sets in `labels`", lambda config: _label_sets(config) > 1)
 ONLINE = Need('`labels="online"`', _is_online)
