@@ -80,10 +80,7 @@ class RunConfig(MachineConfig):
     warmup_epochs: float = setting(2.0, "Epochs of linear warm-up, at most a fifth of the run.", bounds="[0, inf)")
     weight_decay: float = setting(0.05, "Weight decay of AdamW.", bounds="[0, inf)")
     layer_decay: float = setting(
-        1.0,
-        "Factor of the rate from a layer to the one before it (1 disables it).",
-        bounds="(0, 1]",
-        needs=needs.UNFROZEN,
+        1.0, "Factor of the rate from a layer to the one before (1 disables it).", bounds="(0, 1]", needs=needs.UNFROZEN
     )
     clip_grad: float = setting(0.0, "Maximum norm of the gradient (0 disables clipping).", bounds="[0, inf)")
     ema_decay: float = setting(
