@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from stl_offline.errors import FormatError, InputError, JoinError
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.cache import CacheMaker, build_token_cache
+from stl_offline.labels.card import make_card
 from stl_offline.labels.convert import convert
 from stl_offline.labels.families import group_families, in_view_order
 from stl_offline.labels.format import encode_shard
 from stl_offline.labels.label_set import LabelSet, open_label_set
+from stl_offline.labels.manifest import Manifest
 from stl_offline.labels.merge import merge, merge_views
 from stl_offline.labels.stats import measure
 from stl_offline.labels.store.storage import ObjectStorage
@@ -291,3 +293,14 @@ def test_tars_that_shards_were_made_of_stay_known(container, tmp_path):
     convert(base, tmp_path / "parts", views_per_part=1)
     convert(base, tmp_path / "cut", shards=3)
     assert tars("same") == ["a.tar", "b.tar"] and tars("parts") == ["a.tar", "b.tar"] * 2 and tars("cut") == [None] * 3
+
+
+def test_the_card_of_a_set_that_grew_names_the_files_that_are_there(tmp_path):
+    """Shards that were appended have another total in their names."""
+    write_set(tmp_path / "set", make_spec(container="webdataset", samples=10), 2)
+    manifest = open_label_set(tmp_path / "set").manifest
+    assert "labels-{00000..00001}-of-00002.tar" in make_card(manifest).decode()
+    added = dataclasses.replace(manifest.shards[1], name="labels-00002-of-00003.tar", first=10, samples=4)
+    spec = dataclasses.replace(manifest.spec, source=manifest.spec.source | {"samples": 14})
+    grown = Manifest(spec, (*manifest.shards, added))
+    assert "labels-{00000..00001}-of-00002.tar::labels-00002-of-00003.tar" in make_card(grown).decode()
