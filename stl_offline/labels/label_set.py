@@ -105,7 +105,8 @@ class LabelSet(Mapping[str, LabelMap]):
             return
         spec = self.spec.of_views(range(views[0].start, views[-1].stop))
         self.spec = replace(spec, views=spec.views | {PARTS: [len(each) for each in views]})
-        check_same_images(self.place, self.manifest, self.present)
+        if self.is_partial:
+            check_same_images(self.place, self.manifest, self.present)
         of_part = [tuple(index for index in self.present if self._part_of[index] == number) for number in here]
         self.parts = tuple(LabelSet(self.storage, self.manifest, each) for each in of_part)
 

@@ -86,9 +86,7 @@ def push(label_set: LabelSet, place: str | Path, *, workers: int = 0, **options:
 def check_free(place: str) -> None:
     """Raise TargetError where things lie that no `push` would put there. Hidden files and a card may lie there."""
     target = open_storage(place)
-    others = (name for name in target.names() if not name.startswith((".", "labels-")) and name not in (CARD, MANIFEST))
-    if (first := next(others, None)) is not None:
-        raise TargetError(f"{place} is not empty and holds something else ({first} lies there); choose another place")
+    _refuse_foreign(target, lambda name: name in (CARD, MANIFEST) or name.startswith("labels-"))
 
 
 def pull(
@@ -120,7 +118,8 @@ def pull(
     wanted = _wanted(label_set, shards, views)
     target = FolderStorage(Path(folder))
     # Before anything is made there: a folder that holds something else stays as it is.
-    _look(target, manifest)
+    present = read_present(target, len(manifest.shards)) if _look(target, manifest) else ()
+    check_same_images(label_set.place, manifest, wanted.union(present))
     make_folder(target.path(PARTIAL))
     with _alone(target.path(f"{PARTIAL}/pull.lock"), target.place):
         is_there = _look(target, manifest)
@@ -133,7 +132,6 @@ def pull(
             return _copy_shard(label_set, index, target, target.write)
 
         todo = sorted(wanted | here)
-        check_same_images(label_set.place, manifest, todo)
         sent = _collect(each_shard(fetch, todo, f"{label_set.place} → {folder}", workers=workers, transfer=True))
         if len(todo) == len(manifest.shards):
             target.remove(SOME_SHARDS)
@@ -183,16 +181,19 @@ def _look(target: Storage, manifest: Manifest, *, may_grow: bool = False) -> boo
             f"{target.place} holds another label set (yours and its): {'; '.join(found)}; choose another place"
         )
     own = {shard.name for shard in manifest.shards} | {CARD, SOME_SHARDS}
-    names = target.names()
-    if PARTIAL in names and target.size(f"{PARTIAL}/job.json") is not None:
+    if target.size(f"{PARTIAL}/job.json") is not None:
         raise TargetError(f"{target.place} holds a label set that a job has not finished; choose another place")
+    _refuse_foreign(target, own.__contains__)
+    return False
+
+
+def _refuse_foreign(target: Storage, is_own: Callable[[str], bool]) -> None:
     # A data set on a hub brings files of its own, all of them hidden.
-    foreign = [name for name in names if name not in own and not name.startswith(".")]
+    foreign = [name for name in target.names() if not is_own(name) and not name.startswith(".")]
     if foreign:
         raise TargetError(
             f"{target.place} is not empty and holds something else ({foreign[0]} lies there); choose another place"
         )
-    return False
 
 
 def _is_whole(storage: Storage, shard: ShardRecord) -> bool:

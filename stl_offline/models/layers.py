@@ -56,16 +56,17 @@ def fix_statistics_in_recomputation(model: nn.Module) -> None:
     def before(norm: nn.Module, _: object) -> None:
         # Within the backward pass, as torch's own checkpointing asks for it.
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            norm.kept_statistics = norm.momentum, norm.num_batches_tracked
+            norm.before_recomputation = norm.momentum, norm.num_batches_tracked
             norm.momentum, norm.num_batches_tracked = 0.0, None
 
     def after(norm: nn.Module, *_: object) -> None:
-        kept = norm.__dict__.pop("kept_statistics", None)
-        if kept is not None:
-            norm.momentum, norm.num_batches_tracked = kept
+        if norm.before_recomputation is not None:
+            norm.momentum, norm.num_batches_tracked = norm.before_recomputation
+            norm.before_recomputation = None
 
     for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm._forward_pre_hooks:
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not hasattr(norm, "before_recomputation"):
+            norm.before_recomputation = None
             norm.register_forward_pre_hook(before)
             norm.register_forward_hook(after, always_call=True)
 

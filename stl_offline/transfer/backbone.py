@@ -141,8 +141,8 @@ def load_backbone(
             backbone.weights = "timm"
         elif checkpoint is not None:
             # At the model's own size where it can change: that is the file's.
-            full = timm.create_model(name)
-            full = full if hasattr(full, "set_input_size") else _create(name, img_size)
+            resizes = hasattr(backbone.net.model, "set_input_size")
+            full = timm.create_model(name) if resizes else _create(name, img_size)
             load_checkpoint(full, checkpoint, adapt_head=True)
             _copy_weights(full, backbone, str(checkpoint))
             backbone.weights = sha256_file(checkpoint)

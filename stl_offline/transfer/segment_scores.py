@@ -22,7 +22,7 @@ from stl_offline.transfer.pair_loader import read_ahead
 from stl_offline.transfer.pairs import NO_CLASS, PairSet
 from stl_offline.transfer.segmenter import whole_logits, window_logits
 
-_SIZES = 32  # of images, that are looked at
+_SIZES = 32  # different sizes of images that are tried at most
 
 
 def confusion_matrix(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
