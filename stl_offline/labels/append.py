@@ -18,7 +18,7 @@ from stl_offline.labels.arrays import ShardIndex
 from stl_offline.labels.card import make_card
 from stl_offline.labels.keys import some
 from stl_offline.labels.label_set import LabelSet
-from stl_offline.labels.manifest import Manifest, ShardRecord, parse_object, shard_name
+from stl_offline.labels.manifest import SHARD_NAME, Manifest, ShardRecord, parse_object, shard_name
 from stl_offline.labels.spec import LabelSpec, differences
 from stl_offline.labels.store import CARD, JOB, MANIFEST, PARTIAL, PULL, job_settings, read_job, read_manifest
 from stl_offline.labels.tar_writer import TarLabelWriter
@@ -132,6 +132,16 @@ class _Appending(LabelSetWriter):
             self.complete = True
         else:
             raise TargetError(f"{self.place} has changed since this began to append; run the same command again")
+
+    def _refuse(self, found: Sequence[str]) -> None:
+        if found:
+            named = {shard.name for shard in self._base.shards}
+            begun = [name for name in self._storage.names() if SHARD_NAME.fullmatch(name) and name not in named]
+            shards = f" and {some(len(begun), begun[:3])}, which {MANIFEST} does not name" if begun else ""
+            raise TargetError(
+                f"an append to {self.place} has begun and not ended, of other images or settings (yours and its): "
+                f"{'; '.join(found)}; go on with the same ones, or give that append up: remove {PARTIAL}{shards}"
+            )
 
     def _is_mine(self, manifest: Manifest) -> bool:
         """Whether this is the manifest with the shards that this job adds."""

@@ -16,7 +16,7 @@ _MOST_VALUES = 1 << 22
 _MOST_NESTED = 1000
 _LEAST_RECORD_BYTES = 100
 _MOST_TAR_NAME = 255
-_SHARD_NAME = re.compile(r"labels-[0-9]{5,9}-of-[0-9]{5,9}(\.[a-z]+)+")
+SHARD_NAME = re.compile(r"labels-[0-9]{5,9}-of-[0-9]{5,9}(\.[a-z]+)+")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ShardRecord:
     images: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _SHARD_NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not SHARD_NAME.fullmatch(self.name):
             raise FormatError(f"{self.name!r} is no shard's name (labels-00012-of-00064.zarr.zip); the file is refused")
         if not is_count(self.samples) or not is_count(self.bytes) or not is_count(self.first + 1):
             raise FormatError(f"the record of {self.name} has an impossible position, count or size")

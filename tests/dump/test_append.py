@@ -134,6 +134,26 @@ def test_a_kill_and_several_workers(started, tmp_path, monkeypatch):
     assert content(tmp_path / "set") == content(undisturbed)
 
 
+def test_an_append_that_was_begun_can_be_given_up(started, tmp_path):
+    """By what the message says, from which the same images in other shards are added as by a first append."""
+    work = prepare_append(started, load_labeler(started), torch.device("cpu"))
+    with work.open_writer() as writer:
+        writer.write_shard(4, work.label_shard(writer, 4, lambda done: None))
+    other = replace(started, shards=1)
+    with pytest.raises(TargetError) as raised:
+        dump_labels(other, append=True)
+    place = tmp_path / "set"
+    assert str(raised.value).startswith(f"an append to {place} has begun and not ended, of other images or settings")
+    assert str(raised.value).endswith(
+        "shards is 4 and 5; go on with the same ones, or give that append up: remove .partial and "
+        "labels-00004-of-00005.zarr.zip, which manifest.json does not name"
+    )
+    for name in (".partial", "labels-00004-of-00005.zarr.zip"):
+        open_storage(place).remove(name)
+    assert dump_labels(other, append=True).labelled == 25
+    assert not verify(open_label_set(place)).faults and len(open_label_set(place)) == 45
+
+
 def test_a_worker_that_was_suspended_changes_nothing(started, tmp_path):
     """Its late manifest meets another one than that with which it began."""
     late = prepare_append(replace(started, shards=1), load_labeler(started), torch.device("cpu"))
@@ -276,6 +296,15 @@ def test_tars_that_are_new(files, settings, tmp_path, caplog):  # noqa: F811
     with pytest.raises(JoinError, match="1 key is in these tars twice .* in 1.tar and 4.tar"):
         dump_labels(replace(config, data=f"{tmp_path}/{{3..4}}.tar"), append=True)
     assert len(open_label_set(tmp_path / "set")) == 45
+    # Further tars: refused as long as what that append wrote is there.
+    for number in (5, 6):
+        write_tar(tmp_path / f"{number}.tar", [(f"vertical/new{number}.jpg", files[12][1])])
+    further = replace(config, data=f"{tmp_path}/{{5..6}}.tar")
+    with pytest.raises(TargetError, match="data is 6 tars and 5; .* and labels-00004-of-00005.zarr.zip, which"):
+        dump_labels(further, append=True)
+    for name in (".partial", "labels-00004-of-00005.zarr.zip"):
+        open_storage(tmp_path / "set").remove(name)
+    assert dump_labels(further, append=True).labelled == 2
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3"])
