@@ -1,15 +1,17 @@
-"""The Ray engine on a cluster of several nodes on this machine, which come and go."""
+"""The Ray engine: its driver, and a cluster of several nodes on this machine, which come and go."""
 
 import tarfile
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from stl_offline.cli.main import main
 from stl_offline.config import DumpConfig
-from stl_offline.dump import dump_labels, dump_on_ray
+from stl_offline.dump import dump_labels, dump_on_ray, on_ray
+from stl_offline.errors import FormatError, TargetError
 from tests.dump.dumping import content, run
 
 
@@ -23,6 +25,94 @@ from tests.dump.dumping import content, run
 def test_options_that_would_do_nothing(capsys, more, words):
     assert main(["dump-labels", "--data", "x", "--labeler", "y", "--out", "z", *more]) == 2
     assert words in capsys.readouterr().err
+
+
+class LostError(Exception):
+    """An actor is gone."""
+
+
+class TaskError(LostError):
+    """The work of an actor failed, by ``cause``."""
+
+    def __init__(self, cause):
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class Task:
+    def __init__(self, shard):
+        self.shard = shard
+
+
+class Driven:
+    """What of Ray's interface the driver uses. ``gpus``: at each look; ``fate``: of each try of a shard, or what is
+    raised. Tasks end in the order in which they begin."""
+
+    exceptions = SimpleNamespace(RayError=LostError, RayTaskError=TaskError)
+
+    def __init__(self, gpus, fate):
+        self.gpus, self.fate, self.actors, self.shares, self.written = list(gpus), fate, 0, [], []
+
+    def cluster_resources(self):
+        found = self.gpus.pop(0) if len(self.gpus) > 1 else self.gpus[0]
+        return {"CPU": 3.0} | ({"GPU": float(found)} if found else {})
+
+    def remote(self, **share):
+        self.shares.append(share)
+        return lambda kind: SimpleNamespace(remote=self._start)
+
+    def _start(self, config):
+        self.actors += 1
+        return SimpleNamespace(write=SimpleNamespace(remote=Task))
+
+    def wait(self, tasks, num_returns, timeout):
+        return tasks[:1], tasks[1:]
+
+    def get(self, task):
+        self.written.append(task.shard)
+        if error := self.fate(task.shard, self.written.count(task.shard)):
+            raise error
+        return 10 + task.shard
+
+
+def ended(cluster, device="auto", shards=range(5)):
+    return list(on_ray._run(cluster, DumpConfig(data="x", labeler="y", out="z", device=device), list(shards)))
+
+
+def test_actors_take_one_shard_after_another():
+    cluster = Driven([2], lambda shard, tries: None)
+    assert ended(cluster) == [10, 11, 12, 13, 14] and cluster.actors == 2
+    assert cluster.shares == [{"max_restarts": 0, "num_gpus": 1}]
+    # Never more than there are shards.
+    cluster = Driven([0], lambda shard, tries: None)
+    assert sorted(ended(cluster, shards=[3, 4])) == [13, 14] and cluster.actors == 2
+    assert cluster.shares == [{"max_restarts": 0, "num_cpus": 1}]
+    assert ended(Driven([2], None), shards=[]) == []
+
+
+def test_a_cluster_without_gpus_is_waited_for(caplog):
+    """One actor is asked for, with which a cluster that starts nodes on demand begins; then one per GPU that came."""
+    cluster = Driven([0, 0, 4], lambda shard, tries: None)
+    assert sorted(ended(cluster, "cuda")) == [10, 11, 12, 13, 14] and cluster.actors == 4
+    assert "the cluster has no GPU now; waiting for one" in caplog.text
+    assert cluster.shares == [{"max_restarts": 0, "num_gpus": 1}]
+
+
+def test_a_shard_that_is_lost_goes_to_another_actor():
+    cluster = Driven([1], lambda shard, tries: LostError("gone") if shard == 2 and tries < 4 else None)
+    assert sorted(ended(cluster)) == [10, 11, 12, 13, 14]
+    assert cluster.written.count(2) == 4 and cluster.actors == 4
+    cluster = Driven([1], lambda shard, tries: LostError("out of memory") if shard == 1 else None)
+    with pytest.raises(TargetError, match="shard 1 was lost with its actor 20 times: out of memory"):
+        ended(cluster)
+
+
+def test_what_is_wrong_with_the_work_is_said_as_without_ray():
+    error = FormatError("images.beton is cut off")
+    with pytest.raises(FormatError, match="cut off"):
+        ended(Driven([1], lambda shard, tries: TaskError(error)))
+    with pytest.raises(TaskError, match="a bug"):
+        ended(Driven([1], lambda shard, tries: TaskError(ValueError("a bug"))))
 
 
 @pytest.mark.slow
