@@ -16,7 +16,8 @@ def _remember_debug(ctx: click.Context, parameter: click.Parameter, value: bool)
 
 device_option = setting_option(MachineConfig, "--device", group="machine", metavar="NAME")
 
-workers_option = setting_option(MachineConfig, "--workers", group="machine", metavar="N")
+# Commands on label sets have no settings class that would check it.
+workers_option = setting_option(MachineConfig, "--workers", group="machine", type=click.IntRange(min=0), metavar="N")
 
 debug_option = option(
     "--debug",

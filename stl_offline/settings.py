@@ -162,7 +162,11 @@ class MachineConfig(Config):
         in_recipes=False,
     )
     workers: int = setting(
-        0, "Threads per process that load, read or send (0 chooses a number).", affects=JOB, in_recipes=False
+        0,
+        "Threads per process that load, read or send (0 chooses a number).",
+        affects=JOB,
+        in_recipes=False,
+        bounds="[0, inf)",
     )
 
 

@@ -48,8 +48,9 @@ _OPTIONS = {
 _NONE = {"--split": "all", "--val": "none", "--val-split": "all", "--backbone-checkpoint": "random weights"}
 
 
-def fine_tuning_options(config: type[BackboneConfig]) -> Callable[[F], F]:
-    """The options that every kind of fine-tuning has, with the defaults of its settings class."""
+def fine_tuning_options(config: type[BackboneConfig], recipes: str = "") -> Callable[[F], F]:
+    """The options that every kind of fine-tuning has, with the defaults of its settings class. ``recipes``: the names
+    of the package's own, for the help."""
     options = [
         setting_option(
             config,
@@ -63,8 +64,8 @@ def fine_tuning_options(config: type[BackboneConfig]) -> Callable[[F], F]:
     recipe = option(
         "--recipe",
         group="general",
-        metavar="NAME|FILE",
+        metavar="NAME|FILE" if recipes else "FILE",
         show_default="none",
-        help="Settings that replace the defaults: one of the package's recipes, or a YAML file.",
+        help=f"Settings that replace the defaults: {f'{recipes}, or ' if recipes else ''}a YAML file.",
     )
     return together(recipe, dry_run_option, *options, device_option, workers_option)

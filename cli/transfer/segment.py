@@ -19,7 +19,7 @@ from stl_offline.config_transfer import SegmentConfig
 )
 @setting_option(SegmentConfig, "--data", group="data", metavar="SRC", more=PAIRS_HELP)
 @setting_option(SegmentConfig, "--ignore-id", group="data", metavar="N")
-@fine_tuning_options(SegmentConfig)
+@fine_tuning_options(SegmentConfig, "segment-fan-tiny, segment-fan-small, segment-fan-base, segment-fan-large")
 @setting_option(SegmentConfig, "--head-width", group="model", metavar="N")
 @setting_option(SegmentConfig, "--head-dropout", group="model", metavar="X")
 @setting_option(SegmentConfig, "--crop-height", group="augmentation", metavar="N")

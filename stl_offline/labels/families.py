@@ -11,8 +11,9 @@ from stl_offline.errors import InputError
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.spec import PARTS, Difference, differences
 
-# What sets of one family need not share: which views, how they lie in shards, and how the job was run.
-_OWN = ("views_per_image", "views.first", f"views.{PARTS}", "creation")
+# What sets of one family need not share: which views, how they lie in shards, how the job was run, and how far rounding
+# went (conversions).
+_OWN = ("views_per_image", "views.first", f"views.{PARTS}", "creation", "bounds")
 
 
 def family_differences(first: LabelSet, other: LabelSet) -> list[Difference]:

@@ -67,22 +67,29 @@ class LabelSet(Mapping[str, LabelMap]):
     the views; of any other the set itself. ``spec`` is of the views that are here.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest, present: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: Manifest,
+        present: tuple[int, ...] | None = None,
+        *,
+        whole: "LabelSet | None" = None,
+    ) -> None:
+        """whole: the label set that this is a part of."""
         self.storage = storage
         self.place = storage.place
         self.manifest = manifest
         self.spec: LabelSpec = manifest.spec
         self.shards: tuple[ShardRecord, ...] = manifest.shards
         self.present = tuple(range(len(self.shards))) if present is None else present
-        if not self.present or not set(self.present) <= set(range(len(self.shards))):
+        if not self.present or not 0 <= min(self.present) <= max(self.present) < len(self.shards):
             raise FormatError(f"the label set {self.place} is empty: none of its {len(self.shards)} shards is here")
-        self._part_of = manifest.part_of_shards()
-        self._part_specs = [self.spec.of_views(views) for views in self.spec.parts]
+        # Made once for all parts: a spec holds all class names.
+        self._part_of = whole._part_of if whole else manifest.part_of_shards()
+        self._part_specs = whole._part_specs if whole else [self.spec.of_views(views) for views in self.spec.parts]
         self.parts: tuple[LabelSet, ...] = (self,)
         if len(self._part_specs) > 1:
             self._divide()
-        named = manifest.to_bytes() + (present_bytes(self.present) if self.is_partial else b"")
-        self.fingerprint = sha256_bytes(named)
         # `hash_keys` of the shards whose keys were read.
         self._hashes: dict[int, np.ndarray] = {}
         self._last: tuple[int, ShardArrays] | None = None
@@ -107,8 +114,10 @@ class LabelSet(Mapping[str, LabelMap]):
         self.spec = replace(spec, views=spec.views | {PARTS: [len(each) for each in views]})
         if self.is_partial:
             check_same_images(self.place, self.manifest, self.present)
-        of_part = [tuple(index for index in self.present if self._part_of[index] == number) for number in here]
-        self.parts = tuple(LabelSet(self.storage, self.manifest, each) for each in of_part)
+        of_part: dict[int, list[int]] = {number: [] for number in here}
+        for index in self.present:
+            of_part[self._part_of[index]].append(index)
+        self.parts = tuple(LabelSet(self.storage, self.manifest, tuple(each), whole=self) for each in of_part.values())
 
     def only_part(self) -> "LabelSet":
         """Itself, for work that takes label maps with all of their views in one shard.
@@ -123,6 +132,11 @@ class LabelSet(Mapping[str, LabelMap]):
                 f'folder of its own with `pull(views="{first}-{last}")`'
             )
         return self
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal, as above."""
+        return sha256_bytes(self.manifest.to_bytes() + (present_bytes(self.present) if self.is_partial else b""))
 
     @property
     def is_partial(self) -> bool:

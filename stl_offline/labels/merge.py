@@ -18,12 +18,12 @@ from stl_offline.labels.format import encode_shard
 from stl_offline.labels.keys import find_duplicates, some
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import Manifest
-from stl_offline.labels.spec import OWN_CLASSES, PARTS, LabelSpec, differences
+from stl_offline.labels.spec import OWN_CLASSES, PARTS, LabelSpec, differences, widest_bounds
 from stl_offline.labels.store import each_shard
 from stl_offline.labels.writer import LabelSetWriter
 
-# What sets that are merged need not share: which images, and how the job was run.
-_OWN = ("source", "creation")
+# What sets that are merged need not share: which images, how the job was run, and how far rounding went (conversions).
+_OWN = ("source", "creation", "bounds")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def merge(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int = 0, 
         label_sets[0].spec,
         source=_source(label_sets[0].spec, sum(sizes), _fingerprint(label_sets[0].spec, parts)),
         creation=_shared([each.spec.creation for each in label_sets]),
+        bounds=widest_bounds([each.spec for each in label_sets]),
     )
     with LabelSetWriter(out, spec, sizes, options=options) as writer:
         todo = writer.todo()
@@ -101,6 +102,7 @@ def merge_views(label_sets: Sequence[LabelSet], out: str | Path, *, workers: int
         views_per_image=sum(counts),
         views=parts[0].spec.views | {PARTS: counts},
         creation=_shared([each.spec.creation for each in ordered]),
+        bounds=widest_bounds([each.spec for each in ordered]),
         format_version=2,
     )
     places = [(number, index) for number, part in enumerate(parts) for index in part.present]

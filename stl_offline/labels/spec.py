@@ -362,6 +362,12 @@ def differences(ours: LabelSpec, theirs: LabelSpec) -> list[Difference]:
     return found
 
 
+def widest_bounds(specs: Sequence[LabelSpec]) -> dict[str, float]:
+    """The bounds that hold for the labels of all of these specs: of each name the largest."""
+    names = {name for spec in specs for name in spec.bounds}
+    return {name: max(spec.bounds.get(name, 0.0) for spec in specs) for name in sorted(names)}
+
+
 def _compare(name: str, ours: Any, theirs: Any, found: list[Difference]) -> None:
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted(ours.keys() | theirs.keys()):

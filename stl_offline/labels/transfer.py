@@ -27,6 +27,7 @@ from stl_offline.labels.store import (
     FolderStorage,
     Storage,
     each_shard,
+    format_ranges,
     open_storage,
     parse_ranges,
     present_bytes,
@@ -149,7 +150,10 @@ def _wanted(label_set: LabelSet, shards: str | None, views: str | None) -> set[i
     if shards is not None and views is not None:
         raise InputError("`shards` and `views` exclude each other")
     if shards is not None:
-        return set(parse_ranges(shards, range(len(label_set.shards))))
+        wanted = set(parse_ranges(shards, range(len(label_set.shards))))
+        if wanted.difference(label_set.present):
+            raise InputError(f"of {label_set.place} only the shards {format_ranges(label_set.present)} are here")
+        return wanted
     if views is None:
         return set(label_set.present)
     spec = label_set.spec
@@ -168,15 +172,23 @@ def _wanted(label_set: LabelSet, shards: str | None, views: str | None) -> set[i
 def _look(target: Storage, manifest: Manifest, *, may_grow: bool = False) -> bool:
     """Whether this very label set lies there (True) or parts of it or nothing (False); raises TargetError otherwise.
 
-    may_grow: a set whose shards are the first ones of this set, which has grown since, is a part of it.
+    may_grow: a set whose shards are the first ones of this set, which has grown since, is a part of it. Nothing but its
+    images may differ: class names and a licence, for instance, are in no shard.
     """
     with contextlib.suppress(FileNotFoundError):
         theirs = read_manifest(target)
         if theirs == manifest:
             return True
-        if may_grow and theirs.shards == manifest.shards[: len(theirs.shards)]:
-            return False
-        found = [str(each) for each in differences(manifest.spec, theirs.spec)] or ["the shards' checksums differ"]
+        others = differences(manifest.spec, theirs.spec)
+        if (
+            may_grow
+            and theirs.shards == manifest.shards[: len(theirs.shards)]
+            and len(theirs.shards) < len(manifest.shards)
+        ):
+            others = [each for each in others if each.entry != "source"]
+            if not others:
+                return False
+        found = [str(each) for each in others] or ["the shards' checksums differ"]
         raise TargetError(
             f"{target.place} holds another label set (yours and its): {'; '.join(found)}; choose another place"
         )

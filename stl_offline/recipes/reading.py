@@ -82,22 +82,28 @@ def read_recipe(kind: type[RunConfig], recipe: str) -> dict[str, Any]:
         raise InputError(f"the recipe {path} is not YAML ({' '.join(str(error).split())[:400]})") from error
     except RecursionError as error:
         raise InputError(f"the recipe {path} nests lists or settings too deeply") from error
+    except (ValueError, AttributeError, TypeError, OverflowError) as error:
+        # What the parser raises of a tag such as !!int or !!timestamp before a word, and of thousands of digits.
+        raise InputError(f"the recipe {path} holds a value that cannot be read ({str(error)[:200]})") from error
     if not isinstance(content, dict):
         raise InputError(f"the recipe {path} is no list of settings, such as 'epochs: 100'")
     if kind in _PREFIXES:
         fields = _fields(kind)
-        return {name: _check(name, value, fields, str(path)) for name, value in content.items()}
+        return {name: _check(name, value, fields, str(path), kind) for name, value in content.items()}
     # Both stages' parts are checked: a mistake is found by whichever stage comes first.
-    parts = {stage: content.pop(stage, None) or {} for stage in _STAGES}
+    parts = {stage: content.pop(stage, None) for stage in _STAGES}
     checked = {}
     for stage, part in parts.items():
+        part = {} if part is None else part
         if not isinstance(part, dict):
             raise InputError(f"the recipe {path}: {stage} holds settings of that stage, got {_shown(part)}")
         fields = _fields(_STAGES[stage])
         part = _renamed(part, _STAGES[stage], path)
-        checked[stage] = {name: _check(name, value, fields, f"{path}, {stage}") for name, value in part.items()}
+        checked[stage] = {
+            name: _check(name, value, fields, f"{path}, {stage}", _STAGES[stage]) for name, value in part.items()
+        }
     shared = _fields(TrainConfig)
-    common = {name: _check(name, value, shared, str(path)) for name, value in content.items()}
+    common = {name: _check(name, value, shared, str(path), TrainConfig) for name, value in content.items()}
     return common | next(checked[stage] for stage, each in _STAGES.items() if issubclass(kind, each))
 
 
@@ -116,6 +122,14 @@ class _Loader(yaml.SafeLoader):
             if names.count(key.value) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # Merges of merges take ten times the memory with every line of a hostile recipe.
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a recipe has no << merges; write the settings out", key.start_mark
+                )
 
 
 _EXPONENT = r"[eE][-+]?[0-9]+"
@@ -139,7 +153,10 @@ def _find(kind: type[RunConfig], recipe: str) -> Path:
         return path
     close = difflib.get_close_matches(recipe, names, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise InputError(f"there is no recipe {recipe!r}{hint} (there are {', '.join(names)}, and files by their path)")
+    there = (
+        f"there are {', '.join(names)}, and files by their path" if names else "recipes here are files, by their path"
+    )
+    raise InputError(f"there is no recipe {recipe!r}{hint} ({there})")
 
 
 def _fields(kind: type[RunConfig]) -> dict[str, Any]:
@@ -156,17 +173,20 @@ def _renamed(part: dict[Any, Any], kind: type[TrainConfig], path: Path) -> dict[
     for name, value in part.items():
         if isinstance(name, str) and name in current:
             _LOGGER.warning("the recipe %s: %r is now called %r", path, name, current[name])
+            if current[name] in part:
+                raise InputError(f"the recipe {path}: {name} and {current[name]} are names of one setting; give one")
             name = current[name]
         renamed[name] = value
     return renamed
 
 
-def _check(name: Any, value: Any, fields: dict[str, Any], where: str) -> Any:
-    """The value as its field's type; raises `InputError` where that cannot be."""
+def _check(name: Any, value: Any, fields: dict[str, Any], where: str, command: type[RunConfig]) -> Any:
+    """The value as its field's type; raises `InputError` where that cannot be. ``fields``: those of ``command``."""
     if name not in fields:
-        if name in {each.name for each in dataclasses.fields(TrainConfig) if not each.metadata["in_recipes"]}:
+        if name in {each.name for each in dataclasses.fields(command) if not each.metadata["in_recipes"]}:
             raise InputError(f"{where}: {name!r} is not for recipes; give `{name}` beside the recipe")
-        close = difflib.get_close_matches(str(name), [*fields, *_STAGES], 1, cutoff=0.0)
+        near = [*fields, *_STAGES] if command is TrainConfig else list(fields)
+        close = difflib.get_close_matches(str(name), near, 1, cutoff=0.0)
         raise InputError(f"{where}: there is no setting {_shown(name)}; the nearest is {close[0]!r}")
     hint = fields[name]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

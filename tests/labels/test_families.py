@@ -18,6 +18,7 @@ from stl_offline.labels.format import encode_shard
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.manifest import Manifest
 from stl_offline.labels.merge import merge, merge_views
+from stl_offline.labels.spec import LabelSpec
 from stl_offline.labels.stats import measure
 from stl_offline.labels.store.storage import ObjectStorage
 from stl_offline.labels.transfer import pull, push
@@ -80,6 +81,18 @@ def check_maps(label_set, spec, views=None):
         np.testing.assert_array_equal(mine.class_ids, whole.class_ids[row, views.start : views.stop])
         if whole.draws is not None:
             np.testing.assert_array_equal(mine.draws, whole.draws[row, views.start : views.stop])
+
+
+def test_many_parts_are_opened_once_each(tmp_path, monkeypatch):
+    """A spec holds all class names, and one is made of each part, not of each part for each part."""
+    write_set(tmp_path / "whole", make_spec(samples=2, view_count=40, format_version=2), 1)
+    convert(open_label_set(tmp_path / "whole"), tmp_path / "parts", views_per_part=1)
+    made, check = [], LabelSpec.__post_init__
+    monkeypatch.setattr(LabelSpec, "__post_init__", lambda spec: made.append(0) or check(spec))
+    assert len(open_label_set(tmp_path / "parts").parts) == 40
+    assert len(made) < 3 * 40
+    check_sizes = [len(part) for part in open_label_set(tmp_path / "parts").parts]
+    assert check_sizes == [2] * 40
 
 
 def test_parts_become_one_set(family, tmp_path):

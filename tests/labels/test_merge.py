@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from stl_offline.errors import FormatError, InputError, JoinError
+from stl_offline.labels.convert import convert
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.merge import merge
 from stl_offline.labels.transfer import pull
@@ -115,6 +116,25 @@ def test_conflicting_settings_are_named_with_both_values(tmp_path, settings, wor
     with pytest.raises(InputError, match=f"ours and .*theirs cannot be merged: .*{words}"):
         merge([ours, theirs], tmp_path / "all")
     assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize("encoding", ["q8", "f16"])
+def test_converted_sets_are_merged(tmp_path, encoding):
+    """What the message of different encodings advises. The merged set's bounds are the wider ones."""
+    sets = [write_part(tmp_path / name, *at, 1, encoding=name) for name, at in (("q8", (0, 4)), ("f16", (4, 9)))]
+    with pytest.raises(InputError, match='encoding is "q8" and "f16"; change the encoding with'):
+        merge(sets, tmp_path / "all")
+    for number, name in enumerate(("q8", "f16")):
+        if name != encoding:
+            convert(sets[number], tmp_path / "converted", encoding=encoding)
+            sets[number] = open_label_set(tmp_path / "converted")
+    for order, out in ((sets, "all"), (sets[::-1], "reversed")):
+        merge(order, tmp_path / out)
+        merged = open_label_set(tmp_path / out)
+        assert len(merged) == 9 and not verify(merged).faults
+        for name in {name for each in sets for name in each.spec.bounds}:
+            assert merged.spec.bounds[name] == max(each.spec.bounds.get(name, 0.0) for each in sets)
+        assert merged.spec.bounds.keys() == {name for each in sets for name in each.spec.bounds}
 
 
 def test_keys_that_two_sets_share_are_counted_and_named(tmp_path):

@@ -140,6 +140,13 @@ def test_shards_that_there_are_not(local, tmp_path, text, words):
     assert not (tmp_path / "copy").exists()
 
 
+def test_shards_that_were_not_pulled_cannot_be_pulled_on(local, tmp_path):
+    pull(open_label_set(local), tmp_path / "some", shards="0-1")
+    with pytest.raises(InputError, match="of .*some only the shards 0-1 are here"):
+        pull(open_label_set(tmp_path / "some"), tmp_path / "copy", shards="1-2")
+    assert not (tmp_path / "copy").exists()
+
+
 def test_an_object_that_was_cut_off_on_the_server(local, s3, tmp_path):
     place, name = s3 + "/labels", shard_names(local)[2]
     push(open_label_set(local), place)
@@ -267,6 +274,21 @@ def test_other_content_is_never_overwritten(local, place, tmp_path):
     with pytest.raises(TargetError, match="holds another label set.*top_k is 4 and 3"):
         pull(open_label_set(place), tmp_path / "other")
     assert stored(place) == files(local)
+    # The same shards under other class names, and with another licence: neither stands in them.
+    names = [f"other{number}" for number in range(len(SPEC.class_names))]
+    for number, changed in enumerate(
+        ({"class_names": names}, {"labeler": SPEC.labeler | {"licence": "CC-BY-NC-4.0"}, "class_names": None})
+    ):
+        copy = tmp_path / f"changed{number}"
+        pull(open_label_set(local), copy)
+        text = json.loads((copy / "manifest.json").read_bytes())
+        text |= {name: value for name, value in changed.items() if value}
+        (copy / "manifest.json").write_text(json.dumps(text))
+        with pytest.raises(
+            TargetError, match="holds another label set.*(class_names|labeler.licence) is .*; choose an"
+        ):
+            push(open_label_set(copy), place)
+    assert stored(place) == files(local)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     for copy in (pull, push):
@@ -313,6 +335,16 @@ def test_a_missing_package_is_named(monkeypatch, url, package, extra):
     monkeypatch.setattr(fsspec.core, "url_to_fs", refuse)
     with pytest.raises(MissingExtraError, match=re.escape(f"pip install 'stl-offline[{extra}]' (or {package})")):
         open_label_set(url)
+
+
+@pytest.mark.parametrize("place", ["s3://", "s3:///", "memory://", "file://", "hf://"])
+def test_addresses_without_a_path(local, tmp_path, monkeypatch, place):
+    """As of an empty variable. fsspec would take ``s3:`` for a folder."""
+    monkeypatch.chdir(tmp_path)
+    for work in (open_label_set, lambda place: push(open_label_set(local), place)):
+        with pytest.raises(InputError, match=f"^{place} names no place"):
+            work(place)
+    assert not list(tmp_path.iterdir())
 
 
 def test_addresses_that_lead_nowhere(s3, tmp_path):

@@ -6,9 +6,11 @@ from torch import nn
 from stl_offline.cli import stages
 from stl_offline.cli.main import main
 from stl_offline.config import LabelerConfig, StudentConfig
+from stl_offline.config_transfer import DetectConfig, SegmentConfig
 from stl_offline.errors import InputError
 from stl_offline.models import VARIANTS
 from stl_offline.recipes import recipe_names, resolve
+from stl_offline.recipes.reading import read_recipe
 from stl_offline.training import train_student as student
 from stl_offline.training.optimization import learning_rate, make_average
 
@@ -105,6 +107,16 @@ NESTED = f"[{', '.join(_LISTS)}]"
         ("epochs: &a [*a]", "epochs takes a whole number, got [[[...]]]"),
         (f"epochs: {'[' * 3000}", "nests lists or settings too deeply"),
         (f"epochs: {'x' * 5000}", "epochs takes a whole number, got 'xxxx"),
+        ("student: false", "student holds settings of that stage, got False"),
+        ("student: {views: replay, crops: random}", "views and crops are names of one setting; give one"),
+        # What the parser itself fails on.
+        ("epochs: !!int abc", "holds a value that cannot be read (invalid literal"),
+        (f"epochs: {'1' * 5000}", "holds a value that cannot be read (Exceeds the limit"),
+        ("lr: !!timestamp foo", "holds a value that cannot be read"),
+        ("lr: !!binary é", "is not YAML"),
+        # Merges of merges, which take ten times the memory with each line.
+        ("a: &a {x: 1}\nb: &b\n  <<: [*a, *a]", "has no << merges; write the settings out"),
+        ("a: &a {x: 1}\nb: {!!merge whatever: *a}", "has no << merges"),
     ],
 )
 def test_mistakes(tmp_path, text, message):
@@ -115,6 +127,24 @@ def test_mistakes(tmp_path, text, message):
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (SegmentConfig, "student: {residual: uniform}", "there is no setting 'student'; the nearest is 's"),
+        (SegmentConfig, "backbone: runs/x", "'backbone' is not for recipes; give `backbone` beside the recipe"),
+        (DetectConfig, "lr: fast", "lr takes a number"),
+        (DetectConfig, None, "there is no recipe 'none' (recipes here are files, by their path)"),
+    ],
+)
+def test_mistakes_of_transfer(tmp_path, monkeypatch, kind, text, message):
+    monkeypatch.chdir(tmp_path)
+    if text:
+        (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(InputError) as error:
+        read_recipe(kind, "mine.yaml" if text else "none")
+    assert message in str(error.value) and "nearest is 'student'" not in str(error.value)
 
 
 def test_what_a_recipe_sets_for_other_modes_is_left_out(tmp_path, caplog):

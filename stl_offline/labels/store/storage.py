@@ -368,6 +368,9 @@ def open_storage(place: str | Path, **options: object) -> FolderStorage | Object
     text = str(place)
     if "://" not in text:
         return FolderStorage(Path(place))
+    if not text.partition("://")[2].strip("/"):
+        # fsspec takes what is left, such as s3:, for the name of a folder here.
+        raise InputError(f"{text} names no place; give the whole address, such as s3://bucket/labels")
     if text.startswith(("file://", "local://")):
         return FolderStorage(Path(text.partition("://")[2]))
     return ObjectStorage(text, **options)
@@ -383,7 +386,12 @@ def each_shard(
     Args:
         workers: shards worked on, and in memory, at the same time; 0 means one per core, at most `TRANSFERS`.
         transfer: the work waits for a network, so 0 means `TRANSFERS` whatever the number of cores.
+
+    Raises:
+        InputError: a negative number of workers.
     """
+    if workers < 0:
+        raise InputError(f"`workers` must be at least 0, got {workers}")
     threads = workers or (TRANSFERS if transfer else min(TRANSFERS, os.cpu_count() or 1))
     with (
         progress_bar(len(items), title, "shard", enabled=bool(items)) as progress,
