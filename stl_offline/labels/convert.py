@@ -10,7 +10,7 @@ from stl_offline.labels.arrays import ShardArrays, concatenate, join_parts, sele
 from stl_offline.labels.format import encode_shard
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import Manifest, shard_range
-from stl_offline.labels.spec import ENCODINGS, PARTS, LabelSpec
+from stl_offline.labels.spec import PARTS, LabelSpec, q8_bounds
 from stl_offline.labels.store import each_shard
 from stl_offline.labels.writer import LabelSetWriter
 
@@ -95,11 +95,7 @@ def _new_spec(old: LabelSpec, container: str, encoding: str, num_shards: int) ->
     # As a job would have written them that made this set at once.
     form = {"format": container, "encoding": encoding, "shards": num_shards}
     creation = old.creation | {name: value for name, value in form.items() if name in old.creation}
-    bounds = dict(old.bounds)
-    # What came from q8 lies on its steps, and goes back to them unchanged.
-    if (old.encoding, encoding) == ("f16", "q8") and not ENCODINGS["q8"].keys() <= bounds.keys():
-        for name, value in ENCODINGS[encoding].items():
-            bounds[name] = bounds.get(name, 0.0) + value
+    bounds = q8_bounds(old.bounds) if (old.encoding, encoding) == ("f16", "q8") else old.bounds
     return replace(old, container=container, encoding=encoding, creation=creation, bounds=bounds)
 
 

@@ -362,10 +362,26 @@ def differences(ours: LabelSpec, theirs: LabelSpec) -> list[Difference]:
     return found
 
 
+def q8_bounds(bounds: dict[str, float]) -> dict[str, float]:
+    """The bounds of labels with these ``bounds`` after their conversion to q8. What came from q8 lies on its steps, and
+    goes back to them unchanged."""
+    q8 = ENCODINGS["q8"]
+    if q8.keys() <= bounds.keys():
+        return dict(bounds)
+    return bounds | {name: bounds.get(name, 0.0) + value for name, value in q8.items()}
+
+
 def widest_bounds(specs: Sequence[LabelSpec]) -> dict[str, float]:
-    """The bounds that hold for the labels of all of these specs: of each name the largest."""
-    names = {name for spec in specs for name in spec.bounds}
-    return {name: max(spec.bounds.get(name, 0.0) for spec in specs) for name in sorted(names)}
+    """The bounds that hold for the labels of all of these specs together: of each name the largest.
+
+    Where some came from q8, all count as if they had: a later conversion to q8 takes the bounds of the whole for those
+    of labels that lie on q8's steps.
+    """
+    each = [spec.bounds for spec in specs]
+    if any(ENCODINGS["q8"].keys() <= bounds.keys() for bounds in each):
+        each = [q8_bounds(bounds) for bounds in each]
+    names = sorted({name for bounds in each for name in bounds})
+    return {name: max(bounds.get(name, 0.0) for bounds in each) for name in names}
 
 
 def _compare(name: str, ours: Any, theirs: Any, found: list[Difference]) -> None:

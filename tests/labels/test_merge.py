@@ -11,6 +11,7 @@ from stl_offline.errors import FormatError, InputError, JoinError
 from stl_offline.labels.convert import convert
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.merge import merge
+from stl_offline.labels.spec import ENCODINGS
 from stl_offline.labels.transfer import pull
 from stl_offline.labels.verify import verify
 from stl_offline.labels.writer import LabelSetWriter
@@ -132,9 +133,11 @@ def test_converted_sets_are_merged(tmp_path, encoding):
         merge(order, tmp_path / out)
         merged = open_label_set(tmp_path / out)
         assert len(merged) == 9 and not verify(merged).faults
-        for name in {name for each in sets for name in each.spec.bounds}:
-            assert merged.spec.bounds[name] == max(each.spec.bounds.get(name, 0.0) for each in sets)
-        assert merged.spec.bounds.keys() == {name for each in sets for name in each.spec.bounds}
+        # As if all of them had been q8, which the whole may become.
+        both = ENCODINGS["f16"]["confidence_relative"] + ENCODINGS["q8"]["confidence_relative"]
+        assert merged.spec.bounds == ENCODINGS["f16"] | ENCODINGS["q8"] | {"confidence_relative": both}
+        convert(merged, tmp_path / f"{out}-q8", encoding="q8")
+        assert open_label_set(tmp_path / f"{out}-q8").spec.bounds == merged.spec.bounds
 
 
 def test_keys_that_two_sets_share_are_counted_and_named(tmp_path):
