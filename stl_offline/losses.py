@@ -66,22 +66,27 @@ def token_cross_entropy(
         token_logits_BNK: (B, N, K), any float type; the arithmetic is float32.
         token_ids_BNm: (B, N, m) int64 in [−2, K).
         token_weights_BNm: (B, N, m) float32, not negative.
-        ghosts: the places in a row, ascending, that hold an id of −2; the same in all rows. None: they are looked for,
-            for which a GPU is waited for if m > 1.
+        ghosts: the places in a row, ascending, that may hold an id of −2, where they are the same in all rows. None:
+            they are looked for in each row, for which a GPU is waited for if m > 1.
 
     Returns:
         A float32 scalar. No dense target is made, and backward makes the gradient of the logits, in float32, and
         nothing else of that size but, for logits of another type, its copy in theirs.
     """
     ids_Tm = token_ids_BNm.reshape(-1, token_ids_BNm.shape[-1])
+    is_uniform = True
     if ghosts is None:
-        ghosts = torch.nonzero((ids_Tm == OUTSIDE).any(dim=0))[:, 0].tolist() if ids_Tm.shape[1] > 1 else ()
+        # Nothing stands before the only id of a row, so that nothing has to be looked for.
+        counts = (ids_Tm == OUTSIDE).sum(dim=0).tolist() if ids_Tm.shape[1] > 1 else [len(ids_Tm)]
+        ghosts = [place for place, count in enumerate(counts) if count]
+        is_uniform = all(counts[place] == len(ids_Tm) for place in ghosts)
     return _SparseCrossEntropy.apply(
         token_logits_BNK,
         ids_Tm,
         token_weights_BNm.reshape(-1, token_weights_BNm.shape[-1]).float(),
         float(smoothing),
         ghosts,
+        is_uniform,
     )
 
 
@@ -95,7 +100,13 @@ class _SparseCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits_BNK: Tensor, ids_Tm: Tensor, weights_Tm: Tensor, smoothing: float, ghosts: Sequence[int]
+        ctx,
+        logits_BNK: Tensor,
+        ids_Tm: Tensor,
+        weights_Tm: Tensor,
+        smoothing: float,
+        ghosts: Sequence[int],
+        is_uniform: bool,
     ) -> Tensor:
         classes = logits_BNK.shape[2]
         spread = ids_Tm == EVEN
@@ -103,14 +114,15 @@ class _SparseCrossEntropy(torch.autograd.Function):
         norm = mass_T.sum().clamp(min=torch.finfo(torch.float32).tiny)
         listed_Tm = weights_Tm.masked_fill(ids_Tm < 0, 0) * ((1 - smoothing) / norm)
         even_T = (smoothing * mass_T + (1 - smoothing) * (weights_Tm * spread).sum(dim=1)) / (norm * classes)
-        outside = [
-            (
-                ids_Tm[:, before + 1 : place],
-                weights_Tm[:, place] * (ids_Tm[:, place] == OUTSIDE) * ((1 - smoothing) / norm),
-            )
-            for before, place in zip([-1, *ghosts], ghosts, strict=False)
-        ]
         mass_T = mass_T / norm
+        outside = []
+        for before, place in zip([-1, *ghosts], ghosts, strict=False):
+            ghost_T = weights_Tm[:, place] * (ids_Tm[:, place] == OUTSIDE) * ((1 - smoothing) / norm)
+            if place == 0:
+                # It lists nothing: −log(1 − 0) = 0.
+                mass_T = mass_T - ghost_T
+            else:
+                outside.append((_listed_before(ids_Tm, before, place, is_uniform), ghost_T))
         safe_ids_Tm = ids_Tm.clamp(min=0)
         # Looking at numbers on a GPU would wait for it.
         has_even = smoothing > 0 or logits_BNK.device.type != "cpu" or bool(even_T.any())
@@ -150,7 +162,20 @@ class _SparseCrossEntropy(torch.autograd.Function):
         gradient_BNK, ctx.gradient_BNK = ctx.gradient_BNK, None
         if factor.device.type != "cpu" or factor.item() != 1.0:
             gradient_BNK.mul_(factor)
-        return gradient_BNK.to(ctx.dtype), None, None, None, None
+        return gradient_BNK.to(ctx.dtype), None, None, None, None, None
+
+
+def _listed_before(ids_Tm: Tensor, before: int, place: int, is_uniform: bool) -> Tensor:
+    """The classes that each row lists before ``place``, back to another −2; −1 for none.
+
+    is_uniform: in every row that is at ``before`` (-1: it is not there).
+    """
+    if is_uniform:
+        return ids_Tm[:, before + 1 : place]
+    ids_Tn = ids_Tm[:, :place]
+    # Where one stands at a place or behind it, that place belongs to its list.
+    of_another_Tn = (ids_Tn == OUTSIDE).flip(1).cumsum(dim=1).flip(1) > 0
+    return ids_Tn.masked_fill(of_another_Tn, EVEN)
 
 
 def _outside(logits_tK: Tensor, ids_tn: Tensor) -> tuple[Tensor, Tensor]:

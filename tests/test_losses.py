@@ -127,6 +127,40 @@ def test_ghost_loss_of_a_student_that_is_sure_of_the_stored_classes(dtype, heigh
     )
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    tokens=st.integers(1, 4),
+    columns=st.integers(1, 6),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 2**31),
+)
+def test_ghosts_stand_anywhere_in_a_row(tokens, columns, smoothing, seed):
+    """In each row elsewhere, several of them, first in a row, or alone in it: by the formula, token by token."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, tokens, 9, generator=generator, requires_grad=True)
+    ids = torch.rand(2, tokens, 9, generator=generator).argsort(dim=2)[..., :columns]
+    kinds = torch.rand(ids.shape, generator=generator)
+    ids = ids.masked_fill(kinds < 0.35, -2).masked_fill(kinds > 0.9, -1)
+    weights = torch.rand(ids.shape, generator=generator)
+    p, expected = F.softmax(logits.double(), dim=-1), 0
+    for image, token in [(image, token) for image in range(2) for token in range(tokens)]:
+        listed, mean = [], p[image, token].log().mean()
+        for index, weight in zip(ids[image, token].tolist(), weights[image, token].double(), strict=True):
+            if index == -2:
+                one = (1 - p[image, token, listed].sum()).log()
+                listed = []
+            else:
+                one = mean if index == -1 else p[image, token, index].log()
+                listed += [index] * (index >= 0)
+            expected = expected - weight * ((1 - smoothing) * one + smoothing * mean)
+    expected = expected / weights.double().sum()
+    (wanted,) = torch.autograd.grad(expected, logits)
+    loss = token_cross_entropy(logits, ids, weights, smoothing)
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-4, atol=1e-5)
+    (found,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_a_ghost_beside_all_classes_asks_for_nothing():
     logits = torch.randn(1, 1, 3, requires_grad=True)
     loss = token_cross_entropy(logits, torch.tensor([[[2, 0, 1, -2]]]), torch.tensor([[[0.0, 0.0, 0.0, 1.0]]]))

@@ -92,6 +92,11 @@ class ModelDescription:
                 f"token_head must be one of {', '.join(TOKEN_HEADS)} or empty, got {_short(self.token_head)}"
             )
 
+    @property
+    def has_trained_tokens(self) -> bool:
+        """Whether token logits mean anything: their head was trained, or it is the class head, which always is."""
+        return self.token_head_trained or self.token_head == "shared"
+
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
         if not self.token_head:  # as releases wrote it that had no other models

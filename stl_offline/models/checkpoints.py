@@ -16,6 +16,8 @@ from stl_offline.errors import FormatError, InputError
 _PREFIXES = ("module.", "_orig_mod.")
 _EMA_KEYS = ("state_dict_ema", "model_ema")
 _PLAIN_KEYS = ("state_dict", "model")
+# What buffers of models may hold: counters, indexes of relative positions, masks.
+_COUNTS = (torch.int64, torch.int32, torch.bool)
 _SHOWN = 8  # names in a message
 
 
@@ -45,7 +47,7 @@ def read_state_dict(path: str | Path, *, use_ema: bool = True) -> tuple[dict[str
         raise InputError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
         try:
-            return _strip_prefixes(load_file(path)), False
+            return _strip_prefixes(load_file(path), path), False
         except SafetensorError as error:
             raise FormatError(f"{path} is not a readable safetensors file ({error})") from error
     content = _unpickle_weights(path)
@@ -81,6 +83,11 @@ def _strip_prefixes(state_dict: Mapping, path: Path | None = None) -> dict[str, 
     for name, value in state_dict.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise FormatError(f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor: no state dict found")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            kind = "quantized" if value.is_quantized else f"{value.layout} on {value.device.type}"
+            raise FormatError(f"{path}: {name} is {kind}; save the weights as dense tensors of floating-point numbers")
+        if not value.is_floating_point() and value.dtype not in _COUNTS:
+            raise FormatError(f"{path}: {name} is of type {value.dtype}; save the weights as floating-point numbers")
         while name.startswith(_PREFIXES):
             name = name.split(".", 1)[1]
         cleaned[name] = value
@@ -99,8 +106,10 @@ def adapt_names(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> dic
         name = name.replace("pos_embeder.", "pos_embed.")
         stem, joined, kind = name.partition(".attn.qkv.")
         if joined and stem.startswith("cls_attn_blocks."):
-            if value.shape[0] % 3:
-                raise FormatError(f"{name} has {value.shape[0]} rows, which cannot be query, key and value joined")
+            if not value.ndim or value.shape[0] % 3:
+                raise FormatError(
+                    f"{name} has the shape {tuple(value.shape)}, whose rows cannot be query, key and value joined"
+                )
             for letter, part in zip("qkv", value.chunk(3), strict=True):
                 adapted[f"{stem}.attn.{letter}.{kind}"] = part
         else:
@@ -131,18 +140,33 @@ def load_checkpoint(
         use_ema: prefer a pickle's `state_dict_ema`.
         strict: every name must be in the file and in the model. Otherwise both kinds of difference are reported.
         adapt_head: leave heads (class and token) as they are where the file's have another class count or are missing.
-        by_order: the file has other names, but the same tensors in the same order (shapes are checked one by one).
+        by_order: the file has other names, but the same tensors in the same order (shapes are checked one by one). Not
+            for safetensors, which keep no order.
 
     Raises:
         InputError: no such file, or a file that does not fit the model; the message names missing and unexpected
             names and differing shapes. The model is unchanged then.
         FormatError: the file is no checkpoint, or not a safe one.
     """
+    if by_order and Path(path).suffix == ".safetensors":
+        raise InputError(
+            f"{path} cannot be matched by order: safetensors keep their tensors sorted by name; give a .pth or .bin"
+        )
     state_dict, from_ema = read_state_dict(path, use_ema=use_ema)
     own = model.state_dict()
     state_dict = _match_by_order(state_dict, own, path) if by_order else adapt_names(state_dict, model)
     adapted = _drop_other_heads(state_dict, own, model, path, adapt_head)
 
+    whole = [
+        name
+        for name in own
+        if name in state_dict and own[name].is_floating_point() and not state_dict[name].is_floating_point()
+    ]
+    if whole:
+        raise InputError(
+            f"{path} does not fit {_name(model)}: {whole[0]} is of type {state_dict[whole[0]].dtype}, not of "
+            "floating-point numbers"
+        )
     wrong = [name for name in own if name in state_dict and own[name].shape != state_dict[name].shape]
     if wrong:
         first = wrong[0]
@@ -165,7 +189,8 @@ def _drop_other_heads(state_dict: dict, own: dict, model: nn.Module, path, adapt
     kept = []
     for head in classifier_names(model):
         names = [f"{head}.weight", f"{head}.bias"]
-        differs = [name for name in names if name in state_dict and name in own]
+        # Another number of dimensions is found among the shapes.
+        differs = [name for name in names if name in state_dict and name in own and state_dict[name].ndim]
         differs = [name for name in differs if state_dict[name].shape[:1] != own[name].shape[:1]]
         absent = [name for name in names if name in own and name not in state_dict]
         if differs and not adapt_head:

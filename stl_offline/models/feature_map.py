@@ -38,7 +38,9 @@ class FeatureMap:
         self._is_nhwc = str(getattr(model, "output_fmt", "")).upper().endswith("NHWC")
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         self.prefix = 0
-        noise = torch.randn((2, _channels(model), *size), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        noise = torch.randn(
+            (2, in_channels(model), *size), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+        )
         features = self._run(noise)
         if not isinstance(features, torch.Tensor) or features.ndim not in (3, 4):
             kind = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
@@ -88,7 +90,7 @@ class FeatureMap:
             InputSizeError: the model cannot take them, or its tokens form no grid.
         """
         if (height, width) not in self._grids:
-            features = self._run(torch.zeros(1, _channels(self._model), height, width, device="cpu"))
+            features = self._run(torch.zeros(1, in_channels(self._model), height, width, device="cpu"))
             if features.ndim == 4:
                 grid = tuple(features.shape[1:3] if self._is_nhwc else features.shape[2:])
             else:
@@ -101,7 +103,7 @@ class FeatureMap:
         return self._grids[height, width]
 
 
-def _channels(model: nn.Module) -> int:
+def in_channels(model: nn.Module) -> int:
     return getattr(model, "in_chans", 3)
 
 

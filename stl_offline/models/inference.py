@@ -8,6 +8,7 @@ Shape letters: B batch, H × W token grid, N = H·W tokens, C embedding width, K
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,12 @@ class InferenceFan(nn.Module):
         for name, child in self.named_children():
             child.to(torch.float32 if name == "heads" else dtype)
         self.cls_token.data = self.cls_token.data.to(dtype)
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "InferenceFan":
+        """As torch has it, for `half`, `double` and their kin; the heads stay in float32."""
+        super()._apply(fn, recurse)
+        self.heads.float()
         return self
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:

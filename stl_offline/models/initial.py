@@ -169,7 +169,9 @@ def _load_trunk(
     overlay = {"state_dict": state_dict, "num_classes": classes, "label_offset": 0}
     try:
         donor = build_timm(ours.model, classes, ours.img_size, pretrained=True, pretrained_cfg_overlay=overlay)
-    except (RuntimeError, KeyError) as error:
+    except InputError:
+        raise
+    except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
         raise _unfit(path, ours, error) from error
     same_classes = classes == model.num_classes if theirs is None else theirs.class_names == ours.class_names
     new = _copy(donor, model, same_classes)
@@ -191,7 +193,7 @@ def _classes_in(state_dict: dict[str, Tensor], trunk: nn.Module) -> int:
     """K of a file's class head; 0 where it has none."""
     for name in classifier_names(trunk):
         weight = state_dict.get(f"{name}.weight")
-        if weight is not None:
+        if weight is not None and weight.ndim:
             return int(weight.shape[0])
     return 0
 

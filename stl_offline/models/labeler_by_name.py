@@ -98,6 +98,11 @@ def create_labeler(
 
 def _labeler_of_run(run: str, img_size: int | tuple[int, int] | None) -> TokenLabeler:
     description = read_description(run)
+    if not description.has_trained_tokens:
+        raise InputError(
+            f"the token head of {run} was not trained, so its token labels would mean nothing; give a labeler, or a "
+            "student that was trained with token labels"
+        )
 
     def make(size: int | tuple[int, int]) -> TokenLabeler:
         model, _ = load_model(run)
@@ -112,35 +117,49 @@ def _labeler_of_run(run: str, img_size: int | tuple[int, int] | None) -> TokenLa
             interpolation=description.interpolation,
         )
 
-    return _at_size(make, description.model, img_size or description.img_size)
+    return _at_size(make, description.model, img_size or description.img_size, trained_at=description.img_size)
 
 
 def _at_size(
-    make: Callable[[int | tuple[int, int]], TokenLabeler], architecture: str, size: int | tuple[int, int]
+    make: Callable[[int | tuple[int, int]], TokenLabeler],
+    architecture: str,
+    size: int | tuple[int, int],
+    trained_at: int | None = None,
 ) -> TokenLabeler:
-    """``make(size)``; where the model cannot take the size or does not see all of it, the error gives the nearest."""
+    """``make(size)``; where the model cannot take the size or does not see all of it, the error gives the nearest.
+
+    trained_at: the size of a run's model, which may not be changed in all families; None: it is built for each size.
+    """
+
+    def build_untrained(size: int | tuple[int, int]) -> None:
+        model = timm.create_model(architecture, num_classes=2, **size_argument(architecture, size))
+        TokenLabeler(model, name=architecture, img_size=size)
+
+    build = build_untrained if trained_at is None else make
     try:
         return make(size)
     except FormatError:
         raise
     except SIZE_ERRORS as error:
         # The size's errors have no common form, and loading weights hides some: an untrained copy shows the reason.
-        fault = str(error) if isinstance(error, InputSizeError) else _size_fault(architecture, size)
+        fault = str(error) if isinstance(error, InputSizeError) else _size_fault(build, architecture, size)
         if fault is None:
             raise
         cause = error
     height, width = (size, size) if isinstance(size, int) else size
     cell = cell_size(timm.create_model(architecture, num_classes=2)) or 32
-    found = nearest_sizes(lambda near: _size_fault(architecture, near) is None, (height, width), cell)
+    found = nearest_sizes(lambda near: _size_fault(build, architecture, near) is None, (height, width), cell)
+    found = found or [(trained_at, trained_at)] * (trained_at is not None)
     sizes = " and ".join(str(h) if h == w and height == width else f"{h}×{w}" for h, w in found)
     raise InputSizeError(f"{fault}; the nearest sizes that work: {sizes or 'none was found'}") from cause
 
 
-def _size_fault(architecture: str, size: int | tuple[int, int]) -> str | None:
-    """Why an untrained model cannot take images of this size or does not see all of them; None where it does."""
+def _size_fault(
+    build: Callable[[int | tuple[int, int]], object], architecture: str, size: int | tuple[int, int]
+) -> str | None:
+    """Why the model cannot take images of this size or does not see all of them; None where it does."""
     try:
-        model = timm.create_model(architecture, num_classes=2, **size_argument(architecture, size))
-        TokenLabeler(model, name=architecture, img_size=size)
+        build(size)
     except InputSizeError as error:
         return str(error)
     except InputError:  # it cannot label at any size
@@ -227,7 +246,9 @@ def with_checkpoint(
     overlay = {"state_dict": state_dict, "num_classes": classes or 1000}
     try:
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
-    except (RuntimeError, KeyError) as error:
+    except InputError:
+        raise
+    except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
         raise InputError(
             f"{checkpoint} does not fit {name} ({_one_line(error, 400)}); if only its names differ, match the tensors "
             f"by order (`{by_order}`)"
@@ -240,7 +261,7 @@ def _class_count(name: str, state_dict: Mapping[str, Tensor]) -> int | None:
     classifier = cfg.classifier if cfg else None
     classifier = classifier[0] if isinstance(classifier, list | tuple) else classifier
     weight = state_dict.get(f"{classifier}.weight")
-    return None if weight is None else int(weight.shape[0])
+    return None if weight is None or not weight.ndim else int(weight.shape[0])
 
 
 def imagenet_names(model: nn.Module) -> tuple[str, ...] | None:

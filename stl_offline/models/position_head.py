@@ -8,7 +8,8 @@ position, for any layout and without knowing the head's parts. That is a labelin
 such a vector, and where what follows the pooling is linear after at most one normalisation; numbers tell both.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import torch
@@ -34,6 +35,36 @@ def why_not_per_position(model: nn.Module) -> str:
     return ""
 
 
+def modules_of_head(model: nn.Module, features: torch.Tensor) -> list[nn.Module]:
+    """The modules with weights that ``model.forward_head`` runs on these ``features``, in order."""
+    ran: list[nn.Module] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: ran.append(module))
+        for module in model.modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    try:
+        with _evaluating(model):
+            model.forward_head(features)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ran
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients; each module has its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 class PositionHead(nn.Module):
     """Features of `model.forward_features` → (class logits (B, K), position logits (B, N, K)).
 
@@ -49,6 +80,7 @@ class PositionHead(nn.Module):
         pooling: what the class logits are computed from, "mean" (then, with a linear head, the mean of the position
             logits equals the class logits), "mean with prefix" or "class token" (no such identity).
         linear: whether the head is affine without a normalisation after the pooling.
+        modules_of_head: the modules that were put into float32.
         has_batch_norm: whether the head has one, whose statistics over positions are not those over images.
 
     Raises:
@@ -61,28 +93,12 @@ class PositionHead(nn.Module):
         self._layout = layout
         if reason := why_not_per_position(model):
             refuse(reason)
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        with torch.no_grad():
-            self.has_batch_norm = self._to_float32(layout.features)
-            self.pooling, self.linear = self._check(layout.features.float(), refuse)
-        for module, mode in modes:
-            module.training = mode
-
-    def _to_float32(self, features: torch.Tensor) -> bool:
-        """Put every module that the head runs into float32; gives whether a batch norm is one of them."""
-        ran: list[nn.Module] = []
-        hooks = [
-            module.register_forward_pre_hook(lambda module, _: ran.append(module))
-            for module in self._model[0].modules()
-            if next(module.parameters(recurse=False), None) is not None
-        ]
-        self._model[0].forward_head(features)
-        for hook in hooks:
-            hook.remove()
-        for module in ran:
+        self.modules_of_head = modules_of_head(model, layout.features)
+        for module in self.modules_of_head:
             module.float()
-        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in ran)
+        self.has_batch_norm = any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in self.modules_of_head)
+        with _evaluating(model):
+            self.pooling, self.linear = self._check(layout.features.float(), refuse)
 
     def _check(self, features: torch.Tensor, refuse: Callable[[str], NoReturn]) -> tuple[str, bool]:
         """What the head pools, and whether it is linear after that; refused where neither is as needed."""

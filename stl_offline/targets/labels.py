@@ -210,9 +210,16 @@ class TokenLabels:
     def stored_views(self, samples: Sequence[str] | Sequence[int] | np.ndarray, epoch: int) -> np.ndarray | None:
         """The crops that a label set of crops was made from, one for each sample, in turn: float32 (B, 6).
 
-        Training on them replays the labels as they are stored. A sample without label gets NaN. None for a label set
-        of whole images, which fits any crop.
+        Training on them replays the labels as they are stored. A sample without label gets NaN, and may be given so to
+        the targets. None for a label set of whole images, which fits any crop.
+
+        Raises:
+            InputError: several caches, whose crops differ; or as `rows`.
         """
+        if len(self.caches) > 1:
+            raise InputError(
+                f"these token labels are of {len(self.caches)} caches, each with crops of its own; take one"
+            )
         (cache,) = self.caches
         if cache.spec.views["kind"] != "random":
             return None
@@ -236,7 +243,7 @@ class TokenLabels:
 
         Args:
             samples: (B,) keys, or places in the cache.
-            views: float32 (B, 6), or views: what the student sees of each image.
+            views: float32 (B, 6), or views: what the student sees of each image; of a sample without label anything.
             epoch, seed: drawn targets are a pure function of these and the sample's place.
             map_index, cache_index: int64 (B,): which map of which cache; by default map ``epoch`` mod V of the first.
             class_ids: int64 (B,): the images' own classes, for targets whose residual is "class".
@@ -250,14 +257,21 @@ class TokenLabels:
         """
         rows = self.rows(samples)
         shown = _as_rows(views)
-        if shown.shape != (len(rows), 6) or not np.isfinite(shown).all():
-            raise InputError(f"{len(rows)} samples need as many views of six finite numbers, got {shown.shape}")
+        if shown.shape != (len(rows), 6):
+            raise InputError(f"{len(rows)} samples need as many views of six numbers, got {shown.shape}")
         counts = np.array([cache.views.shape[1] for cache in self.caches])
         caches = check_index("cache_index", 0 if cache_index is None else cache_index, len(rows), len(counts))
         own = epoch % counts[caches] if map_index is None else map_index
         maps = check_index("map_index", own, len(rows), int(counts.max()))
         if (maps >= counts[caches]).any():
             raise InputError(f"map_index names a map that its cache does not hold; they hold {counts.tolist()}")
+        is_labelled = rows >= 0
+        for number, cache in enumerate(self.caches):
+            mine = is_labelled & (caches == number)
+            is_labelled[mine] = cache.labelled[rows[mine]] != 0
+        unknown = np.flatnonzero(is_labelled & ~np.isfinite(shown).all(axis=1))
+        if len(unknown):
+            raise InputError(f"views are six finite numbers; that of {samples[unknown[0]]!r} is {shown[unknown[0]]}")
         own = np.full(len(rows), -1)
         if self.targets.residual == "class":
             if class_ids is None:

@@ -43,7 +43,7 @@ def score_token_head(config: ZeroTrainConfig) -> dict[str, Any]:
     """
     device = pick_device(config.device)
     model, description = load_model(config.checkpoint)
-    if not description.token_head_trained:
+    if not description.has_trained_tokens:
         raise InputError(
             f"the token head of {config.checkpoint} was not trained; give a labeler or a student of labels"
         )

@@ -79,6 +79,14 @@ def test_stored_crops_replay_the_labels(beton, whole, cropped):
             np.testing.assert_array_equal(ids[place], stored.class_ids[epoch % 3].reshape(ids.shape[1:]))
             expected = stored.probabilities()[epoch % 3].reshape(ids.shape[1:])
             np.testing.assert_array_equal(weights[place], expected)
+    # A sample without label has no crop, and needs none.
+    skipping = TokenLabels.of(cropped, cropped.spec.grid, "soft", missing="skip")
+    views = skipping.stored_views([beton.keys[0], "new"], 0)
+    assert np.isfinite(views[0]).all() and np.isnan(views[1]).all()
+    ids, weights = skipping([beton.keys[0], "new"], views)
+    assert weights[0].any() and not weights[1].any() and (ids[1] == -1).all()
+    with pytest.raises(InputError, match="are of 2 caches, each with crops of its own"):
+        TokenLabels(labels.targets, [labels.cache, labels.cache]).stored_views([0], 0)
 
 
 def test_worker_processes_map_the_files_again(whole):
@@ -96,8 +104,10 @@ def test_wrong_arguments(whole):
     view = np.float32([[1, 0, 0, 0, 1, 0]])
     with pytest.raises(InputError, match="numbers in 0 … 14"):
         labels([15], view)
-    with pytest.raises(InputError, match="1 samples need as many views of six finite numbers"):
-        labels([0], np.full((1, 6), np.nan))
+    with pytest.raises(InputError, match="views are six finite numbers; that of 1 is .*nan"):
+        labels([0, 1], np.concatenate([view, np.full((1, 6), np.nan)]))
+    with pytest.raises(InputError, match=r"1 samples need as many views of six numbers, got \(1, 4\)"):
+        labels([0], view[:, :4])
     with pytest.raises(InputError, match="map_index must be 1 numbers in 0 … 0"):
         labels([0], view, map_index=np.array([1]))
     by_class = TokenLabels.of(whole, GRID, residual="class")

@@ -119,6 +119,31 @@ def test_files_that_are_no_checkpoints(tmp_path, trained):
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FormatError, match=r"cut.pth"):
         load_checkpoint(fresh(), tmp_path / "cut.pth")
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(FormatError, match="empty.safetensors holds no tensors"):
+        load_checkpoint(fresh(), tmp_path / "empty.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "words"),
+    [
+        ("head.weight", torch.tensor(1.0), InputError, r"head.weight is \(\) in the file"),
+        ("cls_attn_blocks.0.attn.qkv.weight", torch.tensor(1.0), FormatError, r"has the shape \(\)"),
+        ("norm.weight", torch.ones(128, dtype=torch.int8), FormatError, "norm.weight is of type torch.int8"),
+        ("norm.weight", torch.ones(128, dtype=torch.int64), InputError, "norm.weight is of type torch.int64, not of"),
+        ("norm.weight", torch.ones(128, dtype=torch.complex64), FormatError, "type torch.complex64"),
+        ("norm.weight", torch.ones(128).to_sparse(), FormatError, "norm.weight is torch.sparse_coo on cpu"),
+        ("norm.weight", torch.ones(128, device="meta"), FormatError, "norm.weight is torch.strided on meta"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_tensors_that_are_no_weights(tmp_path, trained, name, value, kind, words):
+    torch.save(trained.state_dict() | {name: value}, tmp_path / "odd.pth")
+    model = fresh()
+    with pytest.raises(kind, match=words) as raised:
+        load_checkpoint(model, tmp_path / "odd.pth")
+    assert "odd.pth" in str(raised.value) or name.startswith("cls_attn")
+    assert same_weights(model, fresh())
 
 
 def test_differences_are_reported_and_nothing_is_loaded(tmp_path, trained):
@@ -183,6 +208,9 @@ def test_by_order(tmp_path, trained):
         load_checkpoint(model, tmp_path / "renamed.bin")
     load_checkpoint(model, tmp_path / "renamed.bin", by_order=True)
     assert same_weights(model, trained)
+    save_file(renamed, tmp_path / "renamed.safetensors")
+    with pytest.raises(InputError, match="renamed.safetensors cannot be matched by order: .* give a .pth or .bin"):
+        load_checkpoint(model, tmp_path / "renamed.safetensors", by_order=True)
     torch.save(dict(list(renamed.items())[:-1]), tmp_path / "short.bin")
     with pytest.raises(InputError, match="cannot be matched by order"):
         load_checkpoint(model, tmp_path / "short.bin", by_order=True)

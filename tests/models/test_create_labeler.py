@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from stl_offline.errors import FormatError, InputError
-from stl_offline.models import WEIGHTS_NAME, ModelDescription, create_labeler, save_model
+from stl_offline.models import WEIGHTS_NAME, ModelDescription, build_model, create_labeler, save_model
 from tests.models.fan_fill import fill_model, random_image
 
 NAMES = ("ant", "bee", "cat", "dog", "elk")
@@ -60,6 +60,46 @@ def test_a_run_at_another_size(tmp_path):
     for extra in ({"labeler_checkpoint": "x"}, {"labeler_classes": NAMES}, {"labeler_pretrained": True}):
         with pytest.raises(InputError, match="go with a labeler timm:NAME or hf-hub:ORG/NAME"):
             create_labeler(tmp_path, **extra)
+
+
+@pytest.mark.parametrize(
+    ("name", "token_head", "is_refused"),
+    [("fan_micro_4_p8_token", "", True), ("test_vit", "own", True), ("test_vit", "shared", False)],
+)
+def test_a_token_head_that_was_not_trained_labels_nothing(tmp_path, name, token_head, is_refused):
+    """A student without token labels; where the heads are one, that was trained with the classes."""
+    description = ModelDescription(name, NAMES, 64, "student", token_head_trained=False, token_head=token_head)
+    model = build_model(name, 5, 64, token_head=token_head)
+    save_model(tmp_path / WEIGHTS_NAME, model.state_dict(), description)
+    if is_refused:
+        with pytest.raises(InputError, match="the token head of .* was not trained, .* give a labeler, or a student"):
+            create_labeler(tmp_path)
+    else:
+        assert create_labeler(tmp_path).pooling == "class token"
+
+
+def test_sizes_that_a_run_cannot_take_are_not_advised(tmp_path):
+    """A model whose family cannot change its size: what an untrained one of another size takes does not matter."""
+    model = build_model("levit_128s", 5, 224, token_head="own")
+    description = ModelDescription("levit_128s", NAMES, 224, "student", token_head="own")
+    save_model(tmp_path / WEIGHTS_NAME, model.state_dict(), description)
+    assert create_labeler(tmp_path).grid_size(224, 224) == (4, 4)
+    with pytest.raises(InputError, match="levit_128s .*256×256.*the nearest sizes that work: 224$"):
+        create_labeler(tmp_path, img_size=256)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "value"),
+    [
+        ("test_vit", "head.weight", torch.tensor(1.0)),
+        ("test_vit", "pos_embed", torch.tensor(1.0)),
+        ("test_vit", "patch_embed.proj.weight", torch.zeros(2, 2)),
+    ],
+)
+def test_tensors_of_another_shape(tmp_path, name, tensor, value):
+    torch.save(build(name).state_dict() | {tensor: value}, tmp_path / "w.bin")
+    with pytest.raises(InputError, match=f"w.bin does not fit {name}"):
+        create_labeler(f"timm:{name}", labeler_checkpoint=tmp_path / "w.bin")
 
 
 @pytest.mark.parametrize("text", ["ant\nbee\ncat\ndog\nelk\n", "\ufeffant\r\nbee\r\n\r\n  cat\r\ndog\r\nelk"])

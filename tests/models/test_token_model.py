@@ -246,6 +246,38 @@ def test_onnx(name, tmp_path):
             torch.testing.assert_close(torch.as_tensor(output), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("token_head", ["own", "shared"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_the_heads_are_float32_whatever_the_trunk_is(token_head, dtype):
+    """Built of such a trunk, or converted afterwards, as a labeler too."""
+    torch.manual_seed(0)
+    images = random_image(2, 64, 64)
+    of_trunk = TokenModel(timm.create_model("test_vit", num_classes=3, img_size=64, dtype=dtype), token_head=token_head)
+    later = TokenModel(timm.create_model("test_vit", num_classes=3, img_size=64), token_head=token_head).to(dtype)
+    fan = TokenLabeler(timm.create_model("fan_micro_4_p8_token", num_classes=3), img_size=64).to(dtype)
+    for model in (of_trunk, later, copy.deepcopy(later), TokenLabeler(later, img_size=64), fan):
+        found = model.eval()(images.to(dtype))
+        assert [each.dtype for each in found] == [torch.float32] * 2
+        assert {each.dtype for each in model.parameters()} == {torch.float32, dtype}
+    expected = later.float()(images)
+    for each, wanted in zip(later.to(dtype)(images.to(dtype)), expected, strict=True):
+        torch.testing.assert_close(each, wanted, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("token_head", ["own", "shared"])
+def test_images_of_other_channels(token_head):
+    trunk = timm.create_model("test_resnet", num_classes=3, in_chans=2).train()
+    model = TokenModel(trunk, img_size=64, token_head=token_head).train()
+    model.check_view(64, 96)
+    assert TokenLabeler(model, img_size=64)(torch.rand(1, 2, 64, 64))[1].shape == (1, 4, 3)
+    broken = TokenModel(timm.create_model("test_resnet", num_classes=3), img_size=64).train()
+    broken.trunk.in_chans = 1
+    with pytest.raises(RuntimeError, match="channels"):
+        broken.check_view(64, 64)
+    assert all(module.training for module in broken.modules())
+
+
 def test_a_labeler_takes_a_model_of_ones_own():
     model = build("test_resnet")
     labeler = TokenLabeler(model, img_size=96, class_names=NAMES)
