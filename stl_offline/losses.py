@@ -66,8 +66,9 @@ def token_cross_entropy(
         token_logits_BNK: (B, N, K), any float type; the arithmetic is float32.
         token_ids_BNm: (B, N, m) int64 in [−2, K).
         token_weights_BNm: (B, N, m) float32, not negative.
-        ghosts: the places in a row, ascending, that may hold an id of −2, where they are the same in all rows. None:
-            they are looked for in each row, for which a GPU is waited for if m > 1.
+        ghosts: the places in a row, ascending, that may hold an id of −2, where they are the same in all rows; a list
+            ends there whatever the id is. None: they are looked for in each row, for which a GPU is waited for if
+            m > 1.
 
     Returns:
         A float32 scalar. No dense target is made, and backward makes the gradient of the logits, in float32, and
