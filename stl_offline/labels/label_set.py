@@ -85,8 +85,10 @@ class LabelSet(Mapping[str, LabelMap]):
         if not self.present or not 0 <= min(self.present) <= max(self.present) < len(self.shards):
             raise FormatError(f"the label set {self.place} is empty: none of its {len(self.shards)} shards is here")
         # Made once for all parts: a spec holds all class names.
-        self._part_of = whole._part_of if whole else manifest.part_of_shards()
-        self._part_specs = whole._part_specs if whole else [self.spec.of_views(views) for views in self.spec.parts]
+        self._part_of = manifest.part_of_shards() if whole is None else whole._part_of
+        self._part_specs = (
+            [self.spec.of_views(views) for views in self.spec.parts] if whole is None else whole._part_specs
+        )
         self.parts: tuple[LabelSet, ...] = (self,)
         if len(self._part_specs) > 1:
             self._divide()

@@ -180,11 +180,8 @@ def _look(target: Storage, manifest: Manifest, *, may_grow: bool = False) -> boo
         if theirs == manifest:
             return True
         others = differences(manifest.spec, theirs.spec)
-        if (
-            may_grow
-            and theirs.shards == manifest.shards[: len(theirs.shards)]
-            and len(theirs.shards) < len(manifest.shards)
-        ):
+        first = manifest.shards[: len(theirs.shards)]
+        if may_grow and theirs.shards == first and len(first) < len(manifest.shards):
             others = [each for each in others if each.entry != "source"]
             if not others:
                 return False

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from stl_offline.models.input_size import InputSizeError
+from stl_offline.models.layers import evaluating
 
 # Grids of tokens are found from their number; a grid fits where its cells are no longer than this times their width.
 _LONGEST_CELL = 1.25
@@ -54,21 +55,17 @@ class FeatureMap:
                     break
         self.features = features
 
-    @torch.no_grad()  # not inference mode: what a model computes once and keeps must be good for training, too
     def _run(self, images: torch.Tensor) -> Any:
         model = self._model
         parameter = next(model.parameters())
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
         try:
-            return model.forward_features(images.to(parameter.device, parameter.dtype))
+            # Not inference mode: what a model computes once and keeps must be good for training, too.
+            with evaluating(model):
+                return model.forward_features(images.to(parameter.device, parameter.dtype))
         except (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError) as error:
             height, width = images.shape[-2:]
             first = str(error).strip().split("\n", 1)[0].rstrip(".") or type(error).__name__
             raise InputSizeError(f"{self._name} cannot take images of {height}×{width} pixels: {first}") from error
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     def vectors(self, features: torch.Tensor) -> torch.Tensor:
         """Features → positions in row order, (B, N, C)."""

@@ -8,7 +8,7 @@ from timm.layers import freeze_batch_norm_2d
 from timm.models import get_arch_name
 from torch import Tensor, nn
 
-from stl_offline.errors import FormatError, InputError
+from stl_offline.errors import FormatError, InputError, StlError
 from stl_offline.files import sha256_file
 from stl_offline.models.artifact import ModelDescription, check_digest, read_description, weights_path
 from stl_offline.models.build import build_timm, size_argument
@@ -169,7 +169,7 @@ def _load_trunk(
     overlay = {"state_dict": state_dict, "num_classes": classes, "label_offset": 0}
     try:
         donor = build_timm(ours.model, classes, ours.img_size, pretrained=True, pretrained_cfg_overlay=overlay)
-    except InputError:
+    except StlError:
         raise
     except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
         raise _unfit(path, ours, error) from error

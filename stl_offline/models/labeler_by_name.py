@@ -10,7 +10,7 @@ import torch
 from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
-from stl_offline.errors import FormatError, InputError
+from stl_offline.errors import FormatError, InputError, StlError
 from stl_offline.files import sha256_file
 from stl_offline.labels.class_names import read_class_names
 from stl_offline.models.artifact import load_model, read_description, weights_sha256
@@ -246,13 +246,13 @@ def with_checkpoint(
     overlay = {"state_dict": state_dict, "num_classes": classes or 1000}
     try:
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
-    except InputError:
+    except StlError:
         raise
     except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{checkpoint} does not fit {name} ({_one_line(error, 400)}); if only its names differ, match the tensors "
-            f"by order (`{by_order}`)"
-        ) from error
+        # safetensors keep no order.
+        advice = f"; if only its names differ, match the tensors by order (`{by_order}`)"
+        advice = "" if Path(checkpoint).suffix == ".safetensors" else advice
+        raise InputError(f"{checkpoint} does not fit {name} ({_one_line(error, 400)}){advice}") from error
 
 
 def _class_count(name: str, state_dict: Mapping[str, Tensor]) -> int | None:

@@ -149,6 +149,19 @@ def _is_autocast(x: torch.Tensor) -> bool:
     return knows and torch.is_autocast_enabled(device)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients; each module has its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 class FullPrecisionLinear(nn.Linear):
     """A linear layer that autocast leaves in its own precision: a head, whose gradients are small numbers."""
 

@@ -8,14 +8,14 @@ position, for any layout and without knowing the head's parts. That is a labelin
 such a vector, and where what follows the pooling is linear after at most one normalisation; numbers tell both.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
 from torch import nn
 
 from stl_offline.models.feature_map import FeatureMap
+from stl_offline.models.layers import evaluating
 
 _MEAN_POOLS = ("avg", "fast", "fastavg", "token", "cls", "")
 _CHECK_TOLERANCE = 1e-3  # of the largest logit; float32 agrees to about 1e-6, another pooling differs by about 1
@@ -35,8 +35,8 @@ def why_not_per_position(model: nn.Module) -> str:
     return ""
 
 
-def modules_of_head(model: nn.Module, features: torch.Tensor) -> list[nn.Module]:
-    """The modules with weights that ``model.forward_head`` runs on these ``features``, in order."""
+def float32_head(model: nn.Module, features: torch.Tensor) -> list[nn.Module]:
+    """Put every module with weights that ``model.forward_head`` runs on ``features`` into float32; gives them."""
     ran: list[nn.Module] = []
     hooks = [
         module.register_forward_pre_hook(lambda module, _: ran.append(module))
@@ -44,25 +44,14 @@ def modules_of_head(model: nn.Module, features: torch.Tensor) -> list[nn.Module]
         if next(module.parameters(recurse=False), None) is not None
     ]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             model.forward_head(features)
     finally:
         for hook in hooks:
             hook.remove()
+    for module in ran:
+        module.float()
     return ran
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients; each module has its own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class PositionHead(nn.Module):
@@ -93,11 +82,9 @@ class PositionHead(nn.Module):
         self._layout = layout
         if reason := why_not_per_position(model):
             refuse(reason)
-        self.modules_of_head = modules_of_head(model, layout.features)
-        for module in self.modules_of_head:
-            module.float()
+        self.modules_of_head = float32_head(model, layout.features)
         self.has_batch_norm = any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in self.modules_of_head)
-        with _evaluating(model):
+        with evaluating(model):
             self.pooling, self.linear = self._check(layout.features.float(), refuse)
 
     def _check(self, features: torch.Tensor, refuse: Callable[[str], NoReturn]) -> tuple[str, bool]:

@@ -17,8 +17,8 @@ from torch import nn
 from stl_offline.errors import InputError
 from stl_offline.models.feature_map import FeatureMap, in_channels
 from stl_offline.models.input_size import InputSizeError, cell_size, uncovered, unseen_sides, with_open_branches
-from stl_offline.models.layers import FullPrecisionLinear, fix_statistics_in_recomputation
-from stl_offline.models.position_head import PositionHead, modules_of_head
+from stl_offline.models.layers import FullPrecisionLinear, evaluating, fix_statistics_in_recomputation
+from stl_offline.models.position_head import PositionHead, float32_head
 
 TRUNK, TOKEN_HEAD = "trunk.", "token_head."
 _REFUSALS = {
@@ -86,12 +86,10 @@ class TokenModel(nn.Module):
         self.positions = None
         if token_head == "own":
             self.token_head = TokenHead(self._layout.width, self.num_classes)
-            self._heads = [*modules_of_head(trunk, self._layout.features), self.token_head]
+            self._heads = [*float32_head(trunk, self._layout.features), self.token_head]
         else:
             self.positions = PositionHead(trunk, self._layout, refuse)
             self._heads = self.positions.modules_of_head
-        for head in self._heads:
-            head.float()
         del self._layout.features
         self.pooling = "token head" if self.positions is None else self.positions.pooling
         self._check_covered(size)
@@ -108,7 +106,6 @@ class TokenModel(nn.Module):
         if fault := uncovered(size, grid, cell_size(self.trunk)):
             raise _unseen(self.name, size, fault)
 
-    @torch.no_grad()
     def check_view(self, height: int, width: int) -> None:
         """Check that the tokens see the whole of such an image; runs a few of them, in evaluation mode.
 
@@ -119,9 +116,7 @@ class TokenModel(nn.Module):
         parameter = next(self.trunk.parameters())
         image = torch.randn(1, in_channels(self.trunk), height, width, generator=torch.Generator().manual_seed(2))
         image = image.to(parameter.device, parameter.dtype)
-        modes = [(module, module.training) for module in self.trunk.modules()]
-        self.trunk.eval()
-        try:
+        with evaluating(self.trunk):
             sides = unseen_sides(self._vectors_of(self.trunk), image)
             if sides:
                 opened = with_open_branches(self.trunk)
@@ -130,9 +125,6 @@ class TokenModel(nn.Module):
                     # Little of an image may be left in the features of a deep untrained model: float64 still shows it.
                     with contextlib.suppress(RuntimeError):  # a model that computes in float32 whatever its weights are
                         sides = unseen_sides(self._vectors_of(opened.double()), image.double())
-        finally:
-            for module, mode in modes:
-                module.training = mode
         if sides:
             grid = self.grid_size(height, width)
             fault = f"pixels at the {' and '.join(sides)} change none of its {grid[0]}×{grid[1]} tokens"

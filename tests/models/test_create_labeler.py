@@ -37,8 +37,13 @@ def test_from_a_file(tmp_path):
     )
     torch.testing.assert_close(renamed(images)[0], model(images))
     assert renamed.class_names == NAMES
-    with pytest.raises(InputError, match="does not fit test_efficientnet"):
+    with pytest.raises(InputError, match="does not fit test_efficientnet .* by order .`labeler_by_order`"):
         create_labeler("timm:test_efficientnet", labeler_checkpoint=tmp_path / "w.bin")
+    # Which is not advised of a file that has no order.
+    save_file(torch.load(tmp_path / "w.bin"), tmp_path / "renamed.safetensors")
+    with pytest.raises(InputError, match="does not fit test_efficientnet") as raised:
+        create_labeler("timm:test_efficientnet", labeler_checkpoint=tmp_path / "renamed.safetensors")
+    assert "order" not in str(raised.value)
 
 
 def test_position_embeddings_are_resized(tmp_path):

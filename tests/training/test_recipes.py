@@ -1,11 +1,13 @@
 """Recipes: the published settings, what wins over what, and mistakes in one line."""
 
+import re
+
 import pytest
 from torch import nn
 
 from stl_offline.cli import stages
 from stl_offline.cli.main import main
-from stl_offline.config import LabelerConfig, StudentConfig
+from stl_offline.config import LabelerConfig, StudentConfig, TrainConfig
 from stl_offline.config_transfer import DetectConfig, SegmentConfig
 from stl_offline.errors import InputError
 from stl_offline.models import VARIANTS
@@ -41,6 +43,20 @@ def test_every_recipe_is_listed():
     assert recipe_names() == ("fan-base", "fan-large", "fan-micro", "fan-small", "fan-tiny")
     micro = resolve(StudentConfig, "fan-micro", PLACES)
     assert (micro.model, micro.img_size, micro.mixup, micro.lr_batch) == ("fan_micro_4_p8", 64, 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (["train-student"], TrainConfig),
+        (["transfer", "segment"], SegmentConfig),
+        (["transfer", "detect"], DetectConfig),
+    ],
+)
+def test_the_help_names_every_recipe(capsys, words, kind):
+    assert main([*words, "--help"]) == 0
+    text = capsys.readouterr().out.partition("--recipe")[2].partition("YAML file")[0]
+    assert set(re.findall(r"(?:segment-|detect-)?fan-[a-z]+", text)) == set(recipe_names(kind))
 
 
 def test_the_learning_rate_follows_the_images_of_a_step():
