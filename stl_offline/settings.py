@@ -109,9 +109,15 @@ def recorded(settings: Any, *affects: str) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two dicts of settings, as ``name: old → new`` lines."""
-    names = sorted(old.keys() | new.keys())
-    return [f"{name}: {_change(old.get(name), new.get(name))}" for name in names if old.get(name) != new.get(name)]
+    """What differs between two dicts of settings, as ``name: old → new`` lines; of a dict in both, its entries."""
+    found: list[str] = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += [f"{name}.{each}" for each in differences(before, after)]
+        elif before != after:
+            found.append(f"{name}: {_change(before, after)}")
+    return found
 
 
 def _change(old: Any, new: Any) -> str:

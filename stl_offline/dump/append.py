@@ -29,7 +29,8 @@ class AppendLabelling(Labelling):
         super().__init__(config, labeler, beton, device, content_ids(beton))
         check_settings(base, self.spec)
         self._base, self._old = base, OldImages.of(base)
-        self.rows = self._old.new(beton.keys, beton.content_hashes, beton.place)
+        classes = self.class_map[beton.class_ids]
+        self.rows = self._old.new(beton.keys, classes, beton.content_hashes, beton.place)
         if len(self.rows):
             check_shards(config.shards, len(self.rows))
         self.num_shards = config.shards or pick_shards(len(self.rows), config.crops_per_image)
@@ -58,8 +59,11 @@ class AppendTars(TarLabelling):
     ) -> None:
         known = {shard.images for shard in base.shards}
         super().__init__(config, labeler, tars, device)
-        check_settings(base, self.spec)
+        check_settings(base, self.spec, ("creation.class_map",))
         self._base = base
+        if self.first is not None and self.first.tar in known:
+            index = next(index for index, shard in enumerate(base.shards) if shard.images == self.first.tar)
+            self.first.check(base.read_index(index), base.place)
         self._tars = self.rows = [tar for tar in tars if tar_name(tar) not in known]
         self.num_shards = len(self._tars)
 

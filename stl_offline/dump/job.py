@@ -20,12 +20,12 @@ from stl_offline.device import pick_device
 from stl_offline.dump.append import prepare_append
 from stl_offline.dump.labelling import Labelling, load_labeler
 from stl_offline.dump.tars import TarLabelling, prepare
-from stl_offline.errors import InputError
+from stl_offline.errors import InputError, TargetError
 from stl_offline.files import cache_dir, sha256_bytes
 from stl_offline.labels.append import remove_leftovers
 from stl_offline.labels.hub import is_hub
 from stl_offline.labels.label_set import open_label_set
-from stl_offline.labels.store import MANIFEST, open_storage, read_manifest
+from stl_offline.labels.store import JOB, MANIFEST, open_storage, read_manifest
 from stl_offline.labels.transfer import check_free, push
 from stl_offline.labels.writer import LabelSetWriter, check_place
 from stl_offline.progress import progress_bar
@@ -82,7 +82,14 @@ def dump_labels(config: DumpConfig, *, finish: bool = False, append: bool = Fals
     else:
         labelling = prepare(config, labeler, device)
         started = time.perf_counter()
+    if finish:
+        _check_begun(config.out, append)
     with labelling.open_writer() as writer:
+        if finish and (missing := writer.missing()):
+            raise TargetError(
+                f"{len(missing):,} of {writer.num_shards:,} shards of {writer.place} are not written yet, the first is "
+                f"{missing[0]}; `finish` writes no shards: leave it out to go on"
+            )
         labelled = 0 if finish else _write_shards(labelling, writer, is_first)
         manifest = writer.finish()
     seconds = time.perf_counter() - started
@@ -90,9 +97,18 @@ def dump_labels(config: DumpConfig, *, finish: bool = False, append: bool = Fals
     return DumpReport(str(config.out), manifest.spec.num_samples, labelled, seconds, size, is_first)
 
 
+def _check_begun(out: str, append: bool) -> None:
+    """Raise TargetError where there is nothing to finish."""
+    storage = open_storage(out)
+    if storage.size(JOB) is None and (append or storage.size(MANIFEST) is None):
+        raise TargetError(f"no job has begun in {out}, so there is nothing to finish; leave out `finish` to begin one")
+
+
 def _dump_to_hub(config: DumpConfig, labeler: Any, finish: bool) -> DumpReport:
     """A dump into a folder of this machine, its spool, which is pushed at the end and removed."""
     spool = cache_dir() / "spool" / sha256_bytes(config.out.encode())[:16]
+    removed = spool.with_suffix(".removed")
+    shutil.rmtree(removed, ignore_errors=True)
     target = open_storage(config.out)
     if target.size(MANIFEST) is not None and not spool.exists():
         manifest = read_manifest(target)
@@ -107,7 +123,9 @@ def _dump_to_hub(config: DumpConfig, labeler: Any, finish: bool) -> DumpReport:
     with filelock.FileLock(spool.with_suffix(".lock")):
         if spool.exists():
             push(open_label_set(spool), config.out)
-            shutil.rmtree(spool)
+            # Its name goes first: half of a spool would be taken for a folder of something else.
+            spool.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
     return replace(report, path=config.out)
 
 

@@ -115,7 +115,10 @@ class Labelling:
         self.num_shards = config.shards or pick_shards(len(beton), config.crops_per_image)
         check_shards(config.shards, len(beton))
         own = {} if beton.class_names != (UNLABELLED,) else {OWN_CLASSES: False}
-        self.spec = make_spec(config, labeler, {"samples": len(beton), "fingerprint": beton.fingerprint} | own)
+        spec = make_spec(config, labeler, {"samples": len(beton), "fingerprint": beton.fingerprint} | own)
+        # The fingerprint is that of the images as they were before.
+        shrunk = {} if beton.max_size is None else {"max_size": beton.max_size}
+        self.spec = replace(spec, creation=spec.creation | shrunk)
         _check_class_ids(beton)
         # Earlier releases packed keys that no label set can hold.
         check_keys(beton.keys)

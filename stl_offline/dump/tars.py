@@ -21,15 +21,17 @@ from stl_offline.config import DumpConfig
 from stl_offline.device import pick_workers
 from stl_offline.dump.labelling import Labelling, make_spec, settle
 from stl_offline.errors import InputError, counted
+from stl_offline.files import canonical_json, sha256_bytes
 from stl_offline.images.beton import Beton, BetonWriter, open_beton
 from stl_offline.images.classes import UNLABELLED, read_class_map
 from stl_offline.images.common import PassedOver, SourceImage
+from stl_offline.images.encode import ImageError, content_hash, encode_image
 from stl_offline.images.pack import EncodeResult, broken_image, encode_all, ensure_beton
 from stl_offline.images.sources import find_tars
-from stl_offline.images.tar_stream import StreamedClasses, read_samples, tar_name
+from stl_offline.images.tar_stream import StreamedClasses, StreamedSample, read_samples, tar_name
 from stl_offline.labels.arrays import ShardArrays, concatenate
 from stl_offline.labels.spec import OWN_CLASSES
-from stl_offline.labels.tar_writer import TarLabelWriter
+from stl_offline.labels.tar_writer import FirstImage, TarLabelWriter
 from stl_offline.labels.writer import LabelSetWriter
 from stl_offline.models import TokenLabeler
 from stl_offline.remote import is_address, shown
@@ -64,15 +66,19 @@ class TarLabelling:
         self._tars = list(tars)
         renamed = None if config.class_map is None else read_class_map(config.class_map)
         self._classes = StreamedClasses(labeler.class_names, f"the labeler {config.labeler}", renamed)
-        self._has_classes = self._classes.of_first(tars[0])
+        first, self._has_classes = self._classes.of_first(tars[0])
+        self.first = self._first_image(tar_name(tars[0]), first)
         source = {"samples": 1, "fingerprint": ""} | ({} if self._has_classes else {OWN_CLASSES: False})
-        self.spec = make_spec(self.config, labeler, source)
+        spec = make_spec(self.config, labeler, source)
+        # Packed images' fingerprint has their classes; of tars, nothing that is known before they are read.
+        mapped = {} if renamed is None else {"class_map": sha256_bytes(canonical_json(renamed))}
+        self.spec = replace(spec, creation=spec.creation | mapped)
         self.labeler = labeler
         self.views = range(max(1, config.crops_per_image))
 
     def open_writer(self) -> TarLabelWriter:
         """What writes the label set; to be entered."""
-        return TarLabelWriter(self.config.out, self.spec, [tar_name(tar) for tar in self._tars])
+        return TarLabelWriter(self.config.out, self.spec, [tar_name(tar) for tar in self._tars], first=self.first)
 
     def images_of(self, writer: LabelSetWriter, shards: Sequence[int]) -> int | None:
         """None: how many images a tar holds is not known."""
@@ -134,6 +140,15 @@ class TarLabelling:
                 limit = max(batch, min(2 * limit, _MOST_IMAGES // batch * batch))
         if not count:
             raise InputError(f"{where} has no image that can be used; all are broken")
+
+    def _first_image(self, tar: str, sample: StreamedSample) -> FirstImage | None:
+        """By what the tars are told from others of the same names; None where no label set can have it."""
+        try:
+            data = sample.image.read()
+            encode_image(data)
+        except ImageError:
+            return None
+        return FirstImage(tar, sample.key, content_hash(data))
 
     def _encoded(self, tar: str) -> Iterator[EncodeResult]:
         """The images of a tar as they are stored, without the broken ones; logs what was left out."""

@@ -93,7 +93,7 @@ class OwnImages:
             beton = open_beton(place)
             self.names, class_ids, class_names = list(beton.keys), beton.class_ids, beton.class_names
             self._load = lambda index: Image.fromarray(beton.read_image(index))
-            fingerprint = beton.fingerprint
+            fingerprint = beton.fingerprint + ("" if beton.max_size is None else f" {beton.max_size}")
         else:
             source = open_source(place)
             images = listed(source)

@@ -99,6 +99,17 @@ class Beton:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def max_size(self) -> int | None:
+        """Pixels that the longer side of an image has at most, where images were shrunk when they were packed."""
+        return self.source.get("max_size")
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a job depends on of these images: the source's, and how far they were shrunk."""
+        shrunk = {} if self.max_size is None else {"max_size": self.max_size}
+        return {"fingerprint": self.fingerprint, "samples": len(self)} | shrunk
+
     def stored_bytes(self, index: int) -> bytes:
         """What is stored of an image: a JPEG file, or its pixels where ``raw``."""
         with open(self.path, "rb") as stream:
@@ -370,6 +381,9 @@ def _first_problem(beton: Beton, metadata: np.ndarray, allocations: np.ndarray, 
         "a key or a class name is no text": all(isinstance(text, str) and text for text in texts)
         and isinstance(beton.keys, list)
         and isinstance(beton.source, dict),
+        "its max_size is no number of pixels": not isinstance(beton.source, dict)
+        or beton.max_size is None
+        or (type(beton.max_size) is int and beton.max_size > 0),
         f"it has {len(beton.keys):,} keys for {count:,} images": len(beton.keys) == count,
         "a key stands twice": len(set(beton.keys)) == len(beton.keys),
         "a class name stands twice": len(set(beton.class_names)) == len(beton.class_names) > 0,

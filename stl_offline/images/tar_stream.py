@@ -159,8 +159,8 @@ class StreamedClasses:
         self._numbers = {name: number for number, name in enumerate(names)}
         self._renamed = renamed
 
-    def of_first(self, place: str) -> bool:
-        """Whether the first image of a tar, and so all, has a class.
+    def of_first(self, place: str) -> tuple[StreamedSample, bool]:
+        """The first image of a tar, and whether it, and so all, has a class.
 
         Raises:
             InputError: the tar cannot be read, or holds no image.
@@ -168,7 +168,7 @@ class StreamedClasses:
         """
         with closing(read_samples(place, PassedOver())) as samples:
             for sample in samples:
-                return self._find(sample, shown(place)) is not None
+                return sample, self._find(sample, shown(place)) is not None
         raise InputError(f"{shown(place)} holds no images")
 
     def number(self, sample: StreamedSample, has_classes: bool) -> int:

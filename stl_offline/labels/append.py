@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from stl_offline.errors import InputError, JoinError, TargetError, counted
-from stl_offline.files import canonical_json, images_fingerprint
+from stl_offline.files import canonical_json, images_fingerprint, sha256_bytes
 from stl_offline.labels.arrays import ShardIndex
 from stl_offline.labels.card import make_card
 from stl_offline.labels.keys import some
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.labels.manifest import SHARD_NAME, Manifest, ShardRecord, parse_object, shard_name
 from stl_offline.labels.spec import LabelSpec, differences
-from stl_offline.labels.store import CARD, JOB, MANIFEST, PARTIAL, PULL, job_settings, read_job, read_manifest
+from stl_offline.labels.store import CARD, JOB, MANIFEST, PARTIAL, PULL, Storage, job_settings, read_job, read_manifest
 from stl_offline.labels.tar_writer import TarLabelWriter
 from stl_offline.labels.writer import LabelSetWriter
 
@@ -47,30 +47,37 @@ class OldImages:
             np.concatenate([each.content_hashes for each in found]),
         )
 
-    def new(self, keys: Sequence[str], content_hashes: np.ndarray, place: str) -> np.ndarray:
-        """The places, int64 (m,), of the images that the set does not hold, of keys (n,) and their contents (n,).
+    def new(self, keys: Sequence[str], class_ids: np.ndarray, content_hashes: np.ndarray, place: str) -> np.ndarray:
+        """The places, int64 (m,), of the images that the set does not hold, of keys, class ids and contents, (n,) each.
 
         Raises:
-            JoinError: images that the set holds have changed (counted, with examples).
+            JoinError: images that the set holds have changed, or their classes have (counted, with examples).
         """
         rows = {key: row for row, key in enumerate(self.keys)}
         at = np.array([rows.get(key, -1) for key in keys], dtype=np.int64)
-        changed = np.flatnonzero((at >= 0) & (self.content_hashes[at] != content_hashes))
-        if len(changed):
-            named = [keys[place] for place in changed[:3]]
-            raise JoinError(
-                f"{counted(len(changed), 'image')} of {place} {'has' if len(changed) == 1 else 'have'} changed since "
-                f"they were labelled ({some(len(changed), named)}), and shards are never written again; give changed "
-                "images other names, or label all of them to another place"
-            )
+        for what, differ in (
+            ("changed", self.content_hashes[at] != content_hashes),
+            ("got other classes", self.class_ids[at] != class_ids),
+        ):
+            changed = np.flatnonzero((at >= 0) & differ)
+            if len(changed):
+                named = [keys[place] for place in changed[:3]]
+                raise JoinError(
+                    f"{counted(len(changed), 'image')} of {place} {'has' if len(changed) == 1 else 'have'} {what} "
+                    f"since they were labelled ({some(len(changed), named)}), and shards are never written again; give "
+                    "changed images other names, or label all of them to another place"
+                )
         left = len(self.keys) - int((at >= 0).sum())
         if left:
             _LOGGER.info("%s that the label set holds are not in %s; their labels stay", counted(left, "image"), place)
         return np.flatnonzero(at < 0)
 
 
-def check_settings(base: LabelSet, spec: LabelSpec) -> None:
-    """Raise TargetError where a dump with these settings cannot add to a label set; InputError for a part of one."""
+def check_settings(base: LabelSet, spec: LabelSpec, always: Sequence[str] = ()) -> None:
+    """Raise TargetError where a dump with these settings cannot add to a label set; InputError for a part of one.
+
+    always: the settings that are compared also with a set that does not record them.
+    """
     if base.is_partial:
         raise InputError(f"only some shards of {base.place} are here; append to a whole label set")
     if len(base.parts) > 1:
@@ -82,7 +89,7 @@ def check_settings(base: LabelSet, spec: LabelSpec) -> None:
         for each in differences(spec, base.spec)
         if each.name not in ("source.samples", "source.fingerprint")
         # Merged sets record what all of their parts have in common.
-        and not (each.entry == "creation" and each.theirs is None)
+        and not (each.entry == "creation" and each.theirs is None and each.name not in always)
     ]
     if found:
         raise TargetError(f"{base.place} was made with other settings (yours and its): {'; '.join(found)}")
@@ -96,7 +103,14 @@ def remove_leftovers(base: LabelSet) -> None:
         # A job's settings are written before anything else: those of one that has begun since the first look are there.
         job = job_settings(storage) or {}
     if job is not None and job.get("after") != base.fingerprint and storage.size(PULL) is None:
+        _write_card(storage, job.get("card"), base.manifest)
         storage.remove(PARTIAL)
+
+
+def _write_card(storage: Storage, before: object, manifest: Manifest) -> None:
+    """Write the card of a set that has grown, unless its publisher has edited it. before: the old card's SHA-256."""
+    if storage.size(CARD) is None or sha256_bytes(storage.read(CARD)) == before:
+        storage.write(CARD, make_card(manifest))
 
 
 class _Appending(LabelSetWriter):
@@ -110,7 +124,8 @@ class _Appending(LabelSetWriter):
         return shard_name(index, self.num_shards, self.spec.container)
 
     def _job(self) -> bytes:
-        return canonical_json(parse_object(super()._job()) | {"after": self._base.fingerprint})
+        card = sha256_bytes(make_card(self._base.manifest))
+        return canonical_json(parse_object(super()._job()) | {"after": self._base.fingerprint, "card": card})
 
     def _check_content(self) -> None:
         manifest = read_manifest(self._storage)
@@ -163,9 +178,13 @@ class _Appending(LabelSetWriter):
         is_before = there != data and Manifest.from_bytes(there) == before
         if (self._storage.replace(MANIFEST, data, there) if is_before else there) != data:
             raise TargetError(f"{self.place} has changed since this began to append; run the same command again")
-        # A card that its publisher has edited stays.
-        if self._storage.size(CARD) is None or self._storage.read(CARD) == make_card(before):
-            self._storage.write(CARD, make_card(manifest))
+        _write_card(self._storage, sha256_bytes(make_card(before)), manifest)
+
+    def _remove_partial(self) -> None:
+        job = job_settings(self._storage)
+        if job is not None and job.get("after") == self._base.fingerprint:
+            _write_card(self._storage, job.get("card"), read_manifest(self._storage))
+        super()._remove_partial()
 
 
 class AppendWriter(_Appending):

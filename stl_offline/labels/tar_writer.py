@@ -6,18 +6,20 @@ keys that two tars share are found, without reading a shard again.
 """
 
 import base64
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
-from stl_offline.errors import InputError, JoinError, counted
+from stl_offline.errors import FormatError, InputError, JoinError, TargetError, counted
 from stl_offline.files import canonical_json, images_fingerprint, sha256_bytes, sha256_parts
-from stl_offline.labels.arrays import ShardArrays
+from stl_offline.labels.arrays import ShardArrays, ShardIndex
 from stl_offline.labels.format import encode_shard, read_shard_index
 from stl_offline.labels.keys import find_duplicates, hash_keys, some
 from stl_offline.labels.manifest import Manifest, ShardRecord
@@ -40,6 +42,24 @@ class _Images:
     key_hashes: np.ndarray
 
 
+@dataclass(frozen=True)
+class FirstImage:
+    """The first image of a job's first tar. It tells the job's tars from others of the same names."""
+
+    tar: str
+    key: str
+    content_hash: int
+
+    def check(self, found: ShardIndex, place: str) -> None:
+        """Raise TargetError where the shard of the tar of this name in ``place`` does not have this image."""
+        hashes = dict(zip(found.keys, found.content_hashes.tolist(), strict=True))
+        if hashes.get(self.key) != self.content_hash:
+            raise TargetError(
+                f"{place} holds the labels of another tar of the name {self.tar}: the first image of yours, "
+                f"{self.key!r}, is not among its images, or has changed; label these tars to another place"
+            )
+
+
 class TarLabelWriter(LabelSetWriter):
     """A `LabelSetWriter` for shards whose sizes are not known beforehand, each of the images of one tar.
 
@@ -47,6 +67,7 @@ class TarLabelWriter(LabelSetWriter):
         spec: the settings; ``source`` need hold no more than what `stl_offline.labels.spec.OWN_CLASSES` stands for.
         tars: base name of each shard's tar; None for a shard that is there and was not made of one.
         sizes: of the shards, 1 for those whose size is not known; all of them by default.
+        first: compared with the shard of its tar where that is written already.
 
     Raises:
         InputError: two tars of one name.
@@ -59,6 +80,7 @@ class TarLabelWriter(LabelSetWriter):
         tars: Sequence[str | None],
         *,
         sizes: Sequence[int] | None = None,
+        first: FirstImage | None = None,
         options: dict | None = None,
     ) -> None:
         (name, count), *_ = Counter(filter(None, tars)).most_common(1)
@@ -70,7 +92,19 @@ class TarLabelWriter(LabelSetWriter):
         source = spec.source | {"samples": sum(sizes), "fingerprint": named}
         super().__init__(path, replace(spec, source=source), sizes, options=options)
         self.tars = list(tars)
+        self._first = first
         self._images: dict[int, _Images] = {}
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        if self._first is not None and self._first.tar in self.tars:
+            index = self.tars.index(self._first.tar)
+            # A shard that is damaged or gone is found later on.
+            with contextlib.suppress(FileNotFoundError, FormatError):
+                if self.complete or self._is_recorded(index):
+                    found = read_shard_index(self._storage.read(self.shard_name(index)), self.spec)
+                    self._first.check(found, self.place)
+        return self
 
     def write_shard(self, index: int, arrays: ShardArrays) -> ShardRecord:
         """Encode and store shard ``index``, then the record that makes it exist. Raises as `LabelSetWriter`'s."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from stl_offline.errors import FormatError, InputError, StlError, TargetError
+from stl_offline.errors import FormatError, InputError, StlError, TargetError, counted
 from stl_offline.files import canonical_json, make_folder, remove_leftovers, sha256_bytes
 from stl_offline.labels.arrays import ShardArrays
 from stl_offline.labels.card import make_card
@@ -35,6 +35,7 @@ from stl_offline.labels.store import (
     PARTIAL,
     RECORD_BYTES,
     RECORDS,
+    SOME_SHARDS,
     TRANSFERS,
     Claims,
     Records,
@@ -93,8 +94,7 @@ class LabelSetWriter:
         self.place = self._storage.place
         self.spec = spec
         self.num_shards = len(self._sizes)
-        self.complete = False
-        self._is_open = False
+        self.complete = self._is_open = False
         self._claims: Claims | None = None
         self._checked: list[ShardRecord | None] = []
         self._records = Records(self._storage, self.num_shards, spec.container, first=self._old)
@@ -336,7 +336,7 @@ class LabelSetWriter:
         except (FileNotFoundError, ValueError):
             return None
         first, last = self.shard_range(index)
-        fits = record.name == self.shard_name(index) and (record.first, record.samples) == (first, last - first)
+        fits = (record.name, record.first, record.samples) == (self.shard_name(index), first, last - first)
         return record if fits else None
 
     def _record(self, index: int, size: int | None) -> ShardRecord | None:
@@ -425,17 +425,18 @@ class LabelSetWriter:
                 manifest = read_manifest(self._storage)
                 self.check_manifest(manifest)
                 sizes = self._storage.sizes()
-                missing = [shard.name for shard in manifest.shards if sizes.get(shard.name) != shard.bytes]
-                if missing:
+                if missing := [shard.name for shard in manifest.shards if sizes.get(shard.name) != shard.bytes]:
+                    advice = "copy them again, or remove the label set to make it again"
+                    is_part = self._storage.size(SOME_SHARDS) is not None
                     raise TargetError(
-                        f"the label set {self.place} is damaged: {len(missing)} of its shards are missing or cut off, "
-                        f"the first is {missing[0]}; remove its {MANIFEST} to write them again"
+                        f"{self.place} lacks {counted(len(missing), 'whole shard')}, the first is {missing[0]}; "
+                        f"{'pull the rest' if is_part else advice}"
                     )
                 self.complete = True
                 return
             with contextlib.suppress(FileNotFoundError):
                 return self._check_job(*read_job(self._storage))
-            # Unless another process has just finished the set.
+            # Unless it was just finished by another process.
             if self._storage.size(MANIFEST) is None:
                 return _check_foreign(self._storage)
 
@@ -492,8 +493,7 @@ def _shard_sizes(shards: int | Sequence[int], samples: int, parts: int) -> list[
     if isinstance(shards, int):
         if not 1 <= shards <= samples:
             raise InputError(f"the number of shards must lie between 1 and the {samples} samples, got {shards}")
-        bounds = [shard_range(index, shards, samples) for index in range(shards)]
-        return [last - first for first, last in bounds]
+        return [last - first for first, last in (shard_range(index, shards, samples) for index in range(shards))]
     sizes = [int(size) for size in shards]
     if not sizes or min(sizes) < 1 or sum(sizes) != samples * parts:
         raise InputError(f"the sizes of the shards sum to {sum(sizes)}, the label set has {samples} samples")

@@ -137,6 +137,18 @@ def save_model(path: str | Path, weights: dict[str, Tensor], description: Descri
             safetensors.torch.save_file(tensors, temporary, metadata=metadata)
         except safetensors.SafetensorError as error:  # also raised for what the system refuses
             raise TargetError(f"cannot write {path}: {error}; nothing was changed there") from error
+        _order_metadata(temporary)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put a file's metadata in the order of their names. safetensors gives them a random one, but label sets and runs
+    name models by their file's SHA-256: equal models are to be equal files."""
+    with open(path, "r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        stream.seek(8)
+        stream.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
 
 
 def weights_path(run_or_file: str | Path) -> Path:
@@ -220,11 +232,11 @@ def check_digest(path: Path) -> None:
         stored = metadata.get(_DIGEST_KEY)
         found = stored and _digest(metadata.get(_HEADER_KEY, ""), safetensors.torch.load_file(path))
     except (safetensors.SafetensorError, OSError, KeyError) as error:  # KeyError: a type that torch does not have
-        raise FormatError(f"{path} is damaged ({error}); copy it again, or train again") from error
+        raise FormatError(f"{path} is damaged ({error}); copy it again, or train again with `resume=False`") from error
     if found != stored:
         raise FormatError(
             f"{path} is damaged: its content has SHA-256 {found[:12]}…, its header records {stored[:12]}…; "
-            "copy it again, or train again"
+            "copy it again, or train again with `resume=False`"
         )
 
 

@@ -33,12 +33,13 @@ from stl_offline.files import (
     canonical_json,
     check_writable,
     make_folder,
+    read_file,
     read_json_object,
     read_numbers,
     remove_leftovers,
     sha256_bytes,
 )
-from stl_offline.models import WEIGHTS_NAME, Description, save_model
+from stl_offline.models import WEIGHTS_NAME, Description, check_digest, save_model
 from stl_offline.settings import differences
 
 BEST_NAME = "best.safetensors"
@@ -195,6 +196,11 @@ class RunFolder:
         summary = read_numbers(path, _ADVICE)
         if lacking := [name for name in _SUMMARY if summary.get(name) is None]:
             raise FormatError(f"{path} is damaged ({', '.join(lacking)} missing); {_ADVICE}")
+        if not (self.path / WEIGHTS_NAME).is_file():
+            raise FormatError(f"{self.path} holds a complete run, but not its {WEIGHTS_NAME}; {_ADVICE}")
+        for name in (WEIGHTS_NAME, BEST_NAME):
+            if (self.path / name).is_file():
+                check_digest(self.path / name)
         return summary
 
     def save_state(self, state: dict[str, Any]) -> None:
@@ -227,7 +233,7 @@ class RunFolder:
         (self.path / STATE_NAME).unlink(missing_ok=True)
 
     def _check_own(self) -> None:
-        if self.path.is_dir() and not (self.path / "config.json").is_file():
+        if self.path.is_dir() and not _may_be_ours(self.path / "config.json"):
             foreign = [path for path in self.path.iterdir() if not path.name.startswith(".")]
             if foreign:
                 raise InputError(f"{self.path} is not empty and holds no run; choose another `out`")
@@ -297,6 +303,17 @@ def content_digest(value: Any) -> str:
 
     add(value)
     return digest.hexdigest()
+
+
+def _may_be_ours(config: Path) -> bool:
+    """Whether this is a run's config.json, or was: other programs' files have the same name."""
+    if not config.is_file():
+        return False
+    try:
+        stored = json.loads(read_file(config))
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(stored, dict) or not stored.keys().isdisjoint(("stage", "settings", "data"))
 
 
 def check_same_run(folder: RunFolder, config: RunConfig, device: torch.device, world: World) -> None:

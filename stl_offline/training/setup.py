@@ -301,8 +301,8 @@ def make_validation(stage: Stage) -> Validation | None:
 def make_run_folder(stage: Stage, label_identity: dict[str, Any] | None) -> RunFolder:
     """The run's folder. ``label_identity``: what the token labels are, by content."""
     data = {
-        "train": {"fingerprint": stage.train.fingerprint, "samples": len(stage.train)},
-        "val": None if stage.val is None else {"fingerprint": stage.val.fingerprint, "samples": len(stage.val)},
+        "train": stage.train.state,
+        "val": None if stage.val is None else stage.val.state,
         "class_names": list(stage.train.class_names),
         "processes": stage.world.size,
         "labels": label_identity,

@@ -95,6 +95,22 @@ def test_changed_images_are_refused(started, data, files, tmp_path):  # noqa: F8
     assert content(tmp_path / "set") == before
 
 
+def test_images_with_other_classes_are_refused(started, data, tmp_path):
+    """The folders are named anew, so that the same images have the classes in another order."""
+    before = content(tmp_path / "set")
+    flat, names = tmp_path / "flat", sorted(path.name for path in (data / "all").iterdir())
+    rotated = dict(zip(names, names[1:] + names[:1], strict=True))
+    for path in (data / "all").rglob("*.*g"):
+        name = path.relative_to(data / "all")
+        (flat / name).parent.mkdir(parents=True, exist_ok=True)
+        (flat / name).write_bytes(path.read_bytes())
+    (tmp_path / "map.json").write_text(json.dumps(rotated))
+    changed = replace(started, data=str(flat), class_map=str(tmp_path / "map.json"))
+    with pytest.raises(JoinError, match="20 images of .*flat have got other classes since they were labelled"):
+        dump_labels(changed, append=True)
+    assert content(tmp_path / "set") == before
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"top_k": 1}, "top_k is 1 and 2"), ({"batch_size": 2}, "creation.batch_size is 2 and 1"), ({"shards": 26}, "26")],
@@ -185,6 +201,27 @@ def test_what_a_finished_append_left_is_removed(started, tmp_path):
     # Also where the kill came while they were removed.
     (job.parent / "records").mkdir(parents=True)
     assert dump_labels(started, append=True).labelled == 0 and not job.parent.exists()
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_kill_between_manifest_and_card(started, data, tmp_path, monkeypatch, edited):
+    card = tmp_path / "set" / "README.md"
+    if edited:
+        card.write_text("by its publisher")
+    else:
+        dump_labels(replace(started, out=str(tmp_path / "other"), data=f"{data}/some.beton", shards=3))
+        dump_labels(replace(started, out=str(tmp_path / "other")), append=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(append, "_write_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            dump_labels(started, append=True)
+    assert len(open_label_set(tmp_path / "set")) == 45
+    assert dump_labels(started, append=True).labelled == 0
+    if edited:
+        assert card.read_text() == "by its publisher"
+    else:
+        assert content(tmp_path / "set") == content(tmp_path / "other")
+    assert not (tmp_path / "set" / ".partial").exists()
 
 
 def test_a_job_that_begins_meanwhile_is_no_leftover(started, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,15 +16,16 @@ from stl_offline.cli.main import main
 from stl_offline.config import DumpConfig
 from stl_offline.dump import Labelling, dump_labels, estimate_dump, job, load_labeler
 from stl_offline.dump.labelling import pick_shards
-from stl_offline.errors import InputError
+from stl_offline.errors import InputError, TargetError
 from stl_offline.images.beton import open_beton
+from stl_offline.images.pack import pack
 from stl_offline.labels.format import encode_shard
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.manifest import ShardRecord
 from stl_offline.labels.store import FolderStorage
 from stl_offline.labels.views_ahead import run_bytes
 from stl_offline.labels.writer import LabelSetWriter
-from tests.dump.dumping import command, content
+from tests.dump.dumping import SIDE, command, content
 
 
 def dump(capsys, work, out, *more):
@@ -160,14 +162,29 @@ def test_progress_tells_bytes_and_a_disk_that_will_not_do(monkeypatch, caplog):
     assert "still to be written need 0.01 GB, but labels has 0.01 GB free" in warned
 
 
+def test_images_shrunk_otherwise_are_other_images(work, tmp_path):
+    """A .beton's fingerprint is that of its source: packed again with other sizes, it stays the same."""
+    data = tmp_path / "images.beton"
+    config = DumpConfig(**work | {"data": str(data)}, out=str(tmp_path / "set"))
+    pack(Path(work["data"]).with_suffix(""), data, max_size=SIDE // 2)
+    dump_labels(config)
+    assert dump_labels(config).labelled == 0
+    data.unlink()
+    pack(Path(work["data"]).with_suffix(""), data)
+    with pytest.raises(TargetError, match=f"creation.max_size is null and {SIDE // 2}"):
+        dump_labels(config)
+
+
 def test_finish_writes_the_manifest_of_shards_that_are_there(capsys, work, tmp_path):
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "set"
     assert dump(capsys, work, undisturbed, "--worker")[0] == 0
     code, _, error = dump(capsys, work, out, "--finish")
-    assert code == 1 and "15 of 15 shards" in error
+    assert code == 1 and "no job has begun in" in error and not out.exists()
     config = DumpConfig(**work, out="")
     labelling = Labelling(config, load_labeler(config), open_beton(work["data"]), torch.device("cpu"))
     with LabelSetWriter(out, labelling.spec, 15) as writer:
+        code, _, error = dump(capsys, work, out, "--finish")
+        assert code == 1 and "15 of 15 shards" in error and "leave it out to go on" in error
         for shard in range(15):
             writer.write_encoded(shard, (undisturbed / writer.shard_name(shard)).read_bytes())
     code, _, error = dump(capsys, work | {"top_k": 1}, out, "--finish")

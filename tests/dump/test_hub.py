@@ -35,6 +35,22 @@ def test_workers_of_one_machine_make_two_commits(hub, work, tmp_path, monkeypatc
         dump_labels(DumpConfig(**work | {"shards": 3, "top_k": 1}, out=config.out))
 
 
+def test_a_stop_while_the_spool_is_removed(hub, work, tmp_path, monkeypatch):
+    config = DumpConfig(**work | {"shards": 3}, out="hf://datasets/user/labels")
+
+    def remove_some(folder, **_):
+        (folder / "manifest.json").unlink(missing_ok=True)
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", remove_some)
+        with pytest.raises(KeyboardInterrupt):
+            dump_labels(config)
+    assert dump_labels(config).labelled == 0 and len(hub.commits) == 2
+    assert not [path for path in (tmp_path / "cache" / "spool").iterdir() if path.is_dir()]
+
+
 def test_what_the_hub_cannot_do(work):
     config = DumpConfig(**work, out="hf://datasets/user/labels")
     with pytest.raises(InputError, match="append to a copy of hf://datasets/user/labels on this machine"):

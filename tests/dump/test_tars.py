@@ -330,6 +330,40 @@ class TestJobs:
         with pytest.raises(TargetError, match=r"data has the tar train-0001.tar and train-0000.tar"):
             dump_labels(replace(config, data=f"{tars}/train-000{{1,0,2}}.tar"))
 
+    def test_other_tars_of_the_same_names(self, files, settings, tmp_path):
+        """Known by their first image, in a set that is complete, is being written, or grows."""
+        for folder, start in (("ours", 0), ("theirs", 20)):
+            (tmp_path / folder).mkdir()
+            for number in range(2):
+                first = start + 4 * number
+                write_tar(tmp_path / folder / f"{number}.tar", files[first : first + 4])
+        config = DumpConfig(**settings, data=f"{tmp_path}/ours/{{0..1}}.tar", out=str(tmp_path / "set"))
+        other = replace(config, data=f"{tmp_path}/theirs/{{0..1}}.tar")
+        work = dump_tars.prepare(config, load_labeler(config), torch.device("cpu"))
+        with work.open_writer() as writer:
+            writer.write_shard(0, work.label_shard(writer, 0, lambda done: None))
+            with pytest.raises(TargetError, match=r"set holds the labels of another tar of the name 0.tar: the first"):
+                dump_labels(other)
+        dump_labels(config)
+        before = content(tmp_path / "set")
+        for append in (False, True):
+            with pytest.raises(TargetError, match=r"another tar of the name 0.tar: the first image of yours, '.*', is"):
+                dump_labels(other, append=append)
+        assert content(tmp_path / "set") == before and dump_labels(config).labelled == 0
+
+    def test_another_class_map_is_refused(self, files, settings, tmp_path):
+        """A tar is known by its name, so the map is what tells the classes of two jobs apart."""
+        for number in range(2):
+            write_tar(tmp_path / f"{number}.tar", files[20 * number : 20 * number + 4])
+        names = sorted({name.partition("/")[0] for name, _ in files})
+        (tmp_path / "other.json").write_text(json.dumps(dict(zip(names, names[1:] + names[:1], strict=True))))
+        config = DumpConfig(**settings, data=f"{tmp_path}/{{0..1}}.tar", out=str(tmp_path / "set"))
+        dump_labels(config)
+        other = replace(config, class_map=str(tmp_path / "other.json"))
+        for append in (False, True):
+            with pytest.raises(TargetError, match=r"creation.class_map is .* and null"):
+                dump_labels(other, append=append)
+
     def test_shards_pack_them_as_before(self, tars, packed, settings, tmp_path, monkeypatch):
         monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path / "cache"))
         more = settings | {"shards": 2}

@@ -354,6 +354,7 @@ def put_image(field, value, row=1):
         ({"change_index": lambda index: index.update(class_names=["cat", "cat"])}, "a class name stands twice"),
         ({"change_index": lambda index: index.update(class_names=["cat"])}, "class id is out of range"),
         ({"change_index": lambda index: index.update(source=None)}, "is no text"),
+        ({"change_index": lambda index: index["source"].update(max_size="48")}, "max_size is no number of pixels"),
         ({"change_index": lambda index: index.update(converted={"rows": [9], "xxh3": [1]})}, "IndexError"),
         ({"change_index": lambda index: index.update(converted={"rows": [1], "xxh3": [-1]})}, "OverflowError"),
         ({"change_records": put("f1", -1)}, "class id is out of range"),

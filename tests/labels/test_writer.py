@@ -193,7 +193,17 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
 def test_a_complete_set_that_lost_a_shard_is_not_called_complete(tmp_path):
     write_set(tmp_path, SPEC, SHARDS)
     (tmp_path / "labels-00001-of-00003.zarr.zip").unlink()
-    with pytest.raises(TargetError, match="1 of its shards are missing"), LabelSetWriter(tmp_path, SPEC, SHARDS):
+    with (
+        pytest.raises(TargetError, match=r"lacks 1 whole shard, the first is .*; copy them again, or remove"),
+        LabelSetWriter(tmp_path, SPEC, SHARDS),
+    ):
+        pass
+    # One that was pulled in part is not damaged.
+    (tmp_path / "partial.json").write_text('{"shards": "0,2"}')
+    with (
+        pytest.raises(TargetError, match=r"shard, .*; pull the rest"),
+        LabelSetWriter(tmp_path, SPEC, SHARDS),
+    ):
         pass
 
 

@@ -20,6 +20,26 @@ def saved(tmp_path):
     return path, model
 
 
+def test_equal_models_are_equal_files(saved):
+    """safetensors gives metadata a random order; a label set's manifest names its labeler by the file's SHA-256."""
+    path, model = saved
+    first = path.read_bytes()
+    description = ModelDescription("fan_micro_4_p8_token", ("a", "b", "c"), 16, "student")
+    for _ in range(8):
+        save_model(path, model.state_dict(), description)
+        assert path.read_bytes() == first
+
+
+def test_names_that_json_escapes(tmp_path):
+    """Of class names that two writers of JSON may write differently, the file stays whole."""
+    names = ("\u00fcber \U0001f600", 'quote " and \\', "tab\tand\x7f\x01", "\u2028")
+    model = timm.create_model("fan_micro_4_p8_token", num_classes=4, img_size=16)
+    save_model(
+        tmp_path / "w.safetensors", model.state_dict(), ModelDescription("fan_micro_4_p8_token", names, 16, "student")
+    )
+    assert load_model(tmp_path / "w.safetensors")[1].class_names == names
+
+
 def test_what_was_saved_is_loaded(saved):
     path, model = saved
     found, description = load_model(path)

@@ -1,0 +1,51 @@
+"""A run's folder: when it is complete, whose it is, and of which images."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stl_offline.config import LabelerConfig
+from stl_offline.errors import FormatError, InputError
+from stl_offline.images.pack import pack
+from stl_offline.training.train_labeler import train_labeler
+from tests.training.conftest import SIZE
+
+
+def test_images_shrunk_otherwise_are_other_images(quick, stripes, tmp_path):
+    """A .beton's fingerprint is that of its source: packed again with other sizes, it stays the same."""
+    data = tmp_path / "train.beton"
+    pack(stripes[0], data)
+    config = LabelerConfig(**quick | {"data": str(data), "epochs": 1})
+    train_labeler(config)
+    assert train_labeler(config)["already_complete"]
+    data.unlink()
+    pack(stripes[0], data, max_size=SIZE // 2)
+    with pytest.raises(InputError, match=rf"other settings \(train.max_size: .*{SIZE // 2}"):
+        train_labeler(config)
+
+
+@pytest.mark.parametrize("fault", ["flipped", "gone"])
+def test_a_complete_run_is_complete_with_its_weights_alone(quick, fault):
+    config = LabelerConfig(**quick | {"epochs": 1})
+    train_labeler(config)
+    weights = Path(quick["out"]) / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    if fault == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(data)
+    with pytest.raises(FormatError, match=r"weights.safetensors.*`resume=False`"):
+        train_labeler(config)
+    assert train_labeler(replace(config, resume=False))["epochs"] == 1 and weights.is_file()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_another_programs_config_json_is_no_run(quick, resume):
+    """Hugging Face models have a file of that name, and may have one that is called as a run's weights, too."""
+    Path(quick["out"]).mkdir()
+    (Path(quick["out"]) / "config.json").write_text('{"architectures": ["ViTModel"]}')
+    with pytest.raises(InputError, match="is not empty and holds no run; choose another `out`"):
+        train_labeler(LabelerConfig(**quick | {"resume": resume}))
+    assert [path.name for path in Path(quick["out"]).iterdir()] == ["config.json"]
