@@ -22,6 +22,14 @@ help:
 
 venv: $(READY)
 
+# Another interpreter than that of .venv makes .venv anew.
+VERSION := -c 'import sys; print(*sys.version_info[:2], sep=".")'
+ifneq ($(PYTHON),)
+ifneq ($(shell $(PYTHON) $(VERSION) 2>/dev/null),$(shell $(VENV)/bin/python $(VERSION) 2>/dev/null))
+.PHONY: $(READY)
+endif
+endif
+
 $(READY): setup.cfg pyproject.toml .ci/constraints.txt .ci/setup
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" .ci/setup
 	@touch $@

@@ -15,7 +15,7 @@ LAYERS = (
     ("needs",),
     ("settings",),
     ("config_evaluate", "config_pages"),
-    ("config", "ffcv_setup", "files", "palette", "progress", "remote"),
+    ("config", "ffcv_setup", "files", "palette", "pixels", "progress", "remote"),
     ("config_transfer",),
     ("compiled",),
     ("random",),

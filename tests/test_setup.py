@@ -115,6 +115,23 @@ def test_a_python_that_is_too_old_is_refused(bin_folder):
     assert "PYTHON=old is not a Python from 3.11 to 3.13" in done.stderr
 
 
+@pytest.mark.parametrize(("wanted", "made"), [("3.12", True), ("3.11", False)])
+def test_another_python_than_that_of_the_venv_makes_it_anew(bin_folder, tmp_path, wanted, made):
+    for name in ("g++", "pkg-config"):
+        stand_in(bin_folder, name)
+    record = tmp_path / "calls.txt"
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    for path, version in ((tmp_path / "venv" / "bin" / "python", "3.11"), (bin_folder / "wanted", wanted)):
+        # Answers as a Python of this version does, and makes nothing.
+        stand_in(
+            path.parent, path.name, f'case "$*" in -m*) echo "$*" >> {record}; exit 1;; *sep=*) echo {version};; esac'
+        )
+    done = set_up(bin_folder, PYTHON="wanted")
+    assert done.returncode == 1
+    assert ("-m venv --clear" in record.read_text()) == made
+    assert (f"making {tmp_path / 'venv'} with" in done.stderr) == made
+
+
 def bring_browser(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [REPOSITORY / ".ci" / "browser"],

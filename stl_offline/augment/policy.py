@@ -128,9 +128,10 @@ class RandAugment:
         if name in ("Color", "Contrast", "Brightness", "Sharpness"):
             return np.maximum(0.1, 1 + 0.9 * signed) if self.increasing else 0.1 + 1.8 * level
         if name == "Posterize":
-            # timm's scale ends at no bits at all, a black image, which Pillow refuses: one stays.
+            # timm's scale ends at no bits at all, a black image, which Pillow refuses: one stays. Of more than all
+            # bits, as with mmax beyond 20, timm leaves the image alone.
             bits = np.floor(4 * level)
-            return np.maximum(4 - bits if self.increasing else bits, 1)
+            return np.clip(4 - bits if self.increasing else bits, 1, 8)
         if name == "Solarize":
             threshold = np.minimum(np.floor(256 * level), 256)
             return 256 - threshold if self.increasing else threshold

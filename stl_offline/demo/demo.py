@@ -11,7 +11,7 @@ from typing import Any
 from stl_offline.config import DumpConfig, LabelerConfig, PreviewConfig, ReportConfig, StudentConfig
 from stl_offline.demo.shapes import write_shapes
 from stl_offline.dump import dump_labels
-from stl_offline.errors import counted
+from stl_offline.errors import StlError, counted
 from stl_offline.files import atomic_write, canonical_json
 from stl_offline.images.masks import read_masks
 from stl_offline.labels.foreground import CONFIDENT, Foreground, measure_foreground, to_json
@@ -19,6 +19,7 @@ from stl_offline.labels.label_set import open_label_set
 from stl_offline.reports.find import find_images
 from stl_offline.reports.preview import preview_labels
 from stl_offline.reports.report import report_runs
+from stl_offline.training.run_folder import ADVICE
 from stl_offline.training.train_labeler import train_labeler
 from stl_offline.training.train_student import train_student
 
@@ -81,17 +82,19 @@ def run_demo(
         licence="Apache-2.0",
         **machine,
     )
+    students = {
+        name: StudentConfig(labels=source, out=str(out / name.replace(" ", "-")), **shared)
+        for name, source in (("student", labels), ("student without labels", "none"))
+    }
     _timed(rows, "images", lambda: write_shapes(images, train=train, val=val, seed=seed, size=SIZE))
     _timed(rows, "labeler", lambda: train_labeler(stage_1))
     _timed(rows, "labels", lambda: {"bytes": dump_labels(dump).bytes})
-    runs = []
-    for name, source in (("student", labels), ("student without labels", "none")):
-        run = StudentConfig(labels=source, out=str(out / name.replace(" ", "-")), **shared)
-        runs.append(run.out)
+    for name, run in students.items():
         _timed(rows, name, lambda run=run: train_student(run))
     label_set = open_label_set(labels)
     foreground = measure_foreground(label_set, read_masks(images / "masks-train.npz"))
-    pages = _write_pages(out, shared, labels, (*runs, labeler), machine)
+    runs = (*(run.out for run in students.values()), labeler)
+    pages = _write_pages(out, shared, labels, runs, machine)
     summary = {"stages": rows, **to_json(foreground)}
     atomic_write(out / "summary.json", canonical_json(summary))
     return _table(rows, foreground, out, pages, len(label_set))
@@ -99,7 +102,12 @@ def run_demo(
 
 def _timed(rows: list[dict[str, Any]], name: str, stage: Callable[[], Any]) -> None:
     started = time.perf_counter()
-    result = stage()
+    try:
+        result = stage()
+    except StlError as error:
+        # What a single run offers: the demo has no such option.
+        text = str(error).replace(ADVICE, "choose another `out`, or remove this one")
+        raise type(error)(text) from error
     result = result if isinstance(result, dict) else {}
     rows.append({"stage": name, "seconds": round(time.perf_counter() - started, 1), **result})
 

@@ -25,7 +25,7 @@ from stl_offline.files import canonical_json, sha256_bytes
 from stl_offline.images.beton import Beton, BetonWriter, open_beton
 from stl_offline.images.classes import UNLABELLED, read_class_map
 from stl_offline.images.common import PassedOver, SourceImage
-from stl_offline.images.encode import ImageError, content_hash, encode_image
+from stl_offline.images.encode import content_hash, encode_image
 from stl_offline.images.pack import EncodeResult, broken_image, encode_all, ensure_beton
 from stl_offline.images.sources import find_tars
 from stl_offline.images.tar_stream import StreamedClasses, StreamedSample, read_samples, tar_name
@@ -34,6 +34,7 @@ from stl_offline.labels.spec import OWN_CLASSES
 from stl_offline.labels.tar_writer import FirstImage, TarLabelWriter
 from stl_offline.labels.writer import LabelSetWriter
 from stl_offline.models import TokenLabeler
+from stl_offline.pixels import ImageError
 from stl_offline.remote import is_address, shown
 
 _LOGGER = logging.getLogger(__name__)

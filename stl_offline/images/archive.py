@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from stl_offline.errors import InputError
 from stl_offline.images.common import is_image_name, is_system_name
-from stl_offline.images.encode import ImageError
+from stl_offline.pixels import ImageError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 

@@ -20,6 +20,7 @@ from ffcv.libffcv import lib as ffcv_library
 from PIL import Image, JpegImagePlugin
 
 from stl_offline.errors import InputError
+from stl_offline.pixels import ImageError, one_line, to_rgb
 
 # An image that is not a JPEG is stored as pixels up to this many bytes (147 × 147 pixels): exact, quick to read, and
 # not much bigger than a JPEG of high quality.
@@ -47,14 +48,6 @@ if _last_jpeg_message is not None:
 
 # mode, width, height, bytes
 _Stored = tuple[str, int, int, bytes]
-
-
-class ImageError(InputError):
-    """An image cannot be read, is damaged, or is of a kind that has no meaning as RGB. advice: what to do about it."""
-
-    def __init__(self, reason: str, advice: str = "repair or remove it") -> None:
-        super().__init__(reason)
-        self.advice = advice
 
 
 @dataclass(frozen=True)
@@ -141,28 +134,6 @@ def decode(data: bytes) -> Image.Image:
     return to_rgb(_open(data, None))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image of any kind as 8-bit RGB; 16-bit grey is scaled, not clipped.
-
-    Raises:
-        ImageError: the image cannot be decoded, or its pixels are floating-point numbers.
-    """
-    try:
-        image.load()
-        if image.mode == "F":
-            raise ImageError("pixels are floating-point numbers, whose range is unknown; convert it to 8 bits")
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            wide = np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
-            image = Image.fromarray(((wide * 255 + 32_767) // 65_535).astype(np.uint8))
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except ImageError:
-        raise
-    except Exception as error:  # PIL's decoders raise nearly every built-in on bad bytes
-        raise ImageError(f"cannot be decoded: {_one_line(error)}") from error
-
-
 def _open(data: bytes, max_size: int | None) -> Image.Image:
     try:
         if data.startswith(b"\xff\xd8\xff"):
@@ -171,11 +142,11 @@ def _open(data: bytes, max_size: int | None) -> Image.Image:
         else:
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
-        raise ImageError(f"cannot be decoded: {_one_line(error)}", "make it smaller with another program") from error
+        raise ImageError(f"cannot be decoded: {one_line(error)}", "make it smaller with another program") from error
     except (Image.UnidentifiedImageError, SyntaxError) as error:
         raise ImageError("is not an image of a known format") from error
     except Exception as error:  # PIL's readers raise nearly every built-in on bad bytes
-        raise ImageError(f"cannot be decoded: {_one_line(error)}") from error
+        raise ImageError(f"cannot be decoded: {one_line(error)}") from error
     width, height = image.size
     if min(width, height) < 1:
         raise ImageError(f"has no pixels: {width} × {height}")
@@ -231,7 +202,3 @@ def _store(image: Image.Image, raw_bytes: int, **jpeg_options: Any) -> _Stored:
     stream = io.BytesIO()
     image.save(stream, "JPEG", **(jpeg_options or {"quality": JPEG_QUALITY, "subsampling": 0}))
     return "jpg", width, height, stream.getvalue()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -19,7 +19,8 @@ from stl_offline.images.common import (
     is_image_name,
     may_hold_image,
 )
-from stl_offline.images.encode import IMAGE_HEAD, ImageError, is_image_head
+from stl_offline.images.encode import IMAGE_HEAD, is_image_head
+from stl_offline.pixels import ImageError
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 

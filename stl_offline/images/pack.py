@@ -25,9 +25,10 @@ from stl_offline.files import atomic_path, cache_dir, canonical_json, make_folde
 from stl_offline.images.beton import INDEX_VERSION, PAGE_SIZE, Beton, BetonWriter, open_beton
 from stl_offline.images.classes import UNLABELLED
 from stl_offline.images.common import PassedOver, Source, SourceImage
-from stl_offline.images.encode import EncodedImage, ImageError, encode_image
+from stl_offline.images.encode import EncodedImage, encode_image
 from stl_offline.images.sources import open_any, open_source, source_state
 from stl_offline.images.tar_stream import TarStreams
+from stl_offline.pixels import ImageError
 from stl_offline.progress import progress_bar
 from stl_offline.remote import shown
 

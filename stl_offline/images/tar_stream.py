@@ -13,8 +13,8 @@ from stl_offline.errors import InputError, JoinError
 from stl_offline.images.archive import StreamedMember, faults_of, stream_members
 from stl_offline.images.classes import ClassChoice, is_split_name
 from stl_offline.images.common import PassedOver, SourceImage, check_text
-from stl_offline.images.encode import ImageError
 from stl_offline.images.tars import Place, Sample, classes_of, find_place, one_image, own_class
+from stl_offline.pixels import ImageError
 from stl_offline.remote import is_address, open_stream, shown
 
 # What is held of a sample: far more than any image that can be packed, and little beside a machine's memory.
@@ -76,7 +76,7 @@ def read_samples(place: str, passed_over: PassedOver) -> Iterator[StreamedSample
             if found is None:
                 continue
             if found.key != key:
-                yield from _whole(key, sample)
+                yield from _whole(key, sample, passed_over)
                 key, sample = found.key, Sample()
                 if key in seen:
                     raise InputError(
@@ -86,7 +86,7 @@ def read_samples(place: str, passed_over: PassedOver) -> Iterator[StreamedSample
                 seen.add(key)
                 check_text(key, f"member name of {where}")
             _add(sample, found, _Held.of(member), where)
-        yield from _whole(key, sample)
+        yield from _whole(key, sample, passed_over)
 
 
 def _add(sample: Sample, place: Place, member: _Held, where: str) -> None:
@@ -96,10 +96,12 @@ def _add(sample: Sample, place: Place, member: _Held, where: str) -> None:
         raise InputError(f"{where}: the sample {place.key!r} has too many members, or too large ones, for an image")
 
 
-def _whole(key: str, sample: Sample) -> Iterator[StreamedSample]:
-    if sample.images or sample.guesses:
+def _whole(key: str, sample: Sample, passed_over: PassedOver) -> Iterator[StreamedSample]:
+    if sample.has_image:
         extension, member = one_image(key, sample)
         yield StreamedSample(key, own_class(key, sample, extension), member)
+    for member in sample.labels.values() if not sample.has_image else ():
+        passed_over.add(member.name)
 
 
 class TarStreams:

@@ -61,6 +61,11 @@ class Sample:
     guesses: dict[str, AnyMember] = field(default_factory=dict)
     labels: dict[str, AnyMember] = field(default_factory=dict)
 
+    @property
+    def has_image(self) -> bool:
+        """Whether it is more than labels."""
+        return bool(self.images or self.guesses)
+
     def add(self, place: Place, member: AnyMember) -> None:
         """Add a member; raises `InputError` where there is one of this name."""
         members = getattr(self, place.kind)
@@ -83,7 +88,7 @@ class TarSource:
         self.passed_over = PassedOver()
         samples: dict[str, Sample] = {}
         for path in paths:
-            mine = _read_samples(path, self.passed_over)
+            mine = _with_images(_read_samples(path, self.passed_over), self.passed_over)
             double = samples.keys() & mine.keys()
             if double:
                 raise InputError(
@@ -92,7 +97,6 @@ class TarSource:
                 )
             samples |= mine
         where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
-        samples = {key: sample for key, sample in samples.items() if sample.images or sample.guesses}
         if not samples:
             passed = f" (passed over: {self.passed_over})" if self.passed_over else ""
             raise InputError(f"{where} holds no images{passed}")
@@ -121,6 +125,15 @@ def _read_samples(path: Path, passed_over: PassedOver) -> dict[str, Sample]:
         if place is not None:
             samples.setdefault(place.key, Sample()).add(place, member)
     return samples
+
+
+def _with_images(samples: dict[str, Sample], passed_over: PassedOver) -> dict[str, Sample]:
+    """The samples that hold an image; the labels of others are counted as passed over."""
+    for sample in samples.values():
+        if not sample.has_image:
+            for member in sample.labels.values():
+                passed_over.add(member.name)
+    return {key: sample for key, sample in samples.items() if sample.has_image}
 
 
 def find_place(member: Member | StreamedMember, passed_over: PassedOver) -> Place | None:

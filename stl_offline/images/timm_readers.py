@@ -22,7 +22,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from stl_offline.errors import InputError
 from stl_offline.images.classes import ClassChoice, check_class_names
 from stl_offline.images.common import PassedOver, SourceImage, check_keys
-from stl_offline.images.encode import ImageError, to_rgb
+from stl_offline.pixels import ImageError, to_rgb
 
 _log = logging.getLogger(__name__)
 
@@ -53,9 +53,18 @@ class TimmSource:
 
     def __iter__(self) -> Iterator[SourceImage]:
         """The images in order, with their bytes: each reader is read once."""
+        given = 0
         for number, (image, target) in enumerate(_samples(self._reader)):
-            data = _bytes_of(image)
-            yield self._image(number, target, lambda data=data: data)
+            if number < len(self):
+                data = _bytes_of(image)
+                yield self._image(number, target, lambda data=data: data)
+            given = number + 1
+        if given != len(self):
+            # Readers of tars pass over what they cannot read, with no more than a warning.
+            raise InputError(
+                f"{self._words} announces {len(self):,} images and gives {given:,}: timm leaves out what it cannot "
+                "read; give tars themselves, without wds/, so that faults are named, or the right number of images"
+            )
 
     def listed(self) -> list[SourceImage]:
         """The images without their bytes, which are read from the reader when asked for, in any order.
@@ -184,10 +193,14 @@ def _open_reader(words: str) -> Any:
     try:
         if name.startswith("torch/"):
             return create_dataset(name, **{"root": None, "split": "train", **options})
-        return create_reader(name, **options)
+        reader = create_reader(name, **options)
     except Exception as error:  # whatever the data set's own library raises
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"timm cannot open {words!r}: {reason}") from error
+    if hasattr(reader, "dist_num_replicas"):
+        # Under torchrun a reader gives each process a part of the images: here every process wants all of them.
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
+    return reader
 
 
 def _bytes_of(image: Any) -> bytes:

@@ -18,9 +18,10 @@ from stl_offline.errors import FormatError, InputError, counted
 from stl_offline.files import atomic_write, cache_dir, canonical_json, images_fingerprint, make_folder
 from stl_offline.images.beton import INDEX_VERSION, Beton
 from stl_offline.images.common import Source, SourceImage
-from stl_offline.images.encode import ImageError, encode_image, key_hash
+from stl_offline.images.encode import encode_image, key_hash
 from stl_offline.images.pack import broken_image, encode_all, locked, tell_of_source
 from stl_offline.images.sources import listed, open_source, source_state
+from stl_offline.pixels import ImageError
 from stl_offline.progress import progress_bar
 
 _log = logging.getLogger(__name__)

@@ -64,7 +64,8 @@ class RandomResizedCrop:
         """The crop, and its view.
 
         Args:
-            image: a PIL image, or a tensor (..., H, W), uint8 or of floats.
+            image: a PIL image, grey or RGB (of other modes Pillow resizes palettes and the like), or a tensor
+                (..., H, W), uint8 or of floats.
             view: this one instead of a random one, such as a stored crop of a label set.
 
         Returns:

@@ -3,6 +3,7 @@
 B: batch; N: tokens; T: targets per token.
 """
 
+import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
@@ -18,6 +20,7 @@ from stl_offline.geometry import View
 from stl_offline.labels.join import check_class_names
 from stl_offline.labels.keys import rename_keys
 from stl_offline.loops.crop import RandomResizedCrop
+from stl_offline.pixels import to_rgb
 from stl_offline.targets import TokenLabels
 
 
@@ -49,9 +52,9 @@ class TokenLabelDataset(Dataset):
     before each epoch; worker processes that persist see it, too.
 
     Args:
-        dataset: gives (image, class id), or a dict with these under "image" and "label"; images are PIL images or
-            tensors, before any crop. torchvision's ImageFolder, timm's ImageDataset, a Hugging Face dataset, or a
-            `Subset` of one.
+        dataset: gives (image, class id), or a dict with these under "image" and "label"; images are PIL images, made
+            RGB as for labelling, or tensors, before any crop, and not turned by an EXIF orientation. torchvision's
+            ImageFolder, timm's ImageDataset, a Hugging Face dataset (its images are decoded here), or a `Subset`.
         labels: `TokenLabels.of` a label set.
         crop: how images are cropped. A label set of crops gives its own instead; of ``crop`` the size counts then.
         transform: pixels → (3, H, W), without moving them: colours, conversion, normalisation; default: floats in
@@ -76,12 +79,12 @@ class TokenLabelDataset(Dataset):
         key_prefix: str = "",
         class_names: Sequence[str] | None = None,
     ) -> None:
-        self.dataset, self.labels, self.crop = dataset, labels, crop
+        self.dataset, self.labels, self.crop = _undecoded(dataset), labels, crop
         self.transform = to_floats if transform is None else transform
         innermost = dataset
         while isinstance(innermost, Subset):
             innermost = innermost.dataset
-        if getattr(innermost, "transform", None) is not None:
+        if getattr(innermost, "transform", None) is not None or _format(innermost) == "custom":
             raise InputError(
                 f"this {type(innermost).__name__} has a transform of its own, which token labels cannot follow; give "
                 "it to TokenLabelDataset, without crops and flips"
@@ -110,6 +113,10 @@ class TokenLabelDataset(Dataset):
     def __getitem__(self, index: int) -> Item:
         item = self.dataset[index]
         image, class_id = (item["image"], item["label"]) if isinstance(item, dict) else item[:2]
+        if isinstance(image, dict):
+            image = _stored_image(image)
+        if isinstance(image, Image.Image):
+            image = to_rgb(image)
         pixels, view = self.crop(image, index, self.epoch, view=self._stored_view(index))
         return Item(self.transform(pixels), int(class_id), index, view.matrix.ravel())
 
@@ -132,6 +139,33 @@ class TokenLabelDataset(Dataset):
             torch.from_numpy(samples),
             torch.from_numpy(views),
         )
+
+
+def _undecoded(dataset: Any) -> Any:
+    """A Hugging Face dataset with its images as they are stored, any other as it is.
+
+    Its own decoding turns images by their EXIF orientation. Labels are made of images that are not turned.
+    """
+    if isinstance(dataset, Subset):
+        inner = _undecoded(dataset.dataset)
+        return dataset if inner is dataset.dataset else Subset(inner, dataset.indices)
+    kind = (getattr(dataset, "features", None) or {}).get("image")
+    if not getattr(kind, "decode", False) or not hasattr(dataset, "cast_column"):
+        return dataset
+    plain = dataset if _format(dataset) == "custom" else dataset.with_format(None)
+    return plain.cast_column("image", type(kind)(decode=False))
+
+
+def _format(dataset: Any) -> str | None:
+    """The name of a Hugging Face dataset's output format; "custom" is a transform of its user's."""
+    found = getattr(dataset, "format", None)
+    return found.get("type") if isinstance(found, dict) else None
+
+
+def _stored_image(stored: dict[str, Any]) -> Image.Image:
+    """An image that Hugging Face's datasets have not decoded: its file's bytes, or the path of a file."""
+    data = stored.get("bytes")
+    return Image.open(stored["path"] if data is None else io.BytesIO(data))
 
 
 def to_floats(image: Any) -> Tensor:

@@ -11,9 +11,10 @@ import numpy as np
 from stl_offline.errors import FormatError, InputError
 from stl_offline.images.beton import open_beton
 from stl_offline.images.common import SourceImage
-from stl_offline.images.encode import ImageError, content_hash, decode_jpeg, encode_image
+from stl_offline.images.encode import content_hash, decode_jpeg, encode_image
 from stl_offline.images.sources import open_source
 from stl_offline.labels.match import stem
+from stl_offline.pixels import ImageError
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ STATE = {"at", "means", "history", "model", "average", "optimizer", "scaler"}
 
 _DIGEST = "sha256"  # the entry of a stored state with the SHA-256 of the others
 _SUMMARY = ("epochs", "steps", "train_seconds", "loss")  # what every summary holds
-_ADVICE = "choose another `out`, or start anew there with `resume=False`"
+ADVICE = "choose another `out`, or start anew there with `resume=False`"
 
 _PACKAGES = ("stl-offline", "torch", "torchvision", "timm", "ffcv", "numpy", "numba")
 
@@ -193,11 +193,11 @@ class RunFolder:
         if not path.is_file() or not (self.path / "config.json").is_file():
             return None
         self._check_same(self.path / "config.json")
-        summary = read_numbers(path, _ADVICE)
+        summary = read_numbers(path, ADVICE)
         if lacking := [name for name in _SUMMARY if summary.get(name) is None]:
-            raise FormatError(f"{path} is damaged ({', '.join(lacking)} missing); {_ADVICE}")
+            raise FormatError(f"{path} is damaged ({', '.join(lacking)} missing); {ADVICE}")
         if not (self.path / WEIGHTS_NAME).is_file():
-            raise FormatError(f"{self.path} holds a complete run, but not its {WEIGHTS_NAME}; {_ADVICE}")
+            raise FormatError(f"{self.path} holds a complete run, but not its {WEIGHTS_NAME}; {ADVICE}")
         for name in (WEIGHTS_NAME, BEST_NAME):
             if (self.path / name).is_file():
                 check_digest(self.path / name)
@@ -239,20 +239,17 @@ class RunFolder:
                 raise InputError(f"{self.path} is not empty and holds no run; choose another `out`")
 
     def _check_same(self, config_path: Path, parts: tuple[str, ...] = ("settings", "data")) -> None:
-        stored = read_json_object(config_path, _ADVICE)
+        stored = read_json_object(config_path, ADVICE)
         for part in ("settings", "data"):
             if not isinstance(stored.get(part), dict):
-                raise FormatError(f"{config_path} is damaged ({part} is no JSON object); {_ADVICE}")
+                raise FormatError(f"{config_path} is damaged ({part} is no JSON object); {ADVICE}")
         changed = []
         for part in parts:
             changed += differences(stored[part], json.loads(canonical_json(self._config[part])))
         if stored.get("stage") != self._config["stage"]:
             changed.insert(0, f"stage: {stored.get('stage')!r} → {self._config['stage']!r}")
         if changed:
-            raise InputError(
-                f"{self.path} holds a run with other settings ({'; '.join(changed[:4])}); "
-                "choose another `out`, or start anew there with `resume=False`"
-            )
+            raise InputError(f"{self.path} holds a run with other settings ({'; '.join(changed[:4])}); {ADVICE}")
 
     def _load_state(self) -> dict[str, Any] | None:
         path = self.path / STATE_NAME

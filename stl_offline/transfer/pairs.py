@@ -22,8 +22,9 @@ from stl_offline.errors import InputError
 from stl_offline.files import canonical_json, sha256_bytes
 from stl_offline.images.archive import TAR_SUFFIXES, tar_members
 from stl_offline.images.common import files_below, is_image_name
-from stl_offline.images.encode import ImageError, content_hash, to_rgb
+from stl_offline.images.encode import content_hash
 from stl_offline.labels.class_names import read_class_names
+from stl_offline.pixels import ImageError, to_rgb
 from stl_offline.progress import progress_bar
 
 _LOGGER = logging.getLogger(__name__)

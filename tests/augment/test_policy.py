@@ -43,6 +43,20 @@ def timms_draws(monkeypatch):
     return draw
 
 
+@pytest.mark.parametrize("text", ["rand-m25-mmax30", "rand-m25-mmax30-inc1"])
+def test_levels_beyond_timms_scale(text):
+    """timm leaves an image alone of which more than all eight bits are to stay."""
+    drawn = RandAugment.parse(text).draw(0, 0, np.arange(400))
+    bits = drawn.arguments[drawn.kinds == OPERATIONS.index("Posterize")]
+    assert bits.min() >= 1 and bits.max() <= 8 and len(bits) > 20
+    pixels = torch.randint(0, 256, (len(bits), 3, 5, 7), dtype=torch.uint8)
+    found = change_colour("Posterize", pixels, torch.from_numpy(bits).float())
+    for image, number, ours in zip(pixels, bits, found, strict=True):
+        pil = Image.fromarray(image.permute(1, 2, 0).numpy())
+        theirs = torch.from_numpy(np.array(timm_augment.posterize(pil, int(number)))).permute(2, 0, 1)
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("text", STRINGS)
 def test_settings_and_draws_are_timms(text, timms_draws):
     ours = RandAugment.parse(text)

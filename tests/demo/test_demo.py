@@ -74,6 +74,22 @@ def test_the_demo_stores_draws_where_they_are_asked_for(tmp_path, monkeypatch):
     assert not (tmp_path / "no").exists()
 
 
+def test_the_demo_checks_its_settings_first(tmp_path):
+    with pytest.raises(InputError, match="`epochs` must be at least 1"):
+        demo.run_demo(tmp_path / "no", epochs=0)
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_demo_advises_nothing_that_it_lacks(tmp_path, monkeypatch):
+    """A run of other settings can be begun anew by its own command, but not by the demo's."""
+    settings = {"train": 20, "val": 10, "epochs": 1, "shards": 2, "device": "cpu", "workers": 1}
+    monkeypatch.setattr(demo, "dump_labels", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        demo.run_demo(tmp_path / "demo", labeler_epochs=1, **settings)
+    with pytest.raises(InputError, match=r"\(epochs: 1 → 2\); choose another `out`, or remove this one$"):
+        demo.run_demo(tmp_path / "demo", labeler_epochs=2, **settings)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("draws", [0, 3])
 def test_a_small_demo(tmp_path, draws):

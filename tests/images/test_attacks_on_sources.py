@@ -16,9 +16,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from stl_offline.errors import InputError
 from stl_offline.images.beton import open_beton
 from stl_offline.images.classes import UNLABELLED, read_class_map
-from stl_offline.images.encode import ImageError, encode_image
+from stl_offline.images.encode import encode_image
 from stl_offline.images.pack import pack, pack_sample
 from stl_offline.images.sources import open_source, source_state
+from stl_offline.pixels import ImageError
 
 JPEG = b"\xff\xd8\xff and so on"
 

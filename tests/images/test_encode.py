@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
 from stl_offline.errors import InputError
-from stl_offline.images.encode import RAW_BYTES, ImageError, content_hash, encode_image, key_hash
+from stl_offline.images.encode import RAW_BYTES, content_hash, encode_image, key_hash
+from stl_offline.pixels import ImageError
 
 
 def ffcv_pixels(encoded):

@@ -9,7 +9,9 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from stl_offline.errors import InputError
+from stl_offline.images.common import PassedOver
 from stl_offline.images.sources import open_source, source_state
+from stl_offline.images.tar_stream import read_samples
 
 
 def pack(path, members, kind=tarfile.PAX_FORMAT):
@@ -197,6 +199,20 @@ def test_the_same_key_in_two_tars_is_refused(tmp_path):
         pack(tmp_path / f"{number}.tar", images("a/1.jpg", "b/1.jpg", f"b/{number + 5}.jpg"))
     with pytest.raises(InputError, match=r"2 keys of .*1\.tar are in an earlier tar too, for example 'a/1'"):
         open_source(str(tmp_path / "{0,1}.tar"))
+
+
+def test_samples_without_an_image_are_counted(tmp_path):
+    """Their labels are passed over, and are no keys that two tars share."""
+    for number in range(2):
+        members = [*images(f"a/{number}.jpg"), ("lost.cls", b"a"), ("info.json", b"{}"), ("a/lost.json", b"{}")]
+        pack(tmp_path / f"{number}.tar", sorted(members))
+    source = open_source(str(tmp_path / "{0,1}.tar"))
+    assert [image.key for image in source] == ["a/0", "a/1"]
+    assert str(source.passed_over) == "4 .json (such as a/lost.json), 2 .cls (such as lost.cls)"
+    streamed, passed_over = [], PassedOver()
+    for number in range(2):
+        streamed += [sample.key for sample in read_samples(str(tmp_path / f"{number}.tar"), passed_over)]
+    assert streamed == ["a/0", "a/1"] and passed_over == source.passed_over
 
 
 def test_a_tar_that_shrinks_while_it_is_read(tmp_path):

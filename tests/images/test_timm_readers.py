@@ -11,9 +11,10 @@ from PIL import Image
 
 from stl_offline.errors import InputError
 from stl_offline.images import timm_readers
-from stl_offline.images.encode import ImageError, encode_image
+from stl_offline.images.encode import encode_image
 from stl_offline.images.sources import listed as every
 from stl_offline.images.sources import open_source
+from stl_offline.pixels import ImageError
 
 
 def listed(source):
@@ -81,6 +82,59 @@ def fake(monkeypatch, photo, file_bytes):
 
     make.asked = asked
     return make
+
+
+@pytest.fixture
+def samples(photo, file_bytes):
+    """Members of a webdataset tar of four images, from a number on."""
+    return lambda first: [
+        member
+        for number in range(first, first + 4)
+        for member in ((f"{number}.cls", b"%d" % (number % 2)), (f"{number}.jpg", file_bytes(photo(seed=number))))
+    ]
+
+
+@pytest.fixture
+def write_tars(tmp_path, samples):
+    """write_tars(change) → words for a reader of two such tars, of which the second has ``change(bytes)``."""
+
+    def write(change=lambda data: data):
+        for number in range(2):
+            stream = io.BytesIO()
+            with tarfile.open(fileobj=stream, mode="w") as tar:
+                for name, data in samples(4 * number):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+            data = stream.getvalue()
+            (tmp_path / f"{number}.tar").write_bytes(change(data) if number else data)
+        return f"wds/x?root={tmp_path}&split={{0..1}}.tar"
+
+    return write
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its tars open
+class TestWebdatasets:
+    def test_all_images_whatever_process_asks(self, write_tars, monkeypatch):
+        """timm's reader gives each process of a job a part; here every process packs all of them."""
+        words = write_tars() + "|8"
+        alone = listed(open_source(words))
+        assert [int(key.partition(".")[0]) for key, _ in alone] == list(range(8))
+        for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 1)):
+            monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+        assert listed(open_source(words)) == alone
+
+    @pytest.mark.parametrize(("count", "given"), [(5, 8), (9, 8), (1, 8)])
+    def test_another_number_than_announced(self, write_tars, count, given):
+        with pytest.raises(InputError, match=rf"announces {count} images and gives {given}: timm leaves out"):
+            list(open_source(f"{write_tars()}|{count}"))
+
+    @pytest.mark.parametrize(
+        "change", [lambda data: data[: len(data) // 2], lambda data: data.replace(b"\xff\xd8\xff", b"no image")]
+    )
+    def test_damage_that_timm_passes_over(self, write_tars, change):
+        with pytest.raises(InputError, match=r"announces 8 images and gives [4-7]: .*; give tars themselves"):
+            list(open_source(f"{write_tars(change)}|8"))
 
 
 def test_options_are_handed_on(fake):

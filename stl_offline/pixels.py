@@ -1,0 +1,41 @@
+"""What images of any kind are as 8-bit RGB: the same wherever labels are made, and wherever they are used."""
+
+import numpy as np
+from PIL import Image
+
+from stl_offline.errors import InputError
+
+
+class ImageError(InputError):
+    """An image cannot be read, is damaged, or is of a kind that has no meaning as RGB. advice: what to do about it."""
+
+    def __init__(self, reason: str, advice: str = "repair or remove it") -> None:
+        super().__init__(reason)
+        self.advice = advice
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image of any kind as 8-bit RGB; 16-bit grey is scaled, not clipped.
+
+    Raises:
+        ImageError: the image cannot be decoded, or its pixels are floating-point numbers.
+    """
+    try:
+        image.load()
+        if image.mode == "F":
+            raise ImageError("pixels are floating-point numbers, whose range is unknown; convert it to 8 bits")
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            wide = np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
+            image = Image.fromarray(((wide * 255 + 32_767) // 65_535).astype(np.uint8))
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:  # PIL's decoders raise nearly every built-in on bad bytes
+        raise ImageError(f"cannot be decoded: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, or else its name, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
