@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,16 +80,23 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     return torch.autocast(device.type, dtype=dtype)
 
 
-def avoid_slow_attention(model: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
-    """Turn off torch's fused attention in a model to be trained on a CPU in half precision.
+@contextlib.contextmanager
+def avoid_slow_attention(model: nn.Module, device: torch.device, amp: torch.dtype | None) -> Iterator[None]:
+    """Without torch's fused attention in a model whose gradient is asked for on a CPU in half precision.
 
-    Its gradient is slow there: with few tokens a step in bf16 takes longer than in float32 (docs/benchmarks.md).
-    timm's `fused_attn`, which FAN's blocks have too, chooses between it and the same in three operations.
+    That is slow: with few tokens a step in bf16 takes longer than in float32 (docs/benchmarks.md). timm's `fused_attn`,
+    which FAN's blocks have too, chooses between it and the same in three operations, which round otherwise: without a
+    gradient, a model that is being trained computes what it computes anywhere else.
     """
-    if device.type == "cpu" and amp is not None:
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False
+    slow = device.type == "cpu" and amp is not None
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)] if slow else []
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def upload(array: np.ndarray | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -165,9 +165,8 @@ class TrainStep:
     def __init__(self, run: TrainingRun, objective: Objective, steps_per_epoch: int) -> None:
         config, world, device = run.config, run.world, run.device
         self.config, self.world, self.device, self.objective = config, world, device, objective
-        self.steps_per_epoch, self._crops_of = steps_per_epoch, run.crops_of
+        self.steps_per_epoch, self._crops_of, self._amp = steps_per_epoch, run.crops_of, run.amp
         self.model = run.model.to(device)
-        avoid_slow_attention(self.model, device, run.amp)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         if config.sync_bn and world.size > 1:
@@ -213,7 +212,8 @@ class TrainStep:
         totals = sum_over_world_blocking(inputs.totals(), self.world)
         self.optimizer.zero_grad(set_to_none=True)
         crops = self._crops_of(step // self.steps_per_epoch)
-        losses = self._backward(inputs, totals, crops)
+        with avoid_slow_attention(self.model, self.device, self._amp):
+            losses = self._backward(inputs, totals, crops)
         finite = torch.isfinite(losses["loss"])
         told = torch.stack([*losses.values(), (~finite).double()])
         told = torch.cat([told, upload(np.array(notes(), dtype=np.float64), self.device)])

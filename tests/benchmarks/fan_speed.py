@@ -182,13 +182,13 @@ def training(options: argparse.Namespace) -> None:
 def amp(options: argparse.Namespace) -> None:
     _, model = models(options)
     fused, apart = copy.deepcopy(model), copy.deepcopy(model)
-    avoid_slow_attention(apart, torch.device("cpu"), torch.bfloat16)
     ways = {
         "float32": steps(model, options),
         "bf16": steps(apart, options, torch.bfloat16),
         "bf16, fused attention": steps(fused, options, torch.bfloat16),
     }
-    print_table(ways, "float32", options, None)
+    with avoid_slow_attention(apart, torch.device("cpu"), torch.bfloat16):
+        print_table(ways, "float32", options, None)
 
 
 def part_of(event) -> str:

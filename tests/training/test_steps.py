@@ -110,7 +110,8 @@ def test_half_precision_learns_as_float32_does(quick, loss_in_float32, amp):
 @pytest.mark.parametrize("model", ["fan_micro_4_p8_token", "vit_tiny_patch16_224"])
 @pytest.mark.parametrize(("amp", "fused"), [("none", True), ("bf16", False)])
 def test_half_precision_on_a_cpu_trains_without_the_fused_attention(quick, monkeypatch, model, amp, fused):
-    """Its gradient takes longer there than that of the operations that it stands for."""
+    """Its gradient takes longer there than that of the operations that it stands for, which round otherwise: scores are
+    measured with it, as `evaluate` measures them."""
     learned = []
 
     def attention(*tensors, **more):
@@ -120,7 +121,7 @@ def test_half_precision_on_a_cpu_trains_without_the_fused_attention(quick, monke
     original = nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attention)
     train_labeler(LabelerConfig(**quick | {"model": model, "amp": amp, "epochs": 1}))
-    assert any(learned) is fused
+    assert any(learned) is fused and False in learned
 
 
 def test_no_step_is_longer_than_the_limit(quick, monkeypatch):
