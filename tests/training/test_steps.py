@@ -3,7 +3,9 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -14,7 +16,7 @@ from stl_offline.config import EvaluateConfig, LabelerConfig, StudentConfig
 from stl_offline.evaluation import evaluate
 from stl_offline.models import load_model
 from stl_offline.training import engine, label_sources, optimization
-from stl_offline.training.optimization import make_optimizer
+from stl_offline.training.optimization import make_optimizer, make_schedule
 from stl_offline.training.run_folder import Progress
 from stl_offline.training.steps import Share, StepInputs, token_scores
 from stl_offline.training.train_labeler import train_labeler
@@ -55,6 +57,21 @@ def test_accumulated_batches_are_one_larger_batch(quick, tmp_path, fixed_norms):
     for whole, found in zip(log(quick["out"]), log(parts.out), strict=True):
         for name in ("loss", "class_loss", "token_loss", "confidence"):
             assert found[name] == pytest.approx(whole[name], rel=5e-4), name
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "poly"])
+def test_the_learning_rate_of_every_step(schedule):
+    """Two steps of warm-up (a fifth of the run at most), then down to 1e-6 over the other ten."""
+    config = SimpleNamespace(epochs=4, warmup_epochs=2.0, schedule=schedule)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler, found = make_schedule(optimizer, config, 3), []
+    for step in range(12):
+        scheduler.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    done = np.arange(10) / 10
+    falling = (1 + np.cos(np.pi * done)) / 2 if schedule == "cosine" else 1 - done
+    expected = [1e-6, (0.5 + 1e-6) / 2, *(1e-6 + (0.5 - 1e-6) * falling)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_shares_add_up_whatever_the_parts():
