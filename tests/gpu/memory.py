@@ -30,10 +30,15 @@ class MemoryImages(SimpleNamespace):
             heights=np.full(n, side),
             widths=np.full(n, side),
             fingerprint="memory",
+            max_size=None,
         )
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def state(self) -> dict[str, object]:
+        return {"fingerprint": self.fingerprint, "samples": len(self)}
 
 
 class MemoryLoader:
