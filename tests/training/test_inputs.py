@@ -1,9 +1,13 @@
 """What a step learns from: pixels, classes and token labels are mixed together, with the same shares."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torchvision.transforms.functional import normalize
 
 from stl_offline.config import LabelerConfig, StudentConfig
+from stl_offline.training import label_sources
 from stl_offline.training import train_labeler as labeler_module
 from stl_offline.training import train_student as student_module
 
@@ -54,3 +58,14 @@ def test_pixels_are_mixed_as_their_classes_and_tokens_are(quick, make_set, seen,
                 before = found.token_weights[partner, :, 0] / own[partner]
                 assert torch.allclose(found.token_weights[row, :, 1], (1 - share) * before, atol=1e-4)
     assert checked > 10 and len(shares) > 1 + 5 * (mode == "elem")
+
+
+def test_a_labeler_sees_its_own_normalisation():
+    """Online, the labeler sees the student's crop: the same bytes, by its own mean and standard deviation."""
+    pixels = torch.randint(0, 256, (2, 3, 5, 7)) / 255
+    ours, theirs = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), ((0.1, 0.2, 0.3), (1.0, 0.5, 0.25))
+    student, labeler = (SimpleNamespace(mean=mean, std=std) for mean, std in (ours, theirs))
+    normalised = [normalize(pixels, mean, std) for mean, std in (ours, theirs)]
+    found = label_sources._renormalise(normalised[0], student, labeler)
+    torch.testing.assert_close(found, normalised[1], atol=1e-5, rtol=0)
+    assert label_sources._renormalise(normalised[0], student, student) is normalised[0]
