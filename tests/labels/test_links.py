@@ -120,7 +120,13 @@ def test_no_method_of_a_folder_follows_links(tmp_path, elsewhere):
         lambda: storage.read("link/precious"),
         lambda: storage.size("link/precious"),
         lambda: storage.names("link"),
+        lambda: storage.stamps("link"),
+        lambda: storage.sizes("link"),
         lambda: storage.write("link/precious", b"x"),
+        lambda: storage.create("link/new", b"x"),
+        lambda: storage.replace("link/precious", b"x", (elsewhere / "precious").read_bytes()),
+        lambda: storage.remove_file("link/precious"),
+        lambda: storage.remove_file("link"),
         lambda: storage.remove("link/precious"),
         lambda: storage.remove("link"),
     ):

@@ -1,9 +1,11 @@
 """A run's folder: when it is complete, whose it is, and of which images."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from stl_offline.config import LabelerConfig
 from stl_offline.errors import FormatError, InputError
@@ -39,6 +41,27 @@ def test_a_complete_run_is_complete_with_its_weights_alone(quick, fault):
     with pytest.raises(FormatError, match=r"weights.safetensors.*`resume=False`"):
         train_labeler(config)
     assert train_labeler(replace(config, resume=False))["epochs"] == 1 and weights.is_file()
+
+
+class Payload:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, place):
+        self.place = str(place)
+
+    def __reduce__(self):
+        return os.mkdir, (self.place,)
+
+
+def test_nothing_in_a_state_is_run(quick, tmp_path):
+    """A run's folder may come from somebody else: of a pickle, only tensors and plain values are read."""
+    config = LabelerConfig(**quick | {"epochs": 1})
+    train_labeler(config)
+    (Path(quick["out"]) / "summary.json").unlink()
+    torch.save({"at": Payload(tmp_path / "was-here"), "model": {}}, Path(quick["out"]) / "state.pt")
+    with pytest.raises(FormatError, match=r"state.pt is damaged \(UnpicklingError: .*`resume=False`"):
+        train_labeler(config)
+    assert not (tmp_path / "was-here").exists()
 
 
 @pytest.mark.parametrize("resume", [True, False])
