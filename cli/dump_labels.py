@@ -53,7 +53,9 @@ from stl_offline.config import DumpConfig
 @setting_option(DumpConfig, "--labeler", group="model", metavar="RUN|CKPT|timm:NAME|hf-hub:NAME")
 @timm_labeler_options
 @setting_option(DumpConfig, "--img-size", group="model", metavar="N")
-@setting_option(DumpConfig, "--top-k", group="labels", type=int, metavar="K", show_default="5, or 0 with --draws")
+@setting_option(
+    DumpConfig, "--top-k", group="labels", type=int, metavar="K", show_default="5 or all classes, 0 with --draws"
+)
 @setting_option(DumpConfig, "--draws", group="labels", metavar="S")
 @setting_option(DumpConfig, "--confidence", group="labels", is_flag=True)
 @setting_option(DumpConfig, "--class-top-k", group="labels", metavar="K")

@@ -480,9 +480,9 @@ class DumpConfig(MachineConfig):
             values = getattr(self, name)
             if values is not None and (len(values) != 3 or not all(map(math.isfinite, values))):
                 raise InputError(f"`{name}` must be three finite numbers, got {values}")
-        if self.top_k is None:
-            object.__setattr__(self, "top_k", 0 if self.draws else 5)
-        if not self.top_k and not self.draws:
+        if self.top_k is None and self.draws:
+            object.__setattr__(self, "top_k", 0)
+        if self.top_k == 0 and not self.draws:
             raise InputError("`top_k` is 0, which needs `draws`")
         if self.first_view and not self.crops_per_image:
             raise InputError(f"`first_view` is {self.first_view}, which needs `crops_per_image`")

@@ -111,7 +111,7 @@ class SegmentConfig(BackboneConfig):
     color_jitter: float = setting(0.4, "Strength of colour jitter (0 disables it).", bounds="[0, inf)")
     head_width: int = setting(256, "Channels of the head.", bounds="[1, 65536]")
     head_dropout: float = setting(0.1, "Dropout of whole channels in the head.", bounds="[0, 1)")
-    sliding_window: bool = setting(False, _WINDOW)
+    sliding_window: bool = setting(False, _WINDOW, needs=needs.VALIDATION)
 
     def check_together(self) -> None:
         super().check_together()

@@ -15,7 +15,7 @@ import numpy as np
 
 from stl_offline.errors import InputError, UnknownKeyError
 from stl_offline.labels.join import POLICIES
-from stl_offline.labels.keys import rename_keys
+from stl_offline.labels.keys import rename_key, rename_keys
 from stl_offline.labels.label_set import LabelSet
 from stl_offline.targets import TokenLabels
 
@@ -112,7 +112,7 @@ def _joined(
     for sample in stream:
         name = sample["__key__"] if key is None else key(sample)
         if key_prefix:
-            (name,) = rename_keys([name], key_prefix)
+            name = rename_key(name, key_prefix)
         row = labels.keys.row(name)
         if row < 0:
             labels.rows([name])  # raises, if samples without labels are errors
@@ -130,7 +130,7 @@ def _joined_maps(
 ) -> Iterator[dict[str, Any]]:
     shard, shards = -1, 0
     for number, sample in enumerate(stream, 1):
-        (name,) = rename_keys([sample["__key__"] if key is None else key(sample)], key_prefix)
+        name = rename_key(sample["__key__"] if key is None else key(sample), key_prefix)
         try:
             found = label_set[name]
         except UnknownKeyError:

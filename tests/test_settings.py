@@ -197,6 +197,7 @@ NEEDS = [
     ),
     (SegmentConfig, SEGMENT, {"val_split": "val"}, [{"val": "images"}], [{}]),
     (SegmentConfig, SEGMENT, {"val_every": 2}, [{"val": "images"}], [{}]),
+    (SegmentConfig, SEGMENT, {"sliding_window": True}, [{"val": "images"}], [{}]),
     (SegmentConfig, SEGMENT, {"drop_path": 0.3}, [{}], [{"freeze": True}]),
     (LabelerConfig, PLACES, {"layer_decay": 0.8}, [{}], [{"freeze": True}]),
     (StudentConfig, PLACES, {"token_norm": "tokens"}, [{"labels": "a"}], [{}, {"labels": "a", "token_weight": 0}]),

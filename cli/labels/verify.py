@@ -43,11 +43,19 @@ _ALWAYS = ("path", "recompute", "workers", "debug", "help")
 @option(
     "--tolerance",
     group="labels",
+    type=click.FloatRange(min=0.0, max=1.0),
     default=0.005,
     metavar="X",
     help="Difference of a probability that --recompute allows beyond the set's own bounds.",
 )
-@option("--seed", group="labels", default=0, metavar="N", help="Seed of the random images of --recompute.")
+@option(
+    "--seed",
+    group="labels",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Seed of the random images of --recompute.",
+)
 @option("--data", group="data", metavar="SRC", help=f"Images for --recompute: {SOURCE_HELP}.")
 @skip_broken_option
 @option(

@@ -62,7 +62,7 @@ def load_labeler(config: DumpConfig) -> TokenLabeler:
             "`labeler_classes`, a text file with one name per line or a label set"
         )
     for name in ("top_k", "class_top_k"):
-        if getattr(config, name) > labeler.num_classes:
+        if (getattr(config, name) or 0) > labeler.num_classes:
             raise InputError(
                 f"`{name}` is {getattr(config, name)}, but the labeler has only {labeler.num_classes} classes"
             )
@@ -425,8 +425,10 @@ def _check_class_ids(beton: Beton) -> None:
 
 
 def settle(config: DumpConfig, labeler: TokenLabeler) -> DumpConfig:
-    """The settings with ``interpolation`` resolved."""
-    return replace(config, interpolation=labeler.interpolation) if config.interpolation == "auto" else config
+    """The settings with ``interpolation`` and ``top_k`` resolved: by default the five most probable classes."""
+    top_k = min(5, labeler.num_classes) if config.top_k is None else config.top_k
+    interpolation = labeler.interpolation if config.interpolation == "auto" else config.interpolation
+    return replace(config, top_k=top_k, interpolation=interpolation)
 
 
 def make_spec(config: DumpConfig, labeler: TokenLabeler, source: dict[str, Any]) -> LabelSpec:

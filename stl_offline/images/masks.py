@@ -16,7 +16,7 @@ from stl_offline.files import read_file
 from stl_offline.images.common import files_below
 from stl_offline.images.voc import MOST_BYTES, read_voc
 
-_BOX_SIDE = 256  # pixels per side of the mask that a box becomes; boxes are exact to half a pixel of it
+BOX_SIDE = 256  # pixels per side of the mask that a box becomes; boxes are exact to half a pixel of it
 _JSON_BYTES = 1 << 30
 
 
@@ -140,12 +140,12 @@ def _read_voc(place: Path) -> np.ndarray:
 
 def _draw(boxes_n4: np.ndarray) -> np.ndarray:
     """The union of boxes, as a mask of a fixed size. Raises ValueError for a box that is none."""
-    mask = np.zeros((_BOX_SIDE, _BOX_SIDE), dtype=bool)
+    mask = np.zeros((BOX_SIDE, BOX_SIDE), dtype=bool)
     for left, top, right, bottom in boxes_n4.tolist():
         if not (0 <= left <= right <= 1 and 0 <= top <= bottom <= 1):
             raise ValueError(f"[{left:g}, {top:g}, {right:g}, {bottom:g}] is no box")
         rows, columns = (
-            slice(round(start * _BOX_SIDE), round(end * _BOX_SIDE)) for start, end in ((top, bottom), (left, right))
+            slice(round(start * BOX_SIDE), round(end * BOX_SIDE)) for start, end in ((top, bottom), (left, right))
         )
         mask[rows, columns] = True
     return mask

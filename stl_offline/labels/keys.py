@@ -117,11 +117,22 @@ def parse_prefix(text: str) -> tuple[str, str]:
 
 def rename_keys(keys: Sequence[str], text: str) -> list[str]:
     """Keys with the prefix OLD of ``OLD=NEW`` replaced by NEW; those that do not start with OLD stay. An empty text
-    changes nothing. Raises InputError as `parse_prefix`."""
+    changes nothing. Raises InputError as `parse_prefix`, or where no key starts with OLD."""
     if not text:
         return list(keys)
     old, new = parse_prefix(text)
-    return [new + key[len(old) :] if key.startswith(old) else key for key in keys]
+    if keys and not any(key.startswith(old) for key in keys):
+        raise InputError(f"no image's key starts with the {old!r} of the key prefix {text}; they look like {keys[0]!r}")
+    return [_renamed(key, old, new) for key in keys]
+
+
+def rename_key(key: str, text: str) -> str:
+    """`rename_keys` of one key among others, which are not known: it stays where it does not start with OLD."""
+    return _renamed(key, *parse_prefix(text)) if text else key
+
+
+def _renamed(key: str, old: str, new: str) -> str:
+    return new + key[len(old) :] if key.startswith(old) else key
 
 
 def holds(known: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -86,6 +86,7 @@ class TimmTokenDataset(TokenLabelDataset):
         size = (size, size) if isinstance(size, int) else size
         self.smoothing, self.mix = smoothing, mix
         self._timm_transform: Any = None
+        self._sampler: Any = None
         found = TokenLabels.of(labels, model.grid_size(*size), kind, missing=missing)
         super().__init__(dataset, found, RandomResizedCrop(size, seed=seed), key_prefix=key_prefix)
 
@@ -157,7 +158,14 @@ class TimmTokenDataset(TokenLabelDataset):
         inner = getattr(loader, "loader", loader)
         if getattr(inner.collate_fn, "__self__", None) is not self:
             raise InputError("timm's loader has another collate function; pass it the dataset's collate method")
+        self._sampler = getattr(inner, "sampler", None)
         return TokenLoss(self.labels.num_classes, self.labels.targets.tokens, weight)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch, counted from 0. A script that finds this leaves out the sampler's, so both are told."""
+        super().set_epoch(epoch)
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)
 
 
 class TokenLoss(nn.Module):

@@ -110,12 +110,18 @@ class ModelDescription:
             values: Any = json.loads(text)
             if not isinstance(values, dict):
                 raise InputError(f"it must be a JSON object, got {_short(values)}")
+            if values.get("kind") in ("segmenter", "detector"):
+                raise FormatError(
+                    f"{where} is a {values['kind']}, not a classifier; it is measured by: stl-offline transfer evaluate"
+                )
             known = {field.name for field in dataclasses.fields(cls)}
             if unknown := sorted(values.keys() - known):
                 raise InputError(f"unknown entries {_short(unknown)}; known: {', '.join(sorted(known))}")
             if values.get("version") is None:
                 raise InputError("it has no version")
             return cls(**values)
+        except FormatError:
+            raise
         except (TypeError, ValueError, RecursionError) as error:
             raise FormatError(
                 f"{where} has a model description that cannot be used ({error}); train or copy it again"

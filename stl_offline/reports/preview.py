@@ -260,7 +260,12 @@ def _page_values(
     """What the template ``labels.html`` shows, besides the histogram and the tokens."""
     shown = {row.class_id for article in articles for row in article.rows if row.class_id >= 0}
     crop = "Students of this label set replay its crops and get exactly these labels."
-    if label_set.spec.views["kind"] == "whole":
+    if label_set.spec.views["kind"] == "whole" and config.data is None:
+        crop = (
+            "The student's crop is drawn for images of the labeler's sides; with the images (`data`), it is the one "
+            "that a student gets. Its labels are the label map sampled under that crop."
+        )
+    elif label_set.spec.views["kind"] == "whole":
         crop = (
             f"The student's crop is the one that a student with the seed {config.student_seed} gets in epoch "
             f"{config.epoch + 1}. Its labels are the label map sampled under that crop."

@@ -167,7 +167,12 @@ def _labels(run: Run, sets: Sequence[LabelSet]) -> dict[str, str]:
     labels = run.data.get("labels")
     if not isinstance(labels, dict) or labels.get("kind", "none") == "none":
         if run.stage == "labeler":
-            return {"labels": "none: a labeler is trained on class labels, its tokens through their mean"}
+            how = {"mean": "their mean", "lme": "the log of their mean exponential"}
+            through = how.get(run.settings.get("token_pool", "mean"), "a pool of them")
+            tokens = f"its tokens through {through}" if run.settings.get("token_weight", 1) else "its tokens not at all"
+            return {"labels": f"none: a labeler is trained on class labels, {tokens}"}
+        if run.stage != "student":
+            return {"labels": "none: a backbone is fine-tuned on masks or boxes"}
         return {"labels": "none: the token head was not trained, so its token predictions are meaningless"}
     facts = {name: str(value) for name, value in labels.items() if not name.startswith("fingerprint")}
     fingerprints = labels.get("fingerprints") or [labels.get("fingerprint")]

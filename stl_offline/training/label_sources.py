@@ -112,6 +112,11 @@ class OnlineLabels(TokenSource):
                 f"the {labeler.num_classes} classes of {labeler.name} have no names: give `labeler_classes`"
             )
         _check_classes(labeler.class_names, stage, f"the labeler {config.labeler}")
+        if labeler.interpolation != config.interpolation:
+            _LOGGER.warning(
+                "the labeler %s was trained on images resized by %s; online it sees this student's, resized by %s",
+                *(config.labeler, labeler.interpolation, config.interpolation),
+            )
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "online", "weights_sha256": self.labeler.weights_sha256}

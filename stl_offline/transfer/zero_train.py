@@ -19,7 +19,8 @@ from stl_offline.device import autocast, pick_amp, pick_device, pick_workers
 from stl_offline.errors import InputError
 from stl_offline.evaluation import match_classes, scoring_loader
 from stl_offline.geometry import View, whole_views
-from stl_offline.images.masks import read_masks
+from stl_offline.images.beton import Beton
+from stl_offline.images.masks import BOX_SIDE, read_masks
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.foreground import auroc, coverage
 from stl_offline.models import load_model
@@ -73,6 +74,7 @@ def score_token_head(config: ZeroTrainConfig) -> dict[str, Any]:
             mask = masks.get(beton.keys[sample])
             if mask is None:
                 continue
+            _check_shape(mask, beton, sample)
             samples += 1
             predicted = resize(odds[number], mask.shape).numpy() >= level
             counts += np.bincount(2 * mask.ravel() + predicted.ravel(), minlength=4).reshape(2, 2)
@@ -92,6 +94,18 @@ def score_token_head(config: ZeroTrainConfig) -> dict[str, Any]:
         "auroc": float(np.mean(areas)) if areas else None,
         "all_foreground": float(counts[1].sum() / counts.sum()),
     }
+
+
+def _check_shape(mask: np.ndarray, beton: Beton, sample: int) -> None:
+    """Raise InputError where a mask is not its image's, at whatever scale: of another shape, beyond rounding. Boxes are
+    drawn into squares, whatever the shape."""
+    height, width = int(beton.heights[sample]), int(beton.widths[sample])
+    scale = mask.shape[0] / height
+    if mask.shape != (BOX_SIDE, BOX_SIDE) and abs(mask.shape[1] - scale * width) > 1 + scale:
+        raise InputError(
+            f"the mask of {beton.keys[sample]} has {mask.shape[1]} × {mask.shape[0]} pixels, its image {width} × "
+            f"{height}; give the masks of these images"
+        )
 
 
 def log_odds(token_logits_BNK: Tensor, classes_B: Tensor) -> Tensor:

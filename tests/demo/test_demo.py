@@ -68,7 +68,7 @@ def test_the_demo_stores_draws_where_they_are_asked_for(tmp_path, monkeypatch):
     for draws in (0, 3):
         with pytest.raises(InterruptedError):
             demo.run_demo(tmp_path / str(draws), train=20, val=10, draws=draws, device="cpu", workers=1)
-    assert [(config.draws, config.top_k) for config in asked] == [(0, 5), (3, 0)]
+    assert [(config.draws, config.top_k) for config in asked] == [(0, None), (3, 0)]
     with pytest.raises(InputError, match="draws"):
         demo.run_demo(tmp_path / "no", draws=-1)
     assert not (tmp_path / "no").exists()

@@ -122,4 +122,4 @@ def test_settings_that_make_no_labels(changes, words):
 
 def test_draws_alone_store_no_top_k_unless_asked():
     needed = {"data": "a", "labeler": "b", "out": "c"}
-    assert [DumpConfig(**needed, **more).top_k for more in ({}, {"draws": 2}, {"draws": 2, "top_k": 3})] == [5, 0, 3]
+    assert [DumpConfig(**needed, **more).top_k for more in ({}, {"draws": 2}, {"draws": 2, "top_k": 3})] == [None, 0, 3]

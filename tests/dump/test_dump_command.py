@@ -162,6 +162,15 @@ def test_progress_tells_bytes_and_a_disk_that_will_not_do(monkeypatch, caplog):
     assert "still to be written need 0.01 GB, but labels has 0.01 GB free" in warned
 
 
+def test_a_labeler_of_few_classes_stores_all_of_them(work, tmp_path):
+    """Five by default, but for labelers that have fewer; what is asked for by number is refused."""
+    given = {name: value for name, value in work.items() if name != "top_k"}
+    dump_labels(DumpConfig(**given, out=str(tmp_path / "set")))
+    assert open_label_set(tmp_path / "set").spec.top_k == 3
+    with pytest.raises(InputError, match="`top_k` is 5, but the labeler has only 3 classes"):
+        dump_labels(DumpConfig(**given, top_k=5, out=str(tmp_path / "other")))
+
+
 def test_images_shrunk_otherwise_are_other_images(work, tmp_path):
     """A .beton's fingerprint is that of its source: packed again with other sizes, it stays the same."""
     data = tmp_path / "images.beton"

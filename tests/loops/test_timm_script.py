@@ -78,6 +78,19 @@ def test_a_step_of_timms_task(prefetcher, workers, images, whole, model):
     assert model.token_head[1].weight.grad.abs().sum() > 0
 
 
+def test_the_sampler_of_several_processes_is_told_of_epochs(images, whole, model, monkeypatch):
+    """timm's script calls the dataset's `set_epoch` in place of the sampler's."""
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 0)):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+    dataset, loader = make_loader(images, whole, model, options={"distributed": True})
+    dataset.loss(loader)
+    orders = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        orders.append(list(loader.sampler))
+    assert len(orders[0]) == 8 and orders[0] != orders[1] and dataset.epoch == 1
+
+
 def test_targets_are_those_of_the_labels(images, whole, model):
     dataset, _ = make_loader(images, whole, model, kind="soft", seed=5)
     dataset.set_epoch(3)

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from stl_offline.config import LabelerConfig
 from stl_offline.errors import FormatError, InputError
 from stl_offline.images.pack import pack
+from stl_offline.models import read_description
 from stl_offline.training.train_labeler import train_labeler
 from tests.training.conftest import SIZE
 
@@ -25,6 +27,15 @@ def test_images_shrunk_otherwise_are_other_images(quick, stripes, tmp_path):
     pack(stripes[0], data, max_size=SIZE // 2)
     with pytest.raises(InputError, match=rf"other settings \(train.max_size: .*{SIZE // 2}"):
         train_labeler(config)
+
+
+def test_another_kind_of_run_is_named(quick, tmp_path):
+    """A segmenter's weights are whole; they are no classifier's."""
+    place = tmp_path / "weights.safetensors"
+    header = {"stl_offline": '{"kind": "segmenter", "version": 1, "classes": ["a"]}'}
+    safetensors.torch.save_file({"x": torch.zeros(1)}, place, metadata=header)
+    with pytest.raises(FormatError, match=r"is a segmenter, not a classifier; .* transfer evaluate$"):
+        read_description(place)
 
 
 @pytest.mark.parametrize("fault", ["flipped", "gone"])

@@ -258,7 +258,9 @@ def test_recipes_are_the_released_settings():
     names = recipe_names(SegmentConfig)
     assert names == ("segment-fan-base", "segment-fan-large", "segment-fan-small", "segment-fan-tiny")
     for name in names:
-        config = resolve(SegmentConfig, name, {"data": "x", "classes": "a,b", "backbone": "run", "out": "y"})
+        config = resolve(
+            SegmentConfig, name, {"data": "x", "val": "z", "classes": "a,b", "backbone": "run", "out": "y"}
+        )
         assert (config.crop, config.lr, config.head_lr_scale, config.weight_decay) == ((1024, 1024), 6e-5, 10, 0.01)
         assert (config.schedule, config.sliding_window, config.head_width) == ("poly", True, 768)
         assert round(config.epochs * 2975 / 8, -3) == 160_000

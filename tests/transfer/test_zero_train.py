@@ -55,6 +55,19 @@ def painted(tmp_path, monkeypatch):
     return {"data": str(tmp_path / "images"), "masks": str(tmp_path / "boxes.json"), "checkpoint": "x", "device": "cpu"}
 
 
+def test_masks_of_other_images_are_refused(painted, tmp_path):
+    """The same names do not make them theirs: at the image's scale or another, a mask has the image's shape."""
+    (tmp_path / "masks" / "b").mkdir(parents=True)
+    given = painted | {"masks": str(tmp_path / "masks")}
+    for size, fits in (((64, 64), True), ((32, 32), True), ((40, 32), False)):
+        Image.fromarray(np.eye(*size, dtype=np.uint8)).save(tmp_path / "masks" / "b" / "1.png")
+        if fits:
+            assert score_token_head(ZeroTrainConfig(**given))["samples"] == 1
+        else:
+            with pytest.raises(InputError, match="mask of b/1.png has 32 × 40 pixels, its image 32 × 32"):
+                score_token_head(ZeroTrainConfig(**given))
+
+
 def test_what_is_bright_is_the_object(painted, capsys):
     result = score_token_head(ZeroTrainConfig(**painted))
     assert (result["images"], result["samples"]) == (9, 3)
