@@ -73,7 +73,7 @@ def explain(label_set: LabelSet, keys: Sequence[str], content_hashes: np.ndarray
         by_key, _ = labels.found(missing, contents)
         return [f'{by_key:,} of them have the key of a label of another content: `match="key"`'] if by_key else []
     hints = []
-    if missing and difference.match == "key" and (rule := _prefix_rule(missing, contents, labels)):
+    if missing and difference.match == "key" and (rule := _prefix_rule(missing, contents, labels, keys)):
         hints.append(rule)
     by_content = int(holds(np.sort(labels.contents), content_hashes).sum())
     if by_content > len(keys) - len(missing) - difference.changed:
@@ -92,8 +92,8 @@ def _changed(count: int, unchanged: int) -> str:
     return f" (the content of {many} differs: also needs `allow_changed=True`)"
 
 
-def _prefix_rule(missing: Sequence[str], contents: np.ndarray, labels: _Labels) -> str:
-    """A change of folders that finds most of the missing keys."""
+def _prefix_rule(missing: Sequence[str], contents: np.ndarray, labels: _Labels, keys: Sequence[str]) -> str:
+    """A change of folders that finds most of the missing keys, and gives none of them the key of another image."""
     sample = [missing[place] for place in np.linspace(0, len(missing) - 1, min(_TRIED_KEYS, len(missing))).astype(int)]
     count, old, new = max(
         (
@@ -105,9 +105,10 @@ def _prefix_rule(missing: Sequence[str], contents: np.ndarray, labels: _Labels) 
         key=lambda each: each[0],
         default=(0, "", ""),
     )
-    if not count:
+    renamed = _replace(missing, old, new)
+    if not count or not set(renamed).isdisjoint(set(keys).difference(missing)):
         return ""
-    count, unchanged = labels.found(_replace(missing, old, new), contents)
+    count, unchanged = labels.found(renamed, contents)
     how = (
         f"start with {old!r} in the images and {new!r} in the labels"
         if old and new

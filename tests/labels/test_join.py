@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from stl_offline.errors import InputError, JoinError
 from stl_offline.labels import keys as keys_module
 from stl_offline.labels.join import join
-from stl_offline.labels.keys import rename_keys
+from stl_offline.labels.keys import rename_key, rename_keys
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.writer import LabelSetWriter
 from tests.labels.synthetic import make_arrays, make_key, make_spec, write_set
@@ -158,6 +158,12 @@ def test_another_data_set(label_set):
     assert "keys differ" not in text and "content of labels" not in text
 
 
+def test_a_prefix_that_would_give_two_images_one_key_is_not_offered(label_set):
+    """As after a partial pull: the labels at hand are of other images, whose names are alike but for the folder."""
+    keys = [*KEYS[:10], *(f"other/{key}" for key in KEYS[:10])]
+    assert "key_prefix" not in refusal(label_set, keys, np.r_[HASHES[:10], HASHES[:10] + np.uint64(1)])
+
+
 @pytest.mark.parametrize("text", ["train/", "a=b=c"])
 def test_key_prefixes_that_are_none(text):
     with pytest.raises(InputError, match="a key prefix is OLD=NEW"):
@@ -168,6 +174,9 @@ def test_keys_are_renamed():
     assert rename_keys(["a/b", "c/a/b", "a"], "a/=") == ["b", "c/a/b", "a"]
     assert rename_keys(["a/b", "x"], "=n/") == ["n/a/b", "n/x"]
     assert rename_keys(["a"], "") == ["a"]
+    with pytest.raises(InputError, match="no image's key starts with the 'b/' of the key prefix b/=c/; .* like 'a/b'"):
+        rename_keys(["a/b", "x"], "b/=c/")
+    assert rename_key("a/b", "b/=c/") == "a/b" and rename_key("b/b", "b/=c/") == "c/b"
 
 
 def test_many_are_counted_and_three_are_named(label_set):
