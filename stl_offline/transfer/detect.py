@@ -223,6 +223,12 @@ def _prepare(config: DetectConfig) -> DetectRun:
         )
     sides = tuple(range(config.side_min, config.side + 1, 32)) if config.side_min else ()
     model = Detector(backbone, len(classes), (*sides, config.side), config.longest, config.head_width, config.masks)
+    smallest, coarsest = min((*sides, config.side)), max(model.backbone.strides)
+    if smallest + -smallest % stride < coarsest:
+        raise InputError(
+            f"images with a shorter side of {smallest} pixels have no cell of {coarsest} pixels, which is the last of "
+            f"the maps that are made of {backbone.spec.model}'s; give a `side` (and `side_min`) of at least {coarsest}"
+        )
     world = join_world(device)
     train = open_boxes(config.data, classes, config.annotations, config.split, masks=config.masks)
     val = None

@@ -294,3 +294,10 @@ def test_an_interrupted_run_ends_as_one_that_was_not(quick, tmp_path, monkeypatc
 def test_it_learns_where_boxes_and_discs_are(quick):
     config = DetectConfig(**quick | {"epochs": 60, "lr": 1e-3, "val_every": 60, "split": None, "val_split": None})
     assert train_detector(config)["map_50"] > 0.5
+
+
+def test_images_without_a_cell_of_the_coarsest_map_are_refused(quick):
+    """Of four maps with one stride, the last is pooled to eight times that."""
+    for change in ({"side": 64, "longest": 96}, {"side": 160, "side_min": 64, "longest": 200}):
+        with pytest.raises(InputError, match=r"side of 64 pixels have no cell of 128 pixels.* at least 128"):
+            dry_run_detector(DetectConfig(**quick | {"backbone": "timm:test_vit"} | change))

@@ -57,7 +57,7 @@ OF_SEGMENT = {
     "color_jitter": (0.0, {}),
     "head_dropout": (0.5, {}),
 }
-OF_DETECT = {"side": (48, {}), "side_min": (32, {}), "longest": (64, {})}
+OF_DETECT = {"side": (96, {"longest": 144}), "side_min": (64, {"side": 96, "longest": 144}), "longest": (64, {})}
 # What leaves these weights as they are, and the tests in which it does what it should.
 ELSEWHERE = {
     "compile": "tests/test_compiled.py",
