@@ -1,4 +1,4 @@
-"""No setting of a dump is silently ignored: each one that shapes the labels changes the shards, not only the manifest."""
+"""No setting of a dump is silently ignored: what shapes the labels changes the shards, not only the manifest."""
 
 import json
 from dataclasses import fields
