@@ -7,12 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pycocotools.mask import area
+from torchvision.transforms.v2.functional import horizontal_flip
+from torchvision.tv_tensors import BoundingBoxes
 
 from stl_offline.config_transfer import SegmentConfig
 from stl_offline.transfer import detect, detect_scores, segment
+from stl_offline.transfer.boxes import open_boxes
 from stl_offline.transfer.crops import DenseCrops
 from stl_offline.transfer.pairs import NO_CLASS
 from tests.transfer.conftest import CLASSES, IGNORE
+from tests.transfer.test_detect import boxed  # noqa: F401
 
 
 def test_crops_lie_anywhere_in_both_directions():
@@ -84,3 +88,16 @@ def test_a_pixel_is_the_objects_from_a_probability_of_one_half():
     boxes = scores.detect(lambda _: [found | {"masks": masks}], np.zeros((4, 6, 3), np.uint8))
     assert [area(mask) for mask in boxes.masks] == [0, 24, 24]
     assert boxes.class_ids.tolist() == [0, 0, 0]
+
+
+def test_boxes_are_flipped_with_their_image_and_classes_count_from_1(boxed):  # noqa: F811
+    """torchvision's class 0 is the background, and its own flip is the oracle."""
+    loader = object.__new__(detect.BoxLoader)
+    loader.images = open_boxes(boxed[0], CLASSES)
+    for number, image in enumerate(loader.images.images):
+        (pixels, target), (mirrored, turned) = (loader.load(number, drawn) for drawn in (False, True))
+        assert target["labels"].tolist() == (image.objects.class_ids + 1).tolist()
+        boxes = BoundingBoxes(target["boxes"], format="XYXY", canvas_size=tuple(pixels.shape[1:]))
+        assert torch.equal(mirrored, horizontal_flip(pixels))
+        torch.testing.assert_close(turned["boxes"], horizontal_flip(boxes).as_subclass(torch.Tensor))
+        assert target["labels"].tolist() == turned["labels"].tolist()
