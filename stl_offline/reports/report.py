@@ -70,7 +70,10 @@ def report_runs(config: ReportConfig) -> RunReport:
     runs = read_runs(config.runs)
     warnings = [f"{run.name}: {note}" for run in runs for note in run.notes]
     warnings += [f"{run.name} is {run.status}" for run in runs if run.summary is None]
-    values = _page_values(runs, [open_label_set(place) for place in config.labels])
+    sets = [open_label_set(place) for place in config.labels]
+    used = {fingerprint for run in runs for fingerprint in _fingerprints(run)}
+    warnings += [f"{each.place}: none of the runs was trained on it" for each in sets if each.fingerprint not in used]
+    values = _page_values(runs, sets)
     examples = _make_examples(runs, config, warnings)
     limit = config.max_mb * 1e6
     cut: tuple[str, ...] = ()
@@ -163,6 +166,12 @@ def _charts(runs: Sequence[Run]) -> list[Chart]:
     return charts
 
 
+def _fingerprints(run: Run) -> list[Any]:
+    """Of the label sets that a run was trained on; None for labels of another kind."""
+    labels = run.data.get("labels")
+    return (labels.get("fingerprints") or [labels.get("fingerprint")]) if isinstance(labels, dict) else []
+
+
 def _labels(run: Run, sets: Sequence[LabelSet]) -> dict[str, str]:
     labels = run.data.get("labels")
     if not isinstance(labels, dict) or labels.get("kind", "none") == "none":
@@ -175,7 +184,7 @@ def _labels(run: Run, sets: Sequence[LabelSet]) -> dict[str, str]:
             return {"labels": "none: a backbone is fine-tuned on masks or boxes"}
         return {"labels": "none: the token head was not trained, so its token predictions are meaningless"}
     facts = {name: str(value) for name, value in labels.items() if not name.startswith("fingerprint")}
-    fingerprints = labels.get("fingerprints") or [labels.get("fingerprint")]
+    fingerprints = _fingerprints(run)
     for position, fingerprint in enumerate(fingerprints, 1):
         prefix = f"set {position}: " if len(fingerprints) > 1 else ""
         known = next((each for each in sets if each.fingerprint == fingerprint), None)

@@ -58,6 +58,12 @@ def test_runs_side_by_side(make_run, labels, label_set, tmp_path):
     assert "Examples None: the report was made without images" in text
 
 
+def test_a_label_set_that_no_run_used_is_named(make_run, labels, tmp_path):
+    out = tmp_path / "report.html"
+    report = report_runs(ReportConfig(runs=(str(make_run("one")),), labels=(str(labels),), out=str(out)))
+    assert report.warnings == (f"{labels}: none of the runs was trained on it",)
+
+
 def test_a_run_that_learned_from_two_label_sets(make_run, labels, label_set, tmp_path):
     dumped = {"labels": {"kind": "dumped", "fingerprints": ["a" * 64, label_set.fingerprint]}}
     out = tmp_path / "report.html"
