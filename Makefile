@@ -13,7 +13,7 @@ DOCS_READY := $(DOCS_VENV)/ready
 .PHONY: help venv demo test docs lint format constraints clean
 
 help:
-	@echo "make demo         train, label, train again on drawn images, and show what happened (3 to 5 minutes)"
+	@echo "make demo         train, label, train again on synthetic images, and show what happened (3 to 5 minutes)"
 	@echo "make test         check style and run the tests (7 to 10 minutes; PYTEST_ARGS='-m slow': the slow ones)"
 	@echo "make docs         build the pages of docs/ and the Python interface as a web site in build/site (1 minute)"
 	@echo "make venv         set up only; .venv/bin/stl-offline then works"

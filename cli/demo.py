@@ -6,8 +6,8 @@ from stl_offline.cli.terminal import echo
 
 
 @command(epilog=example("stl-offline demo --out runs/demo", "stl-offline demo --draws 16 --out runs/demo-draws"))
-@option("--train", group="data", default=1600, metavar="N", help="Training images to draw.")
-@option("--val", group="data", default=300, metavar="N", help="Validation images to draw.")
+@option("--train", group="data", default=1600, metavar="N", help="Training images to generate.")
+@option("--val", group="data", default=300, metavar="N", help="Validation images to generate.")
 @option("--shards", group="labels", default=4, metavar="N", help="Shards of the label set.")
 @option(
     "--draws",
@@ -35,7 +35,7 @@ def demo(
     device: str,
     workers: int,
 ) -> None:
-    """Run all stages on drawn images: train a labeler, dump its token labels, train students, show the results.
+    """Run all stages on synthetic images: train a labeler, dump its token labels, train students, show the results.
 
     Prints a table of each stage's time and accuracy, and writes a page of the labels and a report of the runs.
     """

@@ -26,7 +26,7 @@ COMMANDS = {
     "evaluate": ("stl_offline.cli.evaluate:evaluate", "Measure the accuracy of a trained model."),
     "transfer": ("stl_offline.cli.transfer:transfer", "Fine-tune a trained model on masks or boxes, and measure it."),
     "report": ("stl_offline.cli.report:report", "Compare training runs on one page, with examples."),
-    "demo": ("stl_offline.cli.demo:demo", "Run all stages on drawn images, in minutes."),
+    "demo": ("stl_offline.cli.demo:demo", "Run all stages on synthetic images, in minutes."),
 }
 
 

@@ -29,7 +29,7 @@ from stl_offline.cli.terminal import echo
     "--classes",
     "class_names",
     group="data",
-    metavar="PLACE",
+    metavar="FILE|SET",
     show_default="the classes of SRC",
     help="Class list to use: a label set, or a text file with one name per line. Classes without images are kept.",
 )

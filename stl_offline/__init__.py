@@ -1,18 +1,20 @@
 """Token labels made once, shared like data, and students trained from them at the speed of plain training.
 
 The public interface is what this module lists in ``__all__``; every other module may change between releases. Names are
-loaded on first use, so ``import stl_offline`` is quick. Those below "Needs the extra" raise `MissingExtraError` where
-``pip install 'stl-offline[train]'`` has not been run.
+loaded on first use, so ``import stl_offline`` is quick. Those that need an extra raise `MissingExtraError` where
+``pip install 'stl-offline[train]'`` has not been run; ``[torch]``, without FFCV, is enough where that is named.
 
 - Label sets: `open_label_set`, `LabelSet`, `LabelMap`; `verify`, `merge`, `convert`, `push`, `pull`.
 - Writing a label set from any model: `LabelSetWriter` with a `LabelSpec` and one `ShardArrays` per shard.
 - Labels in a training loop: `join`, `build_token_cache`, `TokenCache`, `TokenTargets`, `TokenLabels`,
   `token_targets`, `MixSettings`; beside webdataset streams `join_labels` (`JoinedLabels`).
 - Geometry: `View`, `CropSettings`, `draw_views`, `whole_views`, `center_views`, `relative_view`.
-- Needs the extra [train]: `pack`, `open_beton`, `Beton`, `TokenLoader`, `ImageSettings`, `Batch`,
-  `token_cross_entropy`; `create_labeler`, `TokenLabeler`, `TokenModel`, `load_model`, `save_classifier`.
-- A PyTorch loop of one's own (needs the extra [train], but neither FFCV nor packed images): `TokenLabelDataset`,
-  `TokenBatch`, `RandomResizedCrop`, `mix_batch`, `MixedBatch`; for timm's train.py `TimmTokenDataset`, `TokenLoss`.
+- Packed images and their loader (needs the extra [train]): `pack`, `open_beton`, `Beton`, `TokenLoader`,
+  `ImageSettings`, `Batch`.
+- Models and the token loss (needs the extra [torch]): `create_labeler`, `TokenLabeler`, `TokenModel`, `load_model`,
+  `save_classifier`, `token_cross_entropy`.
+- Your own PyTorch loop (needs the extra [torch]): `TokenLabelDataset`, `TokenBatch`, `RandomResizedCrop`, `mix_batch`,
+  `MixedBatch`; for timm's train.py `TimmTokenDataset`, `TokenLoss`.
 - The commands, each a function of its settings (needs the extra [train]): `train_labeler` (`LabelerConfig`),
   `dump_labels` (`DumpConfig`; `label_with` labels with any function), `train_student` (`StudentConfig`),
   `evaluate` (`EvaluateConfig`).
@@ -160,12 +162,7 @@ _CORE = {
     "targets": ("TokenLabels", "TokenTargets", "token_targets"),
     "webdataset": ("JoinedLabels", "join_labels"),
 }
-_TRAIN = {
-    "dump": ("dump_labels", "label_with"),
-    "evaluation": ("evaluate",),
-    "images.beton": ("Beton", "open_beton"),
-    "images.pack": ("pack",),
-    "loader": ("Batch", "ImageSettings", "TokenLoader"),
+_TORCH = {
     "loops": (
         "MixedBatch",
         "RandomResizedCrop",
@@ -177,11 +174,18 @@ _TRAIN = {
     ),
     "losses": ("token_cross_entropy",),
     "models": ("TokenLabeler", "TokenModel", "create_labeler", "load_model", "save_classifier"),
+}
+_TRAIN = {
+    "dump": ("dump_labels", "label_with"),
+    "evaluation": ("evaluate",),
+    "images.beton": ("Beton", "open_beton"),
+    "images.pack": ("pack",),
+    "loader": ("Batch", "ImageSettings", "TokenLoader"),
     "training.train_labeler": ("train_labeler",),
     "training.train_student": ("train_student",),
     "transfer": ("PyramidEncoder", "load_backbone", "load_detector", "load_segmenter"),
 }
-_MODULE_OF = {name: module for module, names in (_CORE | _TRAIN).items() for name in names}
+_MODULE_OF = {name: module for module, names in (_CORE | _TORCH | _TRAIN).items() for name in names}
 
 
 if not TYPE_CHECKING:  # or type checkers would take any name to be there
@@ -193,10 +197,11 @@ if not TYPE_CHECKING:  # or type checkers would take any name to be there
         try:
             value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
         except ImportError as error:
-            if module not in _TRAIN or (error.name or "").partition(".")[0] == __name__:
+            if module in _CORE or (error.name or "").partition(".")[0] == __name__:
                 raise
+            extra = "torch" if module in _TORCH else "train"
             raise MissingExtraError(
-                f"{__name__}.{name} needs the extra [train]: pip install 'stl-offline[train]' ({error})",
+                f"{__name__}.{name} needs the extra [{extra}]: pip install 'stl-offline[{extra}]' ({error})",
                 name=error.name,
             ) from error
         globals()[name] = value

@@ -80,7 +80,7 @@ class RunConfig(MachineConfig):
     warmup_epochs: float = setting(2.0, "Epochs of linear warm-up, at most a fifth of the run.", bounds="[0, inf)")
     weight_decay: float = setting(0.05, "Weight decay of AdamW.", bounds="[0, inf)")
     layer_decay: float = setting(
-        1.0, "Factor of the rate from a layer to the one before (1 disables it).", bounds="(0, 1]", needs=needs.UNFROZEN
+        1.0, "A layer's learning rate, relative to the next layer's (1: equal).", bounds="(0, 1]", needs=needs.UNFROZEN
     )
     clip_grad: float = setting(0.0, "Maximum norm of the gradient (0 disables clipping).", bounds="[0, inf)")
     ema_decay: float = setting(
@@ -144,7 +144,7 @@ class TrainConfig(RunConfig):
         False, "Recompute activations in the backward pass, which takes less memory and more time.", affects=JOB
     )
     img_size: int = setting(64, "Height and width of the model's input, in pixels.", bounds="[1, 8192]")
-    smoothing: float = setting(0.1, "Label smoothing of the class loss (0 disables it).", bounds="[0, 1)")
+    smoothing: float = setting(0.1, "Label smoothing of class and token targets (0 disables it).", bounds="[0, 1)")
     mixup: float = setting(0.0, "Alpha of mixup's Beta distribution (0 disables mixup).")
     cutmix: float = setting(0.0, "Alpha of cutmix's Beta distribution (0 disables cutmix).")
     mix_prob: float = setting(1.0, "Probability that mixup or cutmix is applied.", needs=needs.MIXING)
@@ -287,12 +287,12 @@ class StudentConfig(TrainConfig):
     )
     class_target: str = setting(
         "own",
-        "Target of the class head: the image's own class (own), the labeler's stored answer for the view (labels), or "
-        "both, the answer with weight W (mix:W).",
+        "Target of the class head: the image's own class (own), the labeler's stored class output for the view "
+        "(labels), or both, that output with weight W (mix:W).",
     )
     crops: str = setting(
         "auto",
-        "Crops to train on: new ones (random), those of the label set (replay), or whichever the set allows (auto).",
+        "Crops to train on: new ones (random), those of the label set (replay), or what the set's kind needs (auto).",
         choices=CROP_MODES,
         recorded_as="views",
         needs=needs.LABEL_SET,

@@ -35,7 +35,7 @@ class PreviewConfig(Config):
     )
     suspects: int = setting(
         0,
-        "Show the N images whose tokens disagree most with their class, in place of random ones (0 does not).",
+        "Show the N images whose tokens disagree most with their class, instead of random ones (0 disables it).",
         bounds="[0, inf)",
     )
     seed: int = setting(0, "Seed of the random choice.", bounds="[0, inf)", needs=needs.RANDOM_CHOICE)

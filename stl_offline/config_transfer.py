@@ -18,10 +18,10 @@ PUBLISHED_SEGMENTERS = (
 
 _SPLIT = "Use only what lies below a folder of this name, such as train in camvid/train/0.jpg."
 _CLASSES = (
-    "Names of the classes in the order of their ids: a text file with one per line, or names between commas (a single "
-    "name with a comma behind it)."
+    "Names of the classes in the order of their ids: a text file with one per line, or comma-separated names (a single "
+    "name needs a trailing comma)."
 )
-_IGNORE_ID = "Id of pixels without a class, which neither teach nor count."
+_IGNORE_ID = "Id of pixels without a class, which the loss and the scores ignore."
 _WINDOW = "Predict windows of the training crop's size and average where they overlap, instead of whole images."
 
 

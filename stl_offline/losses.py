@@ -56,7 +56,7 @@ def token_cross_entropy(
     A token's target is Σ_i weight_i · onehot(id_i); an id of −1 spreads its weight evenly over all K classes. Weights
     may sum to less than one (a share without label counts for nothing). Smoothing moves that part of a target's mass
     to all classes evenly. The loss is the sum over tokens divided by the sum of all weights (0 where none is
-    labelled), so that w keeps its meaning whatever share of the tokens is labelled.
+    labelled): a mean over the labelled mass, which does not shrink where less of it is labelled.
 
     An id of −2 with weight r adds −r · log(1 − Σ p), summed over the classes that the token's row lists before it, back
     to another −2 (the ``residual`` "ghost" of `TokenTargets`). It is computed as a difference of logsumexps, never as

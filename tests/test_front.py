@@ -15,6 +15,7 @@ from tests.test_layers import HEAVY
 
 USER_CODE = REPOSITORY / "tests" / "user_code.py"
 CORE = sorted(name for names in stl_offline._CORE.values() for name in names)
+TORCH = sorted(name for names in stl_offline._TORCH.values() for name in names)
 TRAIN = sorted(name for names in stl_offline._TRAIN.values() for name in names)
 ERRORS = [name for name in stl_offline.__all__ if name.endswith("Error")]
 
@@ -38,14 +39,15 @@ def run(code: str, *arguments: str) -> str:
 
 
 def test_one_list_of_names():
-    assert sorted(stl_offline.__all__) == sorted([*CORE, *TRAIN, *ERRORS, "__version__"])
+    assert sorted(stl_offline.__all__) == sorted([*CORE, *TORCH, *TRAIN, *ERRORS, "__version__"])
     assert len(stl_offline.__all__) == len(set(stl_offline.__all__))
     imported = {
         item.target.removeprefix("stl_offline.")
         for item in modules()["stl_offline"].imports
         if item.target.startswith("stl_offline.") and not item.target.startswith("stl_offline.errors.")
     }
-    lazy = {f"{module}.{name}" for module, names in (stl_offline._CORE | stl_offline._TRAIN).items() for name in names}
+    tables = stl_offline._CORE | stl_offline._TORCH | stl_offline._TRAIN
+    lazy = {f"{module}.{name}" for module, names in tables.items() for name in names}
     assert imported == lazy, "the imports for type checkers and the table of lazy names differ"
 
 
@@ -108,16 +110,22 @@ except ImportError as error:
 """
 
 
-def test_without_the_extras():
-    lines = run(BLOCKED, ",".join(HEAVY), ",".join([*CORE, *ERRORS]), ",".join(TRAIN)).splitlines()
-    for name, line in zip(TRAIN, lines, strict=False):
+@pytest.mark.parametrize(
+    ("blocked", "there", "missing"),
+    [(HEAVY, CORE, [*TORCH, *TRAIN]), (["ffcv"], [*CORE, *TORCH], TRAIN)],
+    ids=["no extra", "[torch]"],
+)
+def test_without_the_extras(blocked, there, missing):
+    lines = run(BLOCKED, ",".join(blocked), ",".join([*there, *ERRORS]), ",".join(missing)).splitlines()
+    for name, line in zip(missing, lines, strict=False):
+        needed = "torch" if name in TORCH else "train"
         assert re.fullmatch(
-            rf"stl_offline\.{name} needs the extra \[train\]: pip install 'stl-offline\[train\]' "
+            rf"stl_offline\.{name} needs the extra \[{needed}\]: pip install 'stl-offline\[{needed}\]' "
             r"\(No module named '[\w.]+'\)",
             line,
         ), line
     assert re.fullmatch(r"MissingExtraError (torch|ffcv)(\.\w+)*", lines[-1])
-    assert len(lines) == len(TRAIN) + 1
+    assert len(lines) == len(missing) + 1
 
 
 def check_types(folder: Path, code: str) -> str:

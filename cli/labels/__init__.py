@@ -25,5 +25,5 @@ def labels() -> None:
     """Look at label sets, check them, change their form and share them.
 
     A label set (SET) is a folder, or an address in an object store: s3://bucket/labels, gs://bucket/labels,
-    hf://datasets/user/labels. Only preview --data and verify --recompute need torch and FFCV.
+    hf://datasets/user/labels. Only preview --data, stats --masks and verify --recompute need torch and FFCV.
     """

@@ -57,7 +57,7 @@ from stl_offline.cli.terminal import echo
     metavar="N",
     show_default="the parts of SET",
     help="Divide the views into parts of N, each with shards of its own, so that training and labels pull --views read "
-    "no others than they need.",
+    "only the views they need.",
 )
 @workers_option
 @debug_option

@@ -13,7 +13,7 @@ from stl_offline.reports.charts import DASHES, Chart, Series, line_chart
 from stl_offline.reports.examples import Examples, make_examples
 from stl_offline.reports.html import render_page, write_page
 from stl_offline.reports.predictions import predict
-from stl_offline.reports.runs import Run, read_runs, setting_rows
+from stl_offline.reports.runs import FINE_TUNED, Run, read_runs, setting_rows
 
 # Title, axis label with its unit, name in the log, format of its values.
 CURVES = (
@@ -22,6 +22,8 @@ CURVES = (
     ("Token loss", "token loss (nats)", "token_loss", ".3f"),
     ("Top-1", "top-1 accuracy", "top1", ".1%"),
     ("Top-1 of the mean token", "token top-1 accuracy", "token_top1", ".1%"),
+    ("mIoU", "mean IoU", "miou", ".1%"),
+    ("mAP", "mean AP at IoU 0.50 to 0.95", "map", ".1%"),
     ("Learning rate", "learning rate", "lr", ".2e"),
     ("Throughput", "images / s", "images_per_second", ".1f"),
 )
@@ -52,6 +54,14 @@ COLUMNS = (
     Column("top-5", lambda run: run.result("top5"), "{:.2%}".format, 1),
     Column("token top-1", lambda run: run.result("token_top1"), "{:.2%}".format, 1),
     Column("top-1, not averaged", lambda run: run.result("top1_not_averaged"), "{:.2%}".format, 1),
+    Column("mIoU", lambda run: run.result("miou"), "{:.2%}".format, 1),
+    Column("mIoU, not averaged", lambda run: run.result("miou_not_averaged"), "{:.2%}".format, 1),
+    Column("mean accuracy", lambda run: run.result("mean_accuracy"), "{:.2%}".format, 1),
+    Column("pixel accuracy", lambda run: run.result("pixel_accuracy"), "{:.2%}".format, 1),
+    Column("mAP", lambda run: run.result("map"), "{:.2%}".format, 1),
+    Column("mAP, not averaged", lambda run: run.result("map_not_averaged"), "{:.2%}".format, 1),
+    Column("AP at IoU 0.50", lambda run: run.result("map_50"), "{:.2%}".format, 1),
+    Column("mAP of masks", lambda run: run.result("mask_map"), "{:.2%}".format, 1),
     # Losses of runs with and without token labels are not comparable, so none is marked as the best.
     Column("loss", lambda run: run.result("loss"), "{:.3f}".format),
     Column("training", lambda run: run.total("seconds") or None, "{:,.0f} s".format),
@@ -96,8 +106,14 @@ def report_runs(config: ReportConfig) -> RunReport:
 def _make_examples(runs: Sequence[Run], config: ReportConfig, warnings: list[str]) -> Examples:
     if config.data is None or config.examples == 0:
         return Examples()
-    able = [run for run in runs if (run.path / "weights.safetensors").is_file()]
-    warnings += [f"{run.name} has no weights yet and is left out of the examples" for run in runs if run not in able]
+    known = [run for run in runs if (run.path / "weights.safetensors").is_file()]
+    warnings += [f"{run.name} has no weights yet and is left out of the examples" for run in runs if run not in known]
+    able = [run for run in known if run.stage not in FINE_TUNED]
+    warnings += [
+        f"{run.name} is a {run.stage} and is left out of the examples, which show predicted classes of images"
+        for run in known
+        if run not in able
+    ]
     if not able:
         return Examples()
     predicted = predict(
@@ -136,7 +152,7 @@ def _page_values(runs: Sequence[Run], sets: Sequence[LabelSet]) -> dict[str, Any
 
 
 def _shown(runs: Sequence[Run]) -> str:
-    parts = [f"{run.name}: {run.stage}, {run.settings.get('model', 'model unknown')}, {run.status}" for run in runs]
+    parts = [f"{run.name}: {run.stage}, {run.model}, {run.status}" for run in runs]
     return "; ".join(parts) + "."
 
 
@@ -180,7 +196,7 @@ def _labels(run: Run, sets: Sequence[LabelSet]) -> dict[str, str]:
             through = how.get(run.settings.get("token_pool", "mean"), "a pool of them")
             tokens = f"its tokens through {through}" if run.settings.get("token_weight", 1) else "its tokens not at all"
             return {"labels": f"none: a labeler is trained on class labels, {tokens}"}
-        if run.stage != "student":
+        if run.stage in FINE_TUNED:
             return {"labels": "none: a backbone is fine-tuned on masks or boxes"}
         return {"labels": "none: the token head was not trained, so its token predictions are meaningless"}
     facts = {name: str(value) for name, value in labels.items() if not name.startswith("fingerprint")}
@@ -194,8 +210,10 @@ def _labels(run: Run, sets: Sequence[LabelSet]) -> dict[str, str]:
 
 
 def _examples_note(examples: Examples, config: ReportConfig) -> str:
-    if not examples.groups:
+    if config.data is None or config.examples == 0:
         return "None: the report was made without images to show examples of, such as the validation images."
+    if not examples.groups:
+        return "None: the warnings at the top of this page say why."
     return (
         f"From {config.data}. Predictions for the whole image and for each of its tokens. Point at a token, tap it, or "
         "move to it with Tab and the arrow keys to see its most probable classes."

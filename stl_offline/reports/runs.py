@@ -13,6 +13,7 @@ from typing import Any
 from stl_offline.errors import InputError, printable
 from stl_offline.files import first_not_number, read_json_object, read_numbers
 
+FINE_TUNED = ("segmenter", "detector")  # stages whose models predict masks or boxes
 _ABSENT = "–"
 
 
@@ -20,9 +21,9 @@ _ABSENT = "–"
 class Run:
     """One run.
 
-    name: its folder's name, with as much of the path as distinguishes the runs; stage: "labeler" or "student";
-    settings, data, versions: of ``config.json``; history: one entry per epoch, in order; summary: the result, None if
-    the run is not finished; notes: faults of its files.
+    name: its folder's name, with as much of the path as distinguishes the runs; stage: "labeler", "student",
+    "segmenter" or "detector"; settings, data, versions: of ``config.json``; history: one entry per epoch, in order;
+    summary: the result, None if the run is not finished; notes: faults of its files.
     """
 
     path: Path
@@ -34,6 +35,13 @@ class Run:
     history: tuple[dict[str, Any], ...]
     summary: dict[str, Any] | None
     notes: tuple[str, ...]
+
+    @property
+    def model(self) -> str:
+        """The model's name; that of the backbone for a segmenter or detector."""
+        backbone = self.data.get("backbone")
+        fallback = backbone.get("model") if isinstance(backbone, dict) else None
+        return str(self.settings.get("model") or fallback or "model unknown")
 
     @property
     def epochs(self) -> int:

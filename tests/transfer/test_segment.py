@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from stl_offline.cli.main import main
+from stl_offline.config import ReportConfig
 from stl_offline.config_transfer import SegmentConfig, TransferEvaluateConfig
 from stl_offline.errors import InputError
 from stl_offline.models import ModelDescription, save_model
 from stl_offline.recipes import recipe_names, resolve
+from stl_offline.reports.report import report_runs
 from stl_offline.training.engine import Trainer
 from stl_offline.transfer import dry_run_segmenter, evaluate_transfer, load_segmenter, train_segmenter
 from stl_offline.transfer.backbone import Backbone, BackboneSpec, level_indices, make_backbone
@@ -64,6 +66,14 @@ def test_a_few_epochs_learn_it_and_evaluate_says_the_same(quick, scenes, tmp_pat
     assert f"mean IoU {100 * scores['miou']:.2f} %" in capsys.readouterr().out
     assert (tmp_path / "masks" / "set" / "val" / "31.png").is_file()
     assert train_segmenter(SegmentConfig(**quick | {"epochs": 8, "layer_decay": 0.8}))["already_complete"]
+    page = tmp_path / "report.html"
+    report = report_runs(ReportConfig(runs=(quick["out"],), data=str(scenes[0]), out=str(page)))
+    assert report.examples == 0 and "is a segmenter and is left out of the examples" in report.warnings[0]
+    text = re.sub(r"<[^>]*>", " ", page.read_text())
+    assert "segmenter, fan_micro_4_p8, finished" in text and "warnings at the top" in text
+    for name in ("miou", "mean_accuracy", "pixel_accuracy"):
+        assert f" {summary[name]:.2%} " in text
+    assert "mIoU" in re.findall(r"<h3>(.*?)</h3>", page.read_text())
 
 
 def test_an_interrupted_run_ends_as_one_that_was_not(quick, tmp_path, monkeypatch):
