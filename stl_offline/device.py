@@ -120,7 +120,7 @@ class Readback:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(tensor.device))
 
     def array(self) -> np.ndarray:
         """The tensor's values."""

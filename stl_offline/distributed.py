@@ -148,11 +148,11 @@ def long_barrier(world: World) -> None:
         TrainingError: another process has died.
     """
     if world.size > 1:
-        _wait(dist.barrier(group=_gloo_groups[0] if _gloo_groups else None, async_op=True))
+        _wait(dist.barrier(group=_gloo_group(), async_op=True))
 
 
 def told_by_first(value: Any, world: World) -> Any:
-    """The first process's value, in all processes; anything that JSON holds. Over gloo.
+    """The first process's value, in all processes; anything that JSON holds. Without a time limit, as `long_barrier`.
 
     Raises:
         TrainingError: another process has died.
@@ -160,11 +160,16 @@ def told_by_first(value: Any, world: World) -> Any:
     if world.size == 1:
         return value
     data = json.dumps(value).encode() if world.is_first else b""
-    length = torch.tensor([len(data)])
-    _wait(dist.broadcast(length, 0, async_op=True))
+    length = torch.tensor([len(data)])  # on the CPU, which nccl cannot send from
+    _wait(dist.broadcast(length, 0, group=_gloo_group(), async_op=True))
     text = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(length), dtype=torch.uint8)
-    _wait(dist.broadcast(text, 0, async_op=True))
+    _wait(dist.broadcast(text, 0, group=_gloo_group(), async_op=True))
     return json.loads(text.numpy().tobytes())
+
+
+def _gloo_group() -> dist.ProcessGroup | None:
+    """The group whose way is gloo; None is the default group."""
+    return _gloo_groups[0] if _gloo_groups else None
 
 
 class _SumOverProcesses(torch.autograd.Function):

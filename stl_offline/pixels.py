@@ -5,6 +5,10 @@ from PIL import Image
 
 from stl_offline.errors import InputError
 
+# The formats that are read; PIL has others, some of which start other programs. MPO (two JPEGs in a file) is opened as
+# JPEG; PIL knows no opener by that name.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+
 
 class ImageError(InputError):
     """An image cannot be read, is damaged, or is of a kind that has no meaning as RGB. advice: what to do about it."""

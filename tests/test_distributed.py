@@ -8,7 +8,15 @@ import torch.distributed as dist
 
 from stl_offline import distributed
 from stl_offline.cli.failures import end_process
-from stl_offline.distributed import World, failure_of_another, join_world, leaving_world, long_barrier, must_end_hard
+from stl_offline.distributed import (
+    World,
+    failure_of_another,
+    join_world,
+    leaving_world,
+    long_barrier,
+    must_end_hard,
+    told_by_first,
+)
 from stl_offline.errors import InputError, TrainingError
 
 
@@ -102,9 +110,19 @@ def test_processes_meet_over_gloo_whatever_they_train_over(monkeypatch, backend)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "new_group", new_group)
     monkeypatch.setattr(dist, "barrier", barrier)
-    long_barrier(join_world(torch.device("cpu"), backend))
+
+    def broadcast(tensor, source, *, group, async_op):
+        assert tensor.device.type == "cpu", "nccl cannot send it"
+        waited.append(group)
+        tensor.copy_(torch.tensor([7]) if len(waited) == 2 else torch.tensor(list(b"[1, 22]")))
+        return Done()
+
+    monkeypatch.setattr(dist, "broadcast", broadcast)
+    world = join_world(torch.device("cpu"), backend)
+    long_barrier(world)
+    assert told_by_first(None, world) == [1, 22]
     assert made == ([] if backend == "gloo" else [("gloo", 30)])
-    assert waited == ([None] if backend == "gloo" else ["the gloo group"])
+    assert waited == 3 * ([None] if backend == "gloo" else ["the gloo group"])
 
 
 def test_what_torch_says_of_a_lost_connection_is_passed_on():

@@ -252,3 +252,17 @@ def test_the_library_prints_nothing():
 )
 def test_the_rule_on_printing_sees_what_it_should(code, expected):
     assert any(map(shows_something, ast.walk(ast.parse(code)))) is expected
+
+
+def opens_of_images(tree: ast.AST) -> Iterator[ast.Call]:
+    """Calls of PIL's `Image.open` that take every format."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and dotted(node.func) in ("Image.open", "PIL.Image.open"):
+            yield from [] if any(word.arg == "formats" for word in node.keywords) else [node]
+
+
+def test_images_are_opened_in_known_formats_alone():
+    """PIL has more, among them PostScript, for which it starts Ghostscript."""
+    found = [f"{module.path}:{call.lineno}" for module in modules().values() for call in opens_of_images(module.tree)]
+    assert not found
+    assert list(opens_of_images(ast.parse("Image.open(stream)")))

@@ -119,17 +119,21 @@ def _recompute(label_set: Any, images: int, tolerance: float, workers: int, opti
     from stl_offline.errors import FormatError
 
     found = recompute_labels(label_set, images=images, workers=workers, **options)
-    echo(
-        f"{label_set.place}: {counted(found.images, 'image')} labelled again; {found.top1:.2%} of {found.tokens:,} "
-        f"tokens have the same class, probabilities differ by at most {found.largest:.2g}, and exceed the bounds by "
-        f"{found.beyond:.2g}"
-    )
+    same = []
+    if found.tokens:
+        same.append(f"{found.top1:.2%} of {found.tokens:,} tokens have the same class")
+    if found.outputs:
+        same.append(f"{found.output_top1:.2%} of {found.outputs:,} outputs of the class head have the same class")
+    if same:
+        same.append(f"probabilities differ by at most {found.largest:.2g}, and exceed the bounds by {found.beyond:.2g}")
+    again = f"{label_set.place}: {counted(found.images, 'image')} labelled again"
+    echo(f"{again}; {', '.join(same)}" if same else again)
     if found.draws:
         echo(
             f"{label_set.place}: {found.same_draws:.2%} of {found.draws:,} draws are the same, "
             f"{found.near_ties:.2%} are near ties"
         )
-    agreement = min(found.top1, found.same_draws + found.near_ties)
+    agreement = min(found.top1, found.output_top1, found.same_draws + found.near_ties)
     if found.beyond > tolerance or agreement < LEAST_AGREEMENT:
         raise FormatError(
             f"the labels of {label_set.place} are not those of this labeler: at most {tolerance:g} beyond the bounds "

@@ -26,6 +26,7 @@ from stl_offline.labels.append import remove_leftovers
 from stl_offline.labels.hub import is_hub
 from stl_offline.labels.label_set import open_label_set
 from stl_offline.labels.store import JOB, MANIFEST, open_storage, read_manifest
+from stl_offline.labels.tar_writer import TarLabelWriter
 from stl_offline.labels.transfer import check_free, push
 from stl_offline.labels.writer import LabelSetWriter, check_place
 from stl_offline.progress import progress_bar
@@ -110,13 +111,18 @@ def _dump_to_hub(config: DumpConfig, labeler: Any, finish: bool) -> DumpReport:
     removed = spool.with_suffix(".removed")
     shutil.rmtree(removed, ignore_errors=True)
     target = open_storage(config.out)
-    if target.size(MANIFEST) is not None and not spool.exists():
+    # Looked for in this order: whoever pushes removes the spool after the manifest is there.
+    begun = spool.exists()
+    if not begun and target.size(MANIFEST) is not None:
         manifest = read_manifest(target)
         device = pick_device(config.device)
-        prepare(config, labeler, device).open_writer().check_manifest(manifest)
+        writer = prepare(config, labeler, device).open_writer()
+        writer.check_manifest(manifest)
+        if isinstance(writer, TarLabelWriter):
+            writer.check_first()
         size = sum(shard.bytes for shard in manifest.shards)
         return DumpReport(config.out, manifest.spec.num_samples, 0, 0.0, size, os.environ.get("RANK", "0") == "0")
-    if not spool.exists():
+    if not begun:
         check_free(config.out)
     report = dump_labels(replace(config, out=str(spool)), finish=finish, labeler=labeler)
     # One of the processes of this machine pushes; the others wait until it has.

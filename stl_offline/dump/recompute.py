@@ -4,6 +4,7 @@ n: images of the sample; V: views of each; Gh, Gw: the token grid; k: classes ke
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,10 +36,11 @@ _DECIDING = ("class_names", "grid", "labeler", "preprocessing")
 class Recomputed:
     """Result of `recompute_labels`.
 
-    images, tokens: how many were compared; top1: share of tokens with the same best class (or one as probable, within
-    the bounds); largest: largest difference of a probability; beyond: largest excess of a difference over what the
-    manifest's bounds allow. All of these are of the stored top-k classes. draws: drawn classes compared; same_draws:
-    share of them that are drawn again; near_ties: share of them that are not, but within `NEAR_TIE` of the one that is.
+    images: how many were labelled again; tokens: how many were compared by their stored top-k classes; top1: share of
+    them with the same best class (or one as probable, within the bounds); outputs, output_top1: the same of the class
+    head's stored outputs; largest: largest difference of a probability, of tokens and outputs; beyond: largest excess
+    of a difference over what the manifest's bounds allow. draws: drawn classes compared; same_draws: share of them that
+    are drawn again; near_ties: share of them that are not, but within `NEAR_TIE` of the one that is.
     """
 
     images: int
@@ -46,6 +48,8 @@ class Recomputed:
     top1: float
     largest: float
     beyond: float
+    outputs: int = 0
+    output_top1: float = 1.0
     draws: int = 0
     same_draws: float = 1.0
     near_ties: float = 0.0
@@ -118,10 +122,50 @@ def recompute_labels(
 
 
 def compare(stored: ShardArrays, again: ShardArrays, bounds: dict[str, float]) -> Recomputed:
-    """Compare stored top-k labels with recomputed ones (float32) of the same images and views."""
-    if not stored.class_ids.shape[-1]:
-        tokens = int(np.prod(stored.class_ids.shape[:-1]))
-        return Recomputed(images=len(stored), tokens=tokens, top1=1.0, largest=0.0, beyond=0.0)
+    """Compare stored top-k labels, of tokens and of the class head, with recomputed ones (float32) of the same images
+    and views."""
+    old, new = _cells(stored), _cells(again)
+    found = {name: _compare(old[name], new[name], bounds) for name in old}
+    tokens, outputs = (found.get(name, _Compared(0, 1.0, 0.0, 0.0)) for name in ("tokens", "outputs"))
+    return Recomputed(
+        images=len(stored),
+        tokens=tokens.count,
+        top1=tokens.top1,
+        largest=max(tokens.largest, outputs.largest),
+        beyond=max(tokens.beyond, outputs.beyond),
+        outputs=outputs.count,
+        output_top1=outputs.top1,
+    )
+
+
+class _Cells(NamedTuple):
+    """Stored or recomputed cells: ids (…, k), logits (…, k), confidence (…)."""
+
+    class_ids: np.ndarray
+    logits: np.ndarray
+    confidence: np.ndarray
+
+
+class _Compared(NamedTuple):
+    """count: of cells; the others as in `Recomputed`."""
+
+    count: int
+    top1: float
+    largest: float
+    beyond: float
+
+
+def _cells(arrays: ShardArrays) -> dict[str, _Cells]:
+    """What has top-k classes; draws alone have none."""
+    cells = {}
+    if arrays.class_ids.shape[-1]:
+        cells["tokens"] = _Cells(arrays.class_ids, arrays.logits, arrays.confidence)
+    if arrays.head_ids is not None:
+        cells["outputs"] = _Cells(arrays.head_ids, arrays.head_logits, arrays.head_confidence)
+    return cells
+
+
+def _compare(stored: _Cells, again: _Cells, bounds: dict[str, float]) -> _Compared:
     old = probabilities(stored.logits, stored.confidence).astype(np.float64)
     new = probabilities(again.logits, again.confidence).astype(np.float64)
     same = stored.class_ids[..., :, None] == again.class_ids[..., None, :]
@@ -134,13 +178,8 @@ def compare(stored: ShardArrays, again: ShardArrays, bounds: dict[str, float]) -
     allowed = np.maximum(relative * np.maximum(old, now), bounds.get("probability_absolute", 0.0))
     difference = np.abs(old - now)
     best = now[..., 0] >= new[..., 0] - allowed[..., 0]
-    return Recomputed(
-        images=len(stored),
-        tokens=best.size,
-        top1=float(best.mean()),
-        largest=float(difference.max()),
-        beyond=float(np.maximum(0, difference - allowed).max()),
-    )
+    beyond = np.maximum(0, difference - allowed)
+    return _Compared(best.size, float(best.mean()), float(difference.max()), float(beyond.max()))
 
 
 class Again(Labelling):

@@ -92,7 +92,9 @@ def corrupt(image: np.ndarray, kind: str, severity: int, *, seed: int, key: str)
     np.random.seed(number)
     try:
         with contextlib.redirect_stdout(io.StringIO()), np.errstate(**_STRICT.get(kind, {})):
-            return package.corrupt(image, severity, kind, **({"seed": number} if _takes_seed(kind) else {}))
+            found = package.corrupt(image, severity, kind, **({"seed": number} if _takes_seed(kind) else {}))
+            # Defocus blur gives an array in another order of memory.
+            return np.ascontiguousarray(found)
     except FloatingPointError:  # 0 / 0: on a small image no drop fell, and the pixels would be undefined
         return image.copy()
     finally:

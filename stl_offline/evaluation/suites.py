@@ -30,8 +30,8 @@ from stl_offline.evaluation.measures import BENCHMARK_CORRUPTIONS, EXTRA_CORRUPT
 from stl_offline.files import read_file, sha256_parts
 from stl_offline.images.archive import TAR_SUFFIXES, Member, tar_members
 from stl_offline.images.common import is_image_name, is_system_name
-from stl_offline.images.encode import IMAGE_FORMATS
 from stl_offline.images.folders import read_regular
+from stl_offline.pixels import IMAGE_FORMATS
 
 _LOG = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from ffcv.libffcv import lib as ffcv_library
 from PIL import Image, JpegImagePlugin
 
 from stl_offline.errors import InputError
-from stl_offline.pixels import ImageError, one_line, to_rgb
+from stl_offline.pixels import IMAGE_FORMATS, ImageError, one_line, to_rgb
 
 # An image that is not a JPEG is stored as pixels up to this many bytes (147 × 147 pixels): exact, quick to read, and
 # not much bigger than a JPEG of high quality.
@@ -28,8 +28,6 @@ RAW_BYTES = 65_536
 JPEG_QUALITY = 95
 MAX_SIDE = 65_500  # libjpeg's limit
 
-# MPO (two JPEGs in a file) is opened as JPEG; PIL knows no opener by that name.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm pnm avif"
 IMAGE_SUFFIXES = frozenset("." + suffix for suffix in _SUFFIXES.split())
 IMAGE_HEAD = 32  # bytes that `is_image_head` looks at

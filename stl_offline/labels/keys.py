@@ -117,13 +117,24 @@ def parse_prefix(text: str) -> tuple[str, str]:
 
 def rename_keys(keys: Sequence[str], text: str) -> list[str]:
     """Keys with the prefix OLD of ``OLD=NEW`` replaced by NEW; those that do not start with OLD stay. An empty text
-    changes nothing. Raises InputError as `parse_prefix`, or where no key starts with OLD."""
+    changes nothing.
+
+    Raises:
+        InputError: as `parse_prefix`; no key starts with OLD; two keys become the same one.
+    """
     if not text:
         return list(keys)
     old, new = parse_prefix(text)
     if keys and not any(key.startswith(old) for key in keys):
         raise InputError(f"no image's key starts with the {old!r} of the key prefix {text}; they look like {keys[0]!r}")
-    return [_renamed(key, old, new) for key in keys]
+    renamed = [_renamed(key, old, new) for key in keys]
+    if len(set(renamed)) < len(set(keys)):
+        first: dict[str, str] = {}
+        one, other = next(
+            (first[name], key) for name, key in zip(renamed, keys, strict=True) if first.setdefault(name, key) != key
+        )
+        raise InputError(f"the key prefix {text} gives two images one key: {one!r} and {other!r}; choose another")
+    return renamed
 
 
 def rename_key(key: str, text: str) -> str:

@@ -9,7 +9,7 @@ import base64
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -97,14 +97,18 @@ class TarLabelWriter(LabelSetWriter):
 
     def __enter__(self) -> Self:
         super().__enter__()
+        self.check_first(lambda index: self.complete or self._is_recorded(index))
+        return self
+
+    def check_first(self, is_written: Callable[[int], bool] = lambda index: True) -> None:
+        """Raise TargetError where the shard of the first image's tar is written, and was made of another tar."""
         if self._first is not None and self._first.tar in self.tars:
             index = self.tars.index(self._first.tar)
             # A shard that is damaged or gone is found later on.
             with contextlib.suppress(FileNotFoundError, FormatError):
-                if self.complete or self._is_recorded(index):
+                if is_written(index):
                     found = read_shard_index(self._storage.read(self.shard_name(index)), self.spec)
                     self._first.check(found, self.place)
-        return self
 
     def write_shard(self, index: int, arrays: ShardArrays) -> ShardRecord:
         """Encode and store shard ``index``, then the record that makes it exist. Raises as `LabelSetWriter`'s."""

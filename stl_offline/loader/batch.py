@@ -60,7 +60,7 @@ class ToDevice:
                 pixels_BHWC.reshape(rows), self._scale.numpy(), self._shift.numpy(), images.numpy().reshape(rows)
             )
         else:
-            rows = torch.from_numpy(pixels_BHWC).view(count, height, width * channels)
+            rows = torch.from_numpy(pixels_BHWC).reshape(count, height, width * channels)
             images = upload(rows, self.device, torch.float32)
             images = images.mul_(self._scale).add_(self._shift).view(count, height, width, channels)
         return images.permute(0, 3, 1, 2)

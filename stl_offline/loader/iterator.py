@@ -128,8 +128,9 @@ class EpochThread(BatchThread, EpochIterator):
 class Epoch(Iterator):
     """The consumer's end of one epoch: gives batches, stops its thread when closed or no longer referred to."""
 
-    def __init__(self, thread: BatchThread, make_batch: Callable[[Any], Any]) -> None:
+    def __init__(self, thread: BatchThread, make_batch: Callable[[Any], Any], device: torch.device) -> None:
         self._thread: BatchThread | None = thread
+        self._device = device
         self._make_batch = make_batch
         thread.start()
 
@@ -146,9 +147,10 @@ class Epoch(Iterator):
             raise StopIteration
         slot, _, _ = item
         batch = self._make_batch(item)
-        if IS_CUDA:
+        if self._device.type == "cuda":
             event = torch.cuda.Event()
-            event.record()
+            # Of the device that copies, which need not be the current one.
+            event.record(torch.cuda.current_stream(self._device))
             self._thread.copied[slot] = event
         return batch
 

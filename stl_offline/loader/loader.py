@@ -254,7 +254,7 @@ class TokenLoader:
             raise InputError("labels, map_index or cache_index was given to a loader without token targets")
         self._views, self._warps, self._first_epoch = shown, warps, first
         self._thread = self._load(batches[start_batch:])
-        return Epoch(self._thread, self._make_batch)
+        return Epoch(self._thread, self._make_batch, self.device)
 
     def close(self) -> None:
         """End the running epoch, if any. Its buffers, which the next one fills, are copied to the device then."""

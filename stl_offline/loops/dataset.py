@@ -20,7 +20,7 @@ from stl_offline.geometry import View
 from stl_offline.labels.join import check_class_names
 from stl_offline.labels.keys import rename_keys
 from stl_offline.loops.crop import RandomResizedCrop
-from stl_offline.pixels import to_rgb
+from stl_offline.pixels import IMAGE_FORMATS, to_rgb
 from stl_offline.targets import TokenLabels
 
 
@@ -165,7 +165,7 @@ def _format(dataset: Any) -> str | None:
 def _stored_image(stored: dict[str, Any]) -> Image.Image:
     """An image that Hugging Face's datasets have not decoded: its file's bytes, or the path of a file."""
     data = stored.get("bytes")
-    return Image.open(stored["path"] if data is None else io.BytesIO(data))
+    return Image.open(stored["path"] if data is None else io.BytesIO(data), formats=IMAGE_FORMATS)
 
 
 def to_floats(image: Any) -> Tensor:

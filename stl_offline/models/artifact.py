@@ -153,8 +153,10 @@ def _order_metadata(path: Path) -> None:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        stream.seek(8)
-        stream.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # as it is, unless a release of safetensors writes shorter JSON
+            stream.seek(8)
+            stream.write(text.ljust(size))
 
 
 def weights_path(run_or_file: str | Path) -> Path:

@@ -172,7 +172,7 @@ def unfit_size(backbone: Backbone, sizes: Iterable[tuple[int, int]]) -> tuple[in
             return False
         return True
 
-    if not takes(backbone.spec.img_size):
+    if not takes(tuple(side + -side % backbone.multiple for side in backbone.spec.img_size)):
         return None
     return next((size for size in sizes if not takes(size)), None)
 

@@ -2,7 +2,7 @@
 
 Boxes are (left, top, right, bottom) in pixels from the image's upper left corner; COCO's are a corner and a size. What
 a file marks as difficult or as a crowd is not trained on, and in the scores it is neither missed nor a false detection.
-Boxes without an area are left out. All is checked before training.
+Boxes without an area are left out. All but the images' pixels is checked before training.
 
 n: objects of an image.
 """

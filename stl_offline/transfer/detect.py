@@ -27,7 +27,7 @@ from stl_offline.training.watch import summary_writer
 from stl_offline.transfer.backbone import make_backbone, unfit_size
 from stl_offline.transfer.boxes import BoxSet, open_boxes
 from stl_offline.transfer.detect_scores import DetectValidation, as_tensor
-from stl_offline.transfer.detector import Detector, DetectorDescription
+from stl_offline.transfer.detector import Detector, DetectorDescription, padded_to
 from stl_offline.transfer.dry_run import DenseTimer, measure_dense
 from stl_offline.transfer.outlines import check_coco_can_run, masks_of
 from stl_offline.transfer.pair_loader import ThreadedLoader
@@ -214,8 +214,7 @@ def _prepare(config: DetectConfig) -> DetectRun:
     classes = class_list(config.classes)
     seed_weights(config.seed)
     backbone = make_backbone(config, (config.side, config.side))
-    stride = max(32, backbone.multiple)
-    short, long = (side + -side % stride for side in (config.side, config.longest))
+    short, long = (side + -side % padded_to(backbone) for side in (config.side, config.longest))
     if (size := unfit_size(backbone, ((short, long), (long, short)))) is not None:
         raise InputError(
             f"{backbone.spec.model} cannot take images of {size[0]}×{size[1]} pixels (height × width): its input size "
@@ -223,12 +222,6 @@ def _prepare(config: DetectConfig) -> DetectRun:
         )
     sides = tuple(range(config.side_min, config.side + 1, 32)) if config.side_min else ()
     model = Detector(backbone, len(classes), (*sides, config.side), config.longest, config.head_width, config.masks)
-    smallest, coarsest = min((*sides, config.side)), max(model.backbone.strides)
-    if smallest + -smallest % stride < coarsest:
-        raise InputError(
-            f"images with a shorter side of {smallest} pixels have no cell of {coarsest} pixels, which is the last of "
-            f"the maps that are made of {backbone.spec.model}'s; give a `side` (and `side_min`) of at least {coarsest}"
-        )
     world = join_world(device)
     train = open_boxes(config.data, classes, config.annotations, config.split, masks=config.masks)
     val = None

@@ -4,10 +4,11 @@ Mask R-CNN (1703.06870), which adds masks.
 B: batch; H, W: image; K: classes, without the background.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class Pyramid(nn.Module):
     """A backbone's maps with strides that double from map to map, joined by a feature pyramid.
 
     torchvision assigns boxes to maps by their strides, which so must differ. A map that has the stride of the one
-    before it (a FAN's blocks) is max-pooled until it has twice that.
+    before it (a FAN's blocks) is max-pooled until it has twice that. Its last row or column of cells may cover less.
     """
 
     def __init__(self, backbone: Backbone, width: int) -> None:
@@ -46,10 +47,27 @@ class Pyramid(nn.Module):
         self.out_channels = width
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) → maps (B, width, H / stride_i, W / stride_i) by number, and "pool" of the last one."""
+        """(B, 3, H, W) → float32 maps (B, width, ⌈H / stride_i⌉, ⌈W / stride_i⌉) by number, and "pool" of the last one:
+        torchvision makes anchors, and so boxes, in the precision of the maps."""
         maps = self.backbone(images)
-        pooled = [each if size == 1 else F.max_pool2d(each, size) for each, size in zip(maps, self.pools, strict=True)]
-        return self.fpn(OrderedDict((str(number), each) for number, each in enumerate(pooled)))
+        pooled = [
+            each if size == 1 else F.max_pool2d(each, size, ceil_mode=True)
+            for each, size in zip(maps, self.pools, strict=True)
+        ]
+        joined = self.fpn(OrderedDict((str(number), each) for number, each in enumerate(pooled)))
+        return OrderedDict((name, each.float()) for name, each in joined.items())
+
+
+class Anchors(AnchorGenerator):
+    """torchvision's anchors, one cell of a map apart: it divides the image's side by the map's, which is more where a
+    map's last cells cover less."""
+
+    def __init__(self, strides: list[int]) -> None:
+        super().__init__(tuple((_ANCHOR * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides))
+        self.strides = strides
+
+    def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
+        return super().grid_anchors(grid_sizes, [[stride, stride] for stride in self.strides])
 
 
 class Detector(FasterRCNN):
@@ -83,16 +101,30 @@ class Detector(FasterRCNN):
             max_size=longest,
             image_mean=list(backbone.mean),
             image_std=list(backbone.std),
-            rpn_anchor_generator=AnchorGenerator(
-                tuple((_ANCHOR * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides)
-            ),
-            size_divisible=max(32, backbone.multiple),
+            rpn_anchor_generator=Anchors(strides),
+            size_divisible=padded_to(backbone),
         )
         self.roi_heads.box_roi_pool = _roi_pool(pyramid.strides, 7)
         if masks:  # as torchvision's MaskRCNN
             self.roi_heads.mask_roi_pool = _roi_pool(pyramid.strides, 14)
             self.roi_heads.mask_head = MaskRCNNHeads(width, (_MASK_CHANNELS,) * 4, 1)
             self.roi_heads.mask_predictor = MaskRCNNPredictor(_MASK_CHANNELS, _MASK_CHANNELS, classes + 1)
+        # Boxes take the precision of what is predicted for them: bfloat16 has steps of 2 pixels from 256 on.
+        for predictor in (self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor):
+            if predictor is not None:
+                predictor.register_forward_hook(_in_float32)
+
+
+def padded_to(backbone: Backbone) -> int:
+    """What the sides of a batch of images are padded to a multiple of: the backbone's, and at least 32."""
+    return backbone.multiple * math.ceil(32 / backbone.multiple)
+
+
+def _in_float32(module: nn.Module, given: Any, found: Any) -> Any:
+    """A forward hook: predictions (tensors, or tuples or lists of them) out of mixed precision."""
+    if isinstance(found, Tensor):
+        return found.float()
+    return type(found)(_in_float32(module, given, each) for each in found)
 
 
 def _roi_pool(strides: list[int], output_size: int) -> MultiScaleRoIAlign:

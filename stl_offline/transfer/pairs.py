@@ -24,7 +24,7 @@ from stl_offline.images.archive import TAR_SUFFIXES, tar_members
 from stl_offline.images.common import files_below, is_image_name
 from stl_offline.images.encode import content_hash
 from stl_offline.labels.class_names import read_class_names
-from stl_offline.pixels import ImageError, to_rgb
+from stl_offline.pixels import IMAGE_FORMATS, ImageError, to_rgb
 from stl_offline.progress import progress_bar
 
 _LOGGER = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ def decode_image(key: str, data: bytes) -> Image.Image:
 def open_image(key: str, data: bytes) -> Image.Image:
     """An image that is not decoded yet; raises `InputError` where the bytes are none."""
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except UnidentifiedImageError as error:
         raise InputError(f"{key} is not an image of a known format; repair or remove it") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -53,6 +53,28 @@ def test_labels_that_were_changed_are_found(work, tmp_path, capsys):
     assert captured.err.count("\n") == 1
 
 
+def test_changed_outputs_of_the_class_head_are_found(work, tmp_path, capsys):
+    """In a set of draws, too, of whose tokens no classes are compared."""
+    arguments = ["--recompute", "9", "--labeler", work["labeler"], "--data", work["data"], "--device", "cpu"]
+    for top_k, draws in ((2, 0), (0, 1)):
+        place = tmp_path / f"set{top_k}"
+        honest = make_set(work, place, top_k=top_k, draws=draws, class_top_k=2, shards=1)
+        assert main(["labels", "verify", str(place), *arguments]) == 0
+        out = capsys.readouterr().out
+        assert "100.00% of 9 outputs of the class head have the same class, probabilities differ" in out
+        assert ("tokens have the same class" in out) == (top_k > 0)
+        arrays = honest.read_shard(0)
+        with LabelSetWriter(tmp_path / f"changed{top_k}", honest.spec, 1) as writer:
+            writer.write_shard(0, dataclasses.replace(arrays, head_ids=(arrays.head_ids + 1) % np.uint16(3)))
+            writer.finish()
+        assert main(["labels", "verify", str(tmp_path / f"changed{top_k}"), *arguments]) == 1
+        assert "are not those of this labeler" in capsys.readouterr().err
+    place = tmp_path / "draws"
+    make_set(work, place, top_k=0, draws=1, shards=1)
+    assert main(["labels", "verify", str(place), *arguments]) == 0
+    assert "have the same class" not in (out := capsys.readouterr().out) and "100.00% of 144 draws are the same" in out
+
+
 def test_another_labeler_is_refused_by_name(work, tmp_path):
     label_set = make_set(work, tmp_path / "set")
     model, description = load_model(work["labeler"])

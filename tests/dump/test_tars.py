@@ -24,6 +24,7 @@ from stl_offline.images.beton import open_beton
 from stl_offline.images.pack import pack
 from stl_offline.labels.format import decode_shard, encode_shard
 from stl_offline.labels.label_set import open_label_set
+from stl_offline.labels.transfer import push
 from stl_offline.labels.verify import verify
 from tests.dump.dumping import content
 from tests.web_files import WebFiles, running
@@ -330,8 +331,9 @@ class TestJobs:
         with pytest.raises(TargetError, match=r"data has the tar train-0001.tar and train-0000.tar"):
             dump_labels(replace(config, data=f"{tars}/train-000{{1,0,2}}.tar"))
 
-    def test_other_tars_of_the_same_names(self, files, settings, tmp_path):
-        """Known by their first image, in a set that is complete, is being written, or grows."""
+    @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # as above
+    def test_other_tars_of_the_same_names(self, files, settings, hub, tmp_path):
+        """Known by their first image, in a set that is complete, is being written, grows, or is on the hub."""
         for folder, start in (("ours", 0), ("theirs", 20)):
             (tmp_path / folder).mkdir()
             for number in range(2):
@@ -346,6 +348,10 @@ class TestJobs:
                 dump_labels(other)
         dump_labels(config)
         before = content(tmp_path / "set")
+        push(open_label_set(config.out), "hf://datasets/user/labels")
+        assert dump_labels(replace(config, out="hf://datasets/user/labels")).labelled == 0
+        with pytest.raises(TargetError, match=r"hf://datasets/user/labels holds the labels of another tar of the name"):
+            dump_labels(replace(other, out="hf://datasets/user/labels"))
         for append in (False, True):
             with pytest.raises(TargetError, match=r"another tar of the name 0.tar: the first image of yours, '.*', is"):
                 dump_labels(other, append=append)

@@ -18,7 +18,7 @@ def test_a_pure_function_of_its_arguments(kind):
     first = corrupt(IMAGE, kind, 4, seed=3, key="a/b.jpg")
     assert (np.random.get_state()[1] == state).all()
     np.random.seed(2)
-    assert first.dtype == np.uint8 and first.shape == IMAGE.shape
+    assert first.dtype == np.uint8 and first.shape == IMAGE.shape and first.flags.c_contiguous
     assert (first == corrupt(IMAGE, kind, 4, seed=3, key="a/b.jpg")).all()
     assert (first != IMAGE).any()
     assert (first != corrupt(IMAGE, kind, 1, seed=3, key="a/b.jpg")).any()

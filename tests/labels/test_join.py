@@ -174,6 +174,9 @@ def test_keys_are_renamed():
     assert rename_keys(["a/b", "c/a/b", "a"], "a/=") == ["b", "c/a/b", "a"]
     assert rename_keys(["a/b", "x"], "=n/") == ["n/a/b", "n/x"]
     assert rename_keys(["a"], "") == ["a"]
+    assert rename_keys(["a/b", "a/b"], "a/=") == ["b", "b"]
+    with pytest.raises(InputError, match="gives two images one key: 'x' and 'train/x'"):
+        rename_keys(["b", "x", "train/x"], "train/=")
     with pytest.raises(InputError, match="no image's key starts with the 'b/' of the key prefix b/=c/; .* like 'a/b'"):
         rename_keys(["a/b", "x"], "b/=c/")
     assert rename_key("a/b", "b/=c/") == "a/b" and rename_key("b/b", "b/=c/") == "c/b"

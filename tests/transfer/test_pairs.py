@@ -92,6 +92,16 @@ def test_class_lists(tmp_path):
             class_list(given)
 
 
+def test_formats_that_start_other_programs_are_refused(tmp_path):
+    """PIL opens PostScript under any name, and runs Ghostscript to draw it."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (5, 4)).save(tmp_path / "images/a.jpg", format="EPS")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks/a.png").write_bytes(png(np.zeros((4, 5), np.uint8)))
+    with pytest.raises(InputError, match="images/a is not an image of a known format"):
+        open_pairs(tmp_path, CLASSES, IGNORE)
+
+
 def test_a_tar_that_holds_a_name_twice_and_masks_of_no_image(tmp_path, caplog):
     tar = write_tar(tmp_path / "twice.tar", {"train": (1, 1)})
     with pytest.raises(InputError, match="twice.tar holds set/train/1.jpg twice"):
