@@ -146,6 +146,8 @@ def check_class_names(labels: tuple[str, ...], images: tuple[str, ...]) -> None:
     advice = "pack the images with the label set's class list (`class_names`)"
     if absent:
         advice = "remove their images"
+        if all(name.isdecimal() for name in images) and not any(name.isdecimal() for name in labels):
+            advice = "pack the images with names for their numbers (`pack(class_map)`)"
         how = f"{len(absent)} of the images' classes are not in it ({some(len(absent), absent[:_EXAMPLES])})"
     elif len(labels) != len(images):
         absent = sorted(set(labels) - set(images))

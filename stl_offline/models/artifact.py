@@ -192,8 +192,8 @@ def read_header(path: Path) -> str:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         raise FormatError(
-            f"{path} is not a whole safetensors file ({error}); published files such as .pth.tar are the "
-            "`labeler_checkpoint` of a labeler timm:NAME"
+            f"{path} is not a whole safetensors file ({error}); other programs' weights, such as a .pth.tar, are given "
+            "together with the name of their model"
         ) from error
     if _HEADER_KEY not in metadata:
         raise FormatError(f"{path} was not written by stl-offline: its header has no entry {_HEADER_KEY!r}")

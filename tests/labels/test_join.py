@@ -199,6 +199,10 @@ def test_many_are_counted_and_three_are_named(label_set):
         ((*SPEC.class_names[:-1], "cat"), r"1 of the images' classes are not in it \(cat\)"),
         (SPEC.class_names[:-2], r"2 of its classes are not among the images' \(class 5, class 6\)"),
         ((*SPEC.class_names, "cat"), r"7 classes. and the images .8.*cat"),
+        (
+            tuple(map(str, range(7))),
+            r"7 of the images' .*; pack the images with names for their numbers \(`pack\(class",
+        ),
     ],
 )
 def test_another_class_list_is_refused(label_set, names, words):
