@@ -1,7 +1,7 @@
 """Images with boxes of objects, from Pascal VOC's XML files or a COCO JSON file, which may have masks, too.
 
 Boxes are (left, top, right, bottom) in pixels from the image's upper left corner; COCO's are a corner and a size. What
-a file marks as difficult or as a crowd is not trained on, and in the scores it is neither missed nor a false detection.
+a file marks as difficult or as a crowd is background in training, and in the scores neither missed nor wrongly found.
 Boxes without an area are left out. All but the images' pixels is checked before training.
 
 n: objects of an image.

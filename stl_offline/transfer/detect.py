@@ -220,7 +220,7 @@ def _prepare(config: DetectConfig) -> DetectRun:
             f"{backbone.spec.model} cannot take images of {size[0]}×{size[1]} pixels (height × width): its input size "
             "is fixed, and images of a detector are of many sizes; choose another backbone"
         )
-    sides = tuple(range(config.side_min, config.side + 1, 32)) if config.side_min else ()
+    sides = tuple(range(config.side_min, config.side, 32)) if config.side_min else ()
     model = Detector(backbone, len(classes), (*sides, config.side), config.longest, config.head_width, config.masks)
     world = join_world(device)
     train = open_boxes(config.data, classes, config.annotations, config.split, masks=config.masks)

@@ -183,14 +183,12 @@ def targets_of(p: np.ndarray, own: int, rng: np.random.Generator) -> tuple[dict[
     one = drawn(p, 1, rng) * known
     missed = 1 - one.sum(1, keepdims=True)
     targets = {
-        "top 5, soft, ignore, by mass": stored / stored.sum(1).mean(),
-        "top 5, soft, ignore, by tokens": stored,
+        "top 5, soft, ignore": stored,
         "top 5, renormalised": stored / stored.sum(1, keepdims=True),
         "top 5, soft, uniform": stored + left / classes,
         "top 5, soft, class": stored + left * own_class,
         "top 5, soft, ghost": np.concatenate([stored, left], axis=1),
-        "top 5, gumbel, ignore, by mass": one / max(one.sum(1).mean(), 1 / len(one)),
-        "top 5, gumbel, ignore, by tokens": one,
+        "top 5, gumbel, ignore": one,
         "top 5, gumbel, uniform": one + missed * drawn(even, 1, rng),
         "top 5, gumbel, class": one + missed * own_class,
         "top 5, gumbel, ghost": np.concatenate([one, missed], axis=1),
@@ -231,10 +229,12 @@ def print_gradients(options: argparse.Namespace, out: Path) -> None:
     print("|---|---|---|---|---|")
     names = list(targets_of(np.full((1, 10), 0.1), 0, rng)[0])
     sums = {stage: {name: [0.0, 0.0] for name in ["full", *names]} for stage in ("start", "end")}
+    mass = []
     for image in images:
         z = np.asarray(logits[image, 0], dtype=np.float64)
         p = softmax(z)
         features = rng.standard_normal((len(z), FEATURES))
+        mass.append(np.sort(p, axis=1)[:, -5:].sum(1).mean())
         students = {"start": np.full_like(p, 1 / p.shape[1]), "end": softmax(z + rng.standard_normal(z.shape))}
         samples, (known, *_) = zip(*(targets_of(p, int(own[image]), rng) for _ in range(options.samples)), strict=True)
         for stage, q in students.items():
@@ -253,6 +253,8 @@ def print_gradients(options: argparse.Namespace, out: Path) -> None:
                 cosine = (found * full).sum() / np.linalg.norm(found) / np.linalg.norm(full)
                 cells.append(f"{ratio:.2f}, {np.degrees(np.arccos(min(1.0, cosine))):.0f}°")
         print(f"| {name} | {' | '.join(cells)} |")
+    # A step's gradient is divided by the labelled mass of all its tokens: one number, which turns nothing.
+    print(f"with --token-norm mass, the norms of the rows with ignore are {1 / np.mean(mass):.2f} times as large")
 
 
 def softmax(z: np.ndarray) -> np.ndarray:

@@ -257,10 +257,11 @@ def main() -> None:
     print(f"| labeler | seeds | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}")
     for name in options.only:
         found = np.array([run(name, seed, options.out, options.epochs) for seed in range(options.seeds)])
-        spread = found.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(found.shape[1])
-        means = list(zip(found.mean(axis=0), spread, strict=True))
-        cells = [f"{mean:.1%} ± {std:.1%}" for mean, std in means[:2]]
-        cells += [f"{mean:.2f} ± {std:.2f}" for mean, std in means[2:]]
+        forms = ["{:.1%}"] * 2 + ["{:.2f}"] * (len(COLUMNS) - 2)
+        cells = [form.format(mean) for form, mean in zip(forms, found.mean(axis=0), strict=True)]
+        if len(found) > 1:  # of one seed there is no deviation
+            spread = found.std(axis=0, ddof=1)
+            cells = [f"{cell} ± {form.format(std)}" for cell, form, std in zip(cells, forms, spread, strict=True)]
         print(f"| {name} | {len(found)} | {' | '.join(cells)} |", flush=True)
 
 

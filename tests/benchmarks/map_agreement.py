@@ -46,7 +46,7 @@ def take_some(source: Path, target: Path, count: int) -> None:
 def labels_of(beton, data: Path, weights: str, out: Path, side: int, views: int = 0, flip: float = 0.0) -> TokenCache:
     """The token cache of whole images (views 0) or of crops, labelled at one input side."""
     folder = out / (f"crops-{side}-flip-{flip}" if views else f"whole-{side}")
-    crops = {"views": views, "flip": flip} if views else {}
+    crops = {"crops_per_image": views, "flip": flip} if views else {}
     dump_labels(
         lite0_dump(
             str(data), weights, str(folder), img_size=side, batch_size=8, shards=4, top_k=LISTED, workers=1, **crops

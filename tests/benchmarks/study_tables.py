@@ -46,12 +46,13 @@ def write_report(folder: Path, study: Study, out: Path) -> None:
     plan = PLANS[study.plan]
     runs = {arm: _results(folder, arm, study.seeds) for arm in plan.arms}
     runs = {arm: results for arm, results in runs.items() if results}
+    first = {arm: found for arm in plan.arms if (found := read_result(folder, f"{arm}-seed0")) is not None}
     labeler = read_result(folder, "labeler")
     parts = [
         _accuracy(runs, labeler, folder, study),
         _differences(runs, plan),
-        _against(runs, plan),
-        _by_epoch(runs, labeler, study),
+        _against(first, plan),
+        _by_epoch(first, labeler, study),
         _corruptions(runs, labeler, plan),
         _sets(folder, plan),
         _agreement(folder, plan),
@@ -160,20 +161,19 @@ def _differences(runs: dict[str, list[dict]], plan: Plan) -> str:
     return _table(["points", "top-1", "ECE", "corrupted"], rows) if rows else ""
 
 
-def _against(runs: dict[str, list[dict]], plan: Plan) -> str:
-    """Points of the arms with one seed above the plan's arm of comparison, of the same seed."""
-    if plan.against not in runs:
+def _against(first: dict[str, dict], plan: Plan) -> str:
+    """Points of the arms with one seed above the plan's arm of comparison, in the first seed."""
+    if plan.against not in first:
         return ""
-    plain = runs[plan.against][0]
+    plain = first[plan.against]
     rows = []
-    for arm in plan.other:
-        for run in runs.get(arm, [])[:1]:
-            gains = (
-                run["top1"] - plain["top1"],
-                run["ece"] - plain["ece"],
-                corrupted_mean(run) - corrupted_mean(plain),
-            )
-            rows.append([f"`{arm}`", *(f"{100 * gain:+.1f}" for gain in gains)])
+    for arm, run in ((arm, first[arm]) for arm in plan.other if arm in first):
+        gains = (
+            run["top1"] - plain["top1"],
+            run["ece"] - plain["ece"],
+            corrupted_mean(run) - corrupted_mean(plain),
+        )
+        rows.append([f"`{arm}`", *(f"{100 * gain:+.1f}" for gain in gains)])
     return _table([f"points above `{plan.against}`, same seed", "top-1", "ECE", "corrupted"], rows) if rows else ""
 
 
@@ -190,11 +190,11 @@ def _difference(ours: Sequence[float], theirs: Sequence[float], variance: float)
     return mean if math.isnan(error) else f"{mean} (standard error {error:.1f})"
 
 
-def _by_epoch(runs: dict[str, list[dict]], labeler: dict | None, study: Study) -> str:
+def _by_epoch(first: dict[str, dict], labeler: dict | None, study: Study) -> str:
     """Where the main arms stand after each quarter of their epochs: the first seed, which is measured on the way."""
     epochs = sorted({max(1, study.epochs * quarter // 4) for quarter in range(1, 5)})
     columns = {"the labeler itself": labeler} if labeler else {}
-    columns |= {f"`{arm}`": runs[arm][0] for arm in PLANS[study.plan].main if arm in runs}
+    columns |= {f"`{arm}`": first[arm] for arm in PLANS[study.plan].main if arm in first}
     rows = []
     for name, result in columns.items():
         found = {entry["epoch"]: entry["top1"] for entry in result["history"] if entry.get("top1") is not None}

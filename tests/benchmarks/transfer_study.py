@@ -20,6 +20,7 @@ import argparse
 import glob
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -169,7 +170,8 @@ def main() -> None:
     each_run = [(arm, backbones[seed], seed) for seed in range(options.seeds) for arm, backbones in arms.items()]
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
         for (arm, _, seed), found in zip(each_run, pool.map(partial(_in_worker, options), each_run), strict=True):
-            row = (found[score], found[f"corrupted_{score}"], found["retention"] or 0.0)
+            retention = math.nan if found["retention"] is None else found["retention"]  # where nothing was found
+            row = (found[score], found[f"corrupted_{score}"], retention)
             for name, value in zip(SCORES, row, strict=True):
                 values[arm][name].append(value)
             shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in zip(SCORES, row, strict=True))

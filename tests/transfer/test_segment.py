@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from stl_offline import recipes
 from stl_offline.cli.main import main
 from stl_offline.config import ReportConfig
 from stl_offline.config_transfer import SegmentConfig, TransferEvaluateConfig
 from stl_offline.errors import InputError
+from stl_offline.loader.order import check_shares
 from stl_offline.models import ModelDescription, save_model
 from stl_offline.recipes import recipe_names, resolve
 from stl_offline.reports.report import report_runs
@@ -274,6 +276,11 @@ def test_recipes_are_the_released_settings():
         assert (config.crop, config.lr, config.head_lr_scale, config.weight_decay) == ((1024, 1024), 6e-5, 10, 0.01)
         assert (config.schedule, config.sliding_window, config.head_width) == ("poly", True, 768)
         assert round(config.epochs * 2975 / 8, -3) == 160_000
+        # The command at its head, on Cityscapes' training images.
+        head = (Path(recipes.__file__).parent / f"{name}.yaml").read_text()
+        processes = int(re.search(r"--nproc-per-node (\d+)", head)[1])
+        assert processes * config.batch_size * config.accumulate == config.lr_batch == 8
+        check_shares(2975, config.batch_size * config.accumulate, processes)
 
 
 def test_the_command(quick, capsys):
