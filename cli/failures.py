@@ -180,9 +180,13 @@ def _describe_os_error(error: OSError) -> str:
 
 
 def _is_allocation_failure(error: BaseException) -> bool:
-    # torch's own classes, told by name: this module must not import torch.
-    return type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # torch's own classes, told by name: this module must not import torch. Ray wraps them.
+    cause = getattr(error, "cause", None) or error
+    name, text = type(cause).__name__, str(cause)
+    return (
+        name == "OutOfMemoryError"
+        or (name == "AcceleratorError" and "out of memory" in text)
+        or (isinstance(cause, RuntimeError) and "can't allocate memory" in text)
     )
 
 

@@ -154,6 +154,8 @@ class DetectConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.compile:
+            raise InputError("`compile` would compile again for each of the many sizes of a detector's batches")
         if self.side_min > self.side or self.side > self.longest:
             raise InputError(
                 f"`side_min` {self.side_min}, `side` {self.side} and `longest` {self.longest} must not fall"

@@ -30,21 +30,22 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        # A launcher may show each process its own GPU alone, whatever its rank.
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0) if torch.cuda.device_count() > 1 else 0}"
     elif name.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise InputError(
             f"all processes of this machine would use {name}; leave `device` out: each takes the GPU of its local rank"
         )
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)  # takes memory and runs a kernel, which a GPU that is full or too old cannot
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"the device {name!r} cannot be used here ({reason}); try `device=auto` or cpu") from error
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     return device
 
 
@@ -78,6 +79,20 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+@contextlib.contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Convolutions on a GPU with all of float32's 24 bits of mantissa; torch's default for them there is TF32's 11."""
+    if device.type != "cuda":
+        yield
+        return
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextlib.contextmanager

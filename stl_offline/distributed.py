@@ -222,7 +222,7 @@ def _is_shared(norm: nn.Module) -> bool:
 def _normalised(norm: Any, input: Tensor) -> Tensor:
     """(B, C, …) by mean and variance over all axes but C, and over all processes."""
     values = input.float()
-    count = torch.tensor([values.numel() / values.shape[1]], device=values.device)
+    count = values.new_full((1,), values.numel() / values.shape[1])  # made there, without a wait for the GPU
     axes = [axis for axis in range(values.ndim) if axis != 1]
     channels = (slice(None), *[None] * (values.ndim - 2))
     # The mean first, the variance around it second: one pass would lose digits.

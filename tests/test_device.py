@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stl_offline import device
-from stl_offline.device import pick_amp, pick_device, pick_workers
+from stl_offline.device import exact_float32, pick_amp, pick_device, pick_workers
 from stl_offline.errors import InputError
 
 
@@ -14,7 +14,8 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     for name in ("auto", "cuda"):
@@ -23,7 +24,21 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
         pick_device("cuda:1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert pick_device("cuda:1") == torch.device("cuda:1")
-    assert asked == [torch.device("cuda:3")] * 2 + [torch.device("cuda:1")]
+    # Some launchers show each process one GPU, which is the first that it sees.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("auto") == torch.device("cuda:0")
+    assert asked == [torch.device(f"cuda:{index}") for index in (3, 3, 1, 0)]
+
+
+def test_float32_is_float32(monkeypatch):
+    """Convolutions on a GPU are in TF32 by default; on a CPU nothing is touched."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with exact_float32(torch.device("cpu")):
+        assert torch.backends.cudnn.allow_tf32
+    with pytest.raises(KeyError), exact_float32(torch.device("cuda:0")):
+        assert not torch.backends.cudnn.allow_tf32
+        raise KeyError
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_a_device_that_is_not_there():

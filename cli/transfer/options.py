@@ -40,7 +40,6 @@ _OPTIONS = {
     "--log-every": ("output", "N"),
     "--tensorboard/--no-tensorboard": ("output", None),
     "--amp": ("machine", None),
-    "--compile/--no-compile": ("machine", None),
     "--checkpoint-steps": ("advanced", "N"),
     "--channels-last/--no-channels-last": ("advanced", None),
     "--sync-bn/--no-sync-bn": ("advanced", None),

@@ -28,6 +28,7 @@ from stl_offline.config_transfer import SegmentConfig
 @setting_option(SegmentConfig, "--scale-max", group="augmentation", metavar="X")
 @setting_option(SegmentConfig, "--color-jitter", group="augmentation", metavar="X")
 @setting_option(SegmentConfig, "--sliding-window/--no-sliding-window", group="output")
+@setting_option(SegmentConfig, "--compile/--no-compile", group="machine")
 @debug_option
 @click.pass_context
 def segment(ctx: click.Context, recipe: str | None, dry_run: bool, **settings: object) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stl_offline.device import upload
-from stl_offline.geometry import cells_in_boxes
+from stl_offline.geometry import cells_in_boxes, shares_in_boxes
 from stl_offline.settings import MixSettings
 
 
@@ -98,9 +98,10 @@ def _pixel_keep(mix: Mix, device: torch.device, dtype: torch.dtype) -> Tensor:
     keep = keep[:, None, None, None]
     if not mix.is_box.any():
         return keep
+    # Its two factors, multiplied on the device: the mask itself has as many bytes as a channel of the images.
     size = (mix.height, mix.width)
-    inside = upload(cells_in_boxes(mix.boxes, size, size)[:, None], device, dtype)
-    return keep * (1 - inside)
+    down, across = (upload(share, device, dtype) for share in shares_in_boxes(mix.boxes, size, size))
+    return keep * (1 - down[:, None, :, None] * across[:, None, None, :])
 
 
 def _cell_keep(mix: Mix, grid: tuple[int, int], device: torch.device) -> Tensor:

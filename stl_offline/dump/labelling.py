@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stl_offline.config import DumpConfig, result_settings
-from stl_offline.device import Readback, autocast, pick_amp, pick_workers
+from stl_offline.device import Readback, autocast, exact_float32, pick_amp, pick_workers
 from stl_offline.dump.drawing import DrawKey, draw_classes
 from stl_offline.errors import FormatError, InputError, counted
 from stl_offline.evaluation import match_classes
@@ -255,7 +255,7 @@ class Labelling:
 
         What it gives waits for the labels, as `ShardArrays` has them: (B, N, …), and (B, …) of the class head.
         """
-        with autocast(self.device, pick_amp(self.config.amp, self.device)):
+        with exact_float32(self.device), autocast(self.device, pick_amp(self.config.amp, self.device)):
             class_logits, token_logits = self.labeler(batch.images)
         labels = self._labels(class_logits, token_logits, batch, self.spec.first_view + view)
         return partial(self._read, {name: Readback(values) for name, values in labels.items()}, batch.sample_ids)

@@ -62,6 +62,8 @@ def dump_on_ray(config: DumpConfig, address: str | None = None) -> DumpReport:
         raise InputError(
             f"workers of several machines cannot share {config.out}; use a bucket, and push the set from it"
         )
+    if config.device.startswith("cuda:"):
+        raise InputError(f"each worker takes the GPU that Ray gives it, got {config.device}; give `device=cuda`")
     # What can be refused is refused here, before the cluster works.
     labelling = _prepare(config, torch.device("cpu"))
     started = time.perf_counter()
@@ -122,10 +124,17 @@ def _run(ray: ModuleType, config: DumpConfig, shards: list[int]) -> Iterator[int
             except ray.exceptions.RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, StlError) else error) from error
             except ray.exceptions.RayError as error:
+                if getattr(error, "actor_init_failed", False):  # as another one would
+                    raise TargetError(f"a worker could not be started: {_last_line(error)}") from error
                 # The actor, or its node, is gone.
                 if tries[shard] >= _TRIES:
                     raise TargetError(f"shard {shard} was lost with its actor {_TRIES} times: {error}") from error
                 waiting.append(shard)
+
+
+def _last_line(error: Exception) -> str:
+    """What an exception of a worker's says last: the cause, below its traceback."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _prepare(config: DumpConfig, device: torch.device) -> Labelling | TarLabelling:

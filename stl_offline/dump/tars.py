@@ -114,7 +114,10 @@ class TarLabelling:
     def label_chunk(self, chunk: Beton, done: Callable[[int], object]) -> ShardArrays:
         """The labels of some of a tar's images. Random crops depend on an image's content, not on its place."""
         labelling = Labelling(self.config, self.labeler, chunk, self.device, content_ids(chunk))
-        return labelling.label(np.arange(len(chunk)), done)
+        try:
+            return labelling.label(np.arange(len(chunk)), done)
+        finally:
+            labelling.loader.close()  # its buffers are pinned where the device is a GPU
 
     def chunks(self, tar: str, folder: Path, batches: int = _FIRST_BATCHES) -> Iterator[Beton]:
         """The images of a tar in temporary files. All but the last hold whole batches, so that what is labelled

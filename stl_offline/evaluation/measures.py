@@ -7,6 +7,7 @@ B: batch, K: classes, N: tokens.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -124,12 +125,22 @@ class ClassView:
 
     def add(self, tally: Tally, logits_BK: Tensor, labels_B: Tensor, token_logits_BNK: Tensor | None = None) -> None:
         """Add the images of a batch that are among the classes that are compared."""
-        right = self.right.to(logits_BK.device)[labels_B]
+        right = self.right.to(logits_BK.device, non_blocking=True)[labels_B]
+        if self.has_all:  # nothing to leave out, and no wait for the GPU to look
+            tally.add(self._cut(logits_BK), right)
+            if token_logits_BNK is not None:
+                tally.add_tokens(self._cut(token_logits_BNK), right)
+            return
         kept = right >= 0
         if bool(kept.any()):
             tally.add(self._cut(logits_BK)[kept], right[kept])
             if token_logits_BNK is not None:
                 tally.add_tokens(self._cut(token_logits_BNK)[kept], right[kept])
+
+    @cached_property
+    def has_all(self) -> bool:
+        """Whether each class of the data is compared."""
+        return bool((self.right >= 0).all())
 
     def _cut(self, logits: Tensor) -> Tensor:
         return logits if self.columns is None else logits[..., self.columns.to(logits.device)]

@@ -164,11 +164,12 @@ def evaluate_model(
     model.eval()
     tally = Tally(loader.device)
     mapping = torch.from_numpy(class_map).to(loader.device)
+    view = compared
     for batch in loader.epoch(0, views):
         with autocast(loader.device, amp):
             output = model(batch.images)
         logits, tokens = output if isinstance(output, tuple) else (output, None)
-        view = compared or ClassView.of("all", range(logits.shape[1]), None)
+        view = view or ClassView.of("all", range(logits.shape[1]), None)
         tokens = tokens.float() if tokens is not None and score_tokens else None
         view.add(tally, logits.float(), mapping[batch.class_ids], tokens)
         if after_batch is not None:

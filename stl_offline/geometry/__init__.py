@@ -12,7 +12,7 @@ from stl_offline.geometry.relative import (
     relative_view_into,
     window_of,
 )
-from stl_offline.geometry.view import View, cells_in_boxes, compose_views
+from stl_offline.geometry.view import View, cells_in_boxes, compose_views, shares_in_boxes
 
 __all__ = [
     "IDENTITY_TOLERANCE",
@@ -29,6 +29,7 @@ __all__ = [
     "is_within",
     "relative_view",
     "relative_view_into",
+    "shares_in_boxes",
     "whole_views",
     "window_of",
 ]

@@ -123,9 +123,15 @@ def cells_in_boxes(boxes_B4: np.ndarray, size: tuple[int, int], grid: tuple[int,
         boxes_B4: integers, y0, y1, x0, x1 of each image's box in pixels.
         size: (H, W) of the images; grid: (h, w) of the tokens. Pixels need not divide into cells.
     """
-    down = _overlap(boxes_B4[:, 0:2], size[0], grid[0])
-    across = _overlap(boxes_B4[:, 2:4], size[1], grid[1])
+    down, across = shares_in_boxes(boxes_B4, size, grid)
     return down[:, :, None] * across[:, None, :]
+
+
+def shares_in_boxes(
+    boxes_B4: np.ndarray, size: tuple[int, int], grid: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of `cells_in_boxes`: the covered shares of rows (B, h) and of columns (B, w), float32."""
+    return _overlap(boxes_B4[:, 0:2], size[0], grid[0]), _overlap(boxes_B4[:, 2:4], size[1], grid[1])
 
 
 def _overlap(spans_B2: np.ndarray, pixels: int, cells: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from ffcv.loader import Loader
-from ffcv.loader.epoch_iterator import IS_CUDA, EpochIterator
+from ffcv.loader.epoch_iterator import EpochIterator
 from numba.core.errors import NumbaError
 
 from stl_offline.errors import StlError, TrainingError
@@ -42,6 +42,7 @@ class BatchThread(threading.Thread, abc.ABC):
         self.ended = False
         # Set by the consumer once its copies out of a slot are queued; waited for before the slot is filled again.
         self.copied: list[Any] = [None] * self.slots
+        self.device = torch.device("cpu")  # whose memory the copies go to; set by the consumer
 
     @abc.abstractmethod
     def load(self, number: int, ids: np.ndarray, slot: int) -> tuple:
@@ -49,6 +50,8 @@ class BatchThread(threading.Thread, abc.ABC):
 
     def run(self) -> None:
         try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # each thread has its own, which else is the first GPU
             for number, ids in enumerate(self.batches):
                 slot = number % self.slots
                 if self.copied[slot] is not None:
@@ -119,7 +122,6 @@ class EpochThread(BatchThread, EpochIterator):
         self.memory_context.__enter__()
         self.storage_state = self.memory_context.state
         self.memory_allocations = buffers
-        self.cuda_streams = [torch.cuda.Stream() if IS_CUDA else None for _ in range(self.slots)]
 
     def load(self, number: int, ids: np.ndarray, slot: int) -> tuple:
         return self.run_pipeline(number, ids, slot, None)
@@ -130,7 +132,7 @@ class Epoch(Iterator):
 
     def __init__(self, thread: BatchThread, make_batch: Callable[[Any], Any], device: torch.device) -> None:
         self._thread: BatchThread | None = thread
-        self._device = device
+        thread.device = device
         self._make_batch = make_batch
         thread.start()
 
@@ -147,10 +149,10 @@ class Epoch(Iterator):
             raise StopIteration
         slot, _, _ = item
         batch = self._make_batch(item)
-        if self._device.type == "cuda":
+        device = self._thread.device
+        if device.type == "cuda":
             event = torch.cuda.Event()
-            # Of the device that copies, which need not be the current one.
-            event.record(torch.cuda.current_stream(self._device))
+            event.record(torch.cuda.current_stream(device))  # not the current device's
             self._thread.copied[slot] = event
         return batch
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from ffcv.loader import Loader
-from ffcv.pipeline import Compiler, PipelineSpec
+from ffcv.pipeline import Compiler, PipelineSpec, graph
 
 from stl_offline.config import INTERPOLATIONS
 from stl_offline.distributed import World
@@ -157,7 +157,8 @@ class TokenLoader:
                 drop_last=False,
                 batches_ahead=BATCHES_AHEAD,
             )
-        self._buffers = self._ffcv.graph.allocate_memory(self.batch_size, BATCHES_AHEAD + 2)
+        with contextlib.nullcontext() if self.device.type == "cuda" else _not_pinned():
+            self._buffers = self._ffcv.graph.allocate_memory(self.batch_size, BATCHES_AHEAD + 2)
 
     def _load(self, batches: list[np.ndarray]) -> BatchThread:
         """A thread that loads these batches of sample ids; not started."""
@@ -353,6 +354,17 @@ def _compiler_off() -> Iterator[None]:
         yield
     finally:
         Compiler.set_enabled(enabled)
+
+
+@contextlib.contextmanager
+def _not_pinned() -> Iterator[None]:
+    """FFCV pins its buffers wherever torch sees a GPU, which takes memory of that."""
+    allocate = graph.allocate_query
+    graph.allocate_query = lambda query, batch_size, slots: np.empty((slots, batch_size, *query.shape), query.dtype)
+    try:
+        yield
+    finally:
+        graph.allocate_query = allocate
 
 
 def _check_size(beton: Beton) -> None:

@@ -182,7 +182,8 @@ class TokenLoss(nn.Module):
             [self.num_classes, *[(target.shape[1] - self.num_classes) // 2] * 2], dim=1
         )
         shape = (len(target), self.tokens, -1)
-        token_loss = token_cross_entropy(token_logits, ids.reshape(shape).long(), weights.reshape(shape))
+        # Its targets have no ghosts. Looking for them would wait for the GPU.
+        token_loss = token_cross_entropy(token_logits, ids.reshape(shape).long(), weights.reshape(shape), ghosts=())
         return soft_cross_entropy(class_logits, classes) + self.weight * token_loss
 
 

@@ -16,7 +16,7 @@ import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 
-from stl_offline.distributed import barrier, failure_of_another, long_barrier, sum_over_world_blocking
+from stl_offline.distributed import failure_of_another, long_barrier, sum_over_world_blocking
 from stl_offline.errors import FormatError, TrainingError
 from stl_offline.loader import TokenLabels
 from stl_offline.progress import progress_bar
@@ -184,7 +184,10 @@ class Trainer:
         self.bar.set_description(f"epoch {self.at.epoch + 1}/{self.config.epochs}")
         clock = Clock(self.at)
         saved = time.monotonic()
-        batches = self.loader.epoch(self.at.epoch, start_batch=self.at.batch, **self.plan(self.at.epoch))
+        plan = self.plan(self.at.epoch)
+        # It may have made a token cache: on another machine that can take longer than nccl waits.
+        long_barrier(self.world)
+        batches = self.loader.epoch(self.at.epoch, start_batch=self.at.batch, **plan)
         for batch in batches:
             clock.works()
             planned = self._is_planned()
@@ -332,7 +335,7 @@ class Trainer:
         if self.world.is_first:
             own = {"at": vars(self.at), "means": self.means.state(), "history": self.history}
             self.folder.save_state(own | self.step.state())
-        barrier(self.world)
+        long_barrier(self.world)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a stored state.
@@ -367,7 +370,7 @@ class Trainer:
                 summary[f"{main}_not_averaged"] = last[f"model_{main}"]
         if self.world.is_first:
             self.folder.finish(summary)
-        barrier(self.world)
+        long_barrier(self.world)
         return summary
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import threading
 import time
 
@@ -211,16 +212,19 @@ def test_an_epoch_fills_no_buffer_that_is_still_copied_to_a_gpu(load, views, bat
     class Event:
         done = False
 
-        def record(self):
+        def record(self, stream):
+            assert stream == "the stream of cuda:1"
             events.append(self)
 
         def synchronize(self):
             self.done = True
 
-    monkeypatch.setattr(iterator, "IS_CUDA", True)
+    threads = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", "the stream of {}".format)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: threads.append((threading.get_ident(), str(device))))
     loader = load(batch_size=-(-23 // batches))
+    loader.device = torch.device("cuda:1")  # `ToDevice` has been told that of this machine
     assert len(list(loader.epoch(0, views))) == batches and not events[-1].done
     before, real, filled = list(events), iterator.EpochThread.load, []
 
@@ -231,3 +235,14 @@ def test_an_epoch_fills_no_buffer_that_is_still_copied_to_a_gpu(load, views, bat
     monkeypatch.setattr(iterator.EpochThread, "load", fill)
     list(loader.epoch(1, views))
     assert filled == [True] * batches
+    # Whatever thread speaks to CUDA speaks to the loader's GPU: the first one would get a context of each process.
+    assert {device for _, device in threads} == {"cuda:1"} and threading.get_ident() not in dict(threads)
+
+
+def test_a_loader_on_the_cpu_leaves_gpus_alone(load, views, monkeypatch):
+    """Where torch sees a GPU, FFCV pins its buffers and makes streams for any loader."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: pinned.append(self.shape) or self)
+    loader = load(batch_size=5)
+    assert len(list(loader.epoch(0, views))) == 5 and not pinned
+    assert not importlib.import_module("ffcv.loader.epoch_iterator").IS_CUDA
