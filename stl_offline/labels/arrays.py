@@ -225,7 +225,7 @@ class ShardArrays:
         elif self.confidence is not None:
             check_confidence(self.keys, self.confidence)
         if self.head_ids is not None:
-            check_cells(self.keys, self.head_ids, self.head_logits, self.head_confidence, spec)
+            check_cells(self.keys, self.head_ids, self.head_logits, self.head_confidence, spec, "f16")
         for drawn, stored in ((self.draws, self.class_ids), (self.head_draws, self.head_ids)):
             if drawn is not None:
                 check_draws(self.keys, drawn, stored, spec)

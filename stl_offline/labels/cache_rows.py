@@ -186,6 +186,11 @@ def _place_q8(
     )
     if not whole:
         return False
+    # Images of equal content may share a row, which is placed for one of them.
+    placed = target[rows]
+    others = np.flatnonzero(placed != samples)
+    for name in ("class_ids", "probabilities", "confidence") if len(others) else ():
+        cache[name][samples[others], views.cached] = cache[name][placed[others], views.cached]
     cache["views"][samples, views.cached] = stored["views"][rows, views.stored]
     cache["labelled"][samples] = 1
     return True

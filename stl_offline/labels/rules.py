@@ -89,8 +89,10 @@ def check_views(keys: Sequence[object], views: np.ndarray, spec: LabelSpec) -> N
         )
 
 
-def sum_limit(spec: LabelSpec, k: int) -> tuple[float, float, float, float]:
+def sum_limit(spec: LabelSpec, k: int, encoding: str = "") -> tuple[float, float, float, float]:
     """(factor, slope, least, offset): how far the probabilities of a cell may sum beyond 1, from the set's bounds.
+
+    encoding: of the cell, the set's by default; the class head's outputs are in f16 in every set.
 
     Rounding moves a confidence by a share of ``confidence_relative``, a probability by ``probability_relative`` or
     ``probability_absolute``, and each of the two logits that a probability depends on by ``logit_relative`` of itself.
@@ -99,8 +101,9 @@ def sum_limit(spec: LabelSpec, k: int) -> tuple[float, float, float, float]:
         factor · exp(slope · (max(|logit_1|, least) + max(|logit_k|, least))) + offset.
     """
     # The encoding's own rounding, too, where the manifest's bounds are those of another one.
-    bounds = {name: max(value, ENCODINGS[spec.encoding].get(name, 0.0)) for name, value in spec.bounds.items()}
-    bounds = ENCODINGS[spec.encoding] | bounds
+    own = ENCODINGS[encoding or spec.encoding]
+    theirs = spec.bounds if own is ENCODINGS[spec.encoding] else {}
+    bounds = own | {name: max(value, own.get(name, 0.0)) for name, value in theirs.items()}
     slope = bounds.get("logit_relative", 0.0)
     factor = 1 + bounds.get("confidence_relative", 0.0) + bounds.get("probability_relative", 0.0) + _SLACK
     least = _LARGEST_LOGIT if slope and "probability_relative" in bounds else 0.0
@@ -114,9 +117,14 @@ def least_sum_limit(spec: LabelSpec) -> float:
 
 
 def check_cells(
-    keys: Sequence[str], class_ids: np.ndarray, logits: np.ndarray, confidence: np.ndarray, spec: LabelSpec
+    keys: Sequence[str],
+    class_ids: np.ndarray,
+    logits: np.ndarray,
+    confidence: np.ndarray,
+    spec: LabelSpec,
+    encoding: str = "",
 ) -> None:
-    """Raise FormatError where a cell has one of `CELL_FAULTS`.
+    """Raise FormatError where a cell has one of `CELL_FAULTS`; ``encoding``: as of `sum_limit`.
 
     Args:
         class_ids, logits: (n, V, Gh, Gw, k); confidence: (n, V, Gh, Gw); numbers as float16 or float32. Of the class
@@ -134,7 +142,7 @@ def check_cells(
         confidence.reshape(n, -1),
         _half_values() if is_half else None,
         spec.num_classes,
-        sum_limit(spec, k),
+        sum_limit(spec, k, encoding),
     )
     if fault:
         raise FormatError(f"the labels of {keys[sample]} cannot be used: {CELL_FAULTS[fault]}")

@@ -129,3 +129,29 @@ def test_draws_alone_equal_the_label_maps(tmp_path, monkeypatch, classes, draws,
         for view in range(views):
             np.testing.assert_array_equal(cache.entries(sample, view)[0], labels.draws[view])
         assert cache.views[sample].tobytes() == labels.views.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["q8", "f16", "draws"])
+def test_images_of_equal_content_share_a_label(tmp_path, kind):
+    """Several images may have one row of a shard, under any keys."""
+    changes = {"encoding": kind} if kind != "draws" else {"draws": 1, "top_k": 0, "has_confidence": False}
+    spec = make_spec(samples=23, view_count=2, **changes)
+    write_set(tmp_path / "set", spec, 2)
+    label_set = open_label_set(tmp_path / "set")
+    rows = [7, 3, 7, 20, 7, 3]
+    hashes = make_arrays(spec).content_hash[rows]
+    keys = [f"{place}.png" for place in range(len(rows))]
+    cache = build_token_cache(
+        label_set, keys, hashes, spec.class_names, match="content", missing="skip", folder=tmp_path / "cache"
+    )
+    assert cache.labelled.all()
+    for sample, row in enumerate(rows):
+        labels = label_set[make_key(row)]
+        assert cache.views[sample].tobytes() == labels.views.tobytes()
+        if kind == "draws":
+            for view in range(2):
+                np.testing.assert_array_equal(cache.entries(sample, view)[0], labels.draws[view])
+        else:
+            np.testing.assert_array_equal(cache.class_ids[sample], labels.class_ids)
+            np.testing.assert_allclose(cache.probabilities[sample], labels.probabilities(), rtol=1e-6)
+            np.testing.assert_allclose(cache.confidence[sample], labels.confidence, rtol=1e-3)

@@ -254,6 +254,21 @@ def test_bounds_of_another_encoding_do_not_make_labels_unreadable():
     containers.decode_shard(containers.encode_shard(make_arrays(spec, dtype="<f4"), spec), spec)
 
 
+@pytest.mark.parametrize("encoding", ["f16", "q8"])
+def test_large_class_logits_can_be_read(encoding):
+    """The class head's logits are float16 in both encodings, whose steps between 64 and 128 are 0.06."""
+    spec = make_spec(samples=3, encoding=encoding, class_top_k=2)
+    arrays = make_arrays(spec, dtype="<f4")
+    head = np.broadcast_to(np.float32([90.03, 89.97]), arrays.head_logits.shape)
+    confidence = np.full(arrays.head_confidence.shape, 1 / (1 + np.exp(-0.06)), np.float32)
+    arrays = dataclasses.replace(arrays, head_logits=head.copy(), head_confidence=confidence)
+    found = containers.decode_shard(containers.encode_shard(arrays, spec), spec)
+    np.testing.assert_allclose(found.head_logits.astype(float), head, rtol=2**-11)
+    wrong = dataclasses.replace(arrays, head_confidence=1.2 * confidence)
+    with pytest.raises(FormatError, match="sum to more than 1"):
+        wrong.check(spec)
+
+
 def test_the_limit_of_the_sum():
     """Just below it and just above it, of each kind of set, as the formula in the docstring gives it."""
     logits = np.array([40.0, 39.5, 39.0, 38.5], dtype=np.float32)
