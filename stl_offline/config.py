@@ -486,6 +486,8 @@ class DumpConfig(MachineConfig):
             raise InputError("`top_k` is 0, which needs `draws`")
         if self.first_view and not self.crops_per_image:
             raise InputError(f"`first_view` is {self.first_view}, which needs `crops_per_image`")
+        if self.first_view + self.crops_per_image > 1 << 24:  # what random draws are numbered by
+            raise InputError(f"there are {1 << 24:,} random crops; `first_view` + `crops_per_image` is beyond")
         self.crop_settings()
 
     def crop_settings(self) -> CropSettings:

@@ -37,10 +37,13 @@ class StlError(Exception):
     def __str__(self) -> str:
         # Exception's own text: KeyError, a base of one subclass, would give it in quotes.
         text = Exception.__str__(self)
-        if len(text) > _MOST_CHARACTERS:
-            half = _MOST_CHARACTERS // 2
-            text = f"{text[:half]} … {text[-half:]}"
-        return printable(re.sub(r"\s*[\r\n]+\s*", " ", text))
+        return _cut(printable(re.sub(r"\s*[\r\n]+\s*", " ", _cut(text))))
+
+
+def _cut(text: str) -> str:
+    """A long text without its middle."""
+    half = (_MOST_CHARACTERS - len(" … ")) // 2
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} … {text[-half:]}"
 
 
 class InputError(StlError, ValueError):

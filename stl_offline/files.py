@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import stat
@@ -239,6 +240,18 @@ def _umask() -> int:
     with contextlib.suppress(OSError, ValueError), open("/proc/self/status") as status:
         return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
     return 0o022
+
+
+def zstd_size(frame: bytes) -> float:
+    """The size that a zstd frame says it unpacks to (RFC 8878, 3.1.1.1); infinite where it does not say."""
+    if len(frame) < 6 or frame[:4] != b"\x28\xb5\x2f\xfd":
+        return math.inf
+    flag, is_single, dictionary = frame[4] >> 6, frame[4] >> 5 & 1, (0, 1, 2, 4)[frame[4] & 3]
+    start = 5 + (0 if is_single else 1) + dictionary
+    width = (1 if is_single else 0, 2, 4, 8)[flag]
+    if not width:
+        return math.inf
+    return int.from_bytes(frame[start : start + width], "little") + (256 if width == 2 else 0)
 
 
 def _sync_folder(folder: Path) -> None:

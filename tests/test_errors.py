@@ -29,6 +29,12 @@ def test_every_error_is_one_printable_line():
     assert str(error) == "the shard \\x1b[2J\\u202ebad has more lines"
 
 
+def test_a_message_has_at_most_4000_characters():
+    for text in ("a" * 9000, "\x1b" * 6000, "\x1b" * 3000):
+        assert len(str(FormatError(text))) <= 4000
+    assert str(FormatError("a" * 4000)) == "a" * 4000
+
+
 def test_an_unknown_key_is_a_key_error_without_quotes():
     error = UnknownKeyError("no label for the key 'a'")
     assert isinstance(error, JoinError) and isinstance(error, KeyError) and isinstance(error, StlError)

@@ -40,7 +40,7 @@ from ffcv.types import (
 from numcodecs import Zstd
 
 from stl_offline.errors import FormatError, InputError
-from stl_offline.files import images_fingerprint
+from stl_offline.files import images_fingerprint, zstd_size
 from stl_offline.images.common import check_text
 from stl_offline.images.encode import EncodedImage, decode_jpeg, key_hash
 
@@ -56,6 +56,8 @@ _IMAGE, _CLASS_ID, _KEY_HASH, _CONTENT_HASH = _METADATA_TYPE.names
 _METADATA_START = HeaderType.itemsize + len(_FIELDS) * FieldDescType.itemsize
 _MODES = {"jpg": 0, "raw": 1}  # as in ffcv.fields.rgb_image.IMAGE_MODES
 _INDEX_MAGIC = b"STLINDEX"
+# What an index unpacks to, at most: class names, and each image's key.
+_INDEX_BYTES, _INDEX_BYTES_PER_IMAGE = 1 << 26, 1 << 17
 _INDEX_PLACE = np.dtype(
     [
         ("magic", "S8"),
@@ -331,6 +333,8 @@ def open_beton(path: str | Path) -> Beton:
     ):
         raise FormatError(f"{path} is damaged: its index does not fit its checksum; copy it again, or pack again")
     metadata = np.frombuffer(metadata_bytes, _METADATA_TYPE)
+    if zstd_size(packed) > _INDEX_BYTES + _INDEX_BYTES_PER_IMAGE * len(metadata):
+        raise FormatError(f"{path} is damaged: its index claims an impossible size; copy it again, or pack again")
     images = metadata[_IMAGE]
     content_hashes = metadata[_CONTENT_HASH].astype(np.int64).view(np.uint64)
     try:

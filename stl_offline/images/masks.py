@@ -14,10 +14,12 @@ from PIL import Image
 from stl_offline.errors import InputError
 from stl_offline.files import read_file
 from stl_offline.images.common import files_below
+from stl_offline.images.encode import IMAGE_SUFFIXES
 from stl_offline.images.voc import MOST_BYTES, read_voc
 
 BOX_SIDE = 256  # pixels per side of the mask that a box becomes; boxes are exact to half a pixel of it
 _JSON_BYTES = 1 << 30
+_SUFFIXES = IMAGE_SUFFIXES | {".xml"}
 
 
 def read_masks(source: str | Path, sizes: Mapping[str, tuple[int, int]] | None = None) -> Mapping[str, np.ndarray]:
@@ -45,19 +47,26 @@ def read_masks(source: str | Path, sizes: Mapping[str, tuple[int, int]] | None =
 
 
 class _ByStem(Mapping[str, np.ndarray]):
-    """A mapping whose keys are looked up as they are, then without their extension."""
+    """A mapping whose keys are looked up as they are, then without the extension of an image or a mask."""
 
     def __init__(self, found: Mapping[str, object]) -> None:
-        self._found = {_stem(key): value for key, value in found.items()}
         self._whole = dict(found)
+        self._stems: dict[str, object] = {}
+        for key, value in found.items():
+            stem, suffix = os.path.splitext(key)
+            if suffix.lower() in _SUFFIXES and self._stems.setdefault(stem, value) is not value:
+                raise InputError(f"there are two masks for {stem}; keep one of them")
 
     def read(self, key: str, value: object) -> np.ndarray:
         assert isinstance(value, np.ndarray)
         return value
 
     def __getitem__(self, key: str) -> np.ndarray:
-        value = self._whole.get(key)
-        return self.read(key, self._found[_stem(key)] if value is None else value)
+        stem = _stem(key)
+        for table, name in ((self._whole, key), (self._stems, key), (self._whole, stem), (self._stems, stem)):
+            if name in table:
+                return self.read(key, table[name])
+        raise KeyError(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._whole)
@@ -114,7 +123,9 @@ class _Boxes(_ByStem):
 
 
 def _stem(key: str) -> str:
-    return os.path.splitext(key)[0]
+    """A key without the extension of an image or a mask."""
+    stem, suffix = os.path.splitext(key)
+    return stem if suffix.lower() in _SUFFIXES else key
 
 
 def _read_png(place: Path) -> np.ndarray:

@@ -8,6 +8,7 @@ with those that are missing.
 import contextlib
 import importlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,7 +126,8 @@ def _obey(what: str, action: Callable[[], T]) -> T:
             response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
             status = getattr(response, "status_code", None)
             if status == 429 and waited < _MOST_WAIT_SECONDS:
-                seconds = _asked_for(response.headers)
+                # Neither at once again, nor longer in all.
+                seconds = min(max(1.0, _asked_for(response.headers)), _MOST_WAIT_SECONDS - waited)
                 _LOGGER.warning("the hub asks to wait %.0f seconds", seconds)
                 waited += seconds
                 time.sleep(seconds)
@@ -140,10 +142,10 @@ def _obey(what: str, action: Callable[[], T]) -> T:
 
 def _asked_for(headers: Any) -> float:
     """For how many seconds an answer asks to wait."""
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, float(headers.get("Retry-After")))
     limit = str(headers.get("RateLimit", ""))
     left = [part.strip()[2:] for part in limit.split(";") if part.strip().startswith("t=")]
-    with contextlib.suppress(ValueError, IndexError):
-        return float(left[0]) + 1.0
+    for text, more in ((headers.get("Retry-After"), 0.0), (left[0] if left else None, 1.0)):
+        with contextlib.suppress(ValueError, TypeError):
+            if math.isfinite(seconds := float(text) + more):
+                return seconds
     return _WAIT_SECONDS

@@ -117,7 +117,7 @@ def join(
     hints = []
     if absent or changed.count:
         hints = explain(label_set, keys, content_hashes, Difference(match, unlabelled, changed.count))
-    if label_set.is_partial and absent:
+    if label_set.lacks_shards and absent:
         hints.append(
             f"only the shards {format_ranges(label_set.present)} of {len(label_set.shards)} were pulled; to pull the "
             f"others: stl-offline labels pull SOURCE {label_set.place}"

@@ -145,6 +145,12 @@ class LabelSet(Mapping[str, LabelMap]):
         """Whether only some of the shards are here."""
         return len(self.present) < len(self.shards)
 
+    @property
+    def lacks_shards(self) -> bool:
+        """Whether only some of the shards of the views that are here are."""
+        views = {self._part_of[index] for index in self.present}
+        return len(self.present) < sum(part in views for part in self._part_of)
+
     def __len__(self) -> int:
         return sum(self.shards[index].samples for index in self.parts[0].present)
 
@@ -165,7 +171,7 @@ class LabelSet(Mapping[str, LabelMap]):
             return join_views([part[key] for part in self.parts])
         place = self._places.get(key)
         if place is None:
-            where = f"; only the shards {format_ranges(self.present)} are here" if self.is_partial else ""
+            where = f"; only the shards {format_ranges(self.present)} are here" if self.lacks_shards else ""
             raise UnknownKeyError(
                 f"the label set {self.place} has no label for the key {key!r}; it has {len(self)} others{where}"
             )

@@ -20,6 +20,7 @@ from stl_offline.labels.manifest import Manifest, ShardRecord
 from stl_offline.labels.spec import differences
 from stl_offline.labels.store import (
     CARD,
+    JOB,
     MANIFEST,
     PARTIAL,
     PULL,
@@ -175,6 +176,8 @@ def _look(target: Storage, manifest: Manifest, *, may_grow: bool = False) -> boo
     may_grow: a set whose shards are the first ones of this set, which has grown since, is a part of it. Nothing but its
     images may differ: class names and a licence, for instance, are in no shard.
     """
+    if target.size(JOB) is not None:
+        raise TargetError(f"{target.place} holds a label set that a job has not finished; choose another place")
     with contextlib.suppress(FileNotFoundError):
         theirs = read_manifest(target)
         if theirs == manifest:
@@ -190,8 +193,6 @@ def _look(target: Storage, manifest: Manifest, *, may_grow: bool = False) -> boo
             f"{target.place} holds another label set (yours and its): {'; '.join(found)}; choose another place"
         )
     own = {shard.name for shard in manifest.shards} | {CARD, SOME_SHARDS}
-    if target.size(f"{PARTIAL}/job.json") is not None:
-        raise TargetError(f"{target.place} holds a label set that a job has not finished; choose another place")
     _refuse_foreign(target, own.__contains__)
     return False
 

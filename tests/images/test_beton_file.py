@@ -357,6 +357,7 @@ def put_image(field, value, row=1):
         ({"change_index": lambda index: index["source"].update(max_size="48")}, "max_size is no number of pixels"),
         ({"change_index": lambda index: index.update(converted={"rows": [9], "xxh3": [1]})}, "IndexError"),
         ({"change_index": lambda index: index.update(converted={"rows": [1], "xxh3": [-1]})}, "OverflowError"),
+        ({"change_index": lambda index: index["source"].update(more=" " * (1 << 27))}, "claims an impossible size"),
         ({"change_records": put("f1", -1)}, "class id is out of range"),
         ({"change_records": put("f1", 2)}, "class id is out of range"),
         ({"change_records": put_image("height", 0)}, "has no pixels"),

@@ -35,6 +35,20 @@ def test_masks_lie_where_their_images_do(tmp_path):
     assert found.get("a/4.jpg") is None and "b/1.jpg" not in found and len(found) == 3
 
 
+def test_names_with_dots_are_not_cut_short(tmp_path):
+    """Keys without an extension, too, may have a dot."""
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps({"img.v2": [0, 0, 0.5, 0.5], "img": [0, 0, 1, 1], "b.jpg": [0, 0, 0.5, 1]}))
+    found = read_masks(path)
+    assert [found[key].mean() for key in ("img.v2.jpg", "img.v2", "img.jpg", "img", "b.png", "b")] == [
+        *[0.25] * 2, *[1] * 2, *[0.5] * 2,
+    ]  # fmt: skip
+    assert "img.v3.jpg" not in found
+    path.write_text(json.dumps({"a/b.jpg": [0, 0, 0.5, 0.5], "a/b.png": [0, 0, 1, 1]}))
+    with pytest.raises(InputError, match="there are two masks for a/b"):
+        read_masks(path)
+
+
 def test_boxes_by_key(tmp_path):
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps({"a/1.jpg": [0.0, 0.5, 0.25, 1.0], "a/2.jpg": [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]}))

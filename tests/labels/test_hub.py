@@ -49,7 +49,15 @@ def test_a_thousand_shards(hub, tmp_path):
 
 @pytest.mark.parametrize(
     ("headers", "seconds"),
-    [({"Retry-After": "7"}, 7), ({"RateLimit": '"api";r=0;t=55'}, 56), ({}, 60), ({"Retry-After": "soon"}, 60)],
+    [
+        ({"Retry-After": "7"}, 7),
+        ({"RateLimit": '"api";r=0;t=55'}, 56),
+        ({}, 60),
+        ({"Retry-After": "soon"}, 60),
+        ({"Retry-After": "nan"}, 60),
+        ({"Retry-After": "inf"}, 60),
+        ({"Retry-After": "0"}, 1),
+    ],
 )
 def test_it_waits_as_long_as_the_hub_asks(hub, tmp_path, monkeypatch, headers, seconds):
     waits = []
@@ -61,7 +69,12 @@ def test_it_waits_as_long_as_the_hub_asks(hub, tmp_path, monkeypatch, headers, s
 
 
 def test_it_does_not_wait_for_ever(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_module.time, "sleep", lambda seconds: None)
+    waits = []
+    monkeypatch.setattr(hub_module.time, "sleep", waits.append)
+    hub.refusals = [{"Retry-After": "86400"}] * 2
+    with pytest.raises(TargetError, match=r"cannot write hf://datasets/user/labels: .*429"):
+        push(labels(tmp_path / "long", 2), PLACE)
+    assert waits == [3600]
     hub.refusals = [{"Retry-After": "1800"}] * 9
     with pytest.raises(TargetError, match=r"cannot write hf://datasets/user/labels: .*429"):
         push(labels(tmp_path / "set", 2), PLACE)

@@ -161,6 +161,7 @@ def test_every_key_gives_a_name_that_webdataset_reads(tmp_path_factory, keys):
 def test_names():
     assert member_names(["n01/a.JPEG", "n01/b.c.png", "d.e/f"]) == ["n01/a", "n01/b", "d.e/f"]
     assert member_names(["x.jpg", "x.png", "x.gif"]) == ["x", "x%2Epng", "x%2Egif"]
+    assert member_names(["x.jpg", "x%2Epng.jpg", "x.png"]) == ["x", "x%2Epng", "x%2Epng%2E"]
     assert member_names(["a/.hidden.jpg", "__meta__", "__a__/b.jpg"]) == [
         "a/%2Ehidden%2Ejpg",
         "%5F%5Fmeta__",

@@ -100,6 +100,20 @@ def test_shards_of_a_store_are_fetched_once(local, s3, tmp_path):
             labels.read_shard(index)
 
 
+def test_an_append_that_is_under_way_keeps_its_place(local, place, tmp_path):
+    """Its records lie beside the very set that would be pulled or pushed there."""
+    push(open_label_set(local), place)
+    target = tmp_path / "grows"
+    pull(open_label_set(place), target)
+    (target / ".partial").mkdir()
+    (target / ".partial/job.json").write_text("{}")
+    before = files(target)
+    for copy in (lambda: pull(open_label_set(place), target), lambda: push(open_label_set(local), target)):
+        with pytest.raises(TargetError, match="holds a label set that a job has not finished"):
+            copy()
+    assert files(target) == before and (target / ".partial/job.json").is_file()
+
+
 def test_some_shards(local, place, tmp_path):
     push(open_label_set(local), place)
     got = pull(open_label_set(place), tmp_path / "some", shards="0,3-4")

@@ -136,6 +136,8 @@ def member_names(keys: list[str]) -> list[str]:
         name = folder + slash + last.partition(".")[0]
         if name in taken or not last.partition(".")[0] or _META.match(name):
             name = re.sub(r"^__", "%5F%5F", folder + slash + last.replace("%", "%25").replace(".", "%2E"))
+        while name in taken:  # of a key that looks like another one's name
+            name += "%2E"
         taken.add(name)
         names.append(name)
     return names

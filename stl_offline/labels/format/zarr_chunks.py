@@ -14,6 +14,7 @@ import numpy as np
 from numcodecs import Zstd, blosc
 
 from stl_offline.errors import FormatError
+from stl_offline.files import zstd_size
 from stl_offline.labels.format.layout import MOST_KEY_BYTES
 
 # version, version of the inner codec, flags, item size; then the bytes of content, of a block, and of the whole chunk
@@ -103,7 +104,7 @@ def _read_strings(name: str, parts: list[bytes], count: int, rows: int, most: in
     claimed = 0.0
     for index, part in enumerate(parts):
         where = f"the shard is damaged: chunk {index} of the array {name}"
-        size = _zstd_size(part)
+        size = zstd_size(part)
         claimed += size
         if claimed > most:
             raise FormatError(f"{where} claims an impossible size")
@@ -133,15 +134,3 @@ def _split_strings(data: bytes, rows: int, where: str) -> list[str]:
     if start != len(data):
         raise FormatError(f"{where} holds more than its strings")
     return strings
-
-
-def _zstd_size(frame: bytes) -> float:
-    """The size that a zstd frame says it unpacks to (RFC 8878, 3.1.1.1); infinite where it does not say."""
-    if len(frame) < 6 or frame[:4] != b"\x28\xb5\x2f\xfd":
-        return math.inf
-    flag, is_single, dictionary = frame[4] >> 6, frame[4] >> 5 & 1, (0, 1, 2, 4)[frame[4] & 3]
-    start = 5 + (0 if is_single else 1) + dictionary
-    width = (1 if is_single else 0, 2, 4, 8)[flag]
-    if not width:
-        return math.inf
-    return int.from_bytes(frame[start : start + width], "little") + (256 if width == 2 else 0)

@@ -130,7 +130,7 @@ class Claims:
         while not self._closed.wait(RENEW_SECONDS):
             for shard in list(self._held):
                 # A store that does not answer now may do so the next time. The work itself will find out.
-                with self._changing, contextlib.suppress(StlError):
+                with self._changing, contextlib.suppress(StlError, OSError):
                     if shard in self._held:
                         self._storage.write(f"{CLAIMS}/{self._held[shard]}", _content())
 
