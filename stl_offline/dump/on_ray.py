@@ -8,6 +8,7 @@ that is labelled twice does no harm, and plain workers may run beside.
 import importlib
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,8 @@ _LOGGER = logging.getLogger(__name__)
 _POLL_SECONDS = 1.0
 # A shard that was lost with its actor so many times is not bad luck.
 _TRIES = 20
+# For how long a place stays empty where an actor could not start.
+_PAUSE_SECONDS = 60.0
 
 
 class ShardActor:
@@ -36,6 +39,9 @@ class ShardActor:
 
     def __init__(self, config: DumpConfig) -> None:
         self._labelling = _prepare(config, pick_device(config.device))
+
+    def ready(self) -> None:
+        """Do nothing, once the labeler is there."""
 
     def write(self, shard: int) -> int:
         """Label and commit a shard; gives its number of images."""
@@ -99,37 +105,53 @@ def _run(ray: ModuleType, config: DumpConfig, shards: list[int]) -> Iterator[int
     actor_class = ray.remote(max_restarts=0, **share)(ShardActor)
     if not ray.cluster_resources().get(resource):
         _LOGGER.warning("the cluster has no %s now; waiting for one", resource)
-    waiting = list(reversed(shards))
+    waiting = deque(shards)
     tries = dict.fromkeys(shards, 0)
+    starting: dict[Any, Any] = {}  # actors by what tells that they are ready: until then they may have no place
     idle: list[Any] = []
     running: dict[Any, tuple[Any, int]] = {}
+    has_started = False
+    blocked: deque[float] = deque()  # until when
     while waiting or running:
-        # As many actors as the cluster has places for now; those of nodes that are gone have ended with an error.
-        # One is always asked for: a cluster that starts nodes on demand sees none otherwise.
-        places = max(1, int(ray.cluster_resources().get(resource, 0)))
-        wanted = min(places, len(waiting) + len(running)) - len(idle) - len(running)
-        idle += [actor_class.remote(config) for _ in range(wanted)]
+        # As many actors as the cluster has places for now, and one more while shards wait: a cluster that starts nodes
+        # on demand sees none otherwise. Those of nodes that are gone have ended with an error.
+        while blocked and blocked[0] < time.monotonic():
+            blocked.popleft()
+        places = int(ray.cluster_resources().get(resource, 0)) + bool(waiting) - len(blocked)
+        wanted = min(places, len(waiting) + len(running)) - len(idle) - len(running) - len(starting)
+        for _ in range(wanted):
+            actor = actor_class.remote(config)
+            starting[actor.ready.remote()] = actor
         while idle and waiting:
-            actor, shard = idle.pop(), waiting.pop()
+            actor, shard = idle.pop(), waiting.popleft()
             tries[shard] += 1
             running[actor.write.remote(shard)] = actor, shard
-        ended, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS) if running else ([], None)
-        if not running:
+        tasks = [*starting, *running]
+        ended, _ = ray.wait(tasks, num_returns=1, timeout=_POLL_SECONDS) if tasks else ([], [])
+        if not tasks:
             time.sleep(_POLL_SECONDS)
         for task in ended:
-            actor, shard = running.pop(task)
+            actor, shard = running.pop(task, (starting.pop(task, None), None))
             try:
-                yield ray.get(task)
-                idle.append(actor)
+                found = ray.get(task)
             except ray.exceptions.RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, StlError) else error) from error
             except ray.exceptions.RayError as error:
-                if getattr(error, "actor_init_failed", False):  # as another one would
-                    raise TargetError(f"a worker could not be started: {_last_line(error)}") from error
-                # The actor, or its node, is gone.
+                # The actor, or its node, is gone, or could not start there.
+                if shard is None:
+                    if getattr(error, "actor_init_failed", False) and not has_started:
+                        raise TargetError(f"no worker can be started: {_last_line(error)}") from error
+                    _LOGGER.warning("a worker could not be started: %s", _last_line(error))
+                    blocked.append(time.monotonic() + _PAUSE_SECONDS)
+                    continue
                 if tries[shard] >= _TRIES:
                     raise TargetError(f"shard {shard} was lost with its actor {_TRIES} times: {error}") from error
                 waiting.append(shard)
+                continue
+            has_started = True
+            idle.append(actor)
+            if shard is not None:
+                yield found
 
 
 def _last_line(error: Exception) -> str:

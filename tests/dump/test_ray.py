@@ -31,6 +31,12 @@ class LostError(Exception):
     """An actor is gone."""
 
 
+class StartError(LostError):
+    """The actor's own `__init__` failed."""
+
+    actor_init_failed = True
+
+
 class TaskError(LostError):
     """The work of an actor failed, by ``cause``."""
 
@@ -44,14 +50,21 @@ class Task:
         self.shard = shard
 
 
+class Ready:
+    def __init__(self, fate):
+        self.fate = fate
+
+
 class Driven:
     """What of Ray's interface the driver uses. ``gpus``: at each look; ``fate``: of each try of a shard, or what is
-    raised. Tasks end in the order in which they begin."""
+    raised; ``start``: of each actor, likewise, or "never" for one that gets no place. Tasks end in the order in which
+    they begin."""
 
     exceptions = SimpleNamespace(RayError=LostError, RayTaskError=TaskError)
 
-    def __init__(self, gpus, fate):
+    def __init__(self, gpus, fate, start=lambda actor: None):
         self.gpus, self.fate, self.actors, self.shares, self.written = list(gpus), fate, 0, [], []
+        self.start = start
 
     def cluster_resources(self):
         found = self.gpus.pop(0) if len(self.gpus) > 1 else self.gpus[0]
@@ -63,12 +76,19 @@ class Driven:
 
     def _start(self, config):
         self.actors += 1
-        return SimpleNamespace(write=SimpleNamespace(remote=Task))
+        ready = Ready(self.start(self.actors))
+        return SimpleNamespace(write=SimpleNamespace(remote=Task), ready=SimpleNamespace(remote=lambda: ready))
 
     def wait(self, tasks, num_returns, timeout):
-        return tasks[:1], tasks[1:]
+        assert tasks, "as Ray has it"
+        ended = [task for task in tasks if getattr(task, "fate", None) != "never"][:1]
+        return ended, [task for task in tasks if task not in ended]
 
     def get(self, task):
+        if isinstance(task, Ready):
+            if task.fate:
+                raise task.fate
+            return None
         self.written.append(task.shard)
         if error := self.fate(task.shard, self.written.count(task.shard)):
             raise error
@@ -81,7 +101,8 @@ def ended(cluster, device="auto", shards=range(5)):
 
 def test_actors_take_one_shard_after_another():
     cluster = Driven([2], lambda shard, tries: None)
-    assert ended(cluster) == [10, 11, 12, 13, 14] and cluster.actors == 2
+    # One more than there are places is asked for, so that a cluster that can grow does.
+    assert ended(cluster) == [10, 11, 12, 13, 14] and cluster.actors == 3
     assert cluster.shares == [{"max_restarts": 0, "num_gpus": 1}]
     # Never more than there are shards.
     cluster = Driven([0], lambda shard, tries: None)
@@ -93,7 +114,7 @@ def test_actors_take_one_shard_after_another():
 def test_a_cluster_without_gpus_is_waited_for(caplog):
     """One actor is asked for, with which a cluster that starts nodes on demand begins; then one per GPU that came."""
     cluster = Driven([0, 0, 4], lambda shard, tries: None)
-    assert sorted(ended(cluster, "cuda")) == [10, 11, 12, 13, 14] and cluster.actors == 4
+    assert sorted(ended(cluster, "cuda")) == [10, 11, 12, 13, 14] and cluster.actors == 5
     assert "the cluster has no GPU now; waiting for one" in caplog.text
     assert cluster.shares == [{"max_restarts": 0, "num_gpus": 1}]
 
@@ -105,6 +126,25 @@ def test_a_shard_that_is_lost_goes_to_another_actor():
     cluster = Driven([1], lambda shard, tries: LostError("out of memory") if shard == 1 else None)
     with pytest.raises(TargetError, match="shard 1 was lost with its actor 20 times: out of memory"):
         ended(cluster)
+
+
+def test_shards_go_only_to_actors_that_have_a_place():
+    """Half of the cluster is held by another job, which does not end."""
+    cluster = Driven([4], lambda shard, tries: None, lambda actor: "never" if actor > 2 else None)
+    assert sorted(ended(cluster)) == [10, 11, 12, 13, 14] and cluster.actors == 5
+
+
+def test_an_actor_that_cannot_start(monkeypatch, caplog):
+    """Nowhere: the fault is told. On one node: the others go on, and that place is tried again later."""
+    error = StartError("The actor died\nTraceback: ...\nFormatError: labeler.safetensors is cut off\n")
+    with pytest.raises(TargetError, match="no worker can be started: FormatError: labeler.safetensors is cut off"):
+        ended(Driven([2], lambda shard, tries: None, lambda actor: error))
+    clock = iter(range(0, 10_000, 25))
+    monkeypatch.setattr(on_ray.time, "monotonic", lambda: next(clock))
+    cluster = Driven([3], lambda shard, tries: None, lambda actor: error if actor in (2, 4) else None)
+    assert sorted(ended(cluster, shards=range(20))) == [10 + shard for shard in range(20)]
+    assert 5 <= cluster.actors < 12 and cluster.written.count(3) == 1
+    assert caplog.text.count("a worker could not be started: FormatError: labeler.safetensors is cut off") == 2
 
 
 def test_what_is_wrong_with_the_work_is_said_as_without_ray():
