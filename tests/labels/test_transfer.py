@@ -7,6 +7,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from stl_offline import remote
 from stl_offline.errors import FormatError, InputError, JoinError, MissingExtraError, TargetError
@@ -112,6 +113,22 @@ def test_an_append_that_is_under_way_keeps_its_place(local, place, tmp_path):
         with pytest.raises(TargetError, match="holds a label set that a job has not finished"):
             copy()
     assert files(target) == before and (target / ".partial/job.json").is_file()
+
+
+def test_a_bucket_that_may_be_read_but_not_listed(local, tmp_path, monkeypatch):
+    """S3 says "forbidden" of a file that is not there."""
+    place = f"memory://{tmp_path.name}/public"
+    push(open_label_set(local), place)
+    real = MemoryFileSystem.info
+
+    def info(self, path, **options):
+        if self._strip_protocol(path) not in self.store:
+            raise PermissionError("Forbidden")
+        return real(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    assert len(open_label_set(place)) == len(open_label_set(local))
+    assert pull(open_label_set(place), tmp_path / "copy").sent == 5
 
 
 def test_some_shards(local, place, tmp_path):

@@ -92,6 +92,11 @@ def read_present(storage: Storage, num_shards: int) -> tuple[int, ...]:
         data = _read_small(storage, SOME_SHARDS, _SOME_SHARDS_BYTES)
     except FileNotFoundError:
         return tuple(range(num_shards))
+    except InputError as error:
+        # S3's answer about what is not there to those who may read, but not list.
+        if not isinstance(error.__cause__, PermissionError):
+            raise
+        return tuple(range(num_shards))
     try:
         shards = parse_object(data)["shards"]
         if not isinstance(shards, list) or not all(type(shard) is int and 0 <= shard < num_shards for shard in shards):
