@@ -3,14 +3,16 @@
 numba by itself keeps compiled code beside the source or in the user's cache folder, raises on import where it can write
 to neither, and does not notice a change in a function of another file that a compiled one calls. Here compiled code is
 kept in the folder ``compiled`` of `stl_offline.files.cache_dir` (or in ``NUMBA_CACHE_DIR``), is valid for exactly the
-sources that it was made from, and is not kept at all where the folder cannot be written.
+sources that it was made from, and is not kept at all where the folder cannot be written. Each state of the sources,
+release of numba and kind of processor has a folder of its own: numba's index and data files are replaced one after the
+other and without a lock, so those of one never stand for another's.
 """
 
 import functools
 import hashlib
 import logging
 import os
-import pickle
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from stl_offline.files import cache_dir
@@ -27,6 +30,7 @@ from stl_offline.files import cache_dir
 logger = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).resolve().parent
+_FOLDERS_KEPT = 5
 
 
 def njit(function: Callable | None = None, *, inner: bool = False, inline: bool = False) -> Callable:
@@ -104,7 +108,7 @@ class _Cache:
         try:
             # Without a cache, what a load does beside: numba's tables have to be there before anything is compiled.
             found = self._files.load_overload(signature, target_context) if self._files else target_context.refresh()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # of whatever kind: it can be made again
             logger.debug("compiled code of %s cannot be read, compiling it: %s", self._function.__name__, error)
         if found is None:
             _announce()
@@ -114,7 +118,7 @@ class _Cache:
         if self._files:
             try:
                 self._files.save_overload(signature, data)
-            except OSError as error:
+            except Exception as error:  # it reads what is there, as above
                 logger.debug("compiled code of %s cannot be kept: %s", self._function.__name__, error)
 
     def flush(self) -> None:
@@ -126,8 +130,13 @@ class _Cache:
 def _folder() -> str | None:
     """Where compiled code is kept, or None where no folder can be written."""
     try:
-        folder = Path(numba.config.CACHE_DIR or cache_dir() / "compiled")
-        folder.mkdir(parents=True, exist_ok=True)
+        root = Path(numba.config.CACHE_DIR) / "stl-offline" if numba.config.CACHE_DIR else cache_dir() / "compiled"
+        processor = cpu_target.target_context.codegen().magic_tuple()
+        valid_for = repr((_digest(), numba.__version__, processor))
+        folder = root / hashlib.sha256(valid_for.encode()).hexdigest()[:16]
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_old(root)
         with tempfile.TemporaryFile(dir=folder):
             return str(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
@@ -138,6 +147,13 @@ def _folder() -> str | None:
             "NUMBA_CACHE_DIR" if numba.config.CACHE_DIR else "STL_OFFLINE_CACHE",
         )
     return None
+
+
+def _remove_old(root: Path) -> None:
+    """Keep the newest folders alone: each change of the sources makes one."""
+    folders = [path for path in root.glob(16 * "[0-9a-f]") if path.is_dir() and not path.is_symlink()]
+    for path in sorted(folders, key=lambda path: path.stat().st_mtime)[:-_FOLDERS_KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @functools.cache

@@ -1,9 +1,12 @@
 """Compiled code: what a first use shows, what is kept, and machines where nothing can be kept."""
 
 import os
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 
+from stl_offline import compiled
 from tests.source_tree import modules
 
 # The cheapest compiled function with an answer that is known without it; then the command line's help.
@@ -44,6 +47,26 @@ def test_the_first_use_announces_that_it_compiles_and_the_second_one_finds_the_c
     assert run("", **own).count("compiling for this machine") == 1
     assert any((tmp_path / "cache" / "compiled").rglob("*.nbc"))
     assert run("", **own) == ""
+    # What numba keeps is pickled, and names classes that another release may not have.
+    for index in (tmp_path / "cache" / "compiled").rglob("*.nbi"):
+        index.write_bytes(pickle.dumps(compiled.numba.__version__) + b"ca_module_of_another_release\nGone\n.")
+    assert run("", **own).count("compiling for this machine") == 1
+
+
+def test_states_of_the_sources_do_not_share_a_folder(tmp_path, monkeypatch):
+    """And only the newest few are kept."""
+    monkeypatch.setenv("STL_OFFLINE_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiled.numba.config, "CACHE_DIR", "")
+    folders = []
+    for number in range(8):
+        monkeypatch.setattr(compiled, "_digest", lambda number=number: f"state {number}")
+        folder = Path(compiled._folder.__wrapped__())
+        os.utime(folder, (number, number))
+        folders.append(folder)
+    (tmp_path / "compiled" / "something of the user's").mkdir()
+    assert len(set(folders)) == 8
+    assert [folder.is_dir() for folder in folders] == [False] * 3 + [True] * 5
+    assert (tmp_path / "compiled" / "something of the user's").is_dir()
 
 
 def test_without_any_home_compiled_functions_work_and_the_variable_to_set_is_named():

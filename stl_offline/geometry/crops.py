@@ -18,7 +18,12 @@ from stl_offline.settings import CropSettings
 def draw_views(
     seed: int, epoch: int, sample_ids: np.ndarray, heights: np.ndarray, widths: np.ndarray, settings: CropSettings
 ) -> np.ndarray:
-    """Random views of many samples: ids, heights and widths (n,) → float32 (n, 6)."""
+    """Random views of many samples: ids, heights and widths (n,) → float32 (n, 6). Raises InputError if n differs."""
+    if not len(sample_ids) == len(heights) == len(widths):
+        raise InputError(
+            f"each sample needs its height and width, got {len(sample_ids):,} ids, {len(heights):,} heights and "
+            f"{len(widths):,} widths"
+        )
     views = np.empty((len(sample_ids), 6), dtype=np.float32)
     _draw_views(
         np.uint64(seed % 2**64),
@@ -84,9 +89,9 @@ def _draw_views(seed, epoch, sample_ids, heights, widths, scale, ratio, flip, vi
             crop_width = width
             crop_height = height
             if float(width) / float(height) < ratio[0]:
-                crop_height = min(height, round(width / ratio[0]))
+                crop_height = max(1, min(height, round(width / ratio[0])))
             elif float(width) / float(height) > ratio[1]:
-                crop_width = min(width, round(height * ratio[1]))
+                crop_width = max(1, min(width, round(height * ratio[1])))
             left = (width - crop_width) // 2
             top = (height - crop_height) // 2
         # The flip has a counter of its own, so that it does not depend on how many tries the box took.

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from stl_offline.labels.arrays import ShardArrays
@@ -104,7 +105,8 @@ class ConfidenceCounts:
         arrays = arrays.listed()
         own = (arrays.class_ids[..., 0] == arrays.class_id[:, None, None, None]) & self.own_classes
         edges = np.linspace(0, 1, BINS + 1)
-        confidence = arrays.confidence.astype(np.float64)
+        # Shares of draws sum to a little more than 1, which no bin would take.
+        confidence = np.clip(arrays.confidence.astype(np.float64), 0, 1)
         self.own += np.histogram(confidence[own], edges)[0]
         self.others += np.histogram(confidence[~own], edges)[0]
         self.images += len(arrays)
@@ -233,27 +235,24 @@ def confidence_figure(counts: ConfidenceCounts, note: str, path: str | Path) -> 
     axis = figure.add_subplot()
     _draw_bars(axis, counts, CONFIDENT, UNCONFIDENT)
     axis.set_title(note, fontsize=9)
-    axis.legend(fontsize=8)
+    # Not of the bars, of which the first ones are hidden where they are empty.
+    looks = [Patch(facecolor=CONFIDENT, label="the image's own class")] if counts.own_classes else []
+    looks.append(Patch(label="other classes" if counts.own_classes else "all classes", **_hatched(UNCONFIDENT)))
+    axis.legend(handles=looks, fontsize=8)
     save_figure(figure, path)
 
 
 def _draw_bars(axis: Axes, counts: ConfidenceCounts, own_color: object, other_color: object) -> None:
     left = np.arange(BINS) / BINS
     own, others = (values / max(counts.tokens, 1) for values in (counts.own, counts.others))
-    solid = axis.bar(left, own, 1 / BINS, align="edge", color=own_color, label="the image's own class")
-    if not counts.own_classes:
-        solid.set_label("_")  # not in the legend
-    # Hatched, so that the two are told apart without colour.
-    look = {"facecolor": "none", "edgecolor": other_color, "hatch": "///", "linewidth": 1}
-    hatched = axis.bar(
+    solid = axis.bar(
         left,
-        others,
+        own,
         1 / BINS,
-        bottom=own,
         align="edge",
-        label="other classes" if counts.own_classes else "all classes",
-        **look,
+        color=own_color,
     )
+    hatched = axis.bar(left, others, 1 / BINS, bottom=own, align="edge", **_hatched(other_color))
     for part, bars in enumerate((solid, hatched)):
         for number, bar in enumerate(bars):
             bar.set_gid(f"bar-{part}-{number}")
@@ -262,7 +261,12 @@ def _draw_bars(axis: Axes, counts: ConfidenceCounts, own_color: object, other_co
     axis.set_ylim(0, None)
     axis.set_xlabel("confidence: probability of a token's best class")
     axis.set_ylabel("share of tokens")
-    axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+
+
+def _hatched(color: object) -> dict[str, object]:
+    """A look that is told apart from a solid one without colour."""
+    return {"facecolor": "none", "edgecolor": color, "hatch": "///", "linewidth": 1}
 
 
 def _new_figure(x_label: str = "", y_label: str = "") -> tuple[Figure, Axes]:

@@ -118,11 +118,16 @@ def write_page(path: str | Path, page: bytes) -> Path:
 
 def token_data(tokens: TokenMap, view: View | None = None) -> dict[str, Any]:
     """Tokens for scripts: grid, class ids, probabilities (per mille), the draw, and the view on the image."""
+    # Entries without a probability fill rows up, behind the others. The first one is the token's class nevertheless.
+    known = tokens.probabilities > 0
+    known[..., 0] = True
+    k = int(known.sum(axis=-1).max())
+    ids, probabilities = np.where(known, tokens.class_ids, -1)[..., :k], tokens.probabilities[..., :k]
     data: dict[str, Any] = {
         "grid": list(tokens.grid),
-        "k": tokens.class_ids.shape[2],
-        "ids": tokens.class_ids.ravel().tolist(),
-        "p": [float(f"{value:.3g}") for value in (1000 * tokens.probabilities).ravel().tolist()],
+        "k": k,
+        "ids": ids.ravel().tolist(),
+        "p": [float(f"{value:.3g}") for value in (1000 * probabilities).ravel().tolist()],
     }
     if tokens.drawn is not None:
         data["drawn"] = tokens.drawn.ravel().tolist()

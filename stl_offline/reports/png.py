@@ -111,7 +111,10 @@ def _draw_panel(axis: Axes, panel: Panel | None, marks: Mapping[int, str]) -> No
     if panel.outline is not None:
         _draw_outline(axis, panel.outline, (width, height))
     if panel.note:
-        axis.text(0.03, 0.97, panel.note, fontsize=6, color="white", va="top", bbox={"color": "black", "pad": 1.5})
+        look = {"fontsize": 6, "color": "white", "va": "top", "bbox": {"color": "black", "pad": 1.5}}
+        axis.text(
+            0.03, 0.97, panel.note, transform=axis.transAxes, **look
+        )  # the image may be narrower than 1, or lower
 
 
 def _draw_letters(axis: Axes, class_ids: np.ndarray, size: tuple[float, float], marks: Mapping[int, str]) -> None:

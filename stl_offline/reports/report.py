@@ -175,7 +175,7 @@ def _results(runs: Sequence[Run]) -> dict[str, Any]:
 def _charts(runs: Sequence[Run]) -> list[Chart]:
     charts = []
     for title, label, name, form in CURVES:
-        series = [Series(run.name, number % len(DASHES), run.points(name)) for number, run in enumerate(runs)]
+        series = [Series(run.name, number % len(DASHES), run.measured(name)) for number, run in enumerate(runs)]
         chart = line_chart(title, "epoch", label, series, form)
         if chart is not None:
             charts.append(chart)

@@ -55,6 +55,10 @@ class Run:
             return "finished"
         return f"unfinished, {len(self.history)} of {self.epochs} epochs"
 
+    def measured(self, name: str) -> tuple[tuple[float, float | None], ...]:
+        """`points` of the epochs that have the entry: some are measured every few epochs only."""
+        return tuple((float(entry["epoch"]), number(entry[name])) for entry in self.history if name in entry)
+
     def points(self, name: str) -> tuple[tuple[float, float | None], ...]:
         """(epoch, value) of one entry of the history; None where an epoch lacks it or it is no finite number."""
         return tuple((float(entry["epoch"]), number(entry.get(name))) for entry in self.history)

@@ -140,13 +140,15 @@ def make_scenes(
     height, width = (spec.preprocessing["height"], spec.preprocessing["width"])
     if image is not None:
         height, width = image.shape[:2]
+    # What a draw is made from, in the order in which it is stored: another order gives other draws.
+    entries, masses = label_map.entries()
     label_map = label_map.listed()
     probabilities, stored = label_map.probabilities(), label_map.class_ids.shape[-1]
     for index in view_indices:
         view = label_map.view(index)
         ids = label_map.class_ids[index].astype(np.int32)
         pixels, aspect = _seen(image, view, spec, (height, width))
-        drawn = _draw(spec, student, ids, probabilities[index], View.identity(), sample_id)
+        drawn = _draw(spec, student, entries[index], masses[index], View.identity(), sample_id)
         scene = {
             "key": label_map.key,
             "class_id": label_map.class_id,
@@ -163,7 +165,7 @@ def make_scenes(
             aligned = roi_align_topk(
                 ids, probabilities[index], relative, spec.grid, SAMPLING_RATIO, min(2 * stored, spec.num_classes)
             )
-            drawn = _draw(spec, student, ids, probabilities[index], relative, sample_id)
+            drawn = _draw(spec, student, entries[index], masses[index], relative, sample_id)
             seen = None if image is None else see_through(image, crop, _size(1.0))
             scene |= {"student_view": crop, "student": TokenMap(aligned[0], aligned[1], drawn, seen, 1.0)}
         yield Scene(**scene)

@@ -15,6 +15,21 @@ from stl_offline.errors import InputError
 from stl_offline.geometry import WHOLE_MAP, View, holds_map, is_identity, is_in_window, is_within
 
 
+def check_map(class_ids: np.ndarray, probabilities: np.ndarray, matrix: np.ndarray) -> None:
+    """Raise InputError unless class ids and probabilities are (Gh, Gw, k), the ids not negative, and the matrix 2×3."""
+    if class_ids.ndim != 3 or class_ids.shape != np.shape(probabilities) or 0 in class_ids.shape:
+        raise InputError(
+            f"a label map is (Gh, Gw, k) class ids and probabilities, got {class_ids.shape} and "
+            f"{np.shape(probabilities)}"
+        )
+    if class_ids.dtype.kind not in "iu":
+        raise InputError(f"class ids must be integers, got {class_ids.dtype}")
+    if np.shape(matrix) != (2, 3):
+        raise InputError(f"a relative view is a 2×3 matrix, got the shape {np.shape(matrix)}")
+    if class_ids.min() < 0:
+        raise InputError(f"class ids must not be negative, got {class_ids.min()}")
+
+
 def roi_align_topk(
     class_ids: np.ndarray,
     probabilities: np.ndarray,
@@ -45,20 +60,11 @@ def roi_align_topk(
     """
     class_ids = np.asarray(class_ids)
     probabilities = np.asarray(probabilities)
-    if class_ids.ndim != 3 or class_ids.shape != probabilities.shape or 0 in class_ids.shape:
-        raise InputError(
-            f"a label map is (Gh, Gw, k) class ids and probabilities, got {class_ids.shape} and {probabilities.shape}"
-        )
-    if class_ids.dtype.kind not in "iu":
-        raise InputError(f"class ids must be integers, got {class_ids.dtype}")
+    matrix = relative_view.matrix if isinstance(relative_view, View) else np.asarray(relative_view)
+    check_map(class_ids, probabilities, matrix)
     height, width = (int(side) for side in out_grid)
     if min(height, width, sampling_ratio, m) < 1:
         raise InputError(f"grid, sampling ratio and m must be positive, got {out_grid}, {sampling_ratio} and {m}")
-    matrix = relative_view.matrix if isinstance(relative_view, View) else np.asarray(relative_view)
-    if matrix.shape != (2, 3):
-        raise InputError(f"a relative view is a 2×3 matrix, got the shape {matrix.shape}")
-    if class_ids.min() < 0:
-        raise InputError(f"class ids must not be negative, got {class_ids.min()}")
     classes = int(class_ids.max()) + 1
     out_ids = np.empty((height, width, m), dtype=np.int32)
     out_probabilities = np.empty((height, width, m), dtype=np.float32)

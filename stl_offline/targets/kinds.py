@@ -25,7 +25,7 @@ from stl_offline.errors import InputError
 from stl_offline.geometry import WHOLE_MAP, holds_map, is_identity, is_in_window
 from stl_offline.random import STREAM_TOKEN, random_bits, unit_interval
 from stl_offline.settings import EVEN, OUTSIDE, RESIDUALS, check_token_targets
-from stl_offline.targets.align import neighbours, roi_align_topk_into
+from stl_offline.targets.align import check_map, neighbours, roi_align_topk_into
 
 
 class Kind(NamedTuple):
@@ -138,8 +138,13 @@ def token_targets(
         classes; −2 stands for all classes but those that the row lists before it.
 
     Raises:
-        InputError: no class where one is needed.
+        InputError: no class where one is needed, or shapes or class ids that do not fit.
     """
+    check_map(class_ids, probabilities, relative_view)
+    if class_ids.max() >= num_classes:
+        raise InputError(f"class ids must be below num_classes, got {class_ids.max()} and {num_classes}")
+    if np.shape(confidence) != class_ids.shape[:2]:
+        raise InputError(f"confidence must be {class_ids.shape[:2]}, as the map, got {np.shape(confidence)}")
     if targets.residual == "class" and own_class is None:
         raise InputError('`residual="class"` needs the class of the image: give it as own_class')
     per_token = targets.targets_per_token(class_ids.shape[-1])

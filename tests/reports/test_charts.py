@@ -1,5 +1,6 @@
 """Charts as SVG: points in their places, gaps and ticks, the theme's colours, texts that stay texts; safe on a page."""
 
+import dataclasses
 import re
 from xml.etree import ElementTree
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from stl_offline.reports.charts import BINS, ConfidenceCounts, Series, confidence_chart, line_chart
+from tests.labels.synthetic import make_arrays, make_spec
 
 
 def parse(chart) -> ElementTree.Element:
@@ -101,3 +103,14 @@ def test_the_histogram_has_a_bar_per_count():
     assert chart.table[3] == ("0.15–0.20", "10", "60")
     assert chart.title == "Histogram of the confidence of 100 tokens" and chart.note == "100 tokens of 5 images"
     assert confidence_chart(ConfidenceCounts(), "nothing").table[0] == ("0.00–0.05", "0", "0")
+
+
+@pytest.mark.parametrize("draws", [4, 10, 20])
+def test_tokens_whose_draws_agree_are_counted(draws):
+    """Their shares sum to a little more than 1."""
+    spec = make_spec(samples=3, top_k=0, draws=draws, has_confidence=False)
+    arrays = make_arrays(spec)
+    arrays = dataclasses.replace(arrays, draws=np.zeros_like(arrays.draws))
+    counts = ConfidenceCounts()
+    counts.add(arrays)
+    assert counts.tokens == arrays.draws[..., 0].size and (counts.own + counts.others)[-1] == counts.tokens

@@ -1,5 +1,6 @@
 """The report of runs: results, curves, what differs, labels, and examples from a model's own predictions."""
 
+import json
 import re
 
 import numpy as np
@@ -160,3 +161,16 @@ def test_the_command(make_run, tmp_path, capsys):
 def test_a_page_too_large_without_examples(make_run, tmp_path):
     with pytest.raises(InputError, match="increase `max_mb`"):
         report_runs(ReportConfig(runs=(str(make_run("one")),), out=str(tmp_path / "x.html"), max_mb=0.001))
+
+
+def test_what_is_measured_every_few_epochs_is_one_line(make_run):
+    """An epoch without validation is no gap; a value that is not finite is one."""
+    folder = make_run("sparse", epochs=6)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for entry in lines:
+        if entry["epoch"] % 2:
+            del entry["top1"]
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    (run,) = read_runs([folder])
+    assert run.measured("top1") == ((2.0, 0.4), (4.0, 0.8), (6.0, pytest.approx(1.2)))
+    assert [epoch for epoch, _ in run.measured("loss")] == [1, 2, 3, 4, 5, 6]

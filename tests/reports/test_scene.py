@@ -5,6 +5,7 @@ import pytest
 
 from stl_offline.geometry import CropSettings, View, draw_views, relative_view
 from stl_offline.labels.label_set import open_label_set
+from stl_offline.reports.html import token_data
 from stl_offline.reports.scene import StudentSettings, make_scenes
 from stl_offline.targets import TokenTargets, token_targets
 
@@ -69,6 +70,29 @@ def test_draws_are_the_students(scene_of, label_set):
     kept = scene.tokens.kept
     assert kept.any() and not kept.all()
     assert (scene.tokens.drawn[kept] == label_map.class_ids[0, ..., 0][kept]).all()
+
+
+@pytest.mark.parametrize("kind", [{"top_k": 0, "has_confidence": False}, {"top_k": 2}])
+def test_draws_of_stored_draws_are_the_students(make_labels, kind):
+    """They are drawn in the stored order, not in the order in which classes are listed."""
+    label_set = open_label_set(make_labels(draws=4, **kind))
+    label_map = label_set[list(label_set)[3]]
+    (scene,) = make_scenes(label_set.spec, label_map, None, 41, SETTINGS)
+    ids, masses = (part[0] for part in label_map.entries())
+    targets = TokenTargets(kind="gumbel", grid=label_set.spec.grid, m=1)
+    for view, drawn in ((View.identity(), scene.tokens.drawn), (scene.student_view, scene.student.drawn)):
+        relative = relative_view(label_map.view(0), view).matrix
+        expected, _ = token_targets(
+            targets, ids, masses, masses[..., 0], relative, label_set.spec.num_classes, seed=7, epoch=3, sample_id=41
+        )
+        assert (expected.reshape(drawn.shape) == drawn).all()
+    # A class is listed once, and nothing fills a row up.
+    data = token_data(scene.tokens)
+    listed = np.reshape(data["ids"], (-1, data["k"]))
+    shares = np.reshape(data["p"], listed.shape)
+    assert ((listed >= 0) == (shares > 0)).all() and (listed >= 0).any(axis=0).all()
+    for row in listed:
+        assert len(set(row[row >= 0])) == (row >= 0).sum()
 
 
 def test_without_an_image_the_labelers_input_gives_the_shape(scene_of):

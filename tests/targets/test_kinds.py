@@ -229,6 +229,32 @@ def test_draws_depend_on_seed_epoch_sample_and_token_and_on_nothing_else():
     assert len(set(make("gumbel", labels=constant)[0][:, 0].tolist())) > 1
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"class_ids": np.full((3, 5, STORED), CLASSES)}, "must be below num_classes"),
+        ({"class_ids": np.full((3, 5, STORED), -1)}, "must not be negative"),
+        ({"class_ids": np.zeros((3, 5, STORED))}, "must be integers"),
+        ({"probabilities": np.zeros((3, 4, STORED))}, r"is \(Gh, Gw, k\) class ids and probabilities"),
+        ({"confidence": np.zeros((5, 3))}, "confidence must be"),
+        ({"relative_view": np.zeros(6)}, "2×3 matrix"),
+    ],
+)
+def test_maps_that_do_not_fit_are_refused(change, words):
+    """Compiled code would read and write outside of them."""
+    ids = np.zeros((3, 5, STORED), np.uint16)
+    given = {
+        "class_ids": ids,
+        "probabilities": np.full(ids.shape, 0.1, np.float32),
+        "confidence": np.full((3, 5), 0.1, np.float32),
+        "relative_view": IDENTITY,
+    }
+    settings = TokenTargets(kind="soft", grid=GRID)
+    token_targets(settings, **given, num_classes=CLASSES, seed=0, epoch=0, sample_id=0)
+    with pytest.raises(InputError, match=words):
+        token_targets(settings, **given | change, num_classes=CLASSES, seed=0, epoch=0, sample_id=0)
+
+
 def test_ids_above_16_bits_and_many_classes():
     ids, probabilities, confidence = make_map(share=0.001)
     wide = ids.astype(np.uint32) + 100_000

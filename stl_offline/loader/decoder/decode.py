@@ -105,7 +105,7 @@ class ViewCrop(Operation):
         """
         if not self._unread:
             return
-        for sample in ids[~self._read_before[ids]].tolist():
+        for sample in np.unique(ids[~self._read_before[ids]]).tolist():
             start = self._table[sample, _POINTER]
             data = storage[start : start + self._table[sample, _SIZE]]
             sound = xxhash.xxh3_64_intdigest(data) == self._hashes[sample]

@@ -85,7 +85,8 @@ class Decompressors:
         self.handles = np.array([create() or 0 for _ in range(workers)], dtype=np.int64)
         if not self.handles.all():
             raise MemoryError("TurboJPEG could not make a decoder")
-        weakref.finalize(self, _destroy, self.handles.tolist())
+        # Not when the interpreter ends: the loading thread may be decoding.
+        weakref.finalize(self, _destroy, self.handles.tolist()).atexit = False
 
 
 def _destroy(handles: list[int]) -> None:

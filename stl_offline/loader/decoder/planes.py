@@ -61,8 +61,9 @@ def read_planes(handle, data, height, width, bottom, shrink, may_cut, scratch, n
     """
     at = notes.ctypes.data
     start = 0
+    # TurboJPEG's head is refused for samplings of colours that it has no name for, which it decodes all the same.
     if not _read_head(handle, data, height, width, notes):
-        return -1, Planes(start, height, width, 1, 1)
+        return 1, Planes(start, height, width, 1, 1)
     subsampling, colour_space = notes[2], notes[3]
     across = down = 0
     if colour_space == TJCS_YCBCR and 0 <= subsampling < len(_ACROSS):

@@ -126,7 +126,8 @@ function show(stage, token, announce) {
     list.append(item);
   }
   const lines = [make("strong", where), list];
-  if (rest >= 0.5) lines.push(make("div", `other classes ${percent(rest)}`));
+  // Each probability is rounded to three digits.
+  if (rest >= 0.5 + 0.5 * known.length) lines.push(make("div", `other classes ${percent(rest)}`));
   if (drawn) lines.push(make("div", drawn, { class: "faint" }));
   tip.replaceChildren(...lines);
   scene.stages.forEach(paint);

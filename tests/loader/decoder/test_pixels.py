@@ -1,9 +1,12 @@
 """What a student sees: the right pixels, cut, resized, mirrored and normalised."""
 
+import io
+
 import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stl_offline.errors import InputError
 from stl_offline.geometry import View, whole_views
@@ -171,3 +174,30 @@ def test_boxes_keep_a_pixel_and_stay_inside():
     assert pixel_box(tiny, 10, 30) == (5, 6, 29, 30, False)
     mirrored = np.array([-1, 0, 1, 0, 1, 0], dtype=np.float32)
     assert pixel_box(mirrored, 10, 30) == (0, 10, 0, 30, True)
+
+
+@pytest.mark.parametrize("sampling", [(4, 2), (2, 4), (1, 4), (3, 1)])
+def test_colours_of_an_unusual_sampling(load, tmp_path, sampling):
+    """TurboJPEG has no name for some samplings, refuses to read their heads, and decodes them. So do packers."""
+    across, down = sampling
+    height, width = 8 * down * (96 // (8 * down)), 8 * across * (120 // (8 * across))
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height)).save(stream, "JPEG", subsampling=0)
+    data = bytearray(stream.getvalue())
+    head, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    data[head + 11] = across << 4 | down  # of the brightness; colours keep 1 × 1
+    # Every block has the difference 0 and nothing else: grey, in the standard's Huffman codes.
+    blocks = ("001010" * across * down + "0000" * 2) * (width * height // (64 * across * down))
+    bits = blocks + "1" * (-len(blocks) % 8)
+    data[scan + 14 :] = int(bits, 2).to_bytes(len(bits) // 8, "big") + b"\xff\xd9"
+    image = encode_image(bytes(data))
+    with open(tmp_path / "x.beton", "wb") as out:
+        writer = BetonWriter(out, 2)
+        for key in "ab":
+            writer.add(key, 0, image)
+        writer.finish(("grey",), {"kind": "folder"})
+    beton = open_beton(tmp_path / "x.beton")
+    views = np.array([View.crop(0.1, 0.2, 0.7, 0.6).matrix.ravel()] * 2, np.float32)
+    for epoch in range(2):  # of sound images later readings decode only a part
+        for pixels in shown(load(beton, batch_size=2), views, epoch).values():
+            np.testing.assert_allclose(pixels.astype(int), 128, atol=1)
