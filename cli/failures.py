@@ -28,7 +28,7 @@ from stl_offline.cli.watcher import Watcher
 from stl_offline.errors import StlError
 
 FAILED, WRONG_USAGE, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 70, 130, 143
-INTERRUPTION = "interrupted; run the same command again to go on"
+_INTERRUPTION = "interrupted; run the same command again{} to go on"
 
 # Which extra brings a package, by the name that is imported.
 EXTRA_OF = {
@@ -98,7 +98,7 @@ def run(command: Callable[[], Any], session: Session) -> int:
         except SystemExit as error:
             if error.code not in (INTERRUPTED, TERMINATED):
                 raise
-            complain(INTERRUPTION)
+            complain(_interruption(session.ctx))
             return error.code
         except (Exception, KeyboardInterrupt) as error:
             return _report(error, session)
@@ -133,12 +133,18 @@ def end_process(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _interruption(ctx: click.Context | None) -> str:
+    """What an interrupted command says: with --no-resume it would begin again."""
+    begins_again = ctx is not None and ctx.params.get("resume") is False
+    return _INTERRUPTION.format(", without --no-resume," if begins_again else "")
+
+
 def describe(error: BaseException, session: Session) -> tuple[str, int]:
     """The line and the exit code for an exception."""
     if isinstance(error, Terminated):
-        return INTERRUPTION, TERMINATED
+        return _interruption(session.ctx), TERMINATED
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return INTERRUPTION, INTERRUPTED
+        return _interruption(session.ctx), INTERRUPTED
     if isinstance(error, click.UsageError):
         where = error.ctx.command_path if error.ctx else "stl-offline"
         return f"error: {error.format_message().rstrip('.')} (see '{where} --help')", error.exit_code

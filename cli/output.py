@@ -48,7 +48,7 @@ def dump_line(report: Any) -> str:
         f"label set: {report.path} ({counted(report.samples, 'image')}, {report.labelled:,} of them labelled now, "
         f"{counted(report.bytes, 'byte')}, {report.seconds:,.0f} s)"
     )
-    return line if report.labelled else f"{line}; {ALREADY_COMPLETE}"
+    return f"{line}; {ALREADY_COMPLETE}" if report.was_complete else line
 
 
 def estimate_lines(estimate: Any) -> list[str]:

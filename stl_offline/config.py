@@ -35,6 +35,7 @@ from stl_offline.settings import (
     MixSettings,
     check_match,
     check_repeats,
+    check_three,
     check_token_targets,
     recorded,
     setting,
@@ -465,10 +466,8 @@ class DumpConfig(MachineConfig):
         "How images are resized; auto does it as in the labeler's training, and takes area for timm:NAME.",
         choices=("auto", *INTERPOLATIONS),
     )
-    format: str = setting("zarr", "Container: zarr or webdataset.")
-    encoding: str = setting(
-        "f16", "Encoding of the logits: f16 stores them as they are, q8 is smaller with a bounded error."
-    )
+    format: str = setting("zarr", "Container.", choices=("zarr", "webdataset"))
+    encoding: str = setting("f16", "Logits as they are (f16), or smaller with a bounded error.", choices=("f16", "q8"))
     amp: str = setting("none", "Mixed precision of the labeler's trunk; auto chooses by device.", choices=AMP_MODES)
     licence: str = setting("unstated", "Licence of the labeler's weights, stored in the manifest and the card.")
     skip_broken: bool = setting(False, SKIP_BROKEN)
@@ -477,9 +476,7 @@ class DumpConfig(MachineConfig):
     def check_together(self) -> None:
         super().check_together()
         for name in ("labeler_mean", "labeler_std"):
-            values = getattr(self, name)
-            if values is not None and (len(values) != 3 or not all(map(math.isfinite, values))):
-                raise InputError(f"`{name}` must be three finite numbers, got {values}")
+            check_three(name, getattr(self, name))
         if self.top_k is None and self.draws:
             object.__setattr__(self, "top_k", 0)
         if self.top_k == 0 and not self.draws:

@@ -1,10 +1,9 @@
 """The settings of ``stl-offline evaluate``, checked where they are built. `stl_offline.config` gives them, too."""
 
-import math
 from dataclasses import dataclass
 
 from stl_offline.errors import InputError
-from stl_offline.settings import AMP_MODES, INPUT, JOB, SEEDS, SKIP_BROKEN, MachineConfig, setting
+from stl_offline.settings import AMP_MODES, INPUT, JOB, SEEDS, SKIP_BROKEN, MachineConfig, check_three, setting
 
 SUITES = ("imagenet", "a", "r", "c", "sketch", "v2", "real")
 
@@ -68,9 +67,7 @@ class EvaluateConfig(MachineConfig):
         if self.checkpoint is None and self.model is None:
             raise InputError("give a `checkpoint` (a run, or weights), a timm `model`, or both")
         for name in ("mean", "std"):
-            values = getattr(self, name)
-            if values is not None and (len(values) != 3 or not all(map(math.isfinite, values))):
-                raise InputError(f"`{name}` must be three finite numbers, got {values}")
+            check_three(name, getattr(self, name))
         if self.model is None and (self.class_names or self.by_order or self.mean or self.std):
             raise InputError(
                 "`class_names`, `by_order`, `mean` and `std` go with a timm `model`; a run has its own of each"

@@ -8,6 +8,7 @@ This module imports no other packages, so that the command line shows defaults a
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -277,6 +278,16 @@ def check_token_targets(kind: str, residual: str, m: int, sampling_ratio: int, m
         raise InputError(f"`sampling_ratio` must be at least 1, got {sampling_ratio}")
     if not 0 <= min_confidence <= 1:
         raise InputError(f"`min_confidence` must be in [0, 1], got {min_confidence}")
+
+
+def check_three(name: str, values: Sequence[float] | None) -> None:
+    """Raise InputError where a mean or standard deviation of red, green and blue cannot be one."""
+    if values is None:
+        return
+    if len(values) != 3 or not all(map(math.isfinite, values)):
+        raise InputError(f"`{name}` must be three finite numbers, got {values}")
+    if name.endswith("std") and min(values) <= 0:
+        raise InputError(f"`{name}` must be three numbers above 0, got {values}")
 
 
 def check_match(match: str, *, allow_changed: bool = False, key_prefix: str = "") -> None:

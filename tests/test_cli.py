@@ -373,6 +373,14 @@ def test_an_exit_code_of_an_interruption_gets_the_same_line(capsys):
     assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
 
 
+def test_an_interrupted_start_from_scratch_is_not_begun_again(capsys):
+    """What was saved until then would be deleted."""
+    context = click.Context(click.Command("train-student"))
+    context.params["resume"] = False
+    assert run(lambda: sys.exit(143), Session(ctx=context)) == 143
+    assert "run the same command again, without --no-resume, to go on" in capsys.readouterr().err
+
+
 def test_a_forked_worker_dies_of_the_signal_in_silence():
     code = """
 import os, signal, sys

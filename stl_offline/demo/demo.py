@@ -10,7 +10,7 @@ from typing import Any
 
 from stl_offline.config import DumpConfig, LabelerConfig, PreviewConfig, ReportConfig, StudentConfig
 from stl_offline.demo.shapes import write_shapes
-from stl_offline.dump import dump_labels
+from stl_offline.dump import check_shards, dump_labels
 from stl_offline.errors import StlError, counted
 from stl_offline.files import atomic_write, canonical_json
 from stl_offline.images.masks import read_masks
@@ -69,6 +69,7 @@ def run_demo(
         "seed": seed,
         **machine,
     }
+    check_shards(shards, train)
     labeler = str(out / "labeler")
     labels = str(out / "labels")
     stage_1 = LabelerConfig(out=labeler, **shared | LABELER | {"epochs": labeler_epochs})

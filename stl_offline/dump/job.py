@@ -38,7 +38,8 @@ _LOGGER = logging.getLogger(__name__)
 class DumpReport:
     """Result of a worker: ``labelled`` images by this process, of ``samples`` in the set, which is complete now.
 
-    ``is_first``: whether this is the process that reports, of those that torchrun started on one machine.
+    ``is_first``: whether this is the process that reports, of those that torchrun started on one machine;
+    ``was_complete``: whether there was nothing to do.
     """
 
     path: str
@@ -47,6 +48,7 @@ class DumpReport:
     seconds: float
     bytes: int
     is_first: bool = True
+    was_complete: bool = False
 
 
 def dump_labels(config: DumpConfig, *, finish: bool = False, append: bool = False, labeler: Any = None) -> DumpReport:
@@ -79,13 +81,14 @@ def dump_labels(config: DumpConfig, *, finish: bool = False, append: bool = Fals
             remove_leftovers(label_set)
             manifest = label_set.manifest
             size = sum(shard.bytes for shard in manifest.shards)
-            return DumpReport(str(config.out), manifest.spec.num_samples, 0, 0.0, size, is_first)
+            return DumpReport(str(config.out), manifest.spec.num_samples, 0, 0.0, size, is_first, was_complete=True)
     else:
         labelling = prepare(config, labeler, device)
         started = time.perf_counter()
     if finish:
         _check_begun(config.out, append)
     with labelling.open_writer() as writer:
+        was_complete = writer.complete
         if finish and (missing := writer.missing()):
             raise TargetError(
                 f"{len(missing):,} of {writer.num_shards:,} shards of {writer.place} are not written yet, the first is "
@@ -95,7 +98,7 @@ def dump_labels(config: DumpConfig, *, finish: bool = False, append: bool = Fals
         manifest = writer.finish()
     seconds = time.perf_counter() - started
     size = sum(shard.bytes for shard in manifest.shards)
-    return DumpReport(str(config.out), manifest.spec.num_samples, labelled, seconds, size, is_first)
+    return DumpReport(str(config.out), manifest.spec.num_samples, labelled, seconds, size, is_first, was_complete)
 
 
 def _check_begun(out: str, append: bool) -> None:
@@ -121,7 +124,8 @@ def _dump_to_hub(config: DumpConfig, labeler: Any, finish: bool) -> DumpReport:
         if isinstance(writer, TarLabelWriter):
             writer.check_first()
         size = sum(shard.bytes for shard in manifest.shards)
-        return DumpReport(config.out, manifest.spec.num_samples, 0, 0.0, size, os.environ.get("RANK", "0") == "0")
+        is_first = os.environ.get("RANK", "0") == "0"
+        return DumpReport(config.out, manifest.spec.num_samples, 0, 0.0, size, is_first, was_complete=True)
     if not begun:
         check_free(config.out)
     report = dump_labels(replace(config, out=str(spool)), finish=finish, labeler=labeler)
@@ -132,7 +136,7 @@ def _dump_to_hub(config: DumpConfig, labeler: Any, finish: bool) -> DumpReport:
             # Its name goes first: half of a spool would be taken for a folder of something else.
             spool.rename(removed)
             shutil.rmtree(removed, ignore_errors=True)
-    return replace(report, path=config.out)
+    return replace(report, path=config.out, was_complete=False)  # it was pushed now
 
 
 def _write_shards(labelling: Labelling | TarLabelling, writer: LabelSetWriter, is_first: bool) -> int:

@@ -81,6 +81,7 @@ def dump_on_ray(config: DumpConfig, address: str | None = None) -> DumpReport:
             raise InputError(f"there is no Ray cluster at {address}: {' '.join(str(error).split())[:200]}") from error
     try:
         with labelling.open_writer() as writer:
+            was_complete = writer.complete
             shards = writer.todo()
             images = labelling.images_of(writer, shards)
             labelled = 0
@@ -94,7 +95,7 @@ def dump_on_ray(config: DumpConfig, address: str | None = None) -> DumpReport:
             ray.shutdown()
     seconds = time.perf_counter() - started
     size = sum(shard.bytes for shard in manifest.shards)
-    return DumpReport(str(config.out), manifest.spec.num_samples, labelled, seconds, size)
+    return DumpReport(str(config.out), manifest.spec.num_samples, labelled, seconds, size, was_complete=was_complete)
 
 
 def _run(ray: ModuleType, config: DumpConfig, shards: list[int]) -> Iterator[int]:

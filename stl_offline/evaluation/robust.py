@@ -24,7 +24,7 @@ from stl_offline.config import EvaluateConfig
 from stl_offline.device import amp_name, autocast, pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, join_world, leaving_world, sum_over_world, told_by_first
 from stl_offline.errors import InputError
-from stl_offline.evaluation.corruptions import check_corruptions_can_run, parse_corruptions
+from stl_offline.evaluation.corruptions import SMALLEST_SIDE, check_corruptions_can_run, parse_corruptions
 from stl_offline.evaluation.figures import suite_figures, write_csv
 from stl_offline.evaluation.images import (
     Batches,
@@ -260,6 +260,11 @@ def _own_jobs(
     config: EvaluateConfig, kinds: Sequence[tuple[str, int]], classifier: Classifier, transform: Transform
 ) -> list[Job]:
     """The clean images of a data set, and each corruption of them."""
+    if kinds and min(transform.side) < SMALLEST_SIDE:
+        raise InputError(
+            f"generated corruptions need inputs of at least {SMALLEST_SIDE} pixels a side, and those of "
+            f"{classifier.name} have {transform.side[0]}×{transform.side[1]}; give a larger `img_size`"
+        )
     data = OwnImages(config.sources["data"], classifier)
     kept = data.columns if config.classes == "subset" else None
     view = ClassView.of(config.classes, range(classifier.model.num_classes), kept)

@@ -92,6 +92,7 @@ def open_unpacked(spec: str | Path, *, skip_broken: bool = False) -> UnpackedIma
     with locked(path.with_suffix(".lock")):
         index = _read(path, len(source))
         if index is None:
+            listed(source)  # refused before every image is read
             tell_of_source(source, spec)
             index = _make(source, spec, skip_broken)
             stream = io.BytesIO()

@@ -104,7 +104,7 @@ def make_backbone(config: BackboneConfig, img_size: tuple[int, int]) -> Backbone
         img_size,
         checkpoint=config.backbone_checkpoint,
         pretrained=config.backbone_pretrained,
-        drop_path=config.drop_path,
+        drop_path=0.0 if config.freeze else config.drop_path,
     )
     if config.freeze:
         backbone.freeze()
@@ -218,6 +218,8 @@ def _create(name: str, img_size: tuple[int, int], *, drop_path: float = 0.0, **m
         except Exception as found:  # each model checks its arguments in its own way
             error = found
             break
+    if drop_path and "drop_path_rate" in str(error):
+        raise InputError(f"{name} has no stochastic depth; set `drop_path` to 0, not {drop_path}") from error
     reason = " ".join(str(error).split())[:200]
     raise InputError(f"timm cannot build {name} for images of {img_size[0]}×{img_size[1]} pixels ({reason})") from error
 

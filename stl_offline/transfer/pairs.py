@@ -212,6 +212,12 @@ def read_mask(pair: Pair, classes: int, ignore_id: int) -> np.ndarray:
     return decode_mask(pair.mask(), pair.key, classes, ignore_id)
 
 
+def check_ignore_id(ignore_id: int, class_names: Sequence[str]) -> None:
+    """Raise InputError where the id of pixels without a class is that of a class."""
+    if ignore_id < len(class_names):
+        raise InputError(f"`ignore_id`={ignore_id} is the id of the class {class_names[ignore_id]!r}")
+
+
 def decode_image(key: str, data: bytes) -> Image.Image:
     """An image in 8-bit RGB; raises `InputError` with its key where the bytes are none."""
     try:

@@ -17,7 +17,7 @@ from stl_offline.errors import InputError
 from stl_offline.files import make_folder
 from stl_offline.models import WEIGHTS_NAME, adapt_names, read_state_dict, save_model
 from stl_offline.transfer.class_maps import class_map_index
-from stl_offline.transfer.pairs import class_list
+from stl_offline.transfer.pairs import check_ignore_id, class_list
 from stl_offline.transfer.segmenter import Segmenter, SegmenterDescription
 
 # Which block their third map is taken from. The first two are the ConvNeXt stages, the fourth lies behind the class
@@ -43,6 +43,7 @@ def import_segmenter(config: ImportConfig) -> dict[str, Any]:
     if place.exists():
         raise InputError(f"{config.out} holds a run; choose another `out`")
     class_names = class_list(config.classes)
+    check_ignore_id(config.ignore_id, class_names)
     model, description = read_segmenter(config.checkpoint, config.model, class_names, config.ignore_id)
     make_folder(place.parent)
     save_model(place, model.state_dict(), description)

@@ -28,7 +28,7 @@ from stl_offline.transfer.backbone import make_backbone
 from stl_offline.transfer.crops import DenseCrops
 from stl_offline.transfer.dry_run import DenseTimer, measure_dense
 from stl_offline.transfer.pair_loader import PairBatch, PairLoader
-from stl_offline.transfer.pairs import NO_CLASS, PairSet, class_list, open_pairs
+from stl_offline.transfer.pairs import NO_CLASS, PairSet, check_ignore_id, class_list, open_pairs
 from stl_offline.transfer.segment_scores import SegmentValidation, check_sizes
 from stl_offline.transfer.segmenter import Segmenter, SegmenterDescription
 
@@ -175,8 +175,7 @@ def _prepare(config: SegmentConfig) -> SegmentRun:
     amp = pick_amp(config.amp, device)
     RunFolder(config.out, STAGE, run_settings(config, amp), {}).look(config.resume)
     classes = class_list(config.classes)
-    if config.ignore_id < len(classes):
-        raise InputError(f"`ignore_id`={config.ignore_id} is the id of the class {classes[config.ignore_id]!r}")
+    check_ignore_id(config.ignore_id, classes)
     seed_weights(config.seed)
     backbone = make_backbone(config, config.crop)
     if any(side % backbone.multiple for side in config.crop):

@@ -387,6 +387,7 @@ WRONG = [
     ({"data": "x", "checkpoint": "c", "partial": True}, "go with `suite`"),
     ({"data": "x", "checkpoint": "c", "mean": (0.5,) * 3}, "go with a timm `model`"),
     ({"data": "x", "model": "m", "mean": (0.5,) * 2}, "three finite numbers"),
+    ({"data": "x", "model": "m", "std": (0.2, 0.2, 0.0)}, "`std` must be three numbers above 0"),
     ({"data": "x", "model": "m", "by_order": True}, "of a `checkpoint`; give one"),
     ({"data": "x", "checkpoint": "c", "seed": 1}, "give `corrupt`, too"),
     ({"data": "x", "checkpoint": "c", "csv": "f"}, "`csv` goes with"),

@@ -128,6 +128,13 @@ def test_a_frozen_backbone_keeps_everything(quick):
         assert torch.equal(model.backbone.state_dict()[name], value), name
 
 
+def test_backbones_without_stochastic_depth(quick):
+    settings = quick | {"backbone": "timm:densenet121", "crop_width": 64, "val": None, "val_split": None}
+    with pytest.raises(InputError, match="densenet121 has no stochastic depth; set `drop_path` to 0, not 0.1"):
+        dry_run_segmenter(SegmentConfig(**settings))
+    assert dry_run_segmenter(SegmentConfig(**settings | {"freeze": True}))
+
+
 def test_a_run_of_the_package_is_a_backbone(tmp_path, quick):
     full = timm.create_model("fan_micro_4_p8_token", num_classes=3, img_size=32)
     description = ModelDescription("fan_micro_4_p8_token", ("a", "b", "c"), 32, "student")
