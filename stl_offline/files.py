@@ -132,6 +132,13 @@ def check_writable(path: str | Path) -> None:
         raise TargetError(f"cannot write {path}: no permission to write in {existing}; choose another target")
 
 
+def check_place_of_file(path: str | Path) -> None:
+    """Check that a file can be written, without doing so. Raises `TargetError` as `check_writable`, or for a folder."""
+    if Path(path).is_dir():
+        raise TargetError(f"cannot write {path}: it is a folder; choose another target")
+    check_writable(Path(path).absolute().parent)
+
+
 def make_folder(path: str | Path) -> Path:
     """Make a folder and its parents; raises `TargetError` in one line where that is not possible."""
     path = Path(path)

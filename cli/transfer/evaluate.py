@@ -1,6 +1,8 @@
 """``stl-offline transfer evaluate``."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from stl_offline.cli.command import command, example, setting_option
 from stl_offline.cli.options import debug_option, device_option, json_option, workers_option
@@ -37,14 +39,23 @@ def evaluate(as_json: bool, **settings: object) -> None:
     config = TransferEvaluateConfig(**settings)
     from stl_offline.transfer import evaluate_transfer
 
-    result = evaluate_transfer(config)
-    if config.page is not None:
-        from stl_offline.reports.segments import write_segment_page
+    write_page = None
+    if config.page is not None:  # its place and its extra are looked at before the work, and the scores shown before it
+        from stl_offline.files import check_place_of_file
+        from stl_offline.reports.segments import write_segment_page as write_page
 
-        write_segment_page(config, result)
+        check_place_of_file(config.page)
+    result = evaluate_transfer(config)
     if as_json:
         echo(json.dumps(result, sort_keys=True))
-        return
+    else:
+        _print(result)
+    if write_page is not None:
+        write_page(config, result)
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    """The scores as lines."""
     echo(f"{counted(result['samples'], 'image')}: {scores_line(result)}")
     kinds = {"iou": "IoU", "ap": "AP", "mask_ap": "mask AP"}
     classes: dict[str, list[str]] = {}

@@ -71,6 +71,8 @@ def dump_labels(config: DumpConfig, *, finish: bool = False, append: bool = Fals
             raise InputError(f"append to a copy of {config.out} on this machine, and push it: only what is new is sent")
         return _dump_to_hub(config, labeler, finish)
     check_place(config.out)
+    if finish:
+        _check_begun(config.out, append)
     started = time.perf_counter()
     is_first = os.environ.get("RANK", "0") == "0"
     if append:
@@ -85,8 +87,6 @@ def dump_labels(config: DumpConfig, *, finish: bool = False, append: bool = Fals
     else:
         labelling = prepare(config, labeler, device)
         started = time.perf_counter()
-    if finish:
-        _check_begun(config.out, append)
     with labelling.open_writer() as writer:
         was_complete = writer.complete
         if finish and (missing := writer.missing()):

@@ -26,7 +26,7 @@ from stl_offline.images.beton import INDEX_VERSION, PAGE_SIZE, Beton, BetonWrite
 from stl_offline.images.classes import UNLABELLED
 from stl_offline.images.common import PassedOver, Source, SourceImage
 from stl_offline.images.encode import EncodedImage, encode_image
-from stl_offline.images.sources import open_any, open_source, source_state
+from stl_offline.images.sources import open_any, open_source, resolve, source_state
 from stl_offline.images.tar_stream import TarStreams
 from stl_offline.pixels import ImageError
 from stl_offline.progress import progress_bar
@@ -219,6 +219,14 @@ def find_packed(
     with contextlib.suppress(FormatError):
         return replace(open_beton(path), place=shown(os.fspath(spec))) if path.exists() else None
     return None
+
+
+def check_place_of_images(spec: str | Path) -> None:
+    """Raise InputError, or FormatError for packed images, where nothing is there; no image is looked at."""
+    if os.fspath(spec).endswith(".beton"):
+        open_beton(spec)
+    else:
+        resolve(spec)
 
 
 def pack_sample(

@@ -74,7 +74,7 @@ def open_any(
 ) -> Source | TarStreams:
     """`open_source` for what reads each image once, in the source's order: takes tars at addresses, too."""
     choice = ClassChoice(None if class_names is None else tuple(class_names), class_map)
-    kind, place = _resolve(spec)
+    kind, place = resolve(spec)
     if kind == "timm":
         return TimmSource(place, choice)
     if kind == "folder":
@@ -92,7 +92,7 @@ def find_tars(spec: str | Path) -> list[str] | None:
     """
     if os.fspath(spec).endswith(".beton"):
         return None
-    kind, place = _resolve(spec)
+    kind, place = resolve(spec)
     return [os.fspath(each) for each in place] if kind in ("tar", "remote") else None
 
 
@@ -102,7 +102,7 @@ def source_state(spec: str | Path) -> str:
     It stands for the place, and for each file's name, inode, size and times of content and status, which no ``touch``
     sets. Because a mounted image or a container layer can repeat all of these, it also stands for some of the bytes.
     """
-    kind, place = _resolve(spec)
+    kind, place = resolve(spec)
     marks: list[str] = []
     if kind == "remote":
         with ThreadPoolExecutor(_LOOKS) as pool:
@@ -151,11 +151,11 @@ def _some_bytes(path: str, blocks: int) -> bytes:
         return b""
 
 
-def _resolve(spec: str | Path) -> tuple[str, str | Path | list[Path]]:
+def resolve(spec: str | Path) -> tuple[str, str | Path | list[Path]]:
     """("timm", words), ("folder", path), ("tar", paths) or ("remote", addresses)."""
     text = os.fspath(spec)
     if text.startswith(("file://", "local://")):
-        return _resolve(text.partition("://")[2])
+        return resolve(text.partition("://")[2])
     if text.startswith("timm:"):
         return "timm", text.removeprefix("timm:")
     path = Path(text)

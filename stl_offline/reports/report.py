@@ -7,6 +7,7 @@ from typing import Any
 
 from stl_offline.config import ReportConfig
 from stl_offline.errors import InputError
+from stl_offline.files import check_place_of_file
 from stl_offline.labels.card import summary
 from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.reports.charts import DASHES, Chart, Series, line_chart
@@ -77,6 +78,7 @@ def report_runs(config: ReportConfig) -> RunReport:
         StlError: a folder holds no run, files are damaged, images do not belong to the runs, or the page exceeds
             ``config.max_mb`` even without examples.
     """
+    check_place_of_file(config.out)
     runs = read_runs(config.runs)
     warnings = [f"{run.name}: {note}" for run in runs for note in run.notes]
     warnings += [f"{run.name} is {run.status}" for run in runs if run.summary is None]

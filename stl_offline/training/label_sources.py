@@ -294,6 +294,8 @@ def check_labels(config: StudentConfig) -> list[LabelSet]:
     share = class_share(config.class_target)
     if share and {"none", "online"} & set(config.labels):
         raise InputError("`class_target` other than own needs label sets as `labels`")
+    if config.labels == ("online",):
+        labeler_of(config)  # it is loaded again later: packing in between may take hours
     if {"none", "online"} & set(config.labels):
         return []
     label_sets = [open_label_set(place) for place in config.labels]

@@ -21,7 +21,7 @@ from stl_offline.errors import InputError
 from stl_offline.evaluation import Validation, match_classes
 from stl_offline.geometry import center_views, draw_views
 from stl_offline.images.beton import Beton
-from stl_offline.images.pack import ensure_beton
+from stl_offline.images.pack import check_place_of_images, ensure_beton
 from stl_offline.images.unpacked import UnpackedImages, open_unpacked
 from stl_offline.loader import Batch, ImageSettings, StreamLoader, TokenLabels, TokenLoader
 from stl_offline.models import (
@@ -176,9 +176,9 @@ def check_early(config: TrainConfig) -> None:
     """Check what can be checked before images are packed.
 
     Raises:
-        InputError: `loader` is stream for packed images, an unknown model, one that can have no token head, an input
-            size that it does not take, initial weights that are not there, or another name than one of timm's strings
-            for RandAugment.
+        InputError: `loader` is stream for packed images, there is nothing at `val`, an unknown model, one that can have
+            no token head, an input size that it does not take, initial weights that are not there, or another name than
+            one of timm's strings for RandAugment.
         MissingExtraError: TensorBoard is asked for and not installed.
     """
     if config.loader == "stream" and config.data.endswith(".beton"):
@@ -187,6 +187,8 @@ def check_early(config: TrainConfig) -> None:
         RandAugment.parse(config.auto_augment)
     if config.tensorboard:
         summary_writer()
+    if config.val:
+        check_place_of_images(config.val)
     check_model(config.model, config.img_size, config.token_head, config.drop_path)
     if config.init:
         check_initial(config.init, _description(config, ("0", "1"), "student"))

@@ -35,6 +35,16 @@ def fails(capsys, *arguments):
     return lines[0]
 
 
+def test_what_is_wrong_is_said_before_images_are_packed(stripes, tmp_path, capsys, monkeypatch):
+    """Packing may take hours."""
+    monkeypatch.setattr("stl_offline.training.setup.ensure_beton", None)
+    nowhere = tmp_path / "nowhere"
+    labeler = ["--labels", "online", "--labeler", nowhere]
+    for command, *wrong in (["train-labeler", "--val", nowhere], ["train-student", *labeler]):
+        line = fails(capsys, command, "--data", stripes[0], "--out", tmp_path / "run", *wrong, *SMALL)
+        assert f"at {nowhere}" in line and not (tmp_path / "run").exists()
+
+
 def test_from_images_to_a_student(stripes, tmp_path, capsys):
     data, val = stripes
     packed, labeler, labels, student = (tmp_path / name for name in ("train.beton", "labeler", "labels", "student"))

@@ -109,7 +109,7 @@ def test_log_odds_and_resizing():
     assert area == pytest.approx(float(BinaryAUROC()(own[0].unflatten(0, GRID).float(), truth)))
 
 
-def test_corrupted_images_and_the_masks_that_stay(scenes, tmp_path, capsys):
+def test_corrupted_images_and_the_masks_that_stay(scenes, tmp_path, capsys, monkeypatch):
     torch.manual_seed(1)
     model = Segmenter(Backbone(BackboneSpec("resnet10t", (1, 2, 3, 4), (32, 64))), 8, 3)
     description = SegmenterDescription("resnet10t", (1, 2, 3, 4), CLASSES, (32, 64), 8, IGNORE)
@@ -130,6 +130,10 @@ def test_corrupted_images_and_the_masks_that_stay(scenes, tmp_path, capsys):
     other = evaluate_transfer(TransferEvaluateConfig(**settings, corrupt="gaussian_noise:2", seed=1))
     assert other["corrupted"] != again["corrupted"]
     words = ["transfer", "evaluate", *(f"--{name}={value}" for name, value in settings.items()), "--corrupt", "fog:3"]
+    with monkeypatch.context() as patch:
+        patch.setattr("stl_offline.transfer.evaluate._prepare_segmenter", None)  # refused before any work
+        assert main([*words, "--page", str(tmp_path)]) == 1
+        assert "it is a folder; choose another target" in capsys.readouterr().err
     assert main([*words, "--page", str(tmp_path / "page.html"), "--examples", "2"]) == 0
     assert "corrupted: mean IoU" in capsys.readouterr().out
     page = (tmp_path / "page.html").read_text()
