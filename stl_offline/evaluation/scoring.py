@@ -26,6 +26,7 @@ from stl_offline.images.classes import UNLABELLED
 from stl_offline.images.pack import ensure_beton
 from stl_offline.loader import ImageSettings, TokenLoader
 from stl_offline.models import ModelDescription, load_model
+from stl_offline.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         pick_amp(config.amp, device),
         compared=view,
         score_tokens=description.token_head_trained,
+        is_told=True,
     )
     compared = classes if view.columns is None else len(view.columns)
     return asdict(scores) | {"classes": config.classes, "classes_compared": compared, "classes_of_model": classes}
@@ -149,6 +151,7 @@ def evaluate_model(
     compared: ClassView | None = None,
     score_tokens: bool = True,
     after_batch: Callable[[], None] | None = None,
+    is_told: bool = False,
 ) -> Scores:
     """Score a model on every sample of a loader.
 
@@ -159,21 +162,24 @@ def evaluate_model(
         compared: the classes whose logits are compared; default: all of the model's.
         score_tokens: False leaves ``token_top1`` out, for a token head that was never trained.
         after_batch: called after every batch; an exception that it raises ends the scoring.
+        is_told: whether progress is shown.
     """
     was_training = model.training
     model.eval()
     tally = Tally(loader.device)
     mapping = torch.from_numpy(class_map).to(loader.device)
     view = compared
-    for batch in loader.epoch(0, views):
-        with autocast(loader.device, amp):
-            output = model(batch.images)
-        logits, tokens = output if isinstance(output, tuple) else (output, None)
-        view = view or ClassView.of("all", range(logits.shape[1]), None)
-        tokens = tokens.float() if tokens is not None and score_tokens else None
-        view.add(tally, logits.float(), mapping[batch.class_ids], tokens)
-        if after_batch is not None:
-            after_batch()
+    with progress_bar(len(views), "measuring", enabled=is_told) as bar:
+        for batch in loader.epoch(0, views):
+            with autocast(loader.device, amp):
+                output = model(batch.images)
+            logits, tokens = output if isinstance(output, tuple) else (output, None)
+            view = view or ClassView.of("all", range(logits.shape[1]), None)
+            tokens = tokens.float() if tokens is not None and score_tokens else None
+            view.add(tally, logits.float(), mapping[batch.class_ids], tokens)
+            bar.update(len(batch))
+            if after_batch is not None:
+                after_batch()
     model.train(was_training)
     found = scores_of(sum_over_world(tally.vector, world or World()).tolist())
     return Scores(**{"token_top1": None} | found)

@@ -7,6 +7,7 @@ B: batch; N = Gh·Gw: tokens; K: classes; H, W: mask.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from stl_offline.images.masks import BOX_SIDE, read_masks
 from stl_offline.images.pack import ensure_beton
 from stl_offline.labels.foreground import auroc, coverage
 from stl_offline.models import load_model
+from stl_offline.progress import progress_bar
 from stl_offline.transfer.segment_scores import SegmentScores
 
 _NAMES = ("background", "foreground")
@@ -50,6 +52,8 @@ def score_token_head(config: ZeroTrainConfig) -> dict[str, Any]:
         )
     side = config.img_size or description.img_size
     grid = model.grid_size(side, side)
+    if not Path(config.masks).exists():  # before images are packed; boxes in pixels need their sizes
+        raise InputError(f"there are no masks at {config.masks}")
     beton = ensure_beton(config.data, skip_broken=config.skip_broken)
     sizes = zip(beton.widths.tolist(), beton.heights.tolist(), strict=True)
     masks = read_masks(config.masks, dict(zip(beton.keys, sizes, strict=True)))
@@ -65,22 +69,24 @@ def score_token_head(config: ZeroTrainConfig) -> dict[str, Any]:
     )
     amp, level = pick_amp(config.amp, device), math.log(config.threshold / (1 - config.threshold))
     counts, areas, samples = np.zeros((2, 2)), [], 0
-    for batch in loader.epoch(0, whole_views(len(beton))):
-        with autocast(device, amp):
-            token_logits = model(batch.images)[1]
-        classes = class_map[batch.class_ids.cpu()].to(device)
-        odds = log_odds(token_logits.float(), classes).unflatten(1, grid).cpu()
-        for number, sample in enumerate(batch.sample_ids.tolist()):
-            mask = masks.get(beton.keys[sample])
-            if mask is None:
-                continue
-            _check_shape(mask, beton, sample)
-            samples += 1
-            predicted = resize(odds[number], mask.shape).numpy() >= level
-            counts += np.bincount(2 * mask.ravel() + predicted.ravel(), minlength=4).reshape(2, 2)
-            inside, outside = coverage(mask, View.identity(), grid)
-            if inside.sum() > 0 and outside.sum() > 0:
-                areas.append(auroc(odds[number].numpy().ravel(), inside.ravel(), outside.ravel()))
+    with progress_bar(len(beton), "measuring") as bar:
+        for batch in loader.epoch(0, whole_views(len(beton))):
+            with autocast(device, amp):
+                token_logits = model(batch.images)[1]
+            classes = class_map[batch.class_ids.cpu()].to(device)
+            odds = log_odds(token_logits.float(), classes).unflatten(1, grid).cpu()
+            for number, sample in enumerate(batch.sample_ids.tolist()):
+                mask = masks.get(beton.keys[sample])
+                if mask is None:
+                    continue
+                _check_shape(mask, beton, sample)
+                samples += 1
+                predicted = resize(odds[number], mask.shape).numpy() >= level
+                counts += np.bincount(2 * mask.ravel() + predicted.ravel(), minlength=4).reshape(2, 2)
+                inside, outside = coverage(mask, View.identity(), grid)
+                if inside.sum() > 0 and outside.sum() > 0:
+                    areas.append(auroc(odds[number].numpy().ravel(), inside.ravel(), outside.ravel()))
+            bar.update(len(batch))
     if not samples:
         raise InputError(
             f"none of the {len(beton):,} images has a mask; keys look like {beton.keys[0]!r}, "
