@@ -26,7 +26,7 @@ _CAUSES = {
     "Illegal instruction": "SIGILL: a library was built for another kind of processor",
     "Floating": "SIGFPE: a fault in a library or in this program; run with --debug to see where",
 }
-_KILLED = "a signal from outside (SIGKILL), which the system sends when memory runs out; {memory}"
+_KILLED = "a signal from outside, such as SIGKILL, which the system sends when memory runs out; {memory}"
 
 
 class Watcher:

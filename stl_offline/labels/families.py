@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stl_offline.errors import InputError
-from stl_offline.labels.label_set import LabelSet
+from stl_offline.labels.label_set import LabelSet, image_ranges
 from stl_offline.labels.spec import PARTS, Difference, differences
 
 # What sets of one family need not share: which views, how they lie in shards, how the job was run, and how far rounding
@@ -38,6 +38,12 @@ def in_view_order(label_sets: Sequence[LabelSet]) -> list[LabelSet]:
         found = [str(each) for each in family_differences(first, other)]
         if found:
             raise InputError(f"{first.place} and {other.place} hold no views of one family: {'; '.join(found)}")
+        mine, theirs = (image_ranges(each.manifest, each.present)[0] for each in (first, other))
+        if mine != theirs:
+            raise InputError(
+                f"{first.place} and {other.place} hold views of different images, since only some shards were pulled; "
+                "pull those of the same images"
+            )
     ordered = sorted(label_sets, key=lambda each: each.spec.first_view)
     for before, after in itertools.pairwise(ordered):
         end, start = before.spec.first_view + before.spec.views_per_image, after.spec.first_view

@@ -36,8 +36,8 @@ from stl_offline.labels.store import (
 _FETCHES = 3
 
 
-def check_same_images(place: str, manifest: Manifest, present: Iterable[int]) -> None:
-    """Raise `InputError` where, of a set whose views lie in parts, the shards that are here are of different images."""
+def image_ranges(manifest: Manifest, present: Iterable[int]) -> list[list[tuple[int, int]]]:
+    """Which images (first, and one behind the last) the present shards of each part of a set hold."""
     part_of = manifest.part_of_shards()
     found: dict[int, list[tuple[int, int]]] = {}  # first and last image of neighbouring shards, by part
     for index in sorted(present):
@@ -46,7 +46,13 @@ def check_same_images(place: str, manifest: Manifest, present: Iterable[int]) ->
         if ranges and ranges[-1][1] == first:
             first = ranges.pop()[0]
         ranges.append((first, last))
-    if any(ranges != next(iter(found.values())) for ranges in found.values()):
+    return list(found.values())
+
+
+def check_same_images(place: str, manifest: Manifest, present: Iterable[int]) -> None:
+    """Raise `InputError` where, of a set whose views lie in parts, the shards that are here are of different images."""
+    first, *others = image_ranges(manifest, present)
+    if any(other != first for other in others):
         raise InputError(
             f"of {place}, the shards {format_ranges(sorted(present))} hold views of different images; pull the shards "
             "of the same images for all of these views, or all images with `pull(views=…)`"

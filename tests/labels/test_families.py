@@ -318,3 +318,13 @@ def test_the_card_of_a_set_that_grew_names_the_files_that_are_there(tmp_path):
     spec = dataclasses.replace(manifest.spec, source=manifest.spec.source | {"samples": 14})
     grown = Manifest(spec, (*manifest.shards, added))
     assert "labels-{00000..00001}-of-00002.tar::labels-00002-of-00003.tar" in make_card(grown).decode()
+
+
+def test_views_of_different_images_are_no_family(family, tmp_path):
+    """Of one set only some shards were pulled: its views of the other images would be zeros."""
+    _, (first, second, third) = family
+    pull(second, tmp_path / "some", shards="0-1")
+    some = open_label_set(tmp_path / "some")
+    assert in_view_order([second, first, third]) == [first, second, third]
+    with pytest.raises(InputError, match="views0 and .*some hold views of different images, since only some shards"):
+        in_view_order([first, some, third])
