@@ -107,7 +107,7 @@ def render_page(template: str, **values: Any) -> bytes:
         f"{' '.join(_digest(text) for text in scripts.values())}; base-uri 'none'; form-action 'none'"
     )
     page = _ENVIRONMENT.get_template(template).render(style=_source(_STYLE), policy=policy, **scripts, **values)
-    return page.encode()
+    return page.encode("utf-8", "backslashreplace")  # paths need not be UTF-8
 
 
 def write_page(path: str | Path, page: bytes) -> Path:

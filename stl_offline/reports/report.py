@@ -85,6 +85,10 @@ def report_runs(config: ReportConfig) -> RunReport:
     sets = [open_label_set(place) for place in config.labels]
     used = {fingerprint for run in runs for fingerprint in _fingerprints(run)}
     warnings += [f"{each.place}: none of the runs was trained on it" for each in sets if each.fingerprint not in used]
+    if len(runs) > len(DASHES):
+        warnings.append(
+            f"run {len(DASHES) + 1} and later ones repeat the lines of earlier ones; point at a dot for its run"
+        )
     values = _page_values(runs, sets)
     examples = _make_examples(runs, config, warnings)
     limit = config.max_mb * 1e6

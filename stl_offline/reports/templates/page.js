@@ -58,5 +58,6 @@ document.querySelectorAll("[data-tip]").forEach((element) => {
   };
   element.addEventListener("pointerenter", show);
   element.addEventListener("pointerdown", show);
-  element.addEventListener("pointerleave", hideTip);
+  // A finger leaves as soon as it lifts.
+  element.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") hideTip(); });
 });
