@@ -251,7 +251,7 @@ class TestDeath:
             (signal.SIGABRT, "SIGABRT: a library gave up, in most cases for lack of memory; try fewer --workers"),
             (signal.SIGFPE, "SIGFPE: "),
             (signal.SIGILL, "SIGILL: "),
-            (signal.SIGKILL, "SIGKILL), which the system sends when memory runs out; try fewer --workers"),
+            (signal.SIGKILL, "SIGKILL, which the system sends when memory runs out; try fewer --workers"),
         ],
         ids=lambda value: value.name if isinstance(value, signal.Signals) else None,
     )

@@ -36,8 +36,9 @@ def merge(paths: tuple[str, ...], out: str, views: bool, workers: int) -> None:
 
     write = merging.merge_views if views else merging.merge
     label_sets, complete = [open_label_set(path) for path in paths], is_complete(out)
-    echo(written_line(out, write(label_sets, out, workers=workers), complete))
+    manifest = write(label_sets, out, workers=workers)
     for each in label_sets:
         if each.is_partial:
             here = f"{len(each.present):,} of {len(each.shards):,} shards"
             echo(f"{each.place}: {here} are here and were merged; the images of the others are not in {out}")
+    echo(written_line(out, manifest, complete))
