@@ -28,7 +28,6 @@ from stl_offline.cli.watcher import Watcher
 from stl_offline.errors import StlError
 
 FAILED, WRONG_USAGE, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 70, 130, 143
-_INTERRUPTION = "interrupted; run the same command again{} to go on"
 
 # Which extra brings a package, by the name that is imported.
 EXTRA_OF = {
@@ -136,7 +135,7 @@ def end_process(code: int) -> NoReturn:
 def _interruption(ctx: click.Context | None) -> str:
     """What an interrupted command says: with --no-resume it would begin again."""
     begins_again = ctx is not None and ctx.params.get("resume") is False
-    return _INTERRUPTION.format(", without --no-resume," if begins_again else "")
+    return f"interrupted; run the same command again{', without --no-resume,' if begins_again else ''} to go on"
 
 
 def describe(error: BaseException, session: Session) -> tuple[str, int]:

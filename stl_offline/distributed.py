@@ -131,18 +131,8 @@ def failure_of_another(world: World) -> Iterator[None]:
         raise
 
 
-def barrier(world: World) -> None:
-    """Return when every process has called this. Over nccl, the others must come within its time limit of minutes.
-
-    Raises:
-        TrainingError: another process has died.
-    """
-    if world.size > 1:
-        _wait(dist.barrier(async_op=True))
-
-
 def long_barrier(world: World) -> None:
-    """`barrier` without a time limit, for work that takes one process far longer than another, such as packing.
+    """Return when every process has called this, however late: packing takes one process far longer than another.
 
     Raises:
         TrainingError: another process has died.

@@ -20,6 +20,7 @@ from stl_offline.config import (
 from stl_offline.config_transfer import SegmentConfig, TransferEvaluateConfig
 from stl_offline.errors import InputError
 from stl_offline.geometry import CropSettings
+from stl_offline.labels.spec import CONTAINERS, ENCODINGS
 from stl_offline.settings import INPUT, JOB, RESULT
 from stl_offline.targets import TokenTargets
 
@@ -36,6 +37,16 @@ def test_every_field_is_declared_with_a_help_text(kind):
     for field in dataclasses.fields(kind):
         assert field.metadata["affects"] in (RESULT, INPUT, JOB), field.name
         assert field.metadata["help"].endswith("."), field.name
+
+
+def test_forms_of_label_sets_are_those_that_can_be_written():
+    """Settings import nothing heavy, so they list them themselves."""
+    found = {
+        field.name: field.metadata["choices"]
+        for field in dataclasses.fields(DumpConfig)
+        if field.name in ("format", "encoding")
+    }
+    assert found == {"format": tuple(CONTAINERS), "encoding": tuple(ENCODINGS)}
 
 
 def test_what_does_not_shape_a_run():

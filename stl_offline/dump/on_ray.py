@@ -111,7 +111,7 @@ def _run(ray: ModuleType, config: DumpConfig, shards: list[int]) -> Iterator[int
     starting: dict[Any, Any] = {}  # actors by what tells that they are ready: until then they may have no place
     idle: list[Any] = []
     running: dict[Any, tuple[Any, int]] = {}
-    has_started = False
+    has_started, failed_starts = False, 0
     blocked: deque[float] = deque()  # until when
     while waiting or running:
         # As many actors as the cluster has places for now, and one more while shards wait: a cluster that starts nodes
@@ -140,7 +140,9 @@ def _run(ray: ModuleType, config: DumpConfig, shards: list[int]) -> Iterator[int
             except ray.exceptions.RayError as error:
                 # The actor, or its node, is gone, or could not start there.
                 if shard is None:
-                    if getattr(error, "actor_init_failed", False) and not has_started:
+                    failed_starts += 1
+                    fails_everywhere = getattr(error, "actor_init_failed", False) and not has_started
+                    if fails_everywhere or failed_starts >= _TRIES:
                         raise TargetError(f"no worker can be started: {_last_line(error)}") from error
                     _LOGGER.warning("a worker could not be started: %s", _last_line(error))
                     blocked.append(time.monotonic() + _PAUSE_SECONDS)
@@ -149,7 +151,7 @@ def _run(ray: ModuleType, config: DumpConfig, shards: list[int]) -> Iterator[int
                     raise TargetError(f"shard {shard} was lost with its actor {_TRIES} times: {error}") from error
                 waiting.append(shard)
                 continue
-            has_started = True
+            has_started, failed_starts = True, 0
             idle.append(actor)
             if shard is not None:
                 yield found

@@ -89,17 +89,16 @@ def open_unpacked(spec: str | Path, *, skip_broken: bool = False) -> UnpackedIma
     settings = [INDEX_VERSION, source_state(spec), skip_broken]
     path = cache_dir() / "indexes" / f"{xxhash.xxh3_128_hexdigest(canonical_json(settings))}.npz"
     make_folder(path.parent)
+    every = listed(source)  # refused before images are read
     with locked(path.with_suffix(".lock")):
         index = _read(path, len(source))
         if index is None:
-            listed(source)  # refused before every image is read
             tell_of_source(source, spec)
             index = _make(source, spec, skip_broken)
             stream = io.BytesIO()
             np.savez(stream, **index)
             atomic_write(path, stream.getvalue())
             _log.info("indexed %s where they are", counted(len(index["rows"]), "image"))
-    every = listed(source)
     images = tuple(every[row] for row in index.pop("rows").tolist())
     keys = [image.key for image in images]
     if len(set(keys)) != len(keys):

@@ -22,7 +22,7 @@ from stl_offline.models.export import save_classifier
 from stl_offline.models.fan import Fan
 from stl_offline.models.inference import InferenceFan, inference_form
 from stl_offline.models.initial import InitialWeights, check_initial, freeze_trunk, load_initial
-from stl_offline.models.labeler_by_name import create_labeler
+from stl_offline.models.labeler_by_name import check_labeler, create_labeler
 from stl_offline.models.token_labeler import TokenLabeler
 from stl_offline.models.token_model import TokenModel
 from stl_offline.models.variants import VARIANTS
@@ -43,6 +43,7 @@ __all__ = [
     "build_model",
     "check_digest",
     "check_initial",
+    "check_labeler",
     "check_model",
     "create_labeler",
     "freeze_trunk",

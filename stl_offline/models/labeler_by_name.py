@@ -188,6 +188,16 @@ def timm_name(spec: str) -> tuple[str, str]:
     return name, name
 
 
+def check_labeler(labeler: str | Path, checkpoint: str | Path | None = None, pretrained: bool = False) -> None:
+    """Raise as `create_labeler` where there is no such labeler, without loading it."""
+    spec = str(labeler)
+    if spec.startswith((TIMM_PREFIX, HUB_PREFIX)):
+        timm_name(spec)
+        _check_weights(spec, checkpoint, pretrained, by_order=False)
+    else:
+        read_description(spec)
+
+
 def _check_weights(spec: str, checkpoint: str | Path | None, pretrained: bool, by_order: bool) -> None:
     """Raise `InputError` unless exactly one place is given for the weights, and a file is there."""
     from_hub = pretrained or spec.startswith(HUB_PREFIX)

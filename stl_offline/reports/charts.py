@@ -245,13 +245,7 @@ def confidence_figure(counts: ConfidenceCounts, note: str, path: str | Path) -> 
 def _draw_bars(axis: Axes, counts: ConfidenceCounts, own_color: object, other_color: object) -> None:
     left = np.arange(BINS) / BINS
     own, others = (values / max(counts.tokens, 1) for values in (counts.own, counts.others))
-    solid = axis.bar(
-        left,
-        own,
-        1 / BINS,
-        align="edge",
-        color=own_color,
-    )
+    solid = axis.bar(left, own, 1 / BINS, align="edge", color=own_color)
     hatched = axis.bar(left, others, 1 / BINS, bottom=own, align="edge", **_hatched(other_color))
     for part, bars in enumerate((solid, hatched)):
         for number, bar in enumerate(bars):

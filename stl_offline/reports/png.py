@@ -112,9 +112,8 @@ def _draw_panel(axis: Axes, panel: Panel | None, marks: Mapping[int, str]) -> No
         _draw_outline(axis, panel.outline, (width, height))
     if panel.note:
         look = {"fontsize": 6, "color": "white", "va": "top", "bbox": {"color": "black", "pad": 1.5}}
-        axis.text(
-            0.03, 0.97, panel.note, transform=axis.transAxes, **look
-        )  # the image may be narrower than 1, or lower
+        # In shares of the panel: the image may be narrower or lower.
+        axis.text(0.03, 0.97, panel.note, transform=axis.transAxes, **look)
 
 
 def _draw_letters(axis: Axes, class_ids: np.ndarray, size: tuple[float, float], marks: Mapping[int, str]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,23 @@ class Column:
     better: int = 0
 
 
+# Head, and name in the summary, of the scores that are shares; higher is better.
+SHARES = (
+    ("top-1", "top1"),
+    ("top-5", "top5"),
+    ("token top-1", "token_top1"),
+    ("top-1, not averaged", "top1_not_averaged"),
+    ("mIoU", "miou"),
+    ("mIoU, not averaged", "miou_not_averaged"),
+    ("mean accuracy", "mean_accuracy"),
+    ("pixel accuracy", "pixel_accuracy"),
+    ("mAP", "map"),
+    ("mAP, not averaged", "map_not_averaged"),
+    ("AP at IoU 0.50", "map_50"),
+    ("mAP of masks", "mask_map"),
+)
 COLUMNS = (
-    Column("top-1", lambda run: run.result("top1"), "{:.2%}".format, 1),
-    Column("top-5", lambda run: run.result("top5"), "{:.2%}".format, 1),
-    Column("token top-1", lambda run: run.result("token_top1"), "{:.2%}".format, 1),
-    Column("top-1, not averaged", lambda run: run.result("top1_not_averaged"), "{:.2%}".format, 1),
-    Column("mIoU", lambda run: run.result("miou"), "{:.2%}".format, 1),
-    Column("mIoU, not averaged", lambda run: run.result("miou_not_averaged"), "{:.2%}".format, 1),
-    Column("mean accuracy", lambda run: run.result("mean_accuracy"), "{:.2%}".format, 1),
-    Column("pixel accuracy", lambda run: run.result("pixel_accuracy"), "{:.2%}".format, 1),
-    Column("mAP", lambda run: run.result("map"), "{:.2%}".format, 1),
-    Column("mAP, not averaged", lambda run: run.result("map_not_averaged"), "{:.2%}".format, 1),
-    Column("AP at IoU 0.50", lambda run: run.result("map_50"), "{:.2%}".format, 1),
-    Column("mAP of masks", lambda run: run.result("mask_map"), "{:.2%}".format, 1),
+    *(Column(head, partial(Run.result, name=name), "{:.2%}".format, 1) for head, name in SHARES),
     # Losses of runs with and without token labels are not comparable, so none is marked as the best.
     Column("loss", lambda run: run.result("loss"), "{:.3f}".format),
     Column("training", lambda run: run.total("seconds") or None, "{:,.0f} s".format),

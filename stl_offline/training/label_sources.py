@@ -25,7 +25,7 @@ from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.labels.spec import check_use
 from stl_offline.labels.views_ahead import ViewsAhead
 from stl_offline.loader import DECODER, Batch, TokenLabels
-from stl_offline.models import TokenLabeler, create_labeler
+from stl_offline.models import TokenLabeler, check_labeler, create_labeler
 from stl_offline.targets import TokenTargets
 from stl_offline.training.class_labels import check_class_answers, class_answers, class_share
 from stl_offline.training.label_choice import LabelChoice, choose_between
@@ -295,7 +295,7 @@ def check_labels(config: StudentConfig) -> list[LabelSet]:
     if share and {"none", "online"} & set(config.labels):
         raise InputError("`class_target` other than own needs label sets as `labels`")
     if config.labels == ("online",):
-        labeler_of(config)  # it is loaded again later: packing in between may take hours
+        check_labeler(config.labeler, config.labeler_checkpoint, config.labeler_pretrained)
     if {"none", "online"} & set(config.labels):
         return []
     label_sets = [open_label_set(place) for place in config.labels]

@@ -65,7 +65,7 @@ def test_killed_at_random_moments(tmp_path):
 _TALK = """
 import sys
 import torch
-from stl_offline.distributed import agree, join_world, leaving_world, sum_over_world, told_by_first, barrier
+from stl_offline.distributed import agree, join_world, leaving_world, sum_over_world, told_by_first, long_barrier
 with leaving_world():
     world = join_world(torch.device("cpu"))
     text = told_by_first(["größe", 3] if world.is_first else None, world)
@@ -75,7 +75,7 @@ with leaving_world():
     assert not agree(torch.tensor([2.0, -float(world.rank)]), world)
     if not world.is_first:
         raise SystemExit("the second has failed")
-    barrier(world)
+    long_barrier(world)
 """
 
 

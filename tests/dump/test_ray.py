@@ -1,5 +1,6 @@
 """The Ray engine: its driver, and a cluster of several nodes on this machine, which come and go."""
 
+import itertools
 import tarfile
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -139,12 +140,16 @@ def test_an_actor_that_cannot_start(monkeypatch, caplog):
     error = StartError("The actor died\nTraceback: ...\nFormatError: labeler.safetensors is cut off\n")
     with pytest.raises(TargetError, match="no worker can be started: FormatError: labeler.safetensors is cut off"):
         ended(Driven([2], lambda shard, tries: None, lambda actor: error))
-    clock = iter(range(0, 10_000, 25))
+    clock = itertools.count(0, 25)
+    monkeypatch.setattr(on_ray, "_POLL_SECONDS", 0)
     monkeypatch.setattr(on_ray.time, "monotonic", lambda: next(clock))
     cluster = Driven([3], lambda shard, tries: None, lambda actor: error if actor in (2, 4) else None)
     assert sorted(ended(cluster, shards=range(20))) == [10 + shard for shard in range(20)]
     assert 5 <= cluster.actors < 12 and cluster.written.count(3) == 1
     assert caplog.text.count("a worker could not be started: FormatError: labeler.safetensors is cut off") == 2
+    # Killed while they start, such as for lack of memory, wherever that is tried.
+    with pytest.raises(TargetError, match="no worker can be started: killed"):
+        ended(Driven([2], lambda shard, tries: None, lambda actor: LostError("killed")))
 
 
 def test_what_is_wrong_with_the_work_is_said_as_without_ray():

@@ -59,5 +59,5 @@ document.querySelectorAll("[data-tip]").forEach((element) => {
   element.addEventListener("pointerenter", show);
   element.addEventListener("pointerdown", show);
   // A finger leaves as soon as it lifts.
-  element.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") hideTip(); });
+  element.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") hideTip(); });
 });
