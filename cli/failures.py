@@ -133,9 +133,13 @@ def end_process(code: int) -> NoReturn:
 
 
 def _interruption(ctx: click.Context | None) -> str:
-    """What an interrupted command says: with --no-resume it would begin again."""
-    begins_again = ctx is not None and ctx.params.get("resume") is False
-    return f"interrupted; run the same command again{', without --no-resume,' if begins_again else ''} to go on"
+    """What an interrupted command says. With --no-resume it would begin again; without it, what it was to discard may
+    still be there."""
+    if ctx is None or ctx.params.get("resume") is not False:
+        return "interrupted; run the same command again to go on"
+    if "out" not in ctx.params:
+        return "interrupted; run the same command again"
+    return "interrupted; run the same command again, without --no-resume if it had begun to train"
 
 
 def describe(error: BaseException, session: Session) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from stl_offline.cli.terminal import complain
 
-_LAST_WORD = b"end"
+_LAST_WORD = b"\0end"  # faulthandler writes no zero byte; a function may be named "send"
 _MOST_BYTES = 1 << 20
 
 # What faulthandler calls a signal → what most often raises it, and what to do.

@@ -8,6 +8,7 @@ release of numba and kind of processor has a folder of its own: numba's index an
 other and without a lock, so those of one never stand for another's.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -136,7 +137,8 @@ def _folder() -> str | None:
         folder = root / hashlib.sha256(valid_for.encode()).hexdigest()[:16]
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
-            _remove_old(root)
+            with contextlib.suppress(OSError):  # another process removes the same ones
+                _remove_old(root)
         with tempfile.TemporaryFile(dir=folder):
             return str(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home

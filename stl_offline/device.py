@@ -31,7 +31,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         # A launcher may show each process its own GPU alone, whatever its rank.
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0) if torch.cuda.device_count() > 1 else 0}"
+        has_own = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+        name = f"cuda:{0 if has_own else os.environ.get('LOCAL_RANK', 0)}"
     elif name.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise InputError(
             f"all processes of this machine would use {name}; leave `device` out: each takes the GPU of its local rank"

@@ -8,8 +8,6 @@
 - Its import starts a thread, which gets a heap of its own from glibc, as all later ones do. Such heaps consist of
   pieces of 64 MB that return to the system when they are empty, whatever `stl_offline.device.keep_freed_memory` asks
   for. So all threads share the process's heap.
-- Where torch sees a GPU, its threads make streams on it, and end as users of the first GPU (half a gigabyte for each
-  process), also for a loader on the CPU. Nothing of FFCV that is used here runs on a GPU.
 """
 
 import contextlib
@@ -33,7 +31,6 @@ try:
 finally:
     numba.typed.Dict = _typed_dictionary
     torch.set_num_threads(_threads)
-importlib.import_module("ffcv.loader.epoch_iterator").IS_CUDA = False
 
 
 _FILE_BYTES = types.Array(types.uint8, 1, "C", readonly=True)

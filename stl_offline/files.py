@@ -221,7 +221,8 @@ def remove_leftovers(folder: str | Path, name: str = "*", *, seconds: float = 0.
     """
     for path in Path(folder).glob(f".{name}.*.tmp"):
         with contextlib.suppress(OSError):  # held by another process, or removed by one
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            # For writing, too: NFS has no exclusive lock of a file that is only read.
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not seconds or time.time() - os.fstat(descriptor).st_mtime >= seconds:

@@ -22,14 +22,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """A decoded image of any kind as 8-bit RGB; 16-bit grey is scaled, not clipped.
 
     Raises:
-        ImageError: the image cannot be decoded, or its pixels are floating-point numbers.
+        ImageError: the image cannot be decoded, or its pixels are floating-point numbers or beyond 16 bits.
     """
     try:
         image.load()
         if image.mode == "F":
             raise ImageError("pixels are floating-point numbers, whose range is unknown; convert it to 8 bits")
         if image.mode == "I" or image.mode.startswith("I;16"):
-            wide = np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
+            wide = np.asarray(image).astype(np.int64)
+            if wide.min() < 0 or wide.max() > 65_535:
+                raise ImageError("pixels have more than 16 bits, whose range is unknown; convert it to 8 bits")
             image = Image.fromarray(((wide * 255 + 32_767) // 65_535).astype(np.uint8))
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")

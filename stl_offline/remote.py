@@ -83,6 +83,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether a store or a web server refuses to let this user read."""
+    return isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
+
+
 def persist(what: str, kind: type[StlError], action: Callable[[], T], failed: Callable[[Exception], object]) -> T:
     """Call ``action``, and again after a wait if the store or the network fails.
 
@@ -101,7 +106,7 @@ def persist(what: str, kind: type[StlError], action: Callable[[], T], failed: Ca
         except Exception as error:
             failed(error)
             # Each store's client has errors of its own, so that no narrower list would be complete.
-            if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+            if is_refusal(error) or "Credential" in type(error).__name__:
                 raise kind(f"cannot {what}: {one_line(error)}; check the credentials") from error
             if isinstance(error, _HOPELESS):
                 raise kind(f"cannot {what}: {one_line(error)}") from error
@@ -202,12 +207,24 @@ def remote_size(url: str) -> int:
 
 def _look(url: str) -> dict[str, Any]:
     files, path = open_filesystem(url, "a file")
+
+    def info() -> dict[str, Any]:
+        try:
+            return files.info(path)
+        except FileNotFoundError as error:
+            # fsspec gives this for every failure of a web server; aiohttp's error has the status.
+            cause = error.__cause__
+            if not is_web(url) or cause is None:
+                raise
+            status = getattr(cause, "status", None)
+            if status is None or status == 429 or status >= 500 or is_refusal(cause):
+                raise cause from error
+            raise
+
     try:
-        return files.info(path)
-    except FileNotFoundError as error:
+        return persist(f"look at {shown(url)}", InputError, info, lambda error: None)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"there is no file {shown(url)}") from error
-    except Exception as error:
-        raise InputError(f"cannot look at {shown(url)}: {one_line(error)}") from error
 
 
 def expand_remote(url: str) -> list[str]:

@@ -374,11 +374,15 @@ def test_an_exit_code_of_an_interruption_gets_the_same_line(capsys):
 
 
 def test_an_interrupted_start_from_scratch_is_not_begun_again(capsys):
-    """What was saved until then would be deleted."""
+    """What was saved until then would be deleted. Before that, what was there is still there."""
     context = click.Context(click.Command("train-student"))
-    context.params["resume"] = False
+    context.params |= {"resume": False, "out": "runs/a"}
     assert run(lambda: sys.exit(143), Session(ctx=context)) == 143
-    assert "run the same command again, without --no-resume, to go on" in capsys.readouterr().err
+    words = "interrupted; run the same command again, without --no-resume if it had begun to train\n"
+    assert capsys.readouterr().err == words
+    del context.params["out"]  # evaluate: old scores would come back
+    assert run(lambda: sys.exit(143), Session(ctx=context)) == 143
+    assert capsys.readouterr().err == "interrupted; run the same command again\n"
 
 
 def test_a_forked_worker_dies_of_the_signal_in_silence():

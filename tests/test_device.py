@@ -26,8 +26,12 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     assert pick_device("cuda:1") == torch.device("cuda:1")
     # Some launchers show each process one GPU, which is the first that it sees.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert pick_device("auto") == torch.device("cuda:0")
-    assert asked == [torch.device(f"cuda:{index}") for index in (3, 3, 1, 0)]
+    # More processes than GPUs: torch refuses the fourth one's.
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert pick_device("auto") == torch.device("cuda:3")
+    assert asked == [torch.device(f"cuda:{index}") for index in (3, 3, 1, 0, 3)]
 
 
 def test_float32_is_float32(monkeypatch):

@@ -38,7 +38,7 @@ def merge(paths: tuple[str, ...], out: str, views: bool, workers: int) -> None:
     label_sets, complete = [open_label_set(path) for path in paths], is_complete(out)
     manifest = write(label_sets, out, workers=workers)
     for each in label_sets:
-        if each.is_partial:
+        if each.lacks_shards:
             here = f"{len(each.present):,} of {len(each.shards):,} shards"
             echo(f"{each.place}: {here} are here and were merged; the images of the others are not in {out}")
     echo(written_line(out, manifest, complete))

@@ -71,7 +71,7 @@ def dump_labels(config: DumpConfig, *, finish: bool = False, append: bool = Fals
             raise InputError(f"append to a copy of {config.out} on this machine, and push it: only what is new is sent")
         return _dump_to_hub(config, labeler, finish)
     check_place(config.out)
-    if finish:
+    if finish and not append:
         _check_begun(config.out, append)
     started = time.perf_counter()
     is_first = os.environ.get("RANK", "0") == "0"
@@ -84,6 +84,8 @@ def dump_labels(config: DumpConfig, *, finish: bool = False, append: bool = Fals
             manifest = label_set.manifest
             size = sum(shard.bytes for shard in manifest.shards)
             return DumpReport(str(config.out), manifest.spec.num_samples, 0, 0.0, size, is_first, was_complete=True)
+        if finish:
+            _check_begun(config.out, append)
     else:
         labelling = prepare(config, labeler, device)
         started = time.perf_counter()

@@ -141,7 +141,9 @@ def _run(ray: ModuleType, config: DumpConfig, shards: list[int]) -> Iterator[int
                 # The actor, or its node, is gone, or could not start there.
                 if shard is None:
                     failed_starts += 1
-                    fails_everywhere = getattr(error, "actor_init_failed", False) and not has_started
+                    # Others that are still starting may be on better nodes: a bad one fails first.
+                    may_start = has_started or starting
+                    fails_everywhere = getattr(error, "actor_init_failed", False) and not may_start
                     if fails_everywhere or failed_starts >= _TRIES:
                         raise TargetError(f"no worker can be started: {_last_line(error)}") from error
                     _LOGGER.warning("a worker could not be started: %s", _last_line(error))

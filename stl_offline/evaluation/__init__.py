@@ -2,7 +2,7 @@
 
 from stl_offline.evaluation.corruptions import check_corruptions_can_run, corrupt, parse_corruptions
 from stl_offline.evaluation.figures import SUITE_NAMES, describe_transform, result_lines, score_rows, top1_by_kind
-from stl_offline.evaluation.measures import BENCHMARK_CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
+from stl_offline.evaluation.measures import BENCHMARK_CORRUPTIONS, EXTRA_CORRUPTIONS, NOT_FINITE, SEVERITIES
 from stl_offline.evaluation.robust import RESULT_VERSION, evaluate_suites
 from stl_offline.evaluation.scoring import (
     Scores,
@@ -16,6 +16,7 @@ from stl_offline.evaluation.scoring import (
 __all__ = [
     "BENCHMARK_CORRUPTIONS",
     "EXTRA_CORRUPTIONS",
+    "NOT_FINITE",
     "RESULT_VERSION",
     "SEVERITIES",
     "SUITE_NAMES",

@@ -64,6 +64,8 @@ def _corruption_figures(
 ) -> dict[str, Any]:
     compared = next(iter(next(iter(parts.values()))))
     first = {name: found[compared] for name, found in parts.items()}
+    if imagenet is not None and any(each["samples"] != imagenet["samples"] for each in first.values()):
+        imagenet = None  # a part of one of them (`partial`), so maybe of other classes
     clean = first.pop("clean", imagenet)
     summary = corruption_scores(top1_by_kind(first), clean["top1"] if clean else None, generated=generated)
     return {"classes": compared, "clean": clean, **asdict(summary), "parts": first}
@@ -111,6 +113,8 @@ def settings_lines(result: Mapping[str, Any]) -> list[str]:
     ]
     if (own := result["suites"].get("c", {}).get("transform")) is not None:
         lines.append(f"transform of c: {describe_transform(own)}")
+    if result["partial"]:
+        lines.append("partial: a test set may lack images; scores are of those that are there")
     if "seed" in result:
         lines.append(f"generated corruptions: seed {result['seed']}; they are not ImageNet-C")
     return lines
@@ -177,7 +181,7 @@ def _summary_lines(own: Mapping[str, Any]) -> list[str]:
     mce = "" if own["mce"] is None else f"mCE {100 * own['mce']:.2f} %, "
     lines = [f"{mce}mean top-1 {100 * own['top1']:.2f} %, over the benchmark's 15 corruptions"]
     if own["retention"] is None:
-        return [*lines, "no retention: it takes the accuracy on clean images (suite imagenet)"]
+        return [*lines, "no retention: it takes the accuracy on the same images without corruption (suite imagenet)"]
     return [*lines, f"retention {100 * own['retention']:.2f} % of the clean top-1, {100 * own['clean']['top1']:.2f} %"]
 
 

@@ -5,13 +5,17 @@ Accuracy, negative log-likelihood and calibration are kept as sums, so that batc
 B: batch, K: classes, N: tokens.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from stl_offline.errors import InputError
+
+NOT_FINITE = "the model gives logits that are not finite; check its weights, and that `amp` is not fp16"
 BINS = 15  # of the calibration error, of equal width (Guo et al., arXiv 1706.04599)
 _PLAIN = ("samples", "top1", "top5", "nll", "token_samples", "token_top1")
 
@@ -144,6 +148,12 @@ class ClassView:
 
     def _cut(self, logits: Tensor) -> Tensor:
         return logits if self.columns is None else logits[..., self.columns.to(logits.device)]
+
+
+def check_finite(values: Iterable[float]) -> None:
+    """Raise `InputError` where sums or scores show that a model's logits were not finite."""
+    if not all(map(math.isfinite, values)):
+        raise InputError(NOT_FINITE)
 
 
 def scores_of(vector: Sequence[float], likelihood: bool = True) -> dict[str, float]:

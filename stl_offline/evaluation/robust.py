@@ -36,7 +36,7 @@ from stl_offline.evaluation.images import (
     imagenet_columns,
     start_loading,
 )
-from stl_offline.evaluation.measures import ClassView, Tally, scores_of
+from stl_offline.evaluation.measures import ClassView, Tally, check_finite, scores_of
 from stl_offline.evaluation.suites import Suite, open_suite, subset_classes
 from stl_offline.files import atomic_write, cache_dir, canonical_json, sha256_bytes, sha256_parts
 from stl_offline.models import Classifier, load_classifier
@@ -162,6 +162,8 @@ class _Runner:
         for number in pending:
             own = itertools.islice(batches, order.of_part(sizes[number]))
             sums[number] = found = self._score(jobs[number], own, len(order.places(sizes[number])))
+            for vector in found.values():
+                check_finite(vector)
             if self.world.is_first:
                 content = {"sums": found, "sha256": sha256_bytes(canonical_json(found))}
                 atomic_write(places[number], canonical_json(content))

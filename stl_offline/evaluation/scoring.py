@@ -18,7 +18,7 @@ from stl_offline.config import EvaluateConfig
 from stl_offline.device import autocast, pick_amp, pick_device, pick_workers
 from stl_offline.distributed import World, sum_over_world
 from stl_offline.errors import JoinError
-from stl_offline.evaluation.measures import ClassView, Tally, scores_of
+from stl_offline.evaluation.measures import ClassView, Tally, check_finite, scores_of
 from stl_offline.evaluation.robust import evaluate_suites
 from stl_offline.geometry import center_views
 from stl_offline.images.beton import Beton
@@ -86,6 +86,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         score_tokens=description.token_head_trained,
         is_told=True,
     )
+    check_finite((scores.nll, scores.ece))
     compared = classes if view.columns is None else len(view.columns)
     return asdict(scores) | {"classes": config.classes, "classes_compared": compared, "classes_of_model": classes}
 

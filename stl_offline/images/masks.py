@@ -52,10 +52,11 @@ class _ByStem(Mapping[str, np.ndarray]):
     def __init__(self, found: Mapping[str, object]) -> None:
         self._whole = dict(found)
         self._stems: dict[str, object] = {}
+        self._doubled: set[str] = set()
         for key, value in found.items():
             stem, suffix = os.path.splitext(key)
             if suffix.lower() in _SUFFIXES and self._stems.setdefault(stem, value) is not value:
-                raise InputError(f"there are two masks for {stem}; keep one of them")
+                self._doubled.add(stem)
 
     def read(self, key: str, value: object) -> np.ndarray:
         assert isinstance(value, np.ndarray)
@@ -65,6 +66,8 @@ class _ByStem(Mapping[str, np.ndarray]):
         stem = _stem(key)
         for table, name in ((self._whole, key), (self._stems, key), (self._whole, stem), (self._stems, stem)):
             if name in table:
+                if table is self._stems and name in self._doubled:
+                    raise InputError(f"there are two masks for {name}; keep one of them")
                 return self.read(key, table[name])
         raise KeyError(key)
 

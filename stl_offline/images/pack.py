@@ -353,6 +353,8 @@ def locked(path: Path) -> Iterator[None]:
         except BlockingIOError:
             _log.info("waiting for another process that packs the same images (%s)", path)
             fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            raise TargetError(f"cannot lock {path}: {error.strerror or error}; choose another cache folder") from error
         yield
 
 

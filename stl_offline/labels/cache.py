@@ -322,7 +322,10 @@ def _only_process(path: Path) -> Iterator[None]:
     except OSError as error:
         raise TargetError(f"cannot write into {path.parent}: {error.strerror}; set STL_OFFLINE_CACHE") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            raise TargetError(f"cannot lock {path}: {error.strerror}; set STL_OFFLINE_CACHE") from error
         yield
     finally:
         os.close(file)

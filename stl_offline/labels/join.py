@@ -17,6 +17,7 @@ from stl_offline.labels.store import format_ranges
 from stl_offline.settings import check_match
 
 _EXAMPLES = 3
+_REORDER = "pack the images with the label set's class list (`class_names`), or label the images again"
 POLICIES = ("error", "skip")
 
 
@@ -138,21 +139,23 @@ def join(
     return report
 
 
-def check_class_names(labels: tuple[str, ...], images: tuple[str, ...]) -> None:
-    """Raise `JoinError`, with the first difference, where the two class lists are not equal."""
+def check_class_names(labels: tuple[str, ...], images: tuple[str, ...], reorder: str = _REORDER) -> None:
+    """Raise `JoinError`, with the first difference, where the two class lists are not equal; reorder: what to do where
+    it is their order."""
     if labels == images:
         return
     absent = sorted(set(images) - set(labels))
-    advice = "pack the images with the label set's class list (`class_names`)"
+    advice = _REORDER
     if absent:
-        advice = "remove their images"
+        advice = "remove their images, or label the images again"
         if all(name.isdecimal() for name in images) and not any(name.isdecimal() for name in labels):
-            advice = "pack the images with names for their numbers (`pack(class_map)`)"
+            advice = "pack the images with names for their numbers (`pack(class_map)`), or label the images again"
         how = f"{len(absent)} of the images' classes are not in it ({some(len(absent), absent[:_EXAMPLES])})"
     elif len(labels) != len(images):
         absent = sorted(set(labels) - set(images))
         how = f"{len(absent)} of its classes are not among the images' ({some(len(absent), absent[:_EXAMPLES])})"
     else:
+        advice = reorder
         place = next(index for index, name in enumerate(labels) if name != images[index])
         how = (
             f"the order differs: class {place} is {labels[place]!r} in the label set and {images[place]!r} in the "
@@ -160,7 +163,7 @@ def check_class_names(labels: tuple[str, ...], images: tuple[str, ...]) -> None:
         )
     raise JoinError(
         f"the label set ({len(labels)} classes) and the images ({len(images)}) have different class lists: {how}; "
-        f"{advice}, or label the images again"
+        + advice
     )
 
 

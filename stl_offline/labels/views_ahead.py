@@ -14,10 +14,12 @@ run may begin at any view: what is there is opened, and the rest is made from th
 n: images; V: views of each.
 """
 
+import logging
 import threading
 
 import numpy as np
 
+from stl_offline.errors import StlError
 from stl_offline.labels.cache import CacheMaker
 from stl_offline.labels.cache_file import TokenCache, cache_bytes
 from stl_offline.labels.spec import LabelSpec
@@ -26,6 +28,7 @@ from stl_offline.labels.spec import LabelSpec
 # and 8.6 GB of top-5.
 SPAN_BYTES = 1_000_000_000
 _CLOSE_SECONDS = 10.0
+_LOG = logging.getLogger(__name__)
 
 
 def span_views(spec: LabelSpec, n: int, repeats: int = 1) -> int:
@@ -114,7 +117,10 @@ class ViewsAhead:
         made, self._next = self._next, None
         if made is not None:
             if made.views == views:
-                return made.wait()
+                try:
+                    return made.wait()
+                except StlError as error:  # a store that was out of reach hours ago may be back
+                    _LOG.warning("reading the next views ahead failed (%s); trying again", error)
             made.end()
         return self._maker.make(views, keep=(views, after))
 

@@ -7,12 +7,13 @@ the order is given, every exception comes out at the consumer, and waiting looks
 import abc
 import queue
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from ffcv.loader import Loader
+from ffcv.loader import Loader, epoch_iterator
 from ffcv.loader.epoch_iterator import EpochIterator
 from numba.core.errors import NumbaError
 
@@ -110,6 +111,12 @@ class BatchThread(threading.Thread, abc.ABC):
 
 class EpochThread(BatchThread, EpochIterator):
     """Runs FFCV's pipelines. ``buffers``: what the graph allocated for ``BATCHES_AHEAD + 2`` batches."""
+
+    # Where torch sees a GPU, FFCV's threads make streams on it, and end as users of the first GPU (half a gigabyte for
+    # each process), also for a loader on the CPU. No pipeline here runs on a GPU; those of other loaders may.
+    run_pipeline = types.FunctionType(
+        EpochIterator.run_pipeline.__code__, vars(epoch_iterator) | {"IS_CUDA": False}, "run_pipeline"
+    )
 
     def __init__(
         self, loader: Loader, batches: list[np.ndarray], buffers: dict, check: Callable[[np.ndarray], None]

@@ -123,6 +123,8 @@ class TokenLoader:
         self.batch_size = batch_size
         self.seed = seed
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # the loading thread has another current one
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.tokens = labels.targets if labels else None
         self._targets_per_token = labels.targets_per_token if labels else 0
         self._shuffle, self._world = shuffle, world

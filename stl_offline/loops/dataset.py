@@ -5,7 +5,7 @@ B: batch; N: tokens; T: targets per token.
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from stl_offline.errors import InputError
 from stl_offline.geometry import View
@@ -81,16 +81,24 @@ class TokenLabelDataset(Dataset):
     ) -> None:
         self.dataset, self.labels, self.crop = _undecoded(dataset), labels, crop
         self.transform = to_floats if transform is None else transform
-        innermost = dataset
-        while isinstance(innermost, Subset):
-            innermost = innermost.dataset
-        if getattr(innermost, "transform", None) is not None or _format(innermost) == "custom":
-            raise InputError(
-                f"this {type(innermost).__name__} has a transform of its own, which token labels cannot follow; give "
-                "it to TokenLabelDataset, without crops and flips"
-            )
+        for innermost in _innermost(dataset):
+            if getattr(innermost, "transform", None) is not None or _format(innermost) == "custom":
+                raise InputError(
+                    f"this {type(innermost).__name__} has a transform of its own, which token labels cannot follow; "
+                    "give it to TokenLabelDataset, without crops and flips"
+                )
+            if getattr(innermost, "target_transform", None) is not None:
+                raise InputError(
+                    f"this {type(innermost).__name__} has a target_transform, which token labels cannot follow; "
+                    "number its classes as the label set does"
+                )
         names = class_names_of(dataset) if class_names is None else tuple(class_names)
-        check_class_names(tuple(labels.class_names), names)
+        check_class_names(
+            tuple(labels.class_names),
+            names,
+            "number the dataset's classes as the label set does: with an ImageFolder that has a find_classes of its "
+            "own, or timm's `class_map`",
+        )
         keys = keys_of(dataset) if keys is None else keys
         if len(keys) != len(dataset):
             raise InputError(f"the dataset has {len(dataset):,} samples, but {len(keys):,} keys are given")
@@ -193,6 +201,17 @@ def keys_of(dataset: Any) -> list[str]:
     raise InputError(f"a {type(dataset).__name__} does not name its samples; give `keys`")
 
 
+def _innermost(dataset: Any) -> Iterator[Any]:
+    """The datasets that a Subset or ConcatDataset takes its samples from, or the dataset itself."""
+    if isinstance(dataset, Subset):
+        yield from _innermost(dataset.dataset)
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from _innermost(part)
+    else:
+        yield dataset
+
+
 def class_names_of(dataset: Any) -> tuple[str, ...]:
     """The class list of a dataset, in the order of its class ids.
 
@@ -202,9 +221,13 @@ def class_names_of(dataset: Any) -> tuple[str, ...]:
     if isinstance(dataset, Subset):
         return class_names_of(dataset.dataset)
     found = getattr(dataset, "classes", None)
+    if hasattr(dataset, "wnids"):  # torchvision's ImageNet, whose `classes` are tuples of words
+        found = dataset.wnids
     numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)  # timm
     if found is None and numbers:
         found = sorted(numbers, key=numbers.get)
+        if [numbers[name] for name in found] != list(range(len(found))):
+            raise InputError("the dataset's class ids have gaps; token labels need 0, 1, 2, …: change its `class_map`")
     if found is None:
         raise InputError(
             f"a {type(dataset).__name__} does not name its classes; give `class_names`, in the order of its class ids"

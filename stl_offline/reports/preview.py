@@ -16,12 +16,12 @@ from stl_offline.labels.label_set import LabelSet, open_label_set
 from stl_offline.palette import CONFIDENT, UNCONFIDENT, hex_color
 from stl_offline.reports.charts import Chart, ConfidenceCounts, confidence_chart, confidence_figure
 from stl_offline.reports.choose import Choice, Place, choose_labels, choose_suspects
-from stl_offline.reports.find import FindImages, FoundImage, Wanted
 from stl_offline.reports.html import Article, class_rows, page_data, render_page, token_data, write_page
 from stl_offline.reports.names import display_names
 from stl_offline.reports.panels import confidence_pixels, scene_marks, scene_panels
 from stl_offline.reports.png import label_figure
 from stl_offline.reports.scene import Scene, StudentSettings, make_scenes
+from stl_offline.reports.wanted import FindImages, FoundImage, Wanted
 
 ROWS = 8  # label maps per PNG
 

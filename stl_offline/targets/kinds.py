@@ -143,6 +143,8 @@ def token_targets(
     check_map(class_ids, probabilities, relative_view)
     if class_ids.max() >= num_classes:
         raise InputError(f"class ids must be below num_classes, got {class_ids.max()} and {num_classes}")
+    if confidence is None and targets.min_confidence == 0:  # draws alone have none, and nothing reads it
+        confidence = np.ones(class_ids.shape[:2], np.float32)
     if np.shape(confidence) != class_ids.shape[:2]:
         raise InputError(f"confidence must be {class_ids.shape[:2]}, as the map, got {np.shape(confidence)}")
     if targets.residual == "class" and own_class is None:

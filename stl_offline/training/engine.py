@@ -322,13 +322,14 @@ class Trainer:
     def _average_statistics(self) -> None:
         """One set of batch norms' means and variances: all processes measure the model that the first one saves.
 
-        DistributedDataParallel copies the first one's before each step, so that the others' differ by one step's. It
-        does not handle the averaged model.
+        They are the first process's, which the stored state has, so a run that continues from one has the same.
+        DistributedDataParallel copies them before each step, so that the others' differ by one step's. It does not
+        handle the averaged model.
         """
         if self.world.size > 1:
             for model in (self.model, self.step.average):
                 if model is not None:
-                    distribute_bn(model, self.world.size, reduce=True)
+                    distribute_bn(model, self.world.size, reduce=False)
 
     def _save_state(self) -> None:
         self._read_step()
@@ -376,8 +377,10 @@ class Trainer:
 
 def _stop_where_asked(stop: StopRequest, notes: Sequence[float]) -> None:
     """End the program where any process was asked to, maybe another one; notes: sums of what `_asked` gives."""
-    stop.ask(sigint=bool(notes[0]), sigterm=bool(notes[1]))
-    stop.raise_if_asked()
+    # By the notes alone, which all processes share: one that was asked since then ends with the others, a step later.
+    if any(notes[: len(stop.SIGNALS)]):
+        stop.ask(sigint=bool(notes[0]), sigterm=bool(notes[1]))
+        stop.raise_if_asked()
 
 
 def _asked(stop: StopRequest, late: bool = False) -> list[float]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from stl_offline.config import RunConfig
 from stl_offline.distributed import World, agree
-from stl_offline.errors import FormatError, InputError, TrainingError
+from stl_offline.errors import FormatError, InputError, TargetError, TrainingError
 from stl_offline.files import (
     atomic_path,
     atomic_write,
@@ -205,6 +205,7 @@ class RunFolder:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write all that is needed to go on and its SHA-256, whole or not at all."""
+        self._check_there()
         state = state | {_DIGEST: content_digest(state)}
         with atomic_path(self.path / STATE_NAME) as temporary, open(temporary, "wb") as stream:
             try:
@@ -215,10 +216,12 @@ class RunFolder:
 
     def save_weights(self, model: nn.Module, description: Description, *, best: bool = False) -> None:
         """Write a model's weights as the last ones, or as the best."""
+        self._check_there()
         save_model(self.path / (BEST_NAME if best else WEIGHTS_NAME), model.state_dict(), description)
 
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """One JSON line for each epoch so far. The file is rewritten whole, so a resumed run repeats no line."""
+        self._check_there()
         lines = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
         atomic_write(self.path / "log.jsonl", lines.encode())
 
@@ -229,8 +232,17 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run complete."""
+        self._check_there()
         atomic_write(self.path / "summary.json", canonical_json(summary))
         (self.path / STATE_NAME).unlink(missing_ok=True)
+
+    def _check_there(self) -> None:
+        # A folder that was moved would be made anew, with files that belong to no run.
+        if not (self.path / "config.json").is_file():
+            raise TargetError(
+                f"{self.path} was moved or removed during the run; put it back, or give its new place as `out`, and "
+                "run the same command again"
+            )
 
     def _check_own(self) -> None:
         if self.path.is_dir() and not _may_be_ours(self.path / "config.json"):

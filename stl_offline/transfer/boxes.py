@@ -176,7 +176,10 @@ def _voc(source: object, files: dict, images: dict, ids: dict[str, int]) -> dict
         return "/".join([*(each for each in path if each.lower() not in {*_VOC_IMAGES, "annotations"}), base])
 
     placed = [name for name in images if _VOC_IMAGES & set(name.lower().split("/")[:-1])] or list(images)
-    by_stem = {stem(name): name for name in files if name.lower().endswith(".xml")}
+    by_stem: dict[str, str] = {}
+    for name in files:
+        if name.lower().endswith(".xml") and (other := by_stem.setdefault(stem(name), name)) != name:
+            raise InputError(f"{source} holds two XML files for one image: {other} and {name}; keep one")
     owner: dict[str, str] = {}
     for name in placed:
         other = owner.setdefault(stem(name), name)

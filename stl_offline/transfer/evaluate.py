@@ -118,6 +118,7 @@ def _prepare_segmenter(
         check_sizes(model.backbone, pairs)
     amp, workers = pick_amp(config.amp, device), pick_workers(config.workers)
     validation = make_validation(model, pairs, device, amp, workers, World(), window)
+    validation.check_logits = True
     if config.out is not None:
         folder = Path(config.out)
 

@@ -31,6 +31,7 @@ _LOGGER = logging.getLogger(__name__)
 
 _IMAGES, _MASKS = "images", "masks"
 _FORMS = "give a folder or a tar of images/NAME.jpg with masks/NAME.png, or of NAME.jpg beside NAME.png"
+_PNG_DEPTH = 24  # where a PNG has its bits per pixel and channel
 NO_CLASS = -1  # what a pixel without a class has in a decoded mask
 
 
@@ -69,8 +70,10 @@ class PairSet:
     def read(self, number: int) -> tuple[Image.Image, np.ndarray]:
         """RGB image, and int16 or int32 mask (H, W) with `NO_CLASS` where there is none."""
         pair = self.pairs[number]
-        image = read_image(pair)
-        return image, read_mask(pair, len(self.class_names), self.ignore_id)
+        image, mask = read_image(pair), read_mask(pair, len(self.class_names), self.ignore_id)
+        if not (pair.height, pair.width) == (image.height, image.width) == mask.shape:
+            raise InputError(f"the image or the mask of {pair.key} has changed since it was checked; start again")
+        return image, mask
 
 
 def open_pairs(source: str | Path, classes: Sequence[str], ignore_id: int, split: str | None = None) -> PairSet:
@@ -132,7 +135,11 @@ def find_pairs(source: str | Path, split: str | None = None) -> list[Pair]:
         if not files:
             raise InputError(f"{source} has no folder {split!r} with files; check `split`")
     has_folders = any(_MASKS in name.split("/")[:-1] for name in files)
-    masks = {_stem(name, _MASKS): load for name, load in files.items() if _is_mask(name, has_folders)}
+    mask_names: dict[str, str] = {}
+    for name in files:
+        if _is_mask(name, has_folders) and (other := mask_names.setdefault(_stem(name, _MASKS), name)) != name:
+            raise InputError(f"{source} holds two masks for one image: {other} and {name}; keep one")
+    masks = {stem: files[name] for stem, name in mask_names.items()}
     images: dict[str, tuple[str, Callable[[], bytes]]] = {}
     for name, load in files.items():
         inside = _IMAGES in name.split("/")[:-1] if has_folders else not name.lower().endswith(".png")
@@ -247,6 +254,8 @@ def decode_mask(data: bytes, key: str, classes: int, ignore_id: int) -> np.ndarr
             if image.mode not in ("L", "P", "1", "I", "I;16"):
                 raise ValueError(f"it has colours ({image.mode}) where class ids are expected")
             ids = np.asarray(image).astype(np.int32)
+            if image.mode == "L":  # Pillow spreads grey of 2 and 4 bits over 0 to 255
+                ids //= {2: 85, 4: 17}.get(data[_PNG_DEPTH], 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"the mask of {key} cannot be used: {error}") from error
     mask = np.where(ids == ignore_id, NO_CLASS, ids)

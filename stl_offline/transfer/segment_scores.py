@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stl_offline.device import autocast
 from stl_offline.distributed import World, sum_over_world
 from stl_offline.errors import InputError
+from stl_offline.evaluation import NOT_FINITE
 from stl_offline.loader import ToDevice
 from stl_offline.progress import progress_bar
 from stl_offline.transfer.backbone import Backbone, unfit_size
@@ -79,7 +80,7 @@ class SegmentValidation:
 
     mean, std: of the images' normalisation; multiple: what sides are padded to; window: (H, W) of a sliding window, or
     None; change: what is done to an image's pixels before, uint8 (H, W, 3) → the same; keep: takes an image's key and
-    predicted ids (H, W).
+    predicted ids (H, W); check_logits: refuse those that are not finite, whose argmax is class 0.
     """
 
     pairs: PairSet
@@ -93,6 +94,7 @@ class SegmentValidation:
     window: tuple[int, int] | None = None
     change: Callable[[str, np.ndarray], np.ndarray] | None = None
     keep: Callable[[str, np.ndarray], None] | None = None
+    check_logits: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,6 +129,8 @@ class SegmentValidation:
                 logits = whole_logits(model, images, self.multiple)
             else:
                 logits = window_logits(model, images, self.window)
+        if self.check_logits and not bool(logits.isfinite().all()):
+            raise InputError(NOT_FINITE)
         return logits[0].argmax(dim=0)
 
     def _images(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

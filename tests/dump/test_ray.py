@@ -140,6 +140,11 @@ def test_an_actor_that_cannot_start(monkeypatch, caplog):
     error = StartError("The actor died\nTraceback: ...\nFormatError: labeler.safetensors is cut off\n")
     with pytest.raises(TargetError, match="no worker can be started: FormatError: labeler.safetensors is cut off"):
         ended(Driven([2], lambda shard, tries: None, lambda actor: error))
+    assert caplog.text.count("a worker could not be started") == 2  # the last one decides
+    caplog.clear()
+    first_fails = Driven([3], lambda shard, tries: None, lambda actor: error if actor == 1 else None)
+    assert sorted(ended(first_fails, shards=range(4))) == [10, 11, 12, 13]
+    caplog.clear()
     clock = itertools.count(0, 25)
     monkeypatch.setattr(on_ray, "_POLL_SECONDS", 0)
     monkeypatch.setattr(on_ray.time, "monotonic", lambda: next(clock))

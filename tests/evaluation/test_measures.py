@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from timm.data import RealLabelsImagenet
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
+from stl_offline.errors import InputError
+from stl_offline.evaluation.figures import suite_figures
 from stl_offline.evaluation.measures import (
     ALEXNET_ERROR,
     BENCHMARK_CORRUPTIONS,
@@ -18,6 +20,7 @@ from stl_offline.evaluation.measures import (
     SEVERITIES,
     ClassView,
     Tally,
+    check_finite,
     corruption_scores,
     scores_of,
 )
@@ -147,3 +150,30 @@ def test_a_subset_is_cut_as_timm_cuts_it():
     shuffled = Tally()
     ClassView.of("a", columns, subset_classes("a")).add(shuffled, logits[:, order], labels)
     torch.testing.assert_close(shuffled.vector, expected.vector)
+
+
+def test_retention_takes_the_same_images_without_corruption():
+    """Where a part of them is there, the classes may differ."""
+
+    def figures(clean, own):
+        kinds = [f"{kind}/{level}" for kind in BENCHMARK_CORRUPTIONS for level in SEVERITIES]
+        scores = [{"samples": clean, "top1": 0.8}, *({"samples": own, "top1": 0.6} for _ in kinds)]
+        parts = [("imagenet", "imagenet"), *(("c", kind) for kind in kinds)]
+        return suite_figures(parts, [{"all": each} for each in scores])["c"]
+
+    assert figures(50, 50)["retention"] == pytest.approx(0.75)
+    assert figures(50, 2)["retention"] is None and figures(50, 2)["top1"] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_no_scores(bad):
+    logits = torch.zeros(4, 5)
+    tally = Tally()
+    tally.add(logits, torch.arange(4))
+    check_finite(tally.vector.tolist())
+    logits[2, 1] = bad
+    for name, classes in (("add", torch.arange(4)), ("add_multi_label", [[1], [0, 2], [3], [4]])):
+        tally = Tally()
+        getattr(tally, name)(logits, classes)
+        with pytest.raises(InputError, match="gives logits that are not finite; check its weights"):
+            check_finite(tally.vector.tolist())

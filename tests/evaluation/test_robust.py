@@ -117,13 +117,13 @@ def test_imagenet_c(result, trees):
         agrees(scores, logits, labels)
         errors.setdefault(name.split("/")[0], []).append(1 - float((logits.argmax(1) == labels).double().mean()))
     assert len(found["parts"]) == 16 * 5
-    assert set(found["error"]) == {*BENCHMARK_CORRUPTIONS, "saturate"} and set(found["ce"]) == set(
-        BENCHMARK_CORRUPTIONS
+    assert set(found["error"]) == {*BENCHMARK_CORRUPTIONS, "saturate"}
+    assert set(found["ce"]) == {*BENCHMARK_CORRUPTIONS}
+    assert found["mce"] == pytest.approx(
+        np.mean([np.mean(errors[k]) / ALEXNET_ERROR[k] for k in BENCHMARK_CORRUPTIONS])
     )
-    ces = [np.mean(errors[kind]) / ALEXNET_ERROR[kind] for kind in BENCHMARK_CORRUPTIONS]
-    assert found["mce"] == pytest.approx(np.mean(ces))
     top1 = 1 - np.mean([errors[kind] for kind in BENCHMARK_CORRUPTIONS])
-    assert found["retention"] == pytest.approx(top1 / result[0]["suites"]["imagenet"]["all"]["top1"])
+    assert (found["top1"], found["retention"]) == (pytest.approx(top1), None)  # it has 2 of ImageNet's 8 images
 
 
 def test_csv_has_timms_columns(result):
@@ -485,7 +485,8 @@ def test_the_printed_tables(trees, weights, capsys, result):
     summary = f"mCE {100 * result[0]['suites']['c']['mce']:.2f} %"
     assert any(line.startswith(summary) for line in lines)
     assert any(line.startswith("extra: saturate") for line in lines)
-    assert any(line.startswith("retention ") for line in lines)
+    assert any(line.startswith("no retention: it takes the accuracy on the same images") for line in lines)
+    assert any(line.startswith("partial: ") for line in lines)
 
 
 def test_tars_of_a_suite_are_read_where_they_lie(trees, weights, tmp_path, result):

@@ -45,8 +45,10 @@ def test_names_with_dots_are_not_cut_short(tmp_path):
     ]  # fmt: skip
     assert "img.v3.jpg" not in found
     path.write_text(json.dumps({"a/b.jpg": [0, 0, 0.5, 0.5], "a/b.png": [0, 0, 1, 1]}))
+    found = read_masks(path)
+    assert (found["a/b.jpg"].mean(), found["a/b.png"].mean()) == (0.25, 1)
     with pytest.raises(InputError, match="there are two masks for a/b"):
-        read_masks(path)
+        found["a/b.webp"]
 
 
 def test_boxes_by_key(tmp_path):

@@ -135,25 +135,25 @@ def test_damaged_caches_are_refused(label_set, hashes, tmp_path):
 
 def signed(info):
     """A cache.json whose own checksum is right."""
-    info |= {"version": 2}
+    info |= {"version": 3}
     return canonical_json(info | {"own_xxh3": xxhash.xxh3_64_hexdigest(canonical_json(info))})
 
 
 SPEC = make_spec(samples=8)
 # What stands in cache.json, and the words of the refusal.
 INFOS = {
-    "other version": (b'{"version": 1}', "is of version 1, not 2"),
+    "other version": (b'{"version": 1}', "is of version 1, not 3"),
     "no JSON": (b"{", r"cache\.json"),
     "no object": (b"[]", r"cache\.json"),
     "no text": (b"\xff", r"cache\.json"),
-    "nothing in it": (b'{"version": 2}', r"cache\.json is damaged"),
-    "half of a pair": (b'{"version": 2, "report": "\\ud800"}', r"cache\.json"),
-    "infinite": (b'{"version": 2, "own_xxh3": "", "report": 1e999}', r"cache\.json is damaged"),
+    "nothing in it": (b'{"version": 3}', r"cache\.json is damaged"),
+    "half of a pair": (b'{"version": 3, "report": "\\ud800"}', r"cache\.json"),
+    "infinite": (b'{"version": 3, "own_xxh3": "", "report": 1e999}', r"cache\.json is damaged"),
     "no spec": (signed({"images": 4, "report": "", "xxh3": {}, "spec": 3}), r"cache\.json cannot be used"),
     "no checksums": (signed({"images": 4, "report": "", "spec": SPEC.to_json()}), r"cache\.json cannot be used"),
     "no count": (signed({"images": 0, "report": "", "xxh3": {}, "spec": SPEC.to_json()}), r"cache\.json cannot be"),
-    "deep": (b'{"version": 2, "spec": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", r"cache\.json"),
-    "many values": (b'{"version": 2, "spec": [' + b"{}," * 3_000_000 + b"{}]}", r"cache\.json: it holds .* values"),
+    "deep": (b'{"version": 3, "spec": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", r"cache\.json"),
+    "many values": (b'{"version": 3, "spec": [' + b"{}," * 3_000_000 + b"{}]}", r"cache\.json: it holds .* values"),
     "large": (1 << 40, "1,099,511,627,776 bytes"),
     "none": (None, r"lacks its cache\.json"),
 }

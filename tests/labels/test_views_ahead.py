@@ -268,6 +268,27 @@ def test_what_goes_wrong_in_the_background_comes_out_with_the_epoch(tmp_path, mo
 
 
 @pytest.mark.parametrize("labels", ["both"], indirect=True)
+def test_a_failure_in_the_background_that_is_over_ends_nothing(labels, tmp_path, monkeypatch, caplog):
+    """A store may be out of reach while the next views are read, and well again when they are needed."""
+    label_set, whole = labels
+    ahead = ahead_of(label_set, tmp_path, 1, monkeypatch)
+    make, calls = CacheMaker.make, []
+
+    def fails_ahead(*args, **settings):
+        calls.append(threading.current_thread().name)
+        if len(calls) == 2:
+            raise TargetError("503")
+        return make(*args, **settings)
+
+    monkeypatch.setattr(CacheMaker, "make", fails_ahead)
+    for epoch in range(2):
+        check_view(ahead, whole, epoch, 2)
+    assert calls == ["MainThread", "stl-offline-views", "MainThread"]
+    assert "reading the next views ahead failed (503); trying again" in caplog.text
+    ahead.close()
+
+
+@pytest.mark.parametrize("labels", ["both"], indirect=True)
 def test_work_in_the_background_stops_when_it_is_asked_to(labels, tmp_path):
     label_set, _ = labels
     maker = CacheMaker([label_set], *images(label_set), folder=tmp_path, **POLICY)

@@ -1,5 +1,8 @@
 """Images with masks: found and matched by name, checked as a whole, cropped together."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -35,6 +38,28 @@ def test_a_mask_of_16_bits_or_with_a_palette_counts_by_its_ids():
     assert decode_mask(png(np.asarray(palette)), "x", 3, 255).tolist() == [[0, 2, 1], [1, 0, 2]]
 
 
+@pytest.mark.parametrize(("bits", "ids"), [(1, [0, 1, 1, 0]), (2, [0, 3, 2, 1]), (4, [0, 15, 7, 3])])
+def test_grey_masks_of_few_bits_count_by_their_ids(bits, ids):
+    """Pillow writes none of 2 or 4 bits, so this one is written by hand; it reads their ids spread over 0 to 255."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = int("".join(f"{each:0{bits}b}" for each in ids).ljust(16, "0"), 2).to_bytes(2, "big")[: -(-4 * bits // 8)]
+    header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b"")
+    assert decode_mask(b"\x89PNG\r\n\x1a\n" + b"".join(parts), "x", 16, 255).tolist() == [ids]
+
+
+def test_a_file_that_changed_since_it_was_checked(tmp_path):
+    root = write_folders(tmp_path, range(2))
+    pairs = open_pairs(root, CLASSES, IGNORE)
+    Image.new("RGB", (90, 90)).save(root / "images/a/1.jpg")
+    pairs.read(0)
+    with pytest.raises(InputError, match=r"of images/a/1 has changed since it was checked"):
+        pairs.read(1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -50,6 +75,10 @@ def test_a_mask_of_16_bits_or_with_a_palette_counts_by_its_ids():
         (
             lambda root: (root / "images/a/1.png").write_bytes(png(np.zeros((4, 5, 3), np.uint8))),
             "two images for one mask",
+        ),
+        (
+            lambda root: (root / "masks/a/1.PNG").write_bytes(png(np.zeros((43, 51), np.uint8))),
+            r"two masks for one image: masks/a/1\.(png|PNG) and masks/a/1\.(png|PNG)",
         ),
     ],
 )

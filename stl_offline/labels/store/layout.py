@@ -14,6 +14,7 @@ from stl_offline.files import canonical_json
 from stl_offline.labels.manifest import Manifest, parse_object
 from stl_offline.labels.spec import LabelSpec, is_count
 from stl_offline.labels.store.storage import Storage
+from stl_offline.remote import is_refusal
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -93,8 +94,8 @@ def read_present(storage: Storage, num_shards: int) -> tuple[int, ...]:
     except FileNotFoundError:
         return tuple(range(num_shards))
     except InputError as error:
-        # S3's answer about what is not there to those who may read, but not list.
-        if not isinstance(error.__cause__, PermissionError):
+        # S3's answer about what is not there to those who may read, but not list; also that of its web address.
+        if not is_refusal(error.__cause__):
             raise
         return tuple(range(num_shards))
     try:
