@@ -261,6 +261,12 @@ class TestDeath:
         assert done.stderr.startswith("error: the command was ended by ") and words in done.stderr
         assert done.stderr.count("\n") == 1
 
+    def test_below_a_function_whose_name_ends_as_the_last_word_once_did(self):
+        """The crash's text comes in pieces; one that ended in "end" was taken for the command's orderly end."""
+        lines = "def send(): os.kill(os.getpid(), signal.SIGSEGV)", "send()"
+        for _ in range(5):
+            assert stub(*lines).stderr.startswith("error: the command was ended by ")
+
     def test_a_mapped_file_that_is_cut_off(self, tmp_path):
         (tmp_path / "file").write_bytes(bytes(1 << 16))
         lines = (

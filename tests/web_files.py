@@ -9,7 +9,7 @@ from pathlib import Path
 
 class WebFiles(http.server.ThreadingHTTPServer):
     """root: the folder; ranges: whether parts can be asked for; cuts: the next answers that end after so many bytes;
-    asked: (method, path, range) of every request."""
+    fails: the status of the next answers; asked: (method, path, range) of every request."""
 
     daemon_threads = True
     request_queue_size = 128  # connections beyond it wait for seconds
@@ -18,6 +18,7 @@ class WebFiles(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root, self.ranges = root, ranges
         self.cuts: list[int] = []
+        self.fails: list[int] = []
         self.asked: list[tuple[str, str, str | None]] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -29,6 +30,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         self.server.asked.append((self.command, self.path, wanted))
         path = self.server.root / self.path.partition("?")[0].lstrip("/")
+        if self.server.fails:
+            return self.send_error(self.server.fails.pop(0))
         if not path.is_file():
             return self.send_error(404)
         data = path.read_bytes()

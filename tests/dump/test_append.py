@@ -198,6 +198,7 @@ def test_what_a_finished_append_left_is_removed(started, tmp_path):
     new = Path(started.data).parent / "some.beton"
     assert dump_labels(replace(started, data=str(new)), append=True).labelled == 0
     assert len(open_label_set(tmp_path / "set")) == 45 and not job.parent.exists()
+    assert dump_labels(replace(started, data=str(new)), append=True, finish=True).was_complete
     # Also where the kill came while they were removed.
     (job.parent / "records").mkdir(parents=True)
     assert dump_labels(started, append=True).labelled == 0 and not job.parent.exists()

@@ -193,6 +193,16 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(file_bytes):
     assert (pixels == np.rint(values / 257)[..., None]).all()
 
 
+@pytest.mark.parametrize("value", [-1, 65_536, 4_000_000])
+def test_more_than_16_bits_are_refused(file_bytes, value):
+    """Clipped, such an image would be white or black."""
+    pixels = np.full((4, 6), 70, np.int32)
+    encode_image(file_bytes(Image.fromarray(pixels), "TIFF"))
+    pixels[2, 3] = value
+    with pytest.raises(ImageError, match="more than 16 bits"):
+        encode_image(file_bytes(Image.fromarray(pixels), "TIFF"))
+
+
 def test_floating_point_pixels_are_refused(file_bytes):
     with pytest.raises(ImageError, match="floating-point"):
         encode_image(file_bytes(Image.fromarray(np.zeros((4, 6), np.float32)), "TIFF"))

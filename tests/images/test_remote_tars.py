@@ -175,6 +175,25 @@ def test_addresses_in_messages_hold_no_secrets(tmp_path, monkeypatch):
     assert "secret" not in str(found.value) and "word" not in str(found.value)
 
 
+def test_a_server_that_fails_is_asked_again_and_one_that_refuses_is_not(tmp_path, monkeypatch):
+    """fsspec says of every failure that there is no such file."""
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
+    (tmp_path / "a.tar").write_bytes(bytes(1234))
+    with running(WebFiles(tmp_path, ranges=True)) as server:
+        place = f"{server.url}/a.tar"
+        server.fails = [503, 503]
+        assert remote.remote_size(place) == 1234
+        server.fails = 64 * [500]
+        with pytest.raises(InputError, match=r"cannot look at .*a.tar \(4 tries\): .*500.*; try again later"):
+            remote.remote_size(place)
+        server.fails = 64 * [403]
+        with pytest.raises(InputError, match=r"cannot look at .*a.tar: .*403.*; check the credentials"):
+            remote.remote_size(place)
+        server.fails = []
+        with pytest.raises(InputError, match="there is no file"):
+            remote.remote_size(f"{server.url}/b.tar")
+
+
 def test_patterns(monkeypatch):
     with pytest.raises(InputError, match="is not on this machine, and here its images are needed in any order"):
         open_source("s3://bucket/{00..03}.tar")

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
@@ -17,6 +18,7 @@ from stl_offline.augment import MixSettings, draw_mix, mix_images, mix_token_tar
 from stl_offline.errors import InputError, JoinError
 from stl_offline.geometry import View, draw_views
 from stl_offline.loops import RandomResizedCrop, TokenLabelDataset, mix_batch
+from stl_offline.loops.dataset import class_names_of
 from stl_offline.targets import TokenLabels
 from tests.loops.conftest import CROPS, GRID
 
@@ -130,8 +132,18 @@ def test_datasets_that_do_not_fit(images, folder, whole):
     cropped = ImageFolder(images, transform=transforms.RandomResizedCrop(16))
     with pytest.raises(InputError, match="ImageFolder has a transform of its own"):
         TokenLabelDataset(Subset(Subset(cropped, range(9)), range(4)), labels, crop)
-    with pytest.raises(JoinError, match="different class lists"):
+    with pytest.raises(InputError, match="ImageFolder has a transform of its own"):
+        TokenLabelDataset(ConcatDataset([folder, cropped]), labels, crop, keys=[], class_names=folder.classes)
+    with pytest.raises(InputError, match="ImageFolder has a target_transform"):
+        TokenLabelDataset(ImageFolder(images, target_transform=lambda number: 2 - number), labels, crop)
+    with pytest.raises(JoinError, match="the order differs: .*; number the dataset's classes as the label set does"):
         TokenLabelDataset(folder, labels, crop, class_names=("vertical", "horizontal", "diagonal"))
+    folder = ImageFolder(images)
+    folder.wnids, folder.classes = folder.classes, [("tench", "Tinca tinca"), ("goldfish",), ("shark",)]
+    assert class_names_of(folder) == tuple(folder.wnids)  # torchvision's ImageNet
+    gaps = SimpleNamespace(reader=SimpleNamespace(class_to_idx={"a": 0, "b": 1, "c": 3}))
+    with pytest.raises(InputError, match="class ids have gaps"):
+        class_names_of(gaps)
     with pytest.raises(InputError, match="15 samples, but 2 keys"):
         TokenLabelDataset(folder, labels, crop, keys=["a", "b"])
 

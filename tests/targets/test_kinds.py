@@ -255,6 +255,22 @@ def test_maps_that_do_not_fit_are_refused(change, words):
         token_targets(settings, **given | change, num_classes=CLASSES, seed=0, epoch=0, sample_id=0)
 
 
+def test_confidence_may_be_left_out_where_nothing_reads_it():
+    ids, probabilities, confidence = make_map(share=0.1)
+    rest = {"num_classes": CLASSES, "seed": 0, "epoch": 0, "sample_id": 0}
+    plain = TokenTargets(kind="soft", grid=GRID)
+    for ours, theirs in zip(
+        token_targets(plain, ids, probabilities, None, IDENTITY, **rest),
+        token_targets(plain, ids, probabilities, confidence, IDENTITY, **rest),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(InputError, match="confidence must be"):
+        token_targets(
+            TokenTargets(kind="soft", grid=GRID, min_confidence=0.5), ids, probabilities, None, IDENTITY, **rest
+        )
+
+
 def test_ids_above_16_bits_and_many_classes():
     ids, probabilities, confidence = make_map(share=0.001)
     wide = ids.astype(np.uint32) + 100_000

@@ -9,9 +9,10 @@ import safetensors.torch
 import torch
 
 from stl_offline.config import LabelerConfig
-from stl_offline.errors import FormatError, InputError
+from stl_offline.errors import FormatError, InputError, TargetError
 from stl_offline.images.pack import pack
 from stl_offline.models import read_description
+from stl_offline.training.run_folder import RunFolder
 from stl_offline.training.train_labeler import train_labeler
 from tests.training.conftest import SIZE
 
@@ -27,6 +28,22 @@ def test_images_shrunk_otherwise_are_other_images(quick, stripes, tmp_path):
     pack(stripes[0], data, max_size=SIZE // 2)
     with pytest.raises(InputError, match=rf"other settings \(train.max_size: .*{SIZE // 2}"):
         train_labeler(config)
+
+
+def test_a_run_whose_folder_is_moved_ends_with_an_error(quick, tmp_path, monkeypatch):
+    """It is not made anew, where its files would belong to no run."""
+    save = RunFolder.save_weights
+
+    def move_and_save(self, *given, **settings):
+        os.rename(quick["out"], tmp_path / "moved")
+        save(self, *given, **settings)
+
+    monkeypatch.setattr(RunFolder, "save_weights", move_and_save)
+    with pytest.raises(TargetError, match="was moved or removed during the run; put it back, or give its new place"):
+        train_labeler(LabelerConfig(**quick))
+    assert not Path(quick["out"]).exists()
+    monkeypatch.undo()
+    assert train_labeler(LabelerConfig(**quick | {"out": str(tmp_path / "moved")}))["top1"] is not None
 
 
 def test_another_kind_of_run_is_named(quick, tmp_path):

@@ -159,6 +159,15 @@ def test_vocs_folders_of_masks_hold_no_images(tmp_path):
         assert open_boxes(tmp_path, CLASSES, split=split).keys == ["VOC2012/JPEGImages/1"]
 
 
+def test_two_xml_files_for_one_image(tmp_path):
+    """labelImg writes beside the image, where Pascal VOC has a folder; one of them would be ignored."""
+    write_image(tmp_path / "JPEGImages/1.jpg")
+    for folder in ("JPEGImages", "Annotations"):
+        write_voc(tmp_path / folder / "1.xml", ("box", (5, 5, 25, 15), False))
+    with pytest.raises(InputError, match="two XML files for one image: Annotations/1.xml and JPEGImages/1.xml; keep"):
+        open_boxes(tmp_path, CLASSES)
+
+
 def test_an_image_and_its_mask_side_by_side_are_two_images_for_one_xml(tmp_path):
     write_image(tmp_path / "1.jpg")
     write_voc(tmp_path / "1.xml", ("box", (5, 5, 25, 15), False))

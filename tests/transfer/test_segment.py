@@ -56,6 +56,20 @@ def quick(scenes, tmp_path):
     }
 
 
+@pytest.mark.parametrize("options", [{}, {"sliding_window": True}])
+def test_logits_that_are_not_finite_are_no_scores(quick, scenes, options):
+    """Their argmax is class 0, which some masks have everywhere."""
+    train_segmenter(SegmentConfig(**quick | {"epochs": 1}))
+    place = Path(quick["out"]) / "weights.safetensors"
+    model, description = load_segmenter(place)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    save_model(place, model.state_dict(), description)
+    config = TransferEvaluateConfig(data=str(scenes[1]), split="val", checkpoint=str(place), device="cpu", **options)
+    with pytest.raises(InputError, match="gives logits that are not finite; check its weights"):
+        evaluate_transfer(config)
+
+
 def test_a_few_epochs_learn_it_and_evaluate_says_the_same(quick, scenes, tmp_path, capsys):
     summary = train_segmenter(SegmentConfig(**quick | {"epochs": 8, "layer_decay": 0.8, "val_every": 8}))
     assert summary["miou"] > 0.6 and summary["best_miou"] == summary["miou"]
