@@ -36,7 +36,7 @@ Example:
   stl-offline dump-labels --data images/train --labeler runs/labeler --out labels
   stl-offline train-student --data images/train --val images/val --labels labels --out runs/student
 
-Each command has its own --help. `stl-offline demo` runs everything on a small drawn data set."""
+Each command has its own --help. `stl-offline demo` runs everything on a small set of synthetic images."""
 
 
 @click.command(cls=lazy_group(COMMANDS), epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
