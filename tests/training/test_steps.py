@@ -20,8 +20,9 @@ from stl_offline.training.optimization import make_optimizer, make_schedule
 from stl_offline.training.run_folder import Progress
 from stl_offline.training.steps import Share, StepInputs, token_scores
 from stl_offline.training.train_labeler import train_labeler
-from stl_offline.training.train_student import train_student
+from stl_offline.training.train_student import StudentObjective, train_student
 from stl_offline.training.watch import RunWatch
+from tests.test_losses import plain_ghost_loss
 from tests.training.conftest import quick_settings
 
 
@@ -106,6 +107,28 @@ def test_token_scores_by_hand():
     assert float(scores["token_accuracy"]) == pytest.approx(0.6 / 1.3)
     assert float(scores["confidence"]) == pytest.approx(0.65)
     assert float(scores["labelled"]) == pytest.approx(0.65)
+
+
+@pytest.mark.parametrize("residual", ["ghost", "uniform"])
+def test_a_students_loss_by_hand(residual):
+    """Class loss + weight × token loss, both smoothed, each by its share of the step."""
+    generator = torch.Generator().manual_seed(3)
+    logits, tokens = torch.randn(4, 5, generator=generator), torch.randn(4, 6, 5, generator=generator)
+    classes = torch.rand(4, 5, generator=generator).softmax(dim=1)
+    ids = torch.rand(4, 6, 5, generator=generator).argsort(dim=2)[..., :3]
+    ids[..., 2] = -2 if residual == "ghost" else -1
+    weights = torch.rand(4, 6, 3, generator=generator)
+    config = SimpleNamespace(smoothing=0.2, token_weight=0.3, residual=residual, token_norm="mass")
+    objective = StudentObjective(SimpleNamespace(config=config, device=torch.device("cpu"), amp=None), None)
+    objective._targets_per_token = 3
+    share = Share(torch.tensor(0.5), torch.tensor(0.25), torch.tensor(1.0))
+    inputs = StepInputs(torch.zeros(4, 3, 2, 2), classes, ids, weights)
+    found = objective.losses(lambda images: (logits, tokens), inputs, share)
+    class_loss = 0.5 * nn.functional.cross_entropy(logits, classes)
+    token_loss = 0.25 * plain_ghost_loss(tokens, ids, weights, 0.2, 3)
+    assert float(found["class_loss"]) == pytest.approx(float(class_loss))
+    assert float(found["token_loss"]) == pytest.approx(float(token_loss))
+    assert float(found["loss"]) == pytest.approx(float(class_loss + 0.3 * token_loss))
 
 
 @pytest.fixture(scope="module")

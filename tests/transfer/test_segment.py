@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
@@ -21,12 +22,12 @@ from stl_offline.models import ModelDescription, save_model
 from stl_offline.recipes import recipe_names, resolve
 from stl_offline.reports.report import report_runs
 from stl_offline.training.engine import Trainer
-from stl_offline.transfer import dry_run_segmenter, evaluate_transfer, load_segmenter, train_segmenter
+from stl_offline.transfer import dry_run_segmenter, evaluate_transfer, load_segmenter, segment, train_segmenter
 from stl_offline.transfer.backbone import Backbone, BackboneSpec, level_indices, make_backbone
 from stl_offline.transfer.evaluate import _prepare_segmenter
-from stl_offline.transfer.pairs import NO_CLASS
+from stl_offline.transfer.pairs import NO_CLASS, open_pairs
 from stl_offline.transfer.segment_scores import SegmentScores, confusion_matrix
-from stl_offline.transfer.segmenter import MlpHead, Segmenter, whole_logits, window_logits
+from stl_offline.transfer.segmenter import MlpHead, Segmenter, _starts, whole_logits, window_logits
 from tests.training.torchrun import torchrun
 from tests.transfer.conftest import CLASSES, IGNORE
 
@@ -56,6 +57,23 @@ def quick(scenes, tmp_path):
     }
 
 
+def scene_mask(scenes, number):
+    return open_pairs(scenes[1], CLASSES, IGNORE, "val").read(number)[1]
+
+
+def test_windows_are_three_quarters_of_one_apart():
+    assert _starts(100, 40) == [0, 30, 60] and _starts(40, 40) == [0] and _starts(41, 40) == [0, 1]
+
+
+def test_the_head_learns_faster_than_the_backbone(quick):
+    run = segment._prepare(SegmentConfig(**quick | {"head_lr_scale": 7.0}))
+    head = {id(parameter) for parameter in run.model.head.parameters()}
+    groups = [(group.get("lr_scale", 1.0), group["params"]) for group in run.parameter_groups()]
+    scales = {(id(parameter) in head, scale) for scale, parameters in groups for parameter in parameters}
+    assert {scale for of_head, scale in scales if of_head} == {7.0}
+    assert max(scale for of_head, scale in scales if not of_head) <= 1
+
+
 @pytest.mark.parametrize("options", [{}, {"sliding_window": True}])
 def test_logits_that_are_not_finite_are_no_scores(quick, scenes, options):
     """Their argmax is class 0, which some masks have everywhere."""
@@ -80,7 +98,11 @@ def test_a_few_epochs_learn_it_and_evaluate_says_the_same(quick, scenes, tmp_pat
     words = ["transfer", "evaluate", "--data", str(scenes[1]), "--split", "val", "--checkpoint", quick["out"]]
     assert main([*words, "--device", "cpu", "--out", str(tmp_path / "masks")]) == 0
     assert f"mean IoU {100 * scores['miou']:.2f} %" in capsys.readouterr().out
-    assert (tmp_path / "masks" / "set" / "val" / "31.png").is_file()
+    right = labelled = 0
+    for number, pair in enumerate(open_pairs(scenes[1], CLASSES, IGNORE, "val").pairs):
+        predicted, mask = np.asarray(Image.open(tmp_path / "masks" / f"{pair.key}.png")), scene_mask(scenes, number)
+        right, labelled = right + (predicted == mask)[mask != NO_CLASS].sum(), labelled + (mask != NO_CLASS).sum()
+    assert right / labelled == pytest.approx(scores["pixel_accuracy"])
     assert train_segmenter(SegmentConfig(**quick | {"epochs": 8, "layer_decay": 0.8}))["already_complete"]
     page = tmp_path / "report.html"
     report = report_runs(ReportConfig(runs=(quick["out"],), data=str(scenes[0]), out=str(page)))
