@@ -57,10 +57,6 @@ def quick(scenes, tmp_path):
     }
 
 
-def scene_mask(scenes, number):
-    return open_pairs(scenes[1], CLASSES, IGNORE, "val").read(number)[1]
-
-
 def test_windows_are_three_quarters_of_one_apart():
     assert _starts(100, 40) == [0, 30, 60] and _starts(40, 40) == [0] and _starts(41, 40) == [0, 1]
 
@@ -99,8 +95,9 @@ def test_a_few_epochs_learn_it_and_evaluate_says_the_same(quick, scenes, tmp_pat
     assert main([*words, "--device", "cpu", "--out", str(tmp_path / "masks")]) == 0
     assert f"mean IoU {100 * scores['miou']:.2f} %" in capsys.readouterr().out
     right = labelled = 0
-    for number, pair in enumerate(open_pairs(scenes[1], CLASSES, IGNORE, "val").pairs):
-        predicted, mask = np.asarray(Image.open(tmp_path / "masks" / f"{pair.key}.png")), scene_mask(scenes, number)
+    pairs = open_pairs(scenes[1], CLASSES, IGNORE, "val")
+    for number, key in enumerate(pairs.keys):
+        predicted, mask = np.asarray(Image.open(tmp_path / "masks" / f"{key}.png")), pairs.read(number)[1]
         right, labelled = right + (predicted == mask)[mask != NO_CLASS].sum(), labelled + (mask != NO_CLASS).sum()
     assert right / labelled == pytest.approx(scores["pixel_accuracy"])
     assert train_segmenter(SegmentConfig(**quick | {"epochs": 8, "layer_decay": 0.8}))["already_complete"]
